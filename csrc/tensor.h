@@ -1,0 +1,131 @@
+// A view of a torch.Tensor that knows nothing of torch, and the checks and dispatch kernels begin
+// with.
+#pragma once
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace gradsurgery {
+
+// becomes gradsurgery.errors.InputError in Python
+struct InputError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+template <typename... Pieces>
+[[noreturn]] void fail(const Pieces&... pieces) {
+  std::ostringstream message;
+  (message << ... << pieces);
+  throw InputError(message.str());
+}
+
+template <typename... Pieces>
+void check(bool condition, const Pieces&... pieces) {
+  if (!condition) [[unlikely]] {
+    fail(pieces...);
+  }
+}
+
+enum class Dtype { float16, bfloat16, float32, float64 };
+enum class Device { cpu, cuda };
+
+// storage only: each instruction set and CUDA convert these in their own way
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+// owns nothing; valid while the Python tensor it was made from lives and is not resized
+struct Tensor {
+  static constexpr int max_dims = 8;
+
+  void* data;
+  int ndim;
+  std::int64_t shape[max_dims];
+  std::int64_t strides[max_dims];  // in elements; 1 where the size is 0 or 1
+  Dtype dtype;
+  Device device;
+  int device_index;
+  void* stream;  // current CUDA stream of the device; nullptr on the CPU
+
+  // negative dimensions count from the end
+  std::int64_t size(int dim) const { return shape[dim < 0 ? dim + ndim : dim]; }
+  std::int64_t stride(int dim) const { return strides[dim < 0 ? dim + ndim : dim]; }
+
+  std::int64_t numel() const {
+    std::int64_t count = 1;
+    for (int i = 0; i < ndim; ++i) {
+      count *= shape[i];
+    }
+    return count;
+  }
+
+  bool is_contiguous() const {
+    std::int64_t expected = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      if (shape[i] == 0) {
+        return true;
+      }
+      if (shape[i] != 1 && strides[i] != expected) {
+        return false;
+      }
+      expected *= shape[i];
+    }
+    return true;
+  }
+
+  template <typename T>
+  T* data_as() const {
+    return static_cast<T*>(data);
+  }
+
+  // "[2, 3]", as error messages say it
+  std::string shape_text() const {
+    std::string text = "[";
+    for (int i = 0; i < ndim; ++i) {
+      text += (i ? ", " : "") + std::to_string(shape[i]);
+    }
+    return text + "]";
+  }
+};
+
+inline const char* name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float16:
+      return "float16";
+    case Dtype::bfloat16:
+      return "bfloat16";
+    case Dtype::float32:
+      return "float32";
+    case Dtype::float64:
+      return "float64";
+  }
+  return "unknown";
+}
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// calls function(Type<T>{}) with the element type of `dtype`
+template <typename Function>
+decltype(auto) dispatch(Dtype dtype, Function&& function) {
+  switch (dtype) {
+    case Dtype::float16:
+      return function(Type<Float16>{});
+    case Dtype::bfloat16:
+      return function(Type<BFloat16>{});
+    case Dtype::float32:
+      return function(Type<float>{});
+    case Dtype::float64:
+      return function(Type<double>{});
+  }
+  fail("unknown dtype ", static_cast<int>(dtype));
+}
+
+}  // namespace gradsurgery

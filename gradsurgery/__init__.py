@@ -1,0 +1,1 @@
+"""Edit gradients per sample or per task before the optimizer sees them."""
