@@ -1,0 +1,83 @@
+# `make demo` and `make test` each set up what they need in .venv and are quick the second time.
+PYTHON ?= python3
+VENV ?= .venv
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+native := CMakeLists.txt setup.py $(wildcard csrc/*)
+formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+
+.PHONY: demo test lint format types bench sanitize clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo
+	$(bin)/gradsurgery unlearn digits
+
+test: $(VENV)/dev
+	$(bin)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/clang-format --dry-run -Werror $(formatted)
+
+format: $(VENV)/dev
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	$(bin)/clang-format -i $(formatted)
+
+types: $(VENV)/dev
+	$(bin)/pyright
+
+bench: $(VENV)/bench
+	$(bin)/python -m pytest benchmarks $(ARGS)
+
+# a copy of the package beside its own build of the module: the ordinary build stays as it is.
+# libstdc++ is preloaded with libasan, which must find the C++ runtime when it starts
+sanitize: $(VENV)/dev
+	mkdir -p build/sanitize
+	rm -rf build/sanitize/tree && mkdir build/sanitize/tree
+	cp -r gradsurgery tests pyproject.toml build/sanitize/tree
+	rm -f build/sanitize/tree/gradsurgery/_C*.so
+	$(bin)/cmake -S . -B build/sanitize/cmake -GNinja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGRADSURGERY_SANITIZE=ON -DGRADSURGERY_CUDA=OFF \
+	    -DPython_EXECUTABLE=$(abspath $(bin)/python) \
+	    -Dpybind11_DIR=`$(bin)/python -m pybind11 --cmakedir` \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build/sanitize/tree/gradsurgery)
+	$(bin)/cmake --build build/sanitize/cmake
+	cd build/sanitize/tree && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
+	    $(abspath $(bin)/python) -m pytest -p no:cacheprovider tests/test_build.py tests/ops $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info gradsurgery/_C*.so $(VENV)/native
+
+$(bin)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "gradsurgery needs Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@command -v $(CXX) >/dev/null || \
+	    { echo "gradsurgery needs a C++20 compiler, and $(CXX) is not one: install g++ or set CXX" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	    { rm -rf $(VENV); echo "gradsurgery needs Python's venv module (Debian: python3-venv)" >&2; exit 1; }
+
+$(VENV)/tools: constraints.txt | $(bin)/python
+	$(pip) setuptools pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/native: pyproject.toml constraints.txt $(native) $(VENV)/tools
+	@echo "building gradsurgery (the first time, torch is installed too)"
+	PATH="$(abspath $(bin)):$$PATH" $(pip) --no-build-isolation -e .
+	@touch $@
+
+# the package is installed: only what an extra adds is fetched
+$(VENV)/demo: $(VENV)/native
+	$(pip) 'gradsurgery[cli,jobs]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(pip) 'gradsurgery[dev]'
+	@touch $@
+
+$(VENV)/bench: $(VENV)/dev
+	$(pip) 'gradsurgery[bench]'
+	@touch $@
