@@ -1,0 +1,234 @@
+"""What a Jacobian is to the rest of the library, and `DenseJacobian`, rows that exist."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.utils import _pytree as pytree
+
+from gradsurgery.errors import InputError
+from gradsurgery.ops import combine, gramian
+from gradsurgery.ops._inputs import as_blocks, check
+
+Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> per-sample losses [B]
+
+
+class Jacobian(Protocol):
+    """m rows, one gradient each, over the tensors named `names`; stored or not."""
+
+    names: list[str]
+    sizes: list[int]  # numel of each tensor
+    m: int
+
+    def gramian(self, *, per: Literal["model", "tensor"] = "model") -> Tensor: ...
+    def combine(self, weights: Tensor) -> list[Tensor]: ...
+    def backward(self, weights: Tensor) -> None: ...
+    def row_norms(self) -> Tensor: ...
+    def materialize(self) -> Tensor: ...
+
+
+class DenseJacobian:
+    """Rows that exist: m gradients stored as one block [m, *p.shape] per parameter.
+
+    Costs m times the model's memory: for small models and as the oracle of everything faster.
+
+    Args:
+        blocks: [m, n], a sequence of [m, *p.shape], or a mapping from names to such blocks.
+        parameters: the parameters that `backward` adds to, one per block.
+        losses: the losses whose gradients the rows are, [m], kept for the record.
+    """
+
+    def __init__(
+        self,
+        blocks: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+        parameters: Sequence[nn.Parameter] | None = None,
+        losses: Tensor | None = None,
+    ) -> None:
+        named = dict(blocks) if isinstance(blocks, Mapping) else None
+        self.blocks = as_blocks(list(named.values()) if named is not None else blocks, "blocks")
+        self.names = list(named) if named is not None else [str(k) for k in range(len(self.blocks))]
+        self.parameters = list(parameters) if parameters is not None else None
+        self.losses = losses
+        self.m = self.blocks[0].shape[0]
+        self.sizes = [block.shape[1:].numel() for block in self.blocks]
+        if self.parameters is not None:
+            shapes = [list(parameter.shape) for parameter in self.parameters]
+            got = [list(block.shape[1:]) for block in self.blocks]
+            check(shapes == got, f"parameters have shapes {shapes}, blocks have rows of {got}")
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        batch: Any,  # noqa: ANN401 - any pytree of tensors
+        loss: Loss,
+        *,
+        rows: Literal["samples", "mean"] = "samples",
+        parameters: Sequence[nn.Parameter] | None = None,
+        chunk_size: int = 32,
+    ) -> "DenseJacobian":
+        """Gradients of a model's losses, in its present mode, by torch.func.
+
+        Args:
+            model: its parameters that require gradients make the columns.
+            batch: any pytree of tensors with leading dimension B; handed to `loss`.
+            loss: (model, batch) -> per-sample losses [B], not reduced.
+            rows: "samples", one row per sample, free of any 1/B; "mean", one row, the gradient
+                of the mean loss.
+            parameters: keep only these of the model's parameters.
+            chunk_size: samples differentiated at a time by vmap.
+
+        Raises:
+            InputError: a reduced loss, an empty or ragged batch, a module that couples samples.
+        """
+        check(rows in ("samples", "mean"), f"rows must be 'samples' or 'mean', got {rows!r}")
+        check(chunk_size >= 1, f"chunk_size must be 1 or more, got {chunk_size}")
+        _check_independent(model)
+        size = batch_size(batch)
+        named = trainable(model, parameters)
+        params = list(named.values())
+        if rows == "mean":
+            losses = _per_sample(loss(model, batch), size)
+            grads = torch.autograd.grad(losses.mean(), params, allow_unused=True)
+            blocks = [
+                torch.zeros_like(p)[None] if g is None else g[None]
+                for p, g in zip(params, grads, strict=True)
+            ]
+            return cls(dict(zip(named, blocks, strict=True)), params, losses.detach().mean()[None])
+
+        holder = _Holder(model, loss)
+
+        def sample_loss(values: dict[str, Tensor], sample: Any) -> Tensor:  # noqa: ANN401
+            one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), sample)
+            return _per_sample(functional_call(holder, values, (one,)), 1)[0]
+
+        per_sample = vmap(grad_and_value(sample_loss), in_dims=(None, 0), randomness="different")
+        values = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
+        blocks = {name: p.new_empty(size, *p.shape) for name, p in named.items()}
+        losses = None
+        for start in range(0, size, chunk_size):
+            part = slice(start, start + chunk_size)
+            chunk = pytree.tree_map(lambda leaf, part=part: leaf[part], batch)
+            grads, value = per_sample(values, chunk)
+            losses = value.new_empty(size) if losses is None else losses
+            losses[part] = value
+            for name, block in blocks.items():
+                block[part] = grads[f"model.{name}"]
+        return cls(blocks, params, losses)
+
+    def gramian(
+        self,
+        *,
+        per: Literal["model", "tensor"] = "model",
+        metric: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Inner products of the rows in float64 arithmetic, [m, m] or [L, m, m] per tensor.
+
+        `metric`, one tensor [*p.shape] of weights per block, makes them <a, metric * b>.
+        """
+        if metric is None:
+            return gramian(self.blocks, per=per, precise=True)
+        grams = [
+            gramian([block * weight.sqrt()], precise=True)
+            for block, weight in zip(self.blocks, metric, strict=True)
+        ]
+        return torch.stack(grams) if per == "tensor" else torch.stack(grams).sum(0)
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        """wᵀ J as a list like the parameters; weights [m], or [L, m] per tensor."""
+        return combine(self.blocks, weights)
+
+    def backward(self, weights: Tensor) -> None:
+        """Add wᵀ J to the parameters' `.grad`, as `Tensor.backward` would."""
+        if self.parameters is None:
+            raise InputError("backward: this Jacobian was made without parameters")
+        update = self.combine(weights)
+        for parameter, grad in zip(self.parameters, update, strict=True):
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+    def row_norms(self) -> Tensor:
+        """Euclidean norms of the rows, [m] float64."""
+        return self.gramian().diagonal().sqrt()
+
+    def materialize(self) -> Tensor:
+        """The rows as one matrix, [m, n]."""
+        return torch.cat([block.reshape(self.m, size) for block, size in zip(self.blocks, self.sizes, strict=True)], dim=1)  # fmt: skip
+
+
+def concat(jacobians: Sequence[DenseJacobian]) -> DenseJacobian:
+    """The rows of several Jacobians of the same parameters, in order, as one."""
+    check(len(jacobians) > 0, "jacobians is an empty sequence")
+    first = jacobians[0]
+    for i, other in enumerate(jacobians):
+        check(
+            other.names == first.names and other.sizes == first.sizes,
+            f"jacobians[{i}] is over {other.names}, jacobians[0] over {first.names}",
+        )
+    blocks = [torch.cat(blocks) for blocks in zip(*(j.blocks for j in jacobians), strict=True)]
+    losses = [j.losses for j in jacobians if j.losses is not None]
+    whole = torch.cat(losses) if len(losses) == len(jacobians) else None
+    return DenseJacobian(dict(zip(first.names, blocks, strict=True)), first.parameters, whole)
+
+
+def trainable(
+    model: nn.Module, parameters: Sequence[nn.Parameter] | None = None
+) -> dict[str, nn.Parameter]:
+    """The model's parameters that require gradients, by name; only `parameters` if given."""
+    wanted = None if parameters is None else {id(parameter) for parameter in parameters}
+    named = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (wanted is None or id(parameter) in wanted)
+    }
+    check(len(named) > 0, "model has no parameter to differentiate: all are frozen or left out")
+    return named
+
+
+def batch_size(batch: Any, name: str = "batch") -> int:  # noqa: ANN401 - any pytree of tensors
+    """B, the leading dimension that all tensors of a batch share."""
+    leaves = pytree.tree_leaves(batch)
+    check(len(leaves) > 0, f"{name} holds no tensor")
+    for leaf in leaves:
+        check(
+            isinstance(leaf, Tensor) and leaf.dim() >= 1,
+            f"{name} must hold tensors with a leading batch dimension, got "
+            + (f"a tensor of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)),
+        )
+    sizes = sorted({leaf.shape[0] for leaf in leaves})
+    check(len(sizes) == 1, f"{name} holds tensors of different batch sizes: {sizes}")
+    check(sizes[0] > 0, f"{name} is empty")
+    return sizes[0]
+
+
+class _Holder(nn.Module):
+    """A module whose forward is the loss, so that functional_call swaps the model's parameters."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any) -> Tensor:  # noqa: ANN401
+        return self.loss(self.model, batch)
+
+
+def _per_sample(losses: Tensor, size: int) -> Tensor:
+    check(isinstance(losses, Tensor), f"loss must return a Tensor, got {type(losses).__name__}")
+    check(
+        losses.shape == (size,),
+        f"loss must return one value per sample, [{size}], got {list(losses.shape)}"
+        + ("; use reduction='none'" if losses.dim() == 0 else ""),
+    )
+    return losses
+
+
+def _check_independent(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or not module.track_running_stats
+        ):
+            raise InputError(
+                f"{name or 'model'} ({type(module).__name__}) normalizes over the batch, so "
+                "samples have no gradients of their own; call model.eval() or use another norm"
+            )

@@ -1,0 +1,124 @@
+"""What every operator accepts as rows, checked in one place."""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from gradsurgery.errors import InputError, NonFiniteError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Rows = Tensor | Sequence[Tensor]
+
+
+def check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def as_blocks(rows: Rows, name: str = "rows") -> list[Tensor]:
+    """The blocks of a Jacobian, [m, *p.shape] each, from [m, n] or a sequence of blocks."""
+    if isinstance(rows, Tensor):
+        check(
+            rows.dim() == 2,
+            f"{name} must be [m, n], got {list(rows.shape)}; "
+            "pass a sequence for rows shaped like parameters, [m, *p.shape]",
+        )
+        blocks = [rows]
+    else:
+        blocks = list(rows)
+        check(len(blocks) > 0, f"{name} is an empty sequence: the number of rows is unknown")
+    _check_tensors(blocks, name)
+    for k, block in enumerate(blocks):
+        check(block.dim() >= 1, f"{name}[{k}] must be [m, *p.shape], got a scalar")
+        check(
+            block.shape[0] == blocks[0].shape[0],
+            f"{name}[{k}] has {block.shape[0]} rows, {name}[0] has {blocks[0].shape[0]}",
+        )
+    return blocks
+
+
+def as_vector(vector: Rows, name: str) -> list[Tensor]:
+    """One gradient as a list of tensors shaped like the parameters."""
+    tensors = [vector] if isinstance(vector, Tensor) else list(vector)
+    check(len(tensors) > 0, f"{name} is an empty sequence")
+    _check_tensors(tensors, name)
+    return tensors
+
+
+def check_alike(vector: list[Tensor], name: str, shapes: list[torch.Size], like: Tensor, of: str) -> None:
+    """`vector` must match `shapes` tensor by tensor, and `like` in dtype and device."""
+    check(
+        len(vector) == len(shapes),
+        f"{name} has {len(vector)} tensors, {of} has {len(shapes)}",
+    )
+    for k, (tensor, shape) in enumerate(zip(vector, shapes, strict=True)):
+        check(
+            tensor.shape == shape,
+            f"{name}[{k}] must be {list(shape)} to match {of}, got {list(tensor.shape)}",
+        )
+    check(
+        vector[0].dtype == like.dtype,
+        f"{name} is {vector[0].dtype}, {of} is {like.dtype}",
+    )
+    check(
+        vector[0].device == like.device,
+        f"{name} is on {vector[0].device}, {of} is on {like.device}",
+    )
+
+
+def _check_tensors(tensors: list[Tensor], name: str) -> None:
+    for k, tensor in enumerate(tensors):
+        check(
+            isinstance(tensor, Tensor),
+            f"{name}[{k}] must be a Tensor, got {type(tensor).__name__}",
+        )
+        check(
+            tensor.layout == torch.strided,
+            f"{name}[{k}] must be a dense tensor, got {tensor.layout}",
+        )
+        check(
+            tensor.dtype in DTYPES,
+            f"{name}[{k}] must be float16, bfloat16, float32 or float64, got {tensor.dtype}",
+        )
+        check(
+            tensor.dtype == tensors[0].dtype,
+            f"{name}[{k}] is {tensor.dtype}, {name}[0] is {tensors[0].dtype}",
+        )
+        check(
+            tensor.device == tensors[0].device,
+            f"{name}[{k}] is on {tensor.device}, {name}[0] is on {tensors[0].device}",
+        )
+
+
+def flat(blocks: Sequence[Tensor]) -> list[Tensor]:
+    """Each block as [m, n_k]; a view wherever strides allow one."""
+    return [block.reshape(block.shape[0], block.shape[1:].numel()) for block in blocks]
+
+
+def check_finite(diagonal: Tensor, blocks: Sequence[Tensor], name: str) -> None:
+    """Raise, naming row and tensor, where a Gramian's diagonal [..., m] is not finite.
+
+    The diagonal holds the squared norms, so the check costs no pass over the rows; only the
+    message does.
+    """
+    if not bool(diagonal.isfinite().all()):
+        bad = (~diagonal.isfinite()).reshape(-1, diagonal.shape[-1]).any(0).nonzero()
+        why = f"the squared norm of row {int(bad[0])} overflows float64; scale the row down"
+        raise_not_finite(blocks, name, why)
+
+
+def raise_not_finite(blocks: Sequence[Tensor], name: str, otherwise: str) -> NoReturn:
+    """Raise for the first row that holds NaN or infinity; if none does, say `otherwise`."""
+    for i in range(blocks[0].shape[0]):
+        for k, block in enumerate(blocks):
+            count = int((~block[i].isfinite()).sum())
+            if count:
+                where = f"tensor {k}, " if len(blocks) > 1 else ""
+                total = block[i].numel()
+                raise NonFiniteError(
+                    f"{name}: row {i} is not finite: {where}{count} of {total} values are nan or inf"
+                )
+    raise NonFiniteError(f"{name}: {otherwise}")

@@ -1,0 +1,125 @@
+"""Weighted sum of the rows of a Jacobian: update = wᵀ J."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradsurgery.errors import InputError
+from gradsurgery.ops._backend import _C, register
+from gradsurgery.ops._inputs import Rows, as_blocks, check, flat, raise_not_finite
+
+CHUNK = 1 << 20  # columns the reference converts to float64 at a time
+
+
+def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
+    """Weighted sum of the rows of a Jacobian, accumulated in float64.
+
+    update = wᵀ J
+
+    Args:
+        rows: J, [m, n] or a sequence of L blocks [m, *p.shape].
+        weights: w, [m], or [L, m] for one set of weights per block.
+
+    Returns:
+        [n], or a list of L tensors [*p.shape]; dtype of the rows.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit; weights that are not finite.
+        NonFiniteError: a row with NaN or infinity; the message names row and tensor.
+    """
+    blocks = as_blocks(rows)
+    m, device = blocks[0].shape[0], blocks[0].device
+    check(isinstance(weights, Tensor), f"weights must be a Tensor, got {type(weights).__name__}")
+    check(
+        tuple(weights.shape) in ((m,), (len(blocks), m)),
+        f"weights must be [{m}] or [{len(blocks)}, {m}] to match rows, got {list(weights.shape)}",
+    )
+    check(weights.dtype.is_floating_point, f"weights must be floating point, got {weights.dtype}")
+    check(weights.device == device, f"weights is on {weights.device}, rows is on {device}")
+    update = torch.ops.gradsurgery.combine(blocks, weights.double())
+    return update[0] if isinstance(rows, Tensor) else update
+
+
+def combine_reference(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    weights = weights.expand(len(rows), -1)
+    update = []
+    for block, w in zip(flat(rows), weights, strict=True):
+        chunks = [w @ chunk.double() for chunk in block.split(CHUNK, dim=1)]
+        update.append((torch.cat(chunks) if chunks else block.new_zeros(0)).to(block.dtype))
+    finite = all(bool(u.isfinite().all()) for u in update)
+    return _checked([u.view(b.shape[1:]) for u, b in zip(update, rows, strict=True)], finite, rows, weights)
+
+
+def combine_native(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    update = [block.new_empty(block.shape[1:]) for block in rows]
+    blocks, outs = flat(rows), [u.view(1, -1) for u in update]
+    if weights.dim() == 1:
+        finite = combine_into([blocks], weights[None], [outs])
+    else:
+        finite = all(
+            [
+                combine_into([[block]], w[None], [[out]])
+                for block, w, out in zip(blocks, weights, outs, strict=True)
+            ]
+        )
+    return _checked(update, finite, rows, weights)
+
+
+def combine_into(
+    sources: Sequence[Sequence[Tensor]],
+    weights: Tensor,
+    outs: Sequence[Sequence[Tensor]],
+    cross: Tensor | None = None,
+    gram: Tensor | None = None,
+) -> bool:
+    """outs = weights [p, m] times the m rows of all sources; True if every value is finite.
+
+    On request the same pass yields the products of the outs with the rows, `cross` [p, m], and
+    with one another, `gram` [p, p]; float64. Outs may be the rows themselves.
+    """
+    weights = weights.contiguous()
+    if weights.is_cuda:
+        return _C.combine_cuda(sources, weights, outs, cross, gram)
+    return _C.combine_cpu(sources, weights, outs, cross, gram, torch.get_num_threads())
+
+
+def _checked(update: list[Tensor], finite: bool, rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    if not finite:
+        if not bool(weights.isfinite().all()):
+            raise InputError(f"weights must be finite, got {weights.tolist()}")
+        raise_not_finite(rows, "rows", f"the update overflows {rows[0].dtype}")
+    return update
+
+
+def _fake(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    return [row.new_empty(row.shape[1:]) for row in rows]
+
+
+def _setup_context(ctx, inputs: tuple, output: list[Tensor]) -> None:  # noqa: ANN001 - torch's own type
+    rows, weights = inputs
+    ctx.save_for_backward(weights, *rows)
+
+
+def _backward(ctx, grads: list[Tensor]) -> tuple:  # noqa: ANN001
+    weights, *rows = ctx.saved_tensors
+    per_block = weights.expand(len(rows), -1)
+    # dJ = w duᵀ, dw = J du
+    d_rows = [
+        w.to(g.dtype).view(-1, *[1] * g.dim()) * g for w, g in zip(per_block, grads, strict=True)
+    ]
+    d_weights = torch.stack(
+        [(row.flatten(1) if row.dim() > 1 else row[:, None]) @ g.flatten() for row, g in zip(rows, grads, strict=True)]
+    ).double()
+    return d_rows, d_weights if weights.dim() == 2 else d_weights.sum(0)
+
+
+register(
+    "combine",
+    "(Tensor[] rows, Tensor weights) -> Tensor[]",
+    {("torch", "any"): combine_reference, ("native", "cpu"): combine_native, ("native", "cuda"): combine_native},
+    device_of=lambda rows, _: rows[0].device,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

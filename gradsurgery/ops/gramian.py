@@ -1,0 +1,104 @@
+"""Gramian of a Jacobian: G = J Jᵀ."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradsurgery.ops._backend import _C, register
+from gradsurgery.ops._inputs import Rows, as_blocks, check, check_finite, flat
+
+CHUNK = 1 << 20  # columns the reference converts to float64 at a time
+
+
+def gramian(
+    rows: Rows, *, per: Literal["model", "tensor"] = "model", precise: bool = False
+) -> Tensor:
+    """Inner products of the rows of a Jacobian.
+
+    G = J Jᵀ
+
+    Args:
+        rows: J, [m, n] or a sequence of [m, *p.shape] taken as one Jacobian.
+        per: "model" sums over all columns; "tensor" keeps one Gramian per tensor.
+        precise: float64 arithmetic throughout. By default 32- and 16-bit rows are multiplied in
+            float32 within slices of some thousand columns and summed in float64 across them.
+
+    Returns:
+        [m, m], or [len(rows), m, m] per tensor; float64.
+
+    Raises:
+        InputError: rows that are not one Jacobian.
+        NonFiniteError: a row with NaN or infinity; the message names row and tensor.
+    """
+    check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
+    return torch.ops.gradsurgery.gramian(as_blocks(rows), per == "tensor", precise)
+
+
+def gramian_reference(rows: Sequence[Tensor], per_tensor: bool = False, precise: bool = True) -> Tensor:
+    grams = []
+    for block in flat(rows):
+        gram = block.new_zeros(block.shape[0], block.shape[0], dtype=torch.float64)
+        for chunk in block.split(CHUNK, dim=1):
+            chunk = chunk.double()
+            gram += chunk @ chunk.mT
+        grams.append(gram)
+    out = torch.stack(grams)
+    out = out if per_tensor else out.sum(0)
+    check_finite(out.diagonal(dim1=-2, dim2=-1), rows, "rows")
+    return out
+
+
+def gramian_native(rows: Sequence[Tensor], per_tensor: bool = False, precise: bool = False) -> Tensor:
+    blocks = flat(rows)
+    if per_tensor:
+        out = torch.stack([gramian_of([[block]], precise) for block in blocks])
+    else:
+        out = gramian_of([blocks], precise)
+    check_finite(out.diagonal(dim1=-2, dim2=-1), rows, "rows")
+    return out
+
+
+def gramian_of(sources: Sequence[Sequence[Tensor]], precise: bool) -> Tensor:
+    """[m, m] over the rows of all sources; a source is the blocks [m_s, n_k] of some rows."""
+    m = sum(source[0].shape[0] for source in sources)
+    out = sources[0][0].new_empty(m, m, dtype=torch.float64)
+    if out.is_cuda:
+        _C.gramian_cuda(sources, out, precise)
+    else:
+        _C.gramian_cpu(sources, out, precise, torch.get_num_threads())
+    return out
+
+
+def _fake(rows: Sequence[Tensor], per_tensor: bool = False, precise: bool = False) -> Tensor:
+    m = rows[0].shape[0]
+    shape = (len(rows), m, m) if per_tensor else (m, m)
+    return rows[0].new_empty(shape, dtype=torch.float64)
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001 - torch's own type
+    rows, ctx.per_tensor, _ = inputs
+    ctx.save_for_backward(*rows)
+
+
+def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
+    # dJ = (dG + dGᵀ) J
+    grad = grad + grad.mT
+    grads = grad if ctx.per_tensor else [grad] * len(ctx.saved_tensors)
+    rows = [
+        (g.to(row.dtype) @ row.flatten(1)).view(row.shape) if row.dim() > 1 else g.to(row.dtype) @ row
+        for g, row in zip(grads, ctx.saved_tensors, strict=True)
+    ]
+    return rows, None, None
+
+
+register(
+    "gramian",
+    "(Tensor[] rows, bool per_tensor, bool precise) -> Tensor",
+    {("torch", "any"): gramian_reference, ("native", "cpu"): gramian_native, ("native", "cuda"): gramian_native},
+    device_of=lambda rows, *_: rows[0].device,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

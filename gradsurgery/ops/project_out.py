@@ -1,0 +1,220 @@
+"""Remove from a gradient its projection on the span of rows: g⊥ = g - Jᵀ (J Jᵀ)⁺ J g."""
+
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsurgery.ops._backend import register
+from gradsurgery.ops._inputs import (
+    Rows,
+    as_blocks,
+    as_vector,
+    check,
+    check_alike,
+    check_finite,
+    flat,
+)
+from gradsurgery.ops.combine import combine_into
+from gradsurgery.ops.gramian import gramian_of
+from gradsurgery.ops.weighting import default_rtol
+
+# the largest |cos(g_i, g⊥)| left without a warning; a 16-bit g⊥ cannot do better than its rounding
+PROMISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+# below this squared distance a Gramian of float32 products, some 1e-8 off, is computed again in
+# float64: 1e-8 / sqrt(1e-4) is a tenth of the promise
+SAFE_MARGIN = 1e-4
+
+
+class Projection(NamedTuple):
+    """What `project_out` found, as tensors on the rows' device."""
+
+    rank: Tensor  # [] int64, of the rows
+    kept_norm: Tensor  # [] float64, |g⊥| / |g| in [0, 1]; 0 for a zero gradient
+    max_cosine: Tensor  # [] float64, max_i |cos(g_i, g⊥)|, measured on the result
+
+
+def project_out(
+    grad: Rows,
+    rows: Rows,
+    *,
+    rtol: float | None = None,
+    refine: int = 1,
+    return_info: bool = False,
+) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Projection]:
+    """Remove from `grad` its orthogonal projection on the span of `rows`.
+
+    g⊥ = g - Jᵀ c, (J Jᵀ) c = J g
+
+    The rank is revealed on the normalized rows: zero, duplicate and dependent rows add nothing.
+    A gradient nearer to the span than `rtol` times its norm lies in it, and gives exact zeros.
+    The cosines of the result with all rows are measured in the pass that forms it.
+
+    Args:
+        grad: g, [n], or a sequence of [*p.shape].
+        rows: J, [m, n], or a sequence of [m, *p.shape].
+        rtol: relative distance to the span below which a vector lies in it; None for
+            sqrt(8 m eps), the smallest that float64 resolves (1e-7 to 1e-6).
+        refine: how many correction passes may follow, each only if a cosine exceeds the promise:
+            1e-5 in float32, 1e-9 in float64, 1e-2 in 16 bits.
+        return_info: also return a `Projection` (rank, kept norm, largest cosine).
+
+    Returns:
+        g⊥, like `grad`; on request with a `Projection`.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit.
+        NonFiniteError: a row or the gradient holds NaN or infinity.
+
+    Warns:
+        RuntimeWarning: the promise was missed after all corrections; names the cosine reached.
+
+    Go Beyond Your Means, Shamsian et al. 2025 (arXiv:2503.02312), the projection of OrthoGrad.
+    """
+    blocks, vector = as_blocks(rows), as_vector(grad, "grad")
+    check_alike(vector, "grad", [block.shape[1:] for block in blocks], blocks[0], "rows")
+    m = blocks[0].shape[0]
+    rtol = default_rtol(m + 1) if rtol is None else rtol
+    check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
+    check(refine >= 0, f"refine must be 0 or more, got {refine}")
+    perp, *info = torch.ops.gradsurgery.project_out(vector, blocks, rtol, refine)
+    out = perp[0] if isinstance(grad, Tensor) else perp
+    return (out, Projection(*info)) if return_info else out
+
+
+def project_out_reference(
+    grad: Sequence[Tensor], rows: Sequence[Tensor], rtol: float, refine: int = 1
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Gram-Schmidt in float64, the row farthest from the span of those taken first, twice."""
+    jacobian = torch.cat(flat(rows), dim=1).double()
+    g = torch.cat([tensor.flatten() for tensor in grad]).double()
+    norms = jacobian.norm(dim=1)
+    check_finite(norms, rows, "rows")
+    check_finite(g.norm()[None], [tensor[None] for tensor in grad], "grad")
+    unit = torch.where(norms[:, None] > 0, jacobian / norms[:, None], 0)
+    rest, basis = unit.clone(), unit[:0]
+    for _ in range(min(unit.shape)):
+        i = int(rest.norm(dim=1).argmax())
+        if rest[i].norm() <= rtol:
+            break
+        basis = torch.cat([basis, rest[i : i + 1] / rest[i].norm()])
+        for _ in range(2):
+            rest = rest - (rest @ basis.mT) @ basis
+    perp = g
+    for _ in range(2):
+        perp = perp - (perp @ basis.mT) @ basis
+    kept = torch.where(g.norm() > 0, perp.norm() / g.norm(), 0)
+    perp, kept = (perp, kept) if kept > rtol else (torch.zeros_like(perp), torch.zeros_like(kept))
+    perp = perp.to(grad[0].dtype)
+    cosines = unit @ perp.double() / perp.double().norm()
+    parts = perp.split([tensor.numel() for tensor in grad])
+    out = [part.reshape(tensor.shape).clone() for part, tensor in zip(parts, grad, strict=True)]
+    rank = torch.tensor(basis.shape[0], device=g.device)
+    return out, rank, kept, cosines.abs().nan_to_num(0).amax() if len(unit) else kept * 0
+
+
+def project_out_native(
+    grad: Sequence[Tensor], rows: Sequence[Tensor], rtol: float, refine: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    m, dtype = rows[0].shape[0], rows[0].dtype
+    blocks, vector = flat(rows), [tensor.reshape(1, -1) for tensor in grad]
+    columns = sum(tensor.numel() for tensor in grad)
+    # float64 products cost little where the rows fit in cache
+    precise = dtype == torch.float64 or m * columns < 1 << 18
+    gram = gramian_of([blocks, vector], precise)
+    while True:
+        square, k = gram[m, m], gram[:m, m]
+        check_finite(gram.diagonal()[:m], rows, "rows")
+        check_finite(square[None], [tensor[None] for tensor in grad], "grad")
+        c, rank, margin = torch.ops.gradsurgery.projection_weights(gram[:m, :m], k, rtol)
+        kept = torch.where(square > 0, 1 - (c @ k) / square, 0)  # |g⊥|² / |g|²
+        if precise or min(margin.item(), kept.item()) > SAFE_MARGIN:
+            break
+        precise, gram = True, gramian_of([blocks, vector], True)
+
+    outs = [tensor.new_empty(tensor.shape) for tensor in grad]
+    perp = [out.view(1, -1) for out in outs]
+    cross, square_perp = gram.new_empty(1, m), gram.new_empty(1, 1)
+    norms = gram.diagonal()[:m].sqrt()
+    sources, weights = [blocks, vector], torch.cat([-c, c.new_ones(1)])[None]
+    for correction in range(refine + 1):
+        combine_into(sources, weights, [perp], cross, square_perp)
+        kept = torch.where(square > 0, square_perp[0, 0] / square, 0).sqrt()
+        if not kept > rtol:
+            for out in outs:
+                out.zero_()
+            return outs, rank, torch.zeros_like(kept), torch.zeros_like(kept)
+        scale = norms * square_perp[0, 0].sqrt()
+        cosines = torch.where(scale > 0, cross[0, :m] / scale, 0).abs()
+        worst = cosines.max() if m else torch.zeros_like(kept)
+        if worst <= PROMISE[dtype]:
+            break
+        if correction < refine:
+            if not precise:
+                precise, gram = True, gramian_of([blocks, vector], True)
+            c, rank, _ = torch.ops.gradsurgery.projection_weights(gram[:m, :m], cross[0, :m], rtol)
+            sources, weights = [blocks, perp], torch.cat([-c, c.new_ones(1)])[None]
+    else:
+        warnings.warn(
+            f"project_out: a cosine of {worst.item():.1e} with a row is left, above "
+            f"{PROMISE[dtype]:.0e}; the rows are near dependent: raise rtol, refine or the precision",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return outs, rank, kept, worst
+
+
+def _fake(
+    grad: Sequence[Tensor], rows: Sequence[Tensor], rtol: float, refine: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    scalar = [grad[0].new_empty((), dtype=dtype) for dtype in (torch.int64, torch.float64, torch.float64)]
+    return [tensor.new_empty(tensor.shape) for tensor in grad], *scalar
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001 - torch's own type
+    grad, rows, ctx.rtol, ctx.refine = inputs
+    ctx.count = len(rows)
+    ctx.save_for_backward(*grad, *rows, *output[0])
+
+
+def _backward(ctx, d_perp: list[Tensor], *_: Tensor) -> tuple:  # noqa: ANN001
+    # g⊥ = (I - P) g: dg = (I - P) dg⊥, dJ = -c dgᵀ - b g⊥ᵀ with c, b the coefficients of g, dg⊥
+    saved, count = list(ctx.saved_tensors), ctx.count
+    grad, rows, perp = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    d_grad = torch.ops.gradsurgery.project_out(d_perp, rows, ctx.rtol, ctx.refine)[0]
+    gram = torch.ops.gradsurgery.gramian(rows, False, True)
+
+    def coefficients(vector: Sequence[Tensor]) -> Tensor:
+        products = sum(
+            (row.flatten(1) if row.dim() > 1 else row[:, None]) @ v.flatten()
+            for row, v in zip(rows, vector, strict=True)
+        )
+        return torch.ops.gradsurgery.projection_weights(gram, products.double(), ctx.rtol)[0]
+
+    c, b = coefficients(grad), coefficients(d_perp)
+    d_rows = [
+        -_outer(c, d) - _outer(b, p) for d, p in zip(d_grad, perp, strict=True)
+    ]
+    return d_grad, d_rows, None, None
+
+
+def _outer(weights: Tensor, vector: Tensor) -> Tensor:
+    return weights.to(vector.dtype).view(-1, *[1] * vector.dim()) * vector
+
+
+register(
+    "project_out",
+    "(Tensor[] grad, Tensor[] rows, float rtol, int refine) -> (Tensor[], Tensor, Tensor, Tensor)",
+    {
+        ("torch", "any"): project_out_reference,
+        ("native", "cpu"): project_out_native,
+        ("native", "cuda"): project_out_native,
+    },
+    device_of=lambda grad, *_: grad[0].device,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

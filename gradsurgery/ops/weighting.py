@@ -1,0 +1,143 @@
+"""Solves on the Gramian: m x m, float64, batched, on the Gramian's device, without a host sync."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from gradsurgery.ops._backend import _C, register
+from gradsurgery.ops._inputs import check
+
+
+def default_rtol(m: int) -> float:
+    """The smallest relative distance to a span that a float64 Gramian of m rows resolves.
+
+    A Gramian squares distances: its rounding, some m eps, is a distance of sqrt(m eps).
+    """
+    return math.sqrt(8 * max(m, 1) * torch.finfo(torch.float64).eps)
+
+
+def projection_weights(
+    gramian: Tensor, products: Tensor, *, rtol: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of the orthogonal projection of a vector on the span of rows.
+
+    K c = k, K = J Jᵀ, k = J g: then Jᵀ c is the projection of g.
+
+    Rows are normalized, then taken greedily, the one farthest from the span of those taken
+    first (a Cholesky factorization with pivoting). A row nearer to that span than `rtol` times
+    its norm is dependent and gets coefficient zero; so does a zero row.
+
+    Args:
+        gramian: K, [..., m, m]. Its scale does not matter, nor that of single rows.
+        products: k, [..., m].
+        rtol: relative distance; None for the smallest that float64 resolves, sqrt(8 m eps).
+
+    Returns:
+        coefficients [..., m] float64; rank [...] int64; margin [...] float64, the squared
+        relative distance of the row taken or dropped last, in [0, 1]: its inverse bounds how
+        far errors of the Gramian are magnified.
+    """
+    m = gramian.shape[-1]
+    check(
+        gramian.dim() >= 2 and gramian.shape[-2] == m,
+        f"gramian must be [..., m, m], got {list(gramian.shape)}",
+    )
+    check(
+        products.shape == gramian.shape[:-1],
+        f"products must be {list(gramian.shape[:-1])} to match gramian, got {list(products.shape)}",
+    )
+    rtol = default_rtol(m) if rtol is None else rtol
+    check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
+    return torch.ops.gradsurgery.projection_weights(gramian.double(), products.double(), rtol)
+
+
+def projection_weights_reference(
+    gramian: Tensor, products: Tensor, rtol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, m = gramian.shape[:-2], gramian.shape[-1]
+    norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    scale = torch.where(norms > 0, 1 / norms, 0)
+    k_matrix = gramian * scale[..., :, None] * scale[..., None, :]
+    k = products * scale
+
+    distance = (norms > 0).double()  # squared, of each row to the span of the rows taken
+    factor = torch.zeros_like(k_matrix)  # K ≈ factor factorᵀ, column j from pivot j
+    solved = torch.zeros_like(k)  # forward substitution, entry j from pivot j
+    pivots = torch.zeros_like(k, dtype=torch.int64)
+    taken = torch.zeros_like(k, dtype=torch.bool)
+    rank = torch.zeros(batch, dtype=torch.int64, device=gramian.device)
+    margin = torch.ones(batch, dtype=torch.float64, device=gramian.device)
+    for j in range(m):
+        value, pivot = distance.masked_fill(taken, -1).max(-1)
+        keep = value > rtol**2
+        at = pivot[..., None]
+        root = torch.where(keep, value, 1).sqrt()
+        row = factor.take_along_dim(at[..., None], -2).squeeze(-2)
+        column = k_matrix.take_along_dim(at[..., None, :], -1).squeeze(-1)
+        column = (column - (factor * row[..., None, :]).sum(-1)) / root[..., None]
+        column = torch.where(keep[..., None] & ~taken, column, 0).scatter(
+            -1, at, torch.where(keep, root, 0)[..., None]
+        )
+        factor[..., :, j] = column
+        rest = k.take_along_dim(at, -1).squeeze(-1) - (row * solved).sum(-1)
+        solved[..., j] = torch.where(keep, rest / root, 0)
+        margin = torch.where(rank == j, torch.minimum(margin, value.clamp(min=0)), margin)
+        distance = distance - column**2
+        taken = taken.scatter(-1, at, taken.take_along_dim(at, -1) | keep[..., None])
+        pivots[..., j] = pivot
+        rank = rank + keep
+
+    c = torch.zeros_like(k)
+    for j in reversed(range(m)):
+        at = pivots[..., j : j + 1]
+        root = factor[..., :, j].take_along_dim(at, -1)
+        value = (solved[..., j : j + 1] - (factor[..., :, j] * c).sum(-1, keepdim=True)) / root
+        c = torch.where(j < rank[..., None], c.scatter(-1, at, value), c)
+    return c * scale, rank, margin
+
+
+def projection_weights_native(
+    gramian: Tensor, products: Tensor, rtol: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    c, rank, margin = _fake(gramian, products, rtol)
+    args = (gramian.contiguous(), products.contiguous(), c, rank, margin, rtol)
+    if gramian.is_cuda:
+        _C.projection_weights_cuda(*args)
+    else:
+        _C.projection_weights_cpu(*args)
+    return c, rank, margin
+
+
+def _fake(gramian: Tensor, products: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch = products.shape[:-1]
+    rank = products.new_empty(batch, dtype=torch.int64)
+    return products.new_empty(products.shape), rank, products.new_empty(batch)
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001 - torch's own type
+    gramian, _, ctx.rtol = inputs
+    ctx.save_for_backward(gramian, output[0])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
+    # K c = k: dk = K⁻¹ dc, dK = -dk cᵀ, on the rows taken
+    gramian, c = ctx.saved_tensors
+    d_products, _, _ = torch.ops.gradsurgery.projection_weights(gramian, grad, ctx.rtol)
+    return -d_products[..., :, None] * c[..., None, :], d_products, None
+
+
+register(
+    "projection_weights",
+    "(Tensor gramian, Tensor products, float rtol) -> (Tensor, Tensor, Tensor)",
+    {
+        ("torch", "any"): projection_weights_reference,
+        ("native", "cpu"): projection_weights_native,
+        ("native", "cuda"): projection_weights_native,
+    },
+    device_of=lambda gramian, *_: gramian.device,
+    fake=_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

@@ -1,0 +1,207 @@
+"""OrthoGrad: climb the forget loss along what is orthogonal to every retain gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsurgery.jacobian import DenseJacobian, Jacobian
+from gradsurgery.ops import projection_weights
+from gradsurgery.ops._inputs import check
+
+Index = int | slice | Tensor
+
+
+class Solution(NamedTuple):
+    """Weights of an update and what was found on the way; g groups of tensors."""
+
+    weights: Tensor  # [m], or [L, m] where tensors are projected apart
+    gramian: Tensor  # [m, m] float64, of whole rows
+    rank: Tensor  # [g] int64, of the retain rows of each group
+    kept_norm: Tensor  # [] float64, |g⊥| / |g_u| in [0, 1]
+    frozen: list[str]  # tensors no larger than the number of retain rows, whose g⊥ is zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrthoGrad:
+    """Unlearning by gradient ascent orthogonal to the retain samples' gradients.
+
+    g⊥ = g_u - its projection on span{g_1 .. g_k},  update = α mean_i g_i - (1 - α) g⊥
+
+    Rows are gradients of losses that training would lower: g_u of the mean loss of the forget
+    samples, g_i of retain sample i alone. An optimizer that descends the update lowers the retain
+    losses and RAISES the forget loss; with α = 0 no retain loss changes to first order.
+    Equal to weights of the rows, a function of their Gramian alone.
+
+    Args:
+        alpha: α in [0, 1], the share of ordinary descent on the retain loss.
+        granularity: "model" projects whole gradients; "tensor" each parameter tensor apart, as
+            the authors' code does; "module" all tensors of one module together.
+        retain: "samples" protects each retain sample; "mean" only their mean, the paper's
+            ablation.
+        rtol: relative distance to the span below which a retain row counts as dependent on the
+            others; None for sqrt(8 m eps) of float64.
+        refine: correction passes after the projection; 0 suffices up to a condition of 1e6.
+        small_tensors: for "tensor" and "module": k retain rows span a tensor of k values or
+            fewer, whose g⊥ is then zero: "project" accepts that, "leave" exempts such tensors
+            from the projection. `Solution.frozen` names them either way.
+        precondition: None, or "optimizer": orthogonality in the optimizer's metric, so that the
+            step taken, not the gradient, leaves the retain losses alone. Needs `Surgeon` and an
+            optimizer that keeps `exp_avg_sq` (Adam, AdamW). A choice of this library: where the
+            authors' code replaces gradients by Adam directions before projecting, this weights
+            the inner products by 1 / (sqrt(v) + eps), which makes <g_i, step> zero.
+
+    Go Beyond Your Means: Unlearning with Per-Sample Gradient Orthogonalization,
+    Shamsian et al. 2025 (arXiv:2503.02312).
+    """
+
+    alpha: float = 0.5
+    granularity: Literal["model", "module", "tensor"] = "model"
+    retain: Literal["samples", "mean"] = "samples"
+    rtol: float | None = None
+    refine: int = 0
+    small_tensors: Literal["project", "leave"] = "project"
+    precondition: Literal["optimizer"] | None = None
+
+    def __post_init__(self) -> None:
+        check(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+        check(self.refine >= 0, f"refine must be 0 or more, got {self.refine}")
+        for name, allowed in (
+            ("granularity", ("model", "module", "tensor")),
+            ("retain", ("samples", "mean")),
+            ("small_tensors", ("project", "leave")),
+            ("precondition", (None, "optimizer")),
+        ):
+            value = getattr(self, name)
+            check(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+
+    def weights(self, gramian: Tensor, forget: Index = 0) -> Tensor:
+        """Weights of the update from a Gramian.
+
+        Args:
+            gramian: [..., m, m].
+            forget: the forget rows, an index, a slice or a mask [m]; g_u is their mean. All
+                other rows retain.
+
+        Returns:
+            [..., m] float64: (α/k + (1-α) c_i) for retain rows, -(1-α) for the forget row.
+        """
+        check(
+            gramian.dim() >= 2 and gramian.shape[-1] == gramian.shape[-2],
+            f"gramian must be [..., m, m], got {list(gramian.shape)}",
+        )
+        select = self._select(gramian.shape[-1], forget, gramian.device)
+        coefficients, *_ = self._project(gramian, select)
+        return self._mix(coefficients, select)
+
+    def __call__(
+        self, rows: Tensor | Sequence[Tensor] | Jacobian, forget: Index = 0
+    ) -> Tensor | list[Tensor]:
+        """The update, for rows [m, n], a sequence of [m, *p.shape], or a Jacobian."""
+        given = isinstance(rows, (Tensor, Sequence))
+        jacobian = DenseJacobian(rows) if given else rows
+        update = jacobian.combine(self.solve(jacobian, forget).weights)
+        return update[0] if isinstance(rows, Tensor) else update
+
+    def solve(
+        self, jacobian: Jacobian, forget: Index = 0, metric: Sequence[Tensor] | None = None
+    ) -> Solution:
+        """Weights for the rows of a Jacobian, with the granularity and the metric asked for."""
+        select = self._select(jacobian.m, forget, None)
+        options = {} if metric is None else {"metric": metric}
+        if self.granularity == "model":
+            grams = jacobian.gramian(**options)[None]
+            groups = torch.zeros(len(jacobian.names), dtype=torch.int64)
+        else:
+            groups = self._groups(jacobian.names)
+            per_tensor = jacobian.gramian(per="tensor", **options)
+            grams = per_tensor.new_zeros(int(groups.max()) + 1, *per_tensor.shape[1:])
+            grams.index_add_(0, groups.to(grams.device), per_tensor)
+        select = select.to(grams.device)
+        coefficients, rank, gram = self._project(grams, select)
+        frozen = self._small(jacobian, groups, select.shape[0] - 1)
+        if self.small_tensors == "leave" and frozen.any():
+            coefficients = torch.where(frozen[:, None].to(grams.device), 0, coefficients)
+        for _ in range(self.refine):
+            coefficients = self._refined(jacobian, coefficients, grams, groups, select, metric)
+
+        # |g⊥|² = (1, -c) K (1, -c)ᵀ, group by group
+        parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1)
+        kept = torch.einsum("gi,gij,gj->", parts, gram, parts).clamp(min=0)
+        whole = gram[:, 0, 0].sum()
+        weights = self._mix(coefficients, select)
+        return Solution(
+            weights=weights[0] if self.granularity == "model" else weights[groups.to(weights.device)],
+            gramian=grams.sum(0),
+            rank=rank,
+            kept_norm=torch.where(whole > 0, kept / whole, 0).sqrt(),
+            frozen=[name for name, g in zip(jacobian.names, groups, strict=True) if frozen[g]],
+        )
+
+    def _select(self, m: int, forget: Index, device: torch.device | None) -> Tensor:
+        """[1 + k, m]: the mean forget row and the rows to be orthogonal to, as averages of rows."""
+        mask = torch.zeros(m, dtype=torch.bool)
+        if isinstance(forget, Tensor) and forget.dtype == torch.bool:
+            check(forget.shape == (m,), f"forget must be a mask [{m}], got {list(forget.shape)}")
+            mask = forget.cpu()
+        else:
+            try:
+                mask[forget] = True
+            except IndexError as error:
+                check(False, f"forget={forget} is out of range for {m} rows: {error}")
+        count = int(mask.sum())
+        check(0 < count < m, f"forget selects {count} of {m} rows; need a forget and a retain row")
+        eye = torch.eye(m, dtype=torch.float64)
+        retain = eye[~mask] if self.retain == "samples" else eye[~mask].mean(0, keepdim=True)
+        return torch.cat([eye[mask].mean(0, keepdim=True), retain]).to(device)
+
+    def _project(self, gramian: Tensor, select: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gram = select @ gramian.double() @ select.mT
+        products = gram[..., 1:, 0].contiguous()
+        c, rank, _ = projection_weights(gram[..., 1:, 1:].contiguous(), products, rtol=self.rtol)
+        return c, rank, gram
+
+    def _mix(self, coefficients: Tensor, select: Tensor) -> Tensor:
+        k = coefficients.shape[-1]
+        retain = self.alpha / k + (1 - self.alpha) * coefficients
+        forget = torch.full_like(coefficients[..., :1], self.alpha - 1)
+        return torch.cat([forget, retain], dim=-1) @ select
+
+    def _groups(self, names: list[str]) -> Tensor:
+        """[L]: the group of each tensor."""
+        if self.granularity == "tensor":
+            return torch.arange(len(names))
+        modules = [name.rpartition(".")[0] for name in names]
+        order = {module: g for g, module in enumerate(dict.fromkeys(modules))}
+        return torch.tensor([order[module] for module in modules])
+
+    def _small(self, jacobian: Jacobian, groups: Tensor, k: int) -> Tensor:
+        """[g]: groups with no more values than there are rows to be orthogonal to."""
+        sizes = torch.zeros(int(groups.max()) + 1, dtype=torch.int64)
+        sizes.index_add_(0, groups, torch.tensor(jacobian.sizes))
+        return sizes <= k
+
+    def _refined(
+        self,
+        jacobian: Jacobian,
+        coefficients: Tensor,
+        grams: Tensor,
+        groups: Tensor,
+        select: Tensor,
+        metric: Sequence[Tensor] | None,
+    ) -> Tensor:
+        """c + K⁺ J g⊥, with g⊥ formed and multiplied rather than predicted."""
+        check(isinstance(jacobian, DenseJacobian), "refine needs rows that exist")
+        parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1) @ select
+        perp = jacobian.combine(parts[groups.to(parts.device)])
+        if metric is not None:
+            perp = [p * weight for p, weight in zip(perp, metric, strict=True)]
+        rest = torch.zeros_like(parts)
+        for block, p, g in zip(jacobian.blocks, perp, groups.tolist(), strict=True):
+            rest[g] += block.reshape(jacobian.m, -1).double() @ p.flatten().double()
+        gram = select @ grams @ select.mT
+        products = (rest @ select.mT)[:, 1:].contiguous()
+        correction, *_ = projection_weights(gram[:, 1:, 1:].contiguous(), products, rtol=self.rtol)
+        return coefficients + correction
