@@ -27,7 +27,7 @@ format: $(VENV)/dev
 	$(bin)/clang-format -i $(formatted)
 
 types: $(VENV)/dev
-	$(bin)/pyright
+	$(bin)/pyright --pythonpath $(bin)/python
 
 bench: $(VENV)/bench
 	$(bin)/python -m pytest benchmarks $(ARGS)

@@ -1,0 +1,143 @@
+"""The compiled module: what it says of itself, how it borrows tensors, how it fails."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradsurgery import _C, doctor
+from gradsurgery.errors import InputError
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_doctor_says_what_runs():
+    report = doctor.report()
+    for fact in (torch.__version__, _C.compiler, _C.isa(), _C.__file__):
+        assert fact in report
+    for name in ("backend torch", "backend native", "backend triton", "threads", "cuda kernels"):
+        assert re.search(rf"^{name} +\S", report, re.MULTILINE)
+
+
+def test_doctor_survives_a_missing_module():
+    result = run(
+        "import sys; sys.modules['gradsurgery._C'] = None; from gradsurgery import doctor; "
+        "doctor.main()"
+    )
+    assert re.search("backend native +absent", result.stdout), result.stderr
+
+
+@pytest.mark.skipif(not CSRC.exists(), reason="needs the source tree")
+def test_no_torch_header():
+    includes = re.compile(r"#\s*include\s*[<\"](torch|ATen|c10)/")
+    assert [path.name for path in CSRC.iterdir() if includes.search(path.read_text())] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("first", ["torch", "gradsurgery._C"])
+def test_shares_one_openmp_runtime_with_torch(first):
+    result = run(
+        f"import {first}, torch, gradsurgery._C; torch.ones(2).sum()\n"
+        "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line})"
+    )
+    assert len(result.stdout.split()) == 1, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("isa", _C.isas)
+def test_instruction_set_can_be_forced(isa):
+    result = run("from gradsurgery import _C; print(_C.isa())", GRADSURGERY_CPU=isa)
+    assert result.stdout.strip() == isa or "this processor has" in result.stderr
+
+
+def test_unknown_instruction_set_is_an_error():
+    result = run("from gradsurgery import _C; _C.isa()", GRADSURGERY_CPU="bogus")
+    assert "InputError: GRADSURGERY_CPU=bogus: expected baseline, avx2 or avx512" in result.stderr
+    result = run("from gradsurgery import doctor; doctor.main()", GRADSURGERY_CPU="bogus")
+    assert "none: GRADSURGERY_CPU=bogus" in result.stdout
+
+
+def test_older_torch_is_named():
+    result = run(
+        "import torch; del torch.Tensor.__dlpack_c_exchange_api__; torch.__version__ = '2.9.0'\n"
+        "from gradsurgery import _C; _C.describe(torch.ones(2))"
+    )
+    assert re.search(r"ImportError: .*torch 2\.11 or newer.*this is torch 2\.9\.0", result.stderr)
+
+
+def test_another_dlpack_is_named():
+    result = run(
+        "import ctypes, torch\n"
+        "header = (ctypes.c_uint32 * 4)(2, 0, 0, 0)\n"  # major 2, no older interface behind it
+        "new = ctypes.pythonapi.PyCapsule_New\n"
+        "new.restype = ctypes.py_object\n"
+        "new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]\n"
+        "name = b'dlpack_exchange_api'\n"
+        "torch.Tensor.__dlpack_c_exchange_api__ = new(ctypes.addressof(header), name, None)\n"
+        "from gradsurgery import _C; _C.describe(torch.ones(2))"
+    )
+    assert "ImportError: gradsurgery's compiled kernels speak DLPack 1.x" in result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda base: base,
+        lambda base: base.T,
+        lambda base: base[1:, ::2],
+        lambda base: base[0, 0],
+        lambda base: base[:0],
+        lambda base: torch.nn.Parameter(base),
+    ],
+    ids=["plain", "transposed", "strided", "scalar", "empty", "parameter"],
+)
+def test_borrows_what_torch_holds(make, dtype):
+    tensor = make(torch.zeros(5, 7, dtype=dtype))
+    seen = _C.describe(tensor)
+    assert seen["shape"] == list(tensor.shape)
+    assert f"torch.{seen['dtype']}" == str(dtype)
+    assert seen["device"] == "cpu"
+    if tensor.numel():
+        assert seen["strides"] == list(tensor.stride())
+        assert seen["address"] == tensor.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "value,message",
+    [
+        (3, "expected a torch.Tensor, got int"),
+        ([1.0], "expected a torch.Tensor, got list"),
+        (torch.ones(2, dtype=torch.int64), "float64, got torch.int64"),
+        (torch.ones(2, dtype=torch.complex64), "float64, got torch.complex64"),
+        (torch.ones((1,) * 9), "at most 8 dimensions, got 9"),
+        (torch.ones(3, device="meta"), "expected a strided tensor with memory: .*meta"),
+        (torch.ones(3).to_sparse(), "expected a strided tensor with memory"),
+    ],
+    ids=["int", "list", "integer dtype", "complex", "nine dimensions", "meta", "sparse"],
+)
+def test_rejects_what_kernels_cannot_read(value, message):
+    with pytest.raises(InputError, match=message):
+        _C.describe(value)
+
+
+def test_rejects_fake_tensors():
+    # in its own process: torch itself warns on stderr when a fake tensor's pointer is read
+    result = run(
+        "import torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "with FakeTensorMode(): fake = torch.ones(2, 3)\n"
+        "from gradsurgery import _C; _C.describe(fake)"
+    )
+    assert "expected a tensor with memory, got a FakeTensor of shape [2, 3]" in result.stderr
