@@ -3,8 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "caster.h"
+#include "combine.h"
 #include "cpu.h"
+#include "gramian.h"
+#include "orthonormalize.h"
+#include "weighting.h"
 
 #ifndef GRADSURGERY_CUDA_VERSION
 #define GRADSURGERY_CUDA_VERSION nullptr
@@ -19,6 +25,43 @@
 
 namespace py = pybind11;
 using namespace gradsurgery;
+
+namespace {
+
+using Sources = std::vector<std::vector<Tensor>>;
+
+double* matrix(const Tensor& tensor, std::int64_t m, std::int64_t n, const char* name) {
+  check(tensor.dtype == Dtype::float64 && tensor.device == Device::cpu && tensor.is_contiguous() &&
+            tensor.ndim == 2 && tensor.size(0) == m && tensor.size(1) == n,
+        name, " must be a contiguous float64 [", m, ", ", n, "] on the CPU, got ",
+        tensor.shape_text());
+  return tensor.data_as<double>();
+}
+
+void gramian_cpu(const Sources& sources, const Tensor& out, bool precise, int threads) {
+  Rows rows = make_rows(sources, "sources");
+  double* gram = matrix(out, rows.m, rows.m, "out");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(gramian)(rows, gram, precise, threads);
+}
+
+bool combine_cpu(const Sources& sources, const Tensor& weights, const Sources& outs,
+                 const std::optional<Tensor>& cross, const std::optional<Tensor>& gram, int threads) {
+  Rows rows = make_rows(sources, "sources"), out = make_rows(outs, "outs");
+  check(rows.blocks.size() == out.blocks.size() && rows.dtype == out.dtype,
+        "outs must have the tensors and the dtype of sources");
+  for (std::size_t k = 0; k < rows.blocks.size(); ++k) {
+    check(rows.blocks[k].columns == out.blocks[k].columns, "outs[.][", k, "] has ",
+          out.blocks[k].columns, " columns, sources[.][", k, "] has ", rows.blocks[k].columns);
+  }
+  double* w = matrix(weights, out.m, rows.m, "weights");
+  double* c = cross ? matrix(*cross, out.m, rows.m, "cross") : nullptr;
+  double* g = gram ? matrix(*gram, out.m, out.m, "gram") : nullptr;
+  py::gil_scoped_release release;
+  return GRADSURGERY_SELECT(combine)(rows, w, out, c, g, threads);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   py::register_local_exception_translator([](std::exception_ptr pointer) {
@@ -40,6 +83,34 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.attr("openmp") = false;
 #endif
   module.def("isa", [] { return name(isa()); });
+
+  module.def("gramian_cpu", &gramian_cpu, py::arg("sources"), py::arg("out"), py::arg("precise"),
+             py::arg("threads"));
+  module.def("combine_cpu", &combine_cpu, py::arg("sources"), py::arg("weights"), py::arg("outs"),
+             py::arg("cross"), py::arg("gram"), py::arg("threads"));
+  module.def(
+      "orthonormalize_cpu",
+      [](const Tensor& rows, const Tensor& q, const Tensor& factor, const Tensor& norms,
+         const Tensor& rank, double rtol, int threads) {
+        py::gil_scoped_release release;
+        GRADSURGERY_SELECT(orthonormalize)
+        (rows, q, factor.data_as<double>(), norms.data_as<double>(),
+         rank.data_as<std::int64_t>(), rtol, threads);
+      },
+      py::arg("rows"), py::arg("q"), py::arg("factor"), py::arg("norms"), py::arg("rank"),
+      py::arg("rtol"), py::arg("threads"));
+  module.def(
+      "projection_weights_cpu",
+      [](const Tensor& gramian, const Tensor& products, const Tensor& coefficients,
+         const Tensor& rank, const Tensor& margin, double rtol) {
+        const std::int64_t m = gramian.size(-1);
+        py::gil_scoped_release release;
+        GRADSURGERY_SELECT(projection_weights)
+        (gramian.data_as<double>(), products.data_as<double>(), coefficients.data_as<double>(),
+         rank.data_as<std::int64_t>(), margin.data_as<double>(), margin.numel(), m, rtol);
+      },
+      py::arg("gramian"), py::arg("products"), py::arg("coefficients"), py::arg("rank"),
+      py::arg("margin"), py::arg("rtol"));
 
   // what a kernel would see of a tensor
   module.def(

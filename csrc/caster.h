@@ -60,8 +60,11 @@ inline Dtype to_dtype(dlpack::DataType type, py::handle object) {
         return Dtype::float64;
     }
   }
+  if (type.lanes == 1 && type.code == dlpack::type_int && type.bits == 64) {
+    return Dtype::int64;
+  }
   check(type.lanes == 1 && type.code == dlpack::type_bfloat && type.bits == 16,
-        "expected a tensor of float16, bfloat16, float32 or float64, got ",
+        "expected a tensor of float16, bfloat16, float32, float64 or int64, got ",
         py::cast<std::string>(py::str(object.attr("dtype"))));
   return Dtype::bfloat16;
 }

@@ -10,7 +10,7 @@ constexpr std::uint32_t major_version = 1;  // another major version is another 
 constexpr const char* capsule_name = "dlpack_exchange_api";
 
 enum DeviceType : std::int32_t { device_cpu = 1, device_cuda = 2, device_cuda_host = 3 };
-enum TypeCode : std::uint8_t { type_float = 2, type_bfloat = 4 };
+enum TypeCode : std::uint8_t { type_int = 0, type_float = 2, type_bfloat = 4 };
 
 struct Device {
   std::int32_t type;

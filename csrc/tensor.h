@@ -28,7 +28,7 @@ void check(bool condition, const Pieces&... pieces) {
   }
 }
 
-enum class Dtype { float16, bfloat16, float32, float64 };
+enum class Dtype { float16, bfloat16, float32, float64, int64 };  // int64 for counts only
 enum class Device { cpu, cuda };
 
 // storage only: each instruction set and CUDA convert these in their own way
@@ -103,6 +103,8 @@ inline const char* name(Dtype dtype) {
       return "float32";
     case Dtype::float64:
       return "float64";
+    case Dtype::int64:
+      return "int64";
   }
   return "unknown";
 }
@@ -124,8 +126,10 @@ decltype(auto) dispatch(Dtype dtype, Function&& function) {
       return function(Type<float>{});
     case Dtype::float64:
       return function(Type<double>{});
+    case Dtype::int64:
+      break;
   }
-  fail("unknown dtype ", static_cast<int>(dtype));
+  fail("expected a floating-point dtype, got ", name(dtype));
 }
 
 }  // namespace gradsurgery

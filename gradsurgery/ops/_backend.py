@@ -36,7 +36,7 @@ def choose(name: str, implementations: Implementations, device: str) -> Callable
 
 
 def native_available(device: str) -> bool:
-    return hasattr(_C, "gramian_cpu") and (device != "cuda" or _C.cuda_version is not None)
+    return _C is not None and (device != "cuda" or _C.cuda_version is not None)
 
 
 def register(

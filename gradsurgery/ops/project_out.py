@@ -137,7 +137,7 @@ def project_out_native(
 
     outs = [tensor.new_empty(tensor.shape) for tensor in grad]
     perp = [out.view(1, -1) for out in outs]
-    cross, square_perp = gram.new_empty(1, m), gram.new_empty(1, 1)
+    cross, square_perp = gram.new_empty(1, m + 1), gram.new_empty(1, 1)
     norms = gram.diagonal()[:m].sqrt()
     sources, weights = [blocks, vector], torch.cat([-c, c.new_ones(1)])[None]
     for correction in range(refine + 1):
