@@ -53,7 +53,7 @@ clean:
 	rm -rf build dist *.egg-info gradsurgery/_C*.so $(VENV)/native
 
 $(bin)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	    { echo "gradsurgery needs Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@command -v $(CXX) >/dev/null || \
 	    { echo "gradsurgery needs a C++20 compiler, and $(CXX) is not one: install g++ or set CXX" >&2; exit 1; }
@@ -70,7 +70,7 @@ $(VENV)/native: pyproject.toml constraints.txt $(native) $(VENV)/tools
 	@touch $@
 
 # the package is installed: only what an extra adds is fetched
-$(VENV)/demo: $(VENV)/native
+$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/native
 	$(pip) 'gradsurgery[cli,jobs]'
 	@touch $@
 

@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace gradsurgery {
 
@@ -78,10 +79,9 @@ struct Tensor {
     return true;
   }
 
+  // T is the tensor's element type, or char for its bytes
   template <typename T>
-  T* data_as() const {
-    return static_cast<T*>(data);
-  }
+  T* data_as() const;
 
   // "[2, 3]", as error messages say it
   std::string shape_text() const {
@@ -113,6 +113,28 @@ template <typename T>
 struct Type {
   using type = T;
 };
+
+template <typename T>
+constexpr Dtype dtype_of = Type<T>::no_such_dtype;
+template <>
+inline constexpr Dtype dtype_of<Float16> = Dtype::float16;
+template <>
+inline constexpr Dtype dtype_of<BFloat16> = Dtype::bfloat16;
+template <>
+inline constexpr Dtype dtype_of<float> = Dtype::float32;
+template <>
+inline constexpr Dtype dtype_of<double> = Dtype::float64;
+template <>
+inline constexpr Dtype dtype_of<std::int64_t> = Dtype::int64;
+
+template <typename T>
+T* Tensor::data_as() const {
+  if constexpr (!std::is_same_v<T, char>) {
+    check(dtype == dtype_of<T>, "expected ", name(dtype_of<T>), ", got ", name(dtype), " of shape ",
+          shape_text());
+  }
+  return static_cast<T*>(data);
+}
 
 // calls function(Type<T>{}) with the element type of `dtype`
 template <typename Function>

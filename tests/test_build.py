@@ -120,8 +120,8 @@ def test_borrows_what_torch_holds(make, dtype):
     [
         (3, "expected a torch.Tensor, got int"),
         ([1.0], "expected a torch.Tensor, got list"),
-        (torch.ones(2, dtype=torch.int64), "float64, got torch.int64"),
-        (torch.ones(2, dtype=torch.complex64), "float64, got torch.complex64"),
+        (torch.ones(2, dtype=torch.int32), "int64, got torch.int32"),
+        (torch.ones(2, dtype=torch.complex64), "int64, got torch.complex64"),
         (torch.ones((1,) * 9), "at most 8 dimensions, got 9"),
         (torch.ones(3, device="meta"), "expected a strided tensor with memory: .*meta"),
         (torch.ones(3).to_sparse(), "expected a strided tensor with memory"),
