@@ -1,0 +1,109 @@
+"""The command line: gradsurgery unlearn | report | bench | doctor."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from gradsurgery import __version__
+from gradsurgery.errors import InputError
+
+DESCRIPTION = "Gradient surgery and unlearning: jobs, reports, benchmarks."
+EXTRAS = 'pip install "gradsurgery[cli,jobs]"'
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; exit code 2 for input that makes no sense, 1 for a run that failed."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="gradsurgery", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"gradsurgery {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    unlearn = commands.add_parser("unlearn", help="run an unlearning job", add_help=False)
+    unlearn.add_argument("rest", nargs=argparse.REMAINDER)
+    report = commands.add_parser("report", help="write a run's report.html anew")
+    report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    bench = commands.add_parser("bench", help="run the benchmarks of a source tree", add_help=False)
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    commands.add_parser("doctor", help="what is built, which backends work, versions, threads")
+
+    try:
+        # argparse's REMAINDER does not take a leading --option, so these two are cut off first
+        if arguments[:1] in (["unlearn"], ["bench"]):
+            command = _unlearn if arguments[0] == "unlearn" else _bench
+            command(arguments[1:])
+            return
+        chosen = parser.parse_args(arguments)
+        if chosen.command == "report":
+            _report(chosen.run)
+        else:
+            from gradsurgery import doctor
+
+            doctor.main()
+    except InputError as error:
+        fail(str(error), 2)
+    except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("gradsurgery"):
+            raise
+        fail(f"this command needs {error.name}, which is not installed: {EXTRAS}", 2)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the program with one line on standard error."""
+    print(f"gradsurgery: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _unlearn(arguments: list[str]) -> None:
+    jobs = "usage: gradsurgery unlearn digits [options]; gradsurgery unlearn digits --help"
+    if arguments[:1] in ([], ["-h"], ["--help"]):
+        print(f"{jobs}\n\njobs:")
+        print("  digits   real handwritten digits: mislabeled samples, a class, random samples")
+        if not arguments:
+            raise SystemExit(2)
+        return
+    if arguments[0] != "digits":
+        raise InputError(f"unlearn has no job named {arguments[0]}; there is digits")
+    from gradsurgery.unlearn.command import parse_digits, run_digits
+
+    run_digits(parse_digits(arguments[1:]))
+
+
+def _report(path: Path) -> None:
+    from gradsurgery.unlearn.finish import write_report
+    from gradsurgery.unlearn.run import RunDirectory
+
+    directory = RunDirectory(path)
+    if not (directory / "summary.json").exists():
+        raise InputError(f"RUN: {path} is not a finished run: it has no summary.json")
+    try:
+        write_report(directory)
+    except OSError as error:
+        fail(f"RUN: cannot write to {error.filename or path}: {error.strerror or error}", 2)
+    print(directory / "report.html")
+
+
+def _bench(arguments: list[str]) -> None:
+    """Run pytest on the source tree's benchmarks/; options go to pytest."""
+    import gradsurgery
+
+    folder = Path(gradsurgery.__file__).resolve().parent.parent / "benchmarks"
+    if not folder.is_dir():
+        raise InputError(
+            f"bench runs from a source tree, and {folder.parent} has no benchmarks/: "
+            "clone the repository and install it with pip install -e ."
+        )
+    try:
+        import pytest
+        import pytest_benchmark as _  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f'bench needs {error.name}, which is not installed: pip install "gradsurgery[bench]"'
+        ) from None
+    raise SystemExit(pytest.main([str(folder), f"--rootdir={folder.parent}", *arguments]))

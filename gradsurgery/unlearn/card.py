@@ -1,0 +1,78 @@
+"""The model card of an unlearned model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradsurgery import __version__
+from gradsurgery.unlearn.config import to_dict
+from gradsurgery.unlearn.job import DigitsConfig
+
+WHAT = {
+    "mislabeled": "training samples that had been given wrong labels",
+    "class": "every training sample of one digit",
+    "random": "training samples drawn at random",
+}
+
+
+def model_card(config: DigitsConfig, summary: dict[str, Any], seed: int, name: str) -> str:
+    """Markdown: method, forget set, options, numbers beside Original and Retrain, limits."""
+    from gradsurgery.unlearn.finish import LABELS
+
+    forgotten = summary["forget_sets"][str(seed)]
+    index = summary["seeds"].index(seed)
+    columns = ["original", "retrain"] + ([name] if name != "retrain" else [])
+    options = to_dict(config.training if name == "retrain" else getattr(config, name))
+    digit = "" if forgotten["class"] is None else f" (digit {forgotten['class']})"
+
+    def value(column: str, key: str) -> str:
+        entry = summary["columns"][column].get(key)
+        return "" if entry is None else f"{entry['values'][index]:.4g}"
+
+    keys = [key for key in LABELS if any(key in summary["columns"][c] for c in columns)]
+    rows = "\n".join(
+        f"| {LABELS[key]} | {' | '.join(value(column, key) for column in columns)} |"
+        for key in keys
+    )
+    settings = "\n".join(f"| {key} | {setting} |" for key, setting in options.items())
+    return f"""# Digits classifier, unlearned by {name}
+
+A convolutional network of 124,426 parameters for 8 x 8 images of handwritten digits, made by
+gradsurgery {__version__}. Load it with
+
+```python
+from safetensors.torch import load_file
+from gradsurgery.unlearn.digits import DigitsCNN
+
+model = DigitsCNN()
+model.load_state_dict(load_file("model.safetensors"))
+```
+
+## What was forgotten
+
+- {forgotten["samples"]} {WHAT[config.task]}{digit}, of scikit-learn's digits data set, seed {seed}
+- forget set, SHA-256 of its sorted sample indices: `{forgotten["sha256"]}`
+- method: {name}
+
+## Numbers of this model (seed {seed})
+
+| | {" | ".join(column.capitalize() for column in columns)} |
+|---|{"---|" * len(columns)}
+{rows}
+
+Accuracies and attack accuracies are shares in [0, 1]. Retrain never saw the forget set: near it is
+good, beyond it is not better. summary.json has all seeds and methods.
+
+## Options of {name}
+
+| option | value |
+|---|---|
+{settings}
+
+## Limits
+
+- Unlearning is approximate: this is no proof, and no certificate, that the data's influence is
+gone. - Privacy was judged by one attack on the loss alone; stronger attacks may find more. - Only
+the named samples were forgotten, not copies or near copies of them in the retain set. - The data
+set is small and clean; nothing here says how the model does on other images.
+"""

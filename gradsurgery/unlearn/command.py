@@ -1,0 +1,143 @@
+"""`gradsurgery unlearn digits`: options to a run directory, a table and a report."""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from gradsurgery.cli import fail
+from gradsurgery.errors import InputError
+from gradsurgery.unlearn.config import differences, read_yaml, to_dict, to_yaml, update
+from gradsurgery.unlearn.finish import finish, print_summary
+from gradsurgery.unlearn.job import DigitsConfig, run
+from gradsurgery.unlearn.progress import make_progress
+from gradsurgery.unlearn.run import (
+    RunDirectory,
+    environment,
+    new_directory,
+    numbered,
+    write_atomic,
+    write_json,
+)
+from gradsurgery.unlearn.trainer import TrainingError
+from gradsurgery.unlearn.tuned import TUNED
+
+RUNS = Path("runs")
+
+
+@dataclass
+class Invocation:
+    """Where a run's files go and whether it continues one; not part of its config.yaml."""
+
+    job: DigitsConfig = field(default_factory=DigitsConfig)
+    out: Path | None = None
+    """Run directory; none: a new one, runs/digits-TASK-N."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: continue --out, or the newest unfinished run with the same options, or start one."""
+    config: Path | None = None
+    """YAML file of options, such as a run's config.yaml; other options given override it."""
+
+
+def parse_digits(arguments: list[str]) -> Invocation:
+    """Options of `gradsurgery unlearn digits`: the task's, then --config's, then those given."""
+    import tyro
+
+    # the task decides the defaults of all other options, so it must be known before they are parsed
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument("--task")
+    early.add_argument("--config", type=Path)
+    try:
+        first, _ = early.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise InputError(str(error)) from None
+    given: dict[str, Any] = read_yaml(first.config) if first.config else {}
+    task = first.task or given.get("task", DigitsConfig().task)
+    if task not in TUNED:
+        raise InputError(f"--task must be one of {', '.join(TUNED)}, got {task}")
+    try:
+        defaults = update(DigitsConfig.for_task(task), given)
+    except InputError as error:
+        raise InputError(f"--config {first.config}: {error}") from None
+
+    @dataclass
+    class Options(Invocation):
+        # an empty name: --task, not --job.task
+        job: Annotated[DigitsConfig, tyro.conf.arg(name="")] = field(
+            default_factory=lambda: defaults
+        )
+
+    return tyro.cli(
+        Options,
+        args=arguments,
+        prog="gradsurgery unlearn digits",
+        description=DigitsConfig.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def run_digits(invocation: Invocation) -> None:
+    """Run the job in its directory, print the table, write the report."""
+
+    config = invocation.job
+    config.check()
+    progress = make_progress()
+    path = choose_directory(invocation)
+    again = f"gradsurgery unlearn digits --config {path}/config.yaml --out {path} --resume auto"
+    try:
+        with RunDirectory(path) as directory:
+            progress.say(f"run directory {path}")
+            open_directory(directory, config)
+            summary = run(config, directory, progress)
+            finish(config, directory, summary)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or error
+        fail(f"--out: cannot write to {error.filename or path}: {reason}", 2)
+    except TrainingError as error:
+        fail(f"{error}. The last good checkpoint is kept in {path}", 1)
+    except KeyboardInterrupt:
+        fail(f"interrupted; to continue: {again}", 130)
+    print_summary(summary)
+    progress.say(f"report {path / 'report.html'}")
+
+
+def choose_directory(invocation: Invocation) -> Path:
+    """The run directory an invocation means; `InputError` where it would write over a run."""
+
+    config, out = invocation.job, invocation.out
+    if out is not None:
+        if invocation.resume == "never" and out.is_dir() and any(out.iterdir()):
+            raise InputError(
+                f"--out: {out} exists and is not empty; continue it with --resume auto "
+                "or name another directory"
+            )
+        return out
+    name = f"digits-{config.task}"
+    if invocation.resume == "auto":
+        for path in numbered(RUNS, name):
+            if not RunDirectory(path).complete and stored_options(path) == to_dict(config):
+                return path
+    return new_directory(RUNS, name)
+
+
+def stored_options(path: Path) -> dict[str, Any] | None:
+    """The options a run directory was started with, None if it has none."""
+
+    return read_yaml(path / "config.yaml", "--out") if (path / "config.yaml").exists() else None
+
+
+def open_directory(directory: RunDirectory, config: DigitsConfig) -> None:
+    """Write the options into a new run directory; in an old one, insist that they are the same."""
+    stored = stored_options(directory.path)
+    if stored is None:
+        if any(directory.path.glob("stages/*.json")):
+            raise InputError(f"--out: {directory.path} holds a run without its config.yaml")
+        write_atomic(directory / "config.yaml", to_yaml(config))
+    else:
+        changed = differences(stored, to_dict(config))
+        if changed:
+            raise InputError(
+                f"--resume: {directory.path} was started with other options: {'; '.join(changed)}"
+            )
+    write_json(directory / "env.json", environment())

@@ -1,0 +1,31 @@
+"""NegGrad: climb the forget loss and look at nothing else, ascend L_f."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gradsurgery.unlearn.trainer import Record, Trainer, TrainerConfig
+
+
+@dataclass
+class NegGradConfig(TrainerConfig):
+    """Options of NegGrad."""
+
+    forget_batch: int = 64
+    forget_ceiling: float = math.inf
+    """A forget sample whose loss is above this (nats) no longer pushes; inf is plain ascent."""
+
+
+class NegGrad(Trainer[NegGradConfig]):
+    """Gradient ascent on the forget set. Nothing holds the retain set: few steps, a low rate."""
+
+    Config = NegGradConfig
+    draws = ("forget",)
+
+    def update(self) -> Record:
+        self.optimizer.zero_grad()
+        losses = self.loss(self.model, next(self.batches["forget"]))
+        (-losses.clamp(max=self.config.forget_ceiling).mean()).backward()
+        self.optimizer.step()
+        return {"forget_loss_batch": losses.mean().item()}
