@@ -60,8 +60,7 @@ def test_wheel(wheel: Path, version: str, work: Path) -> None:
     shutil.copytree(ROOT / "tests", tree / "tests")
     shutil.copy(ROOT / "pyproject.toml", tree)
     run(python, "-c", SMOKE.format(version=version), cwd=tree)
-    paths = [path for path in ("tests/test_build.py", "tests/ops") if (tree / path).exists()]
-    run(python, "-m", "pytest", "--quiet", *paths, cwd=tree)
+    run(python, "-m", "pytest", "--quiet", "tests/test_build.py", "tests/ops", cwd=tree)
 
 
 def main() -> None:
