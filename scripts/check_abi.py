@@ -51,14 +51,14 @@ def test_wheel(wheel: Path, version: str, work: Path) -> None:
     python = make_venv(work / f"torch-{version}")
     pip = (python, "-m", "pip", "install", "--quiet")
     pins = work / f"constraints-{version}.txt"
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (work / "source/constraints.txt").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("torch==", "setuptools=="))]
     pins.write_text("\n".join([*kept, f"torch=={version}"]))
     run(*pip, "-c", pins, "numpy", "pytest", "hypothesis", "pytest-benchmark", wheel)
     tree = work / f"tests-{version}"
     shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", tree / "tests")
-    shutil.copy(ROOT / "pyproject.toml", tree)
+    shutil.copytree(work / "source/tests", tree / "tests")
+    shutil.copy(work / "source/pyproject.toml", tree)
     run(python, "-c", SMOKE.format(version=version), cwd=tree)
     run(python, "-m", "pytest", "--quiet", "tests/test_build.py", "tests/ops", cwd=tree)
 
