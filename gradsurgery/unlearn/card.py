@@ -7,6 +7,7 @@ from typing import Any
 from gradsurgery import __version__
 from gradsurgery.unlearn.config import to_dict
 from gradsurgery.unlearn.job import DigitsConfig
+from gradsurgery.unlearn.labels import LABELS, NAMES
 
 WHAT = {
     "mislabeled": "training samples that had been given wrong labels",
@@ -17,8 +18,6 @@ WHAT = {
 
 def model_card(config: DigitsConfig, summary: dict[str, Any], seed: int, name: str) -> str:
     """Markdown: method, forget set, options, numbers beside Original and Retrain, limits."""
-    from gradsurgery.unlearn.finish import LABELS
-
     forgotten = summary["forget_sets"][str(seed)]
     index = summary["seeds"].index(seed)
     columns = ["original", "retrain"] + ([name] if name != "retrain" else [])
@@ -35,7 +34,7 @@ def model_card(config: DigitsConfig, summary: dict[str, Any], seed: int, name: s
         for key in keys
     )
     settings = "\n".join(f"| {key} | {setting} |" for key, setting in options.items())
-    return f"""# Digits classifier, unlearned by {name}
+    return f"""# Digits classifier, unlearned by {NAMES[name]}
 
 A convolutional network of 124,426 parameters for 8 x 8 images of handwritten digits, made by
 gradsurgery {__version__}. Load it with
@@ -52,18 +51,18 @@ model.load_state_dict(load_file("model.safetensors"))
 
 - {forgotten["samples"]} {WHAT[config.task]}{digit}, of scikit-learn's digits data set, seed {seed}
 - forget set, SHA-256 of its sorted sample indices: `{forgotten["sha256"]}`
-- method: {name}
+- method: {NAMES[name]}
 
 ## Numbers of this model (seed {seed})
 
-| | {" | ".join(column.capitalize() for column in columns)} |
+| | {" | ".join(NAMES[column] for column in columns)} |
 |---|{"---|" * len(columns)}
 {rows}
 
 Accuracies and attack accuracies are shares in [0, 1]. Retrain never saw the forget set: near it is
 good, beyond it is not better. summary.json has all seeds and methods.
 
-## Options of {name}
+## Options of {NAMES[name]}
 
 | option | value |
 |---|---|

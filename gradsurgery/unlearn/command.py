@@ -140,4 +140,4 @@ def open_directory(directory: RunDirectory, config: DigitsConfig) -> None:
             raise InputError(
                 f"--resume: {directory.path} was started with other options: {'; '.join(changed)}"
             )
-    write_json(directory / "env.json", environment())
+    write_json(directory / "env.json", environment(config.threads))

@@ -9,21 +9,8 @@ from gradsurgery.unlearn import digits
 from gradsurgery.unlearn.card import model_card
 from gradsurgery.unlearn.config import read_yaml
 from gradsurgery.unlearn.job import DigitsConfig
+from gradsurgery.unlearn.labels import LABELS, NAMES
 from gradsurgery.unlearn.run import RunDirectory, read_json, write_atomic, write_json
-
-# keys of evaluate() in the order they are shown
-LABELS = {
-    "forget": "forget set",
-    "repaired": "forget set, true labels",
-    "retain": "retain set",
-    "test": "test",
-    "test_forgotten": "test, forgotten class",
-    "mia": "membership attack",
-    "uis": "UIS",
-    "gap_mean": "mean gap to Retrain",
-    "steps": "steps",
-    "seconds": "seconds",
-}
 
 
 def finish(config: DigitsConfig, directory: RunDirectory, summary: dict[str, Any]) -> None:
@@ -72,7 +59,7 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     names = list(columns)
     keys = [key for key in LABELS if any(key in columns[name] for name in names)]
     rows = [[LABELS[key], *(cell(columns[name], key) for name in names)] for key in keys]
-    return ["", *(name.capitalize() for name in names)], rows
+    return ["", *(NAMES[name] for name in names)], rows
 
 
 def caption(summary: dict[str, Any]) -> str:

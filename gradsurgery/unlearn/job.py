@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from gradsurgery.unlearn.orthograd import OrthoGradConfig
 from gradsurgery.unlearn.progress import Progress
 from gradsurgery.unlearn.retrain import Retrain, RetrainConfig
 from gradsurgery.unlearn.run import RunDirectory, Stage, fingerprint
-from gradsurgery.unlearn.trainer import Trainer, TrainerConfig, TrainingError, require, take
+from gradsurgery.unlearn.trainer import Trainer, TrainingError, require, take
 from gradsurgery.unlearn.tuned import TUNED
 
 Method = Literal["all", "orthograd", "graddiff", "neggrad", "finetune", "retrain"]
@@ -85,6 +86,19 @@ class DigitsConfig:
             require(in_range, "forget-class", "a digit from 0 to 9", self.forget_class)
 
 
+@contextmanager
+def reproducible(threads: int) -> Iterator[None]:
+    """Fixed threads and deterministic algorithms; torch's global settings come back afterwards."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
 def stage_seed(seed: int, name: str) -> int:
     """A seed of its own for each purpose of a run."""
     return zlib.crc32(f"{seed}/{name}".encode()) % 2**31
@@ -144,7 +158,7 @@ def make_trainer(
     """The trainer of one stage; all unlearning methods of a seed see the same order of data."""
     training = name in ("original", "retrain")
     kind: type[Trainer] = Retrain if training else METHODS[name]
-    options: TrainerConfig = config.training if training else getattr(config, name)
+    options: Any = config.training if training else getattr(config, name)
     torch.manual_seed(stage_seed(seed, name))
     return kind(
         model,
@@ -166,19 +180,18 @@ def run(config: DigitsConfig, directory: RunDirectory, progress: Progress) -> di
     the numbers of one that was not.
     """
     config.check()
-    torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(True)
     directory.rewind()
     forget_sets = {}
-    for seed in range(config.first_seed, config.first_seed + config.seeds):
-        data = digits.load(config.task, seed, config.forget_class)
-        forget_sets[str(seed)] = {
-            "samples": len(data.forget_ids),
-            "sha256": fingerprint(data.forget_ids),
-            "class": data.forget_class,
-        }
-        for name in ("original", "retrain", *config.methods):
-            _stage(config, directory, progress, data, (seed, name))
+    with reproducible(config.threads):
+        for seed in range(config.first_seed, config.first_seed + config.seeds):
+            data = digits.load(config.task, seed, config.forget_class)
+            forget_sets[str(seed)] = {
+                "samples": len(data.forget_ids),
+                "sha256": fingerprint(data.forget_ids),
+                "class": data.forget_class,
+            }
+            for name in ("original", "retrain", *config.methods):
+                _stage(config, directory, progress, data, (seed, name))
     return summarize(config, directory.results(), forget_sets)
 
 

@@ -55,7 +55,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def environment() -> dict[str, Any]:
+def environment(threads: int) -> dict[str, Any]:
     """What a run depended on besides its options."""
     packages = ("gradsurgery", "torch", "numpy", "scikit-learn", "matplotlib", "safetensors")
     return {
@@ -63,7 +63,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "packages": {package: _version(package) for package in packages},
     }

@@ -1,0 +1,5 @@
+"""`python -m gradsurgery` is `gradsurgery`."""
+
+from gradsurgery.cli import main
+
+main()
