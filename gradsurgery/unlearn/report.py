@@ -31,32 +31,46 @@ REAL_TASK = {
 STYLE = """
 :root { --ink: #1b1e23; --soft: #5b616a; --line: #e3e6ea; --accent: #0072b2; --wash: #f6f7f9; }
 * { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fff; line-height: 1.5;
+body { margin: 0; color: var(--ink); background: #fff;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 64px; }
 h1 { font-size: clamp(1.5rem, 4.5vw, 2.1rem); line-height: 1.2; margin: 0 0 4px; }
-h2 { font-size: 1.15rem; margin: 44px 0 10px; padding-top: 14px; border-top: 1px solid var(--line);
-} p { max-width: 46em; } .soft, figcaption, .note { color: var(--soft); } .note, figcaption {
-font-size: .875rem; } .verdict { font-size: clamp(1.05rem, 3vw, 1.25rem); background: var(--wash);
-  border-left: 4px solid var(--accent); padding: 16px 18px; margin: 20px 0; max-width: none; }
-.figures { display: grid; gap: 12px; margin: 18px 0;
+h2 { font-size: 1.15rem; margin: 44px 0 10px; padding-top: 14px;
+  border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 24px 0 6px; }
+p { max-width: 46em; }
+.soft, figcaption, .note { color: var(--soft); }
+.note, figcaption { font-size: .875rem; }
+.verdict { font-size: clamp(1.05rem, 3vw, 1.25rem); background: var(--wash); max-width: none;
+  border-left: 4px solid var(--accent); padding: 16px 18px; margin: 20px 0; }
+.figures { display: grid; gap: 12px; margin: 8px 0 18px;
   grid-template-columns: repeat(auto-fit, minmax(148px, 1fr)); }
 .figure { border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
-.figure b { display: block; font-size: 1.55rem; line-height: 1.2; font-variant-numeric:
-tabular-nums; } .figure span { display: block; font-size: .82rem; color: var(--soft); } .grid {
-display: grid; gap: 24px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
+.figure b { display: block; font-size: 1.55rem; line-height: 1.2; }
+.figure span { display: block; font-size: .82rem; color: var(--soft); }
+.grid { display: grid; gap: 24px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 .grid.one { max-width: 560px; }
-.grid.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); gap: 14px; }
-figure { margin: 0; } figure img { width: 100%; height: auto; display: block; } .scroll {
-overflow-x: auto; } table { border-collapse: separate; border-spacing: 0; font-size: .9rem; font-variant-numeric:
-tabular-nums; } th, td { padding: 7px 12px; text-align: right; border-bottom: 1px solid
-var(--line); white-space: nowrap; } th:first-child, td:first-child { text-align: left; position:
-sticky; left: 0; background: #fff; } td small { color: var(--soft); display: block; } thead th {
-border-bottom: 2px solid var(--ink); } .dot { display: inline-block; width: .7em; height: .7em;
-border-radius: 50%; margin-right: .4em; } tr.total td { font-weight: 600; } details { margin: 10px
-0; } summary { cursor: pointer; } @media (max-width: 600px) { th, td { padding: 6px 8px; }
-  .numbers td:first-child { white-space: normal; min-width: 6.5em; max-width: 7.5em; } }
-td.text { text-align: left; white-space: normal; }
+.grid.small { gap: 14px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 290px), 1fr)); }
+figure { margin: 0; }
+figure img { width: 100%; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem; }
+th, td, .figure b { font-variant-numeric: tabular-nums; }
+th, td { padding: 7px 12px; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+td small { color: var(--soft); display: block; }
+thead th { border-bottom: 2px solid var(--ink); }
+.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
+tr.total td { font-weight: 600; }
+details { margin: 10px 0; }
+summary { cursor: pointer; }
+td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+@media (max-width: 600px) {
+  th, td { padding: 6px 8px; }
+  .numbers td:first-child { white-space: normal; min-width: 6.5em; max-width: 7.5em; }
+}
 """
 
 
