@@ -1,4 +1,5 @@
-# what the module says of itself; its operators take tensors by position and are typed in gradsurgery.ops
+# what the module says of itself; operators take tensors by position and are typed in
+# gradsurgery.ops
 from typing import Any
 
 __file__: str
@@ -10,4 +11,4 @@ openmp: bool
 
 def isa() -> str: ...
 def describe(tensor: object) -> dict[str, Any]: ...
-def __getattr__(name: str) -> Any: ...
+def __getattr__(name: str) -> Any: ...  # noqa: ANN401
