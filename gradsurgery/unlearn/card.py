@@ -70,8 +70,8 @@ good, beyond it is not better. summary.json has all seeds and methods.
 
 ## Limits
 
-- Unlearning is approximate: this is no proof, and no certificate, that the data's influence is
-gone. - Privacy was judged by one attack on the loss alone; stronger attacks may find more. - Only
-the named samples were forgotten, not copies or near copies of them in the retain set. - The data
-set is small and clean; nothing here says how the model does on other images.
+- Unlearning is approximate: no proof and no certified deletion of the data's influence.
+- Privacy was judged by one attack on the loss alone; stronger attacks may find more.
+- Only the named samples were forgotten, not copies or near copies of them in the retain set.
+- The data set is small and clean; nothing here says how the model does on other images.
 """

@@ -90,8 +90,9 @@ class OrthoGradTrainer(Trainer[OrthoGradConfig]):
             "forget_loss_batch": info.forget_loss,
             "retain_loss_batch": info.retain_loss,
             "cosine_mean": float(info.cosines.mean()),
-            "cosine_min": float(info.cosines.min()),
-            "conflict_rate": float(info.conflict_rate),
+            "cosine_max": float(info.cosines.max()),
+            # the step climbs: it is a positive cosine that would raise a retain sample's loss
+            "conflict_rate": float((info.cosines > 0).double().mean()),
             "kept_norm": float(info.kept_norm),
             "rank": int(info.rank),
         }

@@ -252,13 +252,13 @@ def pictures(
     if "orthograd" in methods:
         page += "<h2>Inside OrthoGrad's steps</h2><div class='grid'>"
         page += _figure(
-            plots.surgery(steps, {"cosine_mean": "mean", "cosine_min": "smallest"}, "cosine"),
-            "Cosine of the forget gradient with the retain samples' gradients. Below zero the two "
-            f"oppose: climbing the forget loss lowers that sample's loss too.{faint}",
+            plots.surgery(steps, {"cosine_mean": "mean", "cosine_max": "largest"}, "cosine"),
+            "Cosine of the forget gradient with the retain samples' gradients. Above zero, "
+            f"climbing the forget loss as it is would raise that sample's loss as well.{faint}",
         )
         page += _figure(
             plots.surgery(steps, {"conflict_rate": ""}, "conflict rate"),
-            f"Share of retain samples with a negative cosine.{faint}",
+            f"Share of retain samples with a cosine above zero.{faint}",
         )
         page += _figure(
             plots.surgery(steps, {"kept_norm": ""}, "kept norm"),

@@ -1,0 +1,24 @@
+"""A problem small enough for float64 and exact claims."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def cross_entropy(model, batch):
+    return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
+
+
+@pytest.fixture
+def problem():
+    """A two-layer network in float64 with 12 samples to forget and 24 to retain."""
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+
+    def samples(n):
+        images = torch.randn(n, 6, dtype=torch.float64)
+        return {"image": images, "label": torch.randint(0, 3, (n,))}
+
+    return SimpleNamespace(model=model, forget=samples(12), retain=samples(24), loss=cross_entropy)

@@ -1,0 +1,74 @@
+"""The splits: sizes, disjointness, and what each task forgets."""
+
+import pytest
+import torch
+
+from gradsurgery.errors import InputError
+from gradsurgery.unlearn import digits
+
+
+def ids(data):
+    """Images as hashable rows: the data set has no duplicates among them."""
+    return {tuple(row) for row in data["image"].flatten(1).tolist()}
+
+
+@pytest.mark.parametrize("task,forgotten", [("mislabeled", 100), ("random", 126), ("class", None)])
+def test_sets_are_disjoint_and_complete(task, forgotten):
+    data = digits.load(task, seed=3)
+    sets = [data.forget, data.retain, data.validation, data.test]
+    assert [len(part["label"]) for part in sets[2:]] == [180, 360]
+    assert len(data.train["label"]) == 1257
+    if forgotten is not None:
+        assert len(data.forget["label"]) == forgotten
+    assert sum(len(ids(part)) for part in sets) == len(set.union(*map(ids, sets))) == 1797
+    assert data.train["image"].min() >= 0 and data.train["image"].max() == 1
+
+
+def test_every_wrong_label_is_wrong():
+    data = digits.load("mislabeled", seed=0)
+    assert (data.forget["label"] != data.true_labels).all()
+    assert data.forget["label"].min() >= 0 and data.forget["label"].max() <= 9
+
+
+def test_class_takes_all_of_one_digit_and_the_seed_names_it():
+    data = digits.load("class", seed=13)
+    assert data.forget_class == 3
+    assert (data.forget["label"] == 3).all() and (data.retain["label"] != 3).all()
+    kept, forgotten = data.split("test")
+    assert (kept["label"] != 3).all() and (forgotten["label"] == 3).all()
+    assert len(kept["label"]) + len(forgotten["label"]) == 360
+    assert digits.load("class", seed=13, forget_class=8).forget_class == 8
+
+
+def test_test_set_is_the_same_for_every_seed():
+    first, second = digits.load("random", seed=0), digits.load("mislabeled", seed=105)
+    assert torch.equal(first.test["image"], second.test["image"])
+    assert not torch.equal(first.validation["image"], second.validation["image"])
+
+
+def test_same_seed_same_split():
+    first, second = digits.load("mislabeled", seed=4), digits.load("mislabeled", seed=4)
+    assert torch.equal(first.forget["label"], second.forget["label"])
+    assert torch.equal(first.forget_ids, second.forget_ids)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("speaker", 0), "--task must be one of mislabeled, class, random, got speaker"),
+        (("class", 0, 12), "--forget-class must be a digit from 0 to 9, got 12"),
+        (("random", 0, 3), "--forget-class applies to --task class only, got --task random"),
+    ],
+)
+def test_nonsense_is_named(arguments, message):
+    with pytest.raises(InputError, match=message):
+        digits.load(*arguments)
+
+
+def test_a_loss_depends_on_its_own_sample_alone():
+    torch.manual_seed(0)
+    model, data = digits.DigitsCNN(), digits.load("random", seed=0).validation
+    together = digits.cross_entropy(model, data)
+    alone = digits.cross_entropy(model, {key: value[:1] for key, value in data.items()})
+    torch.testing.assert_close(together[:1], alone)
+    assert sum(p.numel() for p in model.parameters()) == 124_426
