@@ -29,8 +29,8 @@ DIGITS = ("unlearn", "digits")
 # seconds of training for every stage, through the same code as the real job
 TINY = (
     "--threads=1",
-    "--seeds=2",
-    "--training.steps=40",
+    "--seeds=1",
+    "--training.steps=20",
     "--orthograd.steps=6",
     "--graddiff.steps=6",
     "--neggrad.steps=6",
@@ -102,9 +102,9 @@ def test_a_run_leaves_everything_behind(finished):
     methods = ["original", "retrain", "orthograd", "graddiff", "neggrad", "finetune"]
     summary = json.loads((finished.path / "summary.json").read_text())
     assert list(summary["columns"]) == methods
-    assert len(list((finished.path / "models").iterdir())) == 2 * len(methods)
+    assert len(list((finished.path / "models").iterdir())) == len(methods)
     records = [json.loads(x) for x in (finished.path / "metrics.jsonl").read_text().splitlines()]
-    steps = [r["step"] for r in records if (r["seed"], r["method"]) == (1, "orthograd")]
+    steps = [r["step"] for r in records if r["method"] == "orthograd"]
     assert steps == list(range(7))  # 0 is the model as it was given
 
 
@@ -139,9 +139,9 @@ def test_config_out_is_config_in(finished, tmp_path):
     assert numbers(tmp_path / "again") == numbers(finished.path)
 
 
-@pytest.mark.parametrize("lines", [3, 47, 75])
+@pytest.mark.parametrize("lines", [10, 47])
 def test_a_killed_run_continues_to_the_same_bits(lines, finished, tmp_path):
-    """SIGKILL as soon as so many steps are logged: in the original, in retrain and further on."""
+    """SIGKILL as soon as so many steps are logged: in the original, in OrthoGrad."""
     arguments = (*DIGITS, *TINY, "--method", "all", "--out", "run", "--resume", "auto")
     process = subprocess.Popen(
         [sys.executable, "-m", "gradsurgery", *arguments],
@@ -164,7 +164,7 @@ def test_a_killed_run_continues_to_the_same_bits(lines, finished, tmp_path):
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
     before, path = numbers(finished.path), str(finished.path)
     main([*DIGITS, "--config", f"{path}/config.yaml", "--out", path, "--resume", "auto"])
-    assert capsys.readouterr().out.count("already done") == 12
+    assert capsys.readouterr().out.count("already done") == 6
     assert numbers(finished.path) == before
 
 
@@ -247,13 +247,11 @@ def test_unknown_jobs_and_options_end_with_code_2(capsys):
     assert "--sedes" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line_and_the_run_continues(finished, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
     """Files may not grow past 400 kB: a model's 500 kB no longer fit."""
-    arguments = (*DIGITS, *TINY, "--method", "all", "--out", "run", "--resume", "auto")
     limit = 400_000
-
     process = gradsurgery(
-        *arguments,
+        *(*DIGITS, *TINY, "--checkpoint-every=99", "--out=run"),
         cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
@@ -261,8 +259,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues(finished, tmp_path):
     assert re.fullmatch(
         r"gradsurgery: error: --out: cannot write to run.*: File too large", process.stderr.strip()
     )
-    assert gradsurgery(*arguments, cwd=tmp_path).returncode == 0
-    assert numbers(tmp_path / "run") == numbers(finished.path)
+    assert not list((tmp_path / "run/models").iterdir())
 
 
 def test_divergence_stops_with_one_line(tmp_path, capsys):
@@ -343,7 +340,7 @@ def test_doctor_reports(capsys):
 def test_retrain_alone_is_a_run(tmp_path):
     out = tmp_path / "run"
     options = ("--method=retrain", "--seeds=1", "--task=class", "--forget-class=8", f"--out={out}")
-    main([*DIGITS, "--training.steps=40", "--threads=1", *options])
+    main([*DIGITS, "--training.steps=20", "--threads=1", *options])
     assert yaml.safe_load((out / "config.yaml").read_text())["method"] == ["retrain"]
     assert "there is no unlearning method to judge" in (out / "report.html").read_text()
     assert "digit 8" in (out / "model_card.md").read_text()

@@ -22,3 +22,12 @@ def problem():
         return {"image": images, "label": torch.randint(0, 3, (n,))}
 
     return SimpleNamespace(model=model, forget=samples(12), retain=samples(24), loss=cross_entropy)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """One thread: the tensors here are tiny, and waiting for a second costs more than it brings."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -44,7 +44,7 @@ def test_neggrad_raises_the_forget_loss(problem):
 
 
 def test_graddiff_raises_forget_and_holds_retain(problem):
-    forget, retain = run(GradDiff, problem, steps=60, lr=0.1, forget_ceiling=2.0)
+    forget, retain = run(GradDiff, problem, steps=30, lr=0.1, forget_ceiling=2.0)
     assert forget.mean() > 0.1
     assert retain.mean() < 0
 
@@ -80,7 +80,7 @@ def test_orthograd_climbs_forget_and_leaves_every_retain_loss_to_first_order(pro
 
 
 def test_orthograd_raises_forget_and_lowers_retain(problem):
-    forget, retain = run(OrthoGradTrainer, problem, steps=60, lr=0.1, alpha=0.5)
+    forget, retain = run(OrthoGradTrainer, problem, steps=30, lr=0.1, alpha=0.5)
     assert forget.mean() > 0.1
     assert retain.mean() < 0
 
