@@ -31,7 +31,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
 
 
 def make_venv(folder: Path) -> Path:
-    venv.create(folder, with_pip=True, clear=True)
+    venv.create(folder, with_pip=True)
     return folder / "bin" / "python"
 
 
@@ -54,7 +54,8 @@ def test_wheel(wheel: Path, version: str, work: Path) -> None:
     lines = (work / "source/constraints.txt").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("torch==", "setuptools=="))]
     pins.write_text("\n".join([*kept, f"torch=={version}"]))
-    run(*pip, "-c", pins, "numpy", "pytest", "hypothesis", "pytest-benchmark", wheel)
+    run(*pip, "-c", pins, "torch", "numpy", "pytest", "hypothesis", "pytest-benchmark")
+    run(*pip, "--no-deps", "--force-reinstall", wheel)
     tree = work / f"tests-{version}"
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(work / "source/tests", tree / "tests")
@@ -66,7 +67,7 @@ def test_wheel(wheel: Path, version: str, work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", nargs="+", default=["2.11.0", "2.13.0"], metavar="VERSION")
-    parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
+    parser.add_argument("--keep", type=Path, help="work in this folder, and find its torch again next time")
     arguments = parser.parse_args()
     work = arguments.keep or Path(tempfile.mkdtemp())
     work = work.resolve()
