@@ -39,53 +39,51 @@ def write_report(directory: RunDirectory) -> None:
     write_atomic(directory / "report.html", page)
 
 
-def cell(column: dict[str, Any], key: str) -> str:
-    """One table cell: mean, spread over seeds if there are several, and the gap to Retrain."""
+def cell(column: dict[str, Any], key: str, narrow: bool = False) -> str:
+    """One table cell: mean, spread over seeds if there are several, and the gap to Retrain.
+
+    A narrow one puts the spread on a line of its own and leaves the gap out.
+    """
     if key not in column:
         return ""
     value, spread = column[key]["mean"], column[key]["std"]
     if key == "steps":
         return f"{value:.0f}"
-    text = f"{value:.1f}" if key == "seconds" else f"{value:.3f}"
+    digits = 1 if key == "seconds" else 3
+    text = f"{value:.{digits}f}"
     if spread is not None:
-        text += f" ± {spread:.1f}" if key == "seconds" else f" ± {spread:.3f}"
+        text += f"\n± {spread:.{digits}f}" if narrow else f" ± {spread:.{digits}f}"
     gap = column.get(f"gap_{key}")
-    return f"{text} ({gap['mean']:.3f})" if gap else text
+    return f"{text} ({gap['mean']:.3f})" if gap and not narrow else text
 
 
-def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(summary: dict[str, Any], narrow: bool = False) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the final table: metrics down, Original | Retrain | methods across."""
     columns = summary["columns"]
     names = list(columns)
     keys = [key for key in LABELS if any(key in columns[name] for name in names)]
-    rows = [[LABELS[key], *(cell(columns[name], key) for name in names)] for key in keys]
+    rows = [[LABELS[key], *(cell(columns[name], key, narrow) for name in names)] for key in keys]
     return ["", *(NAMES[name] for name in names)], rows
 
 
-def caption(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any], narrow: bool = False) -> str:
     """What the numbers of the table are."""
     seeds = len(summary["seeds"])
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    return f"digits, {summary['task']}: accuracies, {over}; in brackets the gap to Retrain"
+    gaps = "" if narrow else "; in brackets the gap to Retrain"
+    return f"digits, {summary['task']}: accuracies, {over}{gaps}"
 
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The final table: drawn where standard output is a terminal, aligned plain text otherwise."""
-    header, rows = table(summary)
     if sys.stdout.isatty():
         try:
-            from rich.console import Console
-            from rich.table import Table
+            _draw(summary)
         except ImportError:
             pass
         else:
-            drawn = Table(title=caption(summary), title_justify="left", title_style="bold")
-            for index, name in enumerate(header):
-                drawn.add_column(name, justify="right" if index else "left")
-            for row in rows:
-                drawn.add_row(*row)
-            Console(highlight=False).print(drawn)
             return
+    header, rows = table(summary)
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     print(f"\n{caption(summary)}")
     for line in [header, *rows]:
@@ -93,3 +91,27 @@ def print_summary(summary: dict[str, Any]) -> None:
         rest = (text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))
         print("  ".join([first, *rest]).rstrip())
     print(flush=True)
+
+
+def _draw(summary: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+
+    def make(narrow: bool) -> Table:
+        drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        header, rows = table(summary, narrow)
+        for index, name in enumerate(header):
+            drawn.add_column(name, justify="right" if index else "left")
+        for row in rows:
+            drawn.add_row(*row)
+        return drawn
+
+    wide = make(narrow=False)
+    # measured as if there were room: a table says it needs no more than it is given
+    wanted = console.measure(wide, options=console.options.update(max_width=1000)).maximum
+    narrow = wanted > console.width
+    console.print(f"\n{caption(summary, narrow)}", style="bold")
+    console.print(make(narrow) if narrow else wide)

@@ -73,12 +73,13 @@ class DigitsConfig:
         """Raise `InputError` naming the first option that makes no sense."""
         require(len(self.method) > 0, "method", "at least one method", "none")
         require(self.seeds >= 1, "seeds", "at least 1", self.seeds)
-        require(self.first_seed >= 0, "first-seed", "at least 0", self.first_seed)
+        require(0 <= self.first_seed < 2**31, "first-seed", "in [0, 2^31)", self.first_seed)
         require(1 <= self.threads <= 1024, "threads", "from 1 to 1024", self.threads)
         require(self.probe_every >= 1, "probe-every", "at least 1", self.probe_every)
         require(self.checkpoint_every >= 1, "checkpoint-every", "at least 1", self.checkpoint_every)
         for name in ("training", *METHODS):
             getattr(self, name).check(name)
+        require(self.training.steps >= 1, "training.steps", "at least 1", self.training.steps)
         require(self.training.stop == "never", "training.stop", "never", self.training.stop)
         if self.forget_class is not None:
             require(self.task == "class", "task", "class where --forget-class is given", self.task)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, NonFiniteError
 
 Batch = Any  # pytree of tensors that share their leading dimension B
 PerSampleLoss = Callable[[nn.Module, Batch], Tensor]  # -> losses [B]
@@ -218,7 +218,10 @@ class Trainer(ABC, Generic[C]):
                 group["lr"] = rate
             self.model.train()
             start = time.perf_counter()
-            numbers = self.update()
+            try:
+                numbers = self.update()
+            except NonFiniteError as error:
+                raise self._diverged(str(error), self.step + 1) from None
             self.seconds += time.perf_counter() - start
             self.step += 1
             record = {"step": self.step, "seconds": self.seconds, "lr": rate, **numbers}
@@ -248,10 +251,11 @@ class Trainer(ABC, Generic[C]):
     def _check_finite(self, record: Record) -> None:
         for name, value in record.items():
             if isinstance(value, float) and not abs(value) < DIVERGED:
-                raise TrainingError(
-                    f"{name} became {value} at step {self.step} of {type(self).__name__}: "
-                    "lower the learning rate or set a forget ceiling"
-                )
+                raise self._diverged(f"{name} became {value}", self.step)
+
+    def _diverged(self, what: str, step: int) -> TrainingError:
+        advice = "lower the learning rate or set a forget ceiling"
+        return TrainingError(f"{what} at step {step} of {type(self).__name__}: {advice}")
 
     def state_dict(self) -> dict[str, Any]:
         """All that later steps depend on: tensors and numbers, safe for `weights_only` loading."""

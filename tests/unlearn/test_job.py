@@ -58,6 +58,7 @@ def test_uis_is_against_the_original_of_the_same_seed(summary):
 def test_cells_show_mean_spread_and_gap(summary):
     neggrad = summary["columns"]["neggrad"]
     assert cell(neggrad, "forget") == "0.500 ± 0.354 (0.500)"
+    assert cell(neggrad, "forget", narrow=True) == "0.500\n± 0.354"
     assert cell(neggrad, "seconds") == "2.0 ± 1.4"
     assert cell(neggrad, "steps") == "10"
     assert cell(neggrad, "repaired") == ""

@@ -135,6 +135,21 @@ def test_divergence_is_an_error_that_names_the_step(problem):
         trainer.run()
 
 
+def test_divergence_of_a_gradient_is_the_same_error(problem):
+    """The loss is finite and its gradient is not: the surgeon finds it before the model moves."""
+    start = problem.model[0].weight.clone()
+
+    def broken(model, batch):
+        losses = problem.loss(model, batch)
+        return losses + (losses - losses.detach()).abs().sqrt()
+
+    trainer = make(METHODS["orthograd"], problem)
+    trainer.loss = broken
+    with pytest.raises(TrainingError, match=r"at step 1 of OrthoGradTrainer: lower the learning"):
+        trainer.run()
+    assert torch.equal(problem.model[0].weight, start)
+
+
 def test_missing_data_is_named(problem):
     with pytest.raises(InputError, match="forget: NegGrad needs this data, got None"):
         NegGrad(problem.model, problem.loss, None, None, NegGradConfig())
