@@ -67,7 +67,9 @@ def test_wheel(wheel: Path, version: str, work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", nargs="+", default=["2.11.0", "2.13.0"], metavar="VERSION")
-    parser.add_argument("--keep", type=Path, help="work in this folder, and find its torch again next time")
+    parser.add_argument(
+        "--keep", type=Path, help="work in this folder, and find its torch again next time"
+    )
     arguments = parser.parse_args()
     work = arguments.keep or Path(tempfile.mkdtemp())
     work = work.resolve()
