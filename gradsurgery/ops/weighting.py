@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._backend import _C, register
 from gradsurgery.ops._inputs import check
 
@@ -37,15 +38,27 @@ def projection_weights(
         coefficients [..., m] float64; rank [...] int64; margin [...] float64, the squared
         relative distance of the row taken or dropped last, in [0, 1]: its inverse bounds how
         far errors of the Gramian are magnified.
+
+    Raises:
+        InputError: shapes that do not fit.
+        NonFiniteError: a Gramian with NaN or infinity (CPU; on a GPU it is not looked for, for
+            want of a host sync).
     """
-    m = gramian.shape[-1]
+    for name, tensor in (("gramian", gramian), ("products", products)):
+        check(isinstance(tensor, Tensor), f"{name} must be a Tensor, got {type(tensor).__name__}")
+        check(tensor.is_floating_point(), f"{name} must be floating point, got {tensor.dtype}")
     check(
-        gramian.dim() >= 2 and gramian.shape[-2] == m,
+        gramian.dim() >= 2 and gramian.shape[-2] == gramian.shape[-1],
         f"gramian must be [..., m, m], got {list(gramian.shape)}",
     )
+    m = gramian.shape[-1]
     check(
         products.shape == gramian.shape[:-1],
         f"products must be {list(gramian.shape[:-1])} to match gramian, got {list(products.shape)}",
+    )
+    check(
+        products.device == gramian.device,
+        f"products is on {products.device}, gramian is on {gramian.device}",
     )
     rtol = default_rtol(m) if rtol is None else rtol
     check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
@@ -55,6 +68,7 @@ def projection_weights(
 def projection_weights_reference(
     gramian: Tensor, products: Tensor, rtol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_finite(gramian)
     batch, m = gramian.shape[:-2], gramian.shape[-1]
     norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     scale = torch.where(norms > 0, 1 / norms, 0)
@@ -69,7 +83,7 @@ def projection_weights_reference(
     rank = torch.zeros(batch, dtype=torch.int64, device=gramian.device)
     margin = torch.ones(batch, dtype=torch.float64, device=gramian.device)
     for j in range(m):
-        value, pivot = distance.masked_fill(taken, -1).max(-1)
+        value, pivot = distance.masked_fill(taken | (norms == 0), -1).max(-1)
         keep = value > rtol**2
         at = pivot[..., None]
         root = torch.where(keep, value, 1).sqrt()
@@ -82,7 +96,8 @@ def projection_weights_reference(
         factor[..., :, j] = column
         rest = k.take_along_dim(at, -1).squeeze(-1) - (row * solved).sum(-1)
         solved[..., j] = torch.where(keep, rest / root, 0)
-        margin = torch.where(rank == j, torch.minimum(margin, value.clamp(min=0)), margin)
+        counts = (rank == j) & (value > -0.5)  # -1 where only zero rows are left
+        margin = torch.where(counts, torch.minimum(margin, value.clamp(min=0)), margin)
         distance = distance - column**2
         taken = taken.scatter(-1, at, taken.take_along_dim(at, -1) | keep[..., None])
         pivots[..., j] = pivot
@@ -100,6 +115,7 @@ def projection_weights_reference(
 def projection_weights_native(
     gramian: Tensor, products: Tensor, rtol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_finite(gramian)
     c, rank, margin = _fake(gramian, products, rtol)
     args = (gramian.contiguous(), products.contiguous(), c, rank, margin, rtol)
     if gramian.is_cuda:
@@ -107,6 +123,13 @@ def projection_weights_native(
     else:
         _C.projection_weights_cpu(*args)
     return c, rank, margin
+
+
+def _check_finite(gramian: Tensor) -> None:
+    # NaN compares as a zero row would
+    if not gramian.is_cuda and not bool(gramian.isfinite().all()):
+        row = (~gramian.isfinite()).any(-1).nonzero()[0, -1]
+        raise NonFiniteError(f"gramian is not finite in row {int(row)}")
 
 
 def _fake(gramian: Tensor, products: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
