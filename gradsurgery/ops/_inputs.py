@@ -1,6 +1,6 @@
 """What every operator accepts as rows, checked in one place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import torch
@@ -28,7 +28,7 @@ def as_blocks(rows: Rows, name: str = "rows") -> list[Tensor]:
         )
         blocks = [rows]
     else:
-        blocks = list(rows)
+        blocks = _as_list(rows, name)
         check(len(blocks) > 0, f"{name} is an empty sequence: the number of rows is unknown")
     _check_tensors(blocks, name)
     for k, block in enumerate(blocks):
@@ -42,13 +42,15 @@ def as_blocks(rows: Rows, name: str = "rows") -> list[Tensor]:
 
 def as_vector(vector: Rows, name: str) -> list[Tensor]:
     """One gradient as a list of tensors shaped like the parameters."""
-    tensors = [vector] if isinstance(vector, Tensor) else list(vector)
+    tensors = [vector] if isinstance(vector, Tensor) else _as_list(vector, name)
     check(len(tensors) > 0, f"{name} is an empty sequence")
     _check_tensors(tensors, name)
     return tensors
 
 
-def check_alike(vector: list[Tensor], name: str, shapes: list[torch.Size], like: Tensor, of: str) -> None:
+def check_alike(
+    vector: list[Tensor], name: str, shapes: list[torch.Size], like: Tensor, of: str
+) -> None:
     """`vector` must match `shapes` tensor by tensor, and `like` in dtype and device."""
     check(
         len(vector) == len(shapes),
@@ -67,6 +69,14 @@ def check_alike(vector: list[Tensor], name: str, shapes: list[torch.Size], like:
         vector[0].device == like.device,
         f"{name} is on {vector[0].device}, {of} is on {like.device}",
     )
+
+
+def _as_list(tensors: Iterable[Tensor], name: str) -> list[Tensor]:
+    check(
+        isinstance(tensors, Iterable),
+        f"{name} must be a Tensor or a sequence of Tensors, got {type(tensors).__name__}",
+    )
+    return list(tensors)
 
 
 def _check_tensors(tensors: list[Tensor], name: str) -> None:
@@ -119,6 +129,7 @@ def raise_not_finite(blocks: Sequence[Tensor], name: str, otherwise: str) -> NoR
                 where = f"tensor {k}, " if len(blocks) > 1 else ""
                 total = block[i].numel()
                 raise NonFiniteError(
-                    f"{name}: row {i} is not finite: {where}{count} of {total} values are nan or inf"
+                    f"{name}: row {i} is not finite: {where}"
+                    f"{count} of {total} values are nan or inf"
                 )
     raise NonFiniteError(f"{name}: {otherwise}")

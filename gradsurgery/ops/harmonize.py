@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._backend import register
 from gradsurgery.ops._inputs import Rows, as_vector, check, check_alike, check_finite
 from gradsurgery.ops.combine import combine_into
@@ -41,7 +42,8 @@ def harmonize(
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
-        NonFiniteError: NaN or infinity (CPU; on a GPU it propagates, for want of a host sync).
+        NonFiniteError: NaN or infinity, or a result that overflows the dtype (CPU; on a GPU it
+            propagates, for want of a host sync).
 
     Gradient Surgery for Multi-Task Learning, Yu et al. 2020 (arXiv:2001.06782), Algorithm 1.
     """
@@ -73,7 +75,9 @@ def harmonize_reference(
 ) -> tuple[list[Tensor], list[Tensor]]:
     new = _fake(forget, retain, mode, per_tensor)
     for step in _steps(len(forget), per_tensor):
-        rows = torch.stack([torch.cat([t.flatten() for t in side[step]]) for side in (forget, retain)])
+        rows = torch.stack(
+            [torch.cat([t.flatten() for t in side[step]]) for side in (forget, retain)]
+        )
         rows = rows.double()
         gram = rows @ rows.mT
         _check_finite(gram.diagonal(), forget[step], retain[step])
@@ -82,6 +86,7 @@ def harmonize_reference(
         for row, outs in zip(edited, [side for side in new if side], strict=True):
             for part, out in zip(row.split(sizes), outs[step], strict=True):
                 out.copy_(part.view(out.shape))
+                _check_overflow(bool(out.isfinite().all()), out)
     return new
 
 
@@ -96,13 +101,22 @@ def harmonize_native(
         gram = gramian_of(rows, precise=False)
         if not gram.is_cuda:
             _check_finite(gram.diagonal(), forget[step], retain[step])
-        combine_into(rows, _weights(gram, mode), [side[step] for side in outs])
+        finite = combine_into(rows, _weights(gram, mode), [side[step] for side in outs])
+        _check_overflow(finite, forget[0])
     return out
 
 
 def _steps(count: int, per_tensor: bool) -> list[slice]:
     """The tensors decided together: each alone, or all."""
     return [slice(k, k + 1) for k in range(count)] if per_tensor else [slice(None)]
+
+
+def _check_overflow(finite: bool, out: Tensor) -> None:
+    # a vector shortened by a projection may have values larger than it had
+    if not finite:
+        raise NonFiniteError(
+            f"harmonize: the result overflows {out.dtype}; scale the gradients down"
+        )
 
 
 def _check_finite(squares: Tensor, forget: Sequence[Tensor], retain: Sequence[Tensor]) -> None:
