@@ -1,6 +1,6 @@
 """Choose the options of every method of the digits job, on validation data alone.
 
-    python scripts/tune_digits.py --task mislabeled --trials 16 --out tuning.jsonl
+    python scripts/tune_digits.py --task mislabeled --trials 16 --out docs/digits_tuning.jsonl
 
 Every method gets the same number of random draws from its space. A draw's score is its mean gap to
 Retrain over the tuning seeds with the validation split in the place of the test set; the smallest
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from gradsurgery.unlearn import METHODS, Trainer, TrainingError, digits, metrics
-from gradsurgery.unlearn.config import to_dict, update
+from gradsurgery.unlearn import METHODS, TrainingError, digits, metrics
+from gradsurgery.unlearn.config import update
 from gradsurgery.unlearn.digits import DigitsCNN
 from gradsurgery.unlearn.job import DigitsConfig, evaluate, make_trainer
 
@@ -52,17 +52,12 @@ def draw(method: str, task: str, rng: random.Random) -> dict[str, Any]:
     return options
 
 
-def train(trainer: Trainer) -> Trainer:
-    trainer.run()
-    return trainer
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=["mislabeled", "class", "random"], required=True)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="one JSON line a trial is appended")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -74,7 +69,7 @@ def main() -> None:
     for seed, data in splits.items():
         for name in ("original", "retrain"):
             model = DigitsCNN()
-            train(make_trainer(base, data, seed, name, model))
+            make_trainer(base, data, seed, name, model).run()
             if name == "original":
                 originals[seed] = model.state_dict()
             else:
@@ -86,36 +81,32 @@ def main() -> None:
         for _ in range(arguments.trials):
             options = draw(method, arguments.task, rng)
             config = update(base, {method: options})
-            gaps, measured, seconds = [], {}, []
+            gaps, measured = [], []
             try:
                 for seed, data in splits.items():
                     model = DigitsCNN()
                     model.load_state_dict(originals[seed])
-                    trainer = train(make_trainer(config, data, seed, method, model))
-                    measured[seed] = evaluate(model, data, "validation")
-                    gaps.append(metrics.gap(measured[seed], wanted[seed])["mean"])
-                    seconds.append(trainer.seconds)
+                    make_trainer(config, data, seed, method, model).run()
+                    measured.append(evaluate(model, data, "validation"))
+                    gaps.append(metrics.gap(measured[-1], wanted[seed])["mean"])
             except (TrainingError, ValueError) as error:
                 print(f"{method} {options}: {error}", flush=True)
                 continue
             trial = {
                 "task": arguments.task,
                 "method": method,
-                "gap": mean(gaps),
-                "seconds": mean(seconds),
-                "options": to_dict(getattr(config, method)),
-                "drawn": options,
-                "measured": measured,
-                "retrain": wanted,
+                "gap": round(mean(gaps), 5),
+                # JSON has no infinity
+                "options": {k: "inf" if v == math.inf else v for k, v in options.items()},
+                "measured": {
+                    name: round(mean(one[name] for one in measured), 4) for name in measured[0]
+                },
             }
             trials.append(trial)
             with arguments.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(trial) + "\n")
         best = min(trials, key=lambda trial: trial["gap"])
-        print(
-            f"{method}: gap {best['gap']:.4f} in {best['seconds']:.1f} s, {best['drawn']}",
-            flush=True,
-        )
+        print(f"{method}: gap {best['gap']:.4f}, {best['options']}", flush=True)
 
 
 if __name__ == "__main__":
