@@ -2,30 +2,21 @@
 
 #include <cmath>
 
-#include "simd.h"
+#include "products.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
 
 namespace {
 
-// A slice's rows share the second-level cache with their neighbors' prefetch.
-constexpr std::int64_t slice_bytes = 192 << 10;
-constexpr std::int64_t max_width = 2048;  // columns; bounds what is summed in float32
-
-template <typename T>
-std::int64_t slice_width(std::int64_t m) {
-  std::int64_t width = slice_bytes / static_cast<std::int64_t>(sizeof(T)) / std::max<std::int64_t>(m, 1);
-  return std::clamp<std::int64_t>(width / 64 * 64, 256, max_width);
-}
-
 template <typename T>
 void accumulate(const Rows& rows, std::int64_t begin, std::int64_t end, double* out) {
   const std::int64_t width = slice_width<T>(rows.m);
-  Slice<T> slice(rows, width);
+  Slice<T> slice(rows, width, false);
+  Products<T> products(rows.m, rows.m, true, out);
   for_slices(rows, begin, end, width,
              [&](const Block& block, std::int64_t column, std::int64_t length) {
                slice.load(block, column, length);
-               products(slice, rows.m, slice, rows.m, true, out);
+               products.add(slice, slice, true);
              });
 }
 
@@ -50,6 +41,9 @@ void gramian_in(const Rows& rows, double* out, int threads) {
   }
 }
 
+// Over so few columns the rounding of float32 sums does not average out to 1e-7 of the norms.
+constexpr std::int64_t few_columns = 1 << 15;
+
 // Products of values below 1e-17 lose digits in float32, and a sum above 3e38 is none.
 bool in_range(const Rows& rows, const double* out) {
   for (std::int64_t i = 0; i < rows.m; ++i) {
@@ -65,11 +59,12 @@ bool in_range(const Rows& rows, const double* out) {
 
 void gramian(const Rows& rows, double* out, bool precise, int threads) {
   threads = threads_for(rows, threads);
-  if (!precise && rows.dtype != Dtype::float64) {
+  precise = precise || rows.dtype == Dtype::float64 || rows.n <= few_columns;
+  if (!precise) {
     gramian_in<float>(rows, out, threads);
     precise = !in_range(rows, out);
   }
-  if (precise || rows.dtype == Dtype::float64) {
+  if (precise) {
     gramian_in<double>(rows, out, threads);
   }
 }

@@ -5,7 +5,7 @@
 #include "combine.h"
 #include "dense.h"
 #include "gramian.h"
-#include "simd.h"
+#include "products.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
 
@@ -38,38 +38,39 @@ Rows in_double(double* values, std::int64_t m, std::int64_t n) {
   return rows;
 }
 
+double dot(const double* a, const double* b, std::int64_t length) {
+  Vector<double> sums[4] = {};
+  for (std::int64_t j = 0, part = 0; j < length; j += lanes<double>, ++part) {
+    sums[part & 3] += load(a + j) * load(b + j);
+  }
+  return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // Modified Gram-Schmidt, every row twice, on a float64 copy.
 std::int64_t gram_schmidt(const Rows& rows, const Rows& q, double* factor, double* norms,
                           double rtol) {
   const std::int64_t m = rows.m, n = rows.n, width = (n + 15) / 16 * 16;
   std::vector<double> copy(m * width);
-  std::vector<const double*> pointers(m);
   std::vector<double> identity(m * m);
-  Slice<double> slice(rows, std::max<std::int64_t>(n, 1));
+  Slice<double> slice(rows, std::max<std::int64_t>(n, 1), false);
   slice.load(rows.blocks[0], 0, n);
   std::int64_t rank = 0;
   for (std::int64_t i = 0; i < m; ++i) {
     double* row = copy.data() + i * width;
-    pointers[i] = row;
     identity[i * m + i] = 1;
     std::copy_n(slice.rows()[i], n, row);
-    double square = 0;
-    products(&pointers[i], 1, &pointers[i], 1, false, width, &square);
-    norms[i] = std::sqrt(square);
+    norms[i] = std::sqrt(dot(row, row, width));
     for (int twice = 0; twice < 2; ++twice) {
       for (std::int64_t j = 0; j < i; ++j) {
-        double product = 0;
-        products(&pointers[j], 1, &pointers[i], 1, false, width, &product);
-        const double* other = pointers[j];
+        const double* other = copy.data() + j * width;
+        const double product = dot(other, row, width);
         for (std::int64_t l = 0; l < width; ++l) {
           row[l] -= product * other[l];
         }
         factor[j * m + i] += product;
       }
     }
-    square = 0;
-    products(&pointers[i], 1, &pointers[i], 1, false, width, &square);
-    double norm = std::sqrt(square);
+    double norm = std::sqrt(dot(row, row, width));
     norm = norm > rtol * norms[i] ? norm : 0;
     for (std::int64_t l = 0; l < width; ++l) {
       row[l] = norm > 0 ? row[l] / norm : 0;
@@ -81,7 +82,7 @@ std::int64_t gram_schmidt(const Rows& rows, const Rows& q, double* factor, doubl
   for (std::int64_t i = 0; i < m; ++i) {
     source.blocks[0].rows[i].data = reinterpret_cast<char*>(copy.data() + i * width);
   }
-  combine(source, identity.data(), q, nullptr, nullptr, 1);
+  combine(source, identity.data(), q, nullptr, nullptr, true, 1);
   return rank;
 }
 
@@ -102,13 +103,15 @@ std::int64_t factorize(std::vector<double>& gram, double* weights, double* facto
   return rank;
 }
 
-// CholeskyQR2: the float64 Gramian and factor leave Q orthonormal to eps cond², 1e-4 at 1e6; the
-// second pass, whose Gramian the first one's writes yield, leaves it so to rounding.
+// CholeskyQR in float64 leaves Q orthonormal to eps / d², d the smallest distance of a row to the span
+// of those before, relative to its norm. That is below a float32's rounding down to d = 1e-4; else a
+// second time, whose Gramian the first one's writes yield, makes it so.
 std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double* norms, double rtol,
                          int threads) {
   const std::int64_t m = rows.m;
   std::vector<double> gram(m * m), weights(m * m), first(m * m), second(m * m);
   gramian(rows, gram.data(), true, threads);
+  double distance = 1;
   for (std::int64_t i = 0; i < m; ++i) {
     norms[i] = std::sqrt(gram[i * m + i]);
     if (!std::isfinite(norms[i])) {
@@ -116,9 +119,17 @@ std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double
     }
   }
   std::int64_t rank = factorize(gram, weights.data(), first.data(), m, rtol);
-  combine(rows, weights.data(), q, nullptr, gram.data(), threads);
+  for (std::int64_t i = 0; i < m; ++i) {
+    distance = first[i * m + i] > 0 ? std::min(distance, first[i * m + i] / norms[i]) : distance;
+  }
+  if (rows.dtype != Dtype::float64 && distance > 1e-4) {
+    combine(rows, weights.data(), q, nullptr, nullptr, true, threads);
+    std::copy_n(first.data(), m * m, factor);
+    return rank;
+  }
+  combine(rows, weights.data(), q, nullptr, gram.data(), true, threads);
   factorize(gram, weights.data(), second.data(), m, 0);
-  combine(q, weights.data(), q, nullptr, nullptr, threads);
+  combine(q, weights.data(), q, nullptr, nullptr, true, threads);
   for (std::int64_t i = 0; i < m; ++i) {
     for (std::int64_t l = i; l < m; ++l) {
       for (std::int64_t j = l; j < m; ++j) {

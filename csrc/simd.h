@@ -7,6 +7,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "rows.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
@@ -43,33 +47,76 @@ using Vector = typename VectorOf<T>::type;
 // as many floats as a Vector<double> has lanes
 typedef float HalfVector __attribute__((vector_size(vector_bytes / 2)));
 
-template <typename T>
-inline Vector<T> load(const T* from) {
-  Vector<T> vector;
+template <typename V, typename T>
+inline V load_vector(const T* from) {
+  V vector;
   std::memcpy(&vector, from, sizeof(vector));
   return vector;
 }
 
-inline Vector<double> load_as_double(const double* from) { return load(from); }
-
-inline Vector<double> load_as_double(const float* from) {
-  HalfVector vector;
-  std::memcpy(&vector, from, sizeof(vector));
-  return __builtin_convertvector(vector, Vector<double>);
+template <typename T>
+inline Vector<T> load(const T* from) {
+  return load_vector<Vector<T>>(from);
 }
 
-inline void store(double* to, Vector<double> vector) { std::memcpy(to, &vector, sizeof(vector)); }
+template <typename V, typename T>
+inline void store(T* to, V vector) {
+  std::memcpy(to, &vector, sizeof(vector));
+}
+
+// gcc 12 makes six instructions of __builtin_convertvector where one does
+inline Vector<double> widen(HalfVector vector) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtps_pd(0xff, vector);  // unmasked, it makes gcc 12 warn of its own header
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(vector);
+#else
+  return __builtin_convertvector(vector, Vector<double>);
+#endif
+}
+
+inline HalfVector narrow(Vector<double> vector) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtpd_ps(0xff, vector);
+#elif defined(__AVX2__)
+  return _mm256_cvtpd_ps(vector);
+#else
+  return __builtin_convertvector(vector, HalfVector);
+#endif
+}
+
+template <typename To, typename T>
+inline Vector<To> load_as(const T* from) {
+  if constexpr (std::is_same_v<To, T>) {
+    return load(from);
+  } else {
+    return widen(load_vector<HalfVector>(from));
+  }
+}
+
+// stores, and returns what was stored
+template <typename T>
+inline Vector<T> store_rounded(T* to, Vector<T> vector) {
+  store(to, vector);
+  return vector;
+}
+
+inline HalfVector store_rounded(float* to, Vector<double> vector) {
+  HalfVector rounded = narrow(vector);
+  store(to, rounded);
+  return rounded;
+}
 
 template <typename V, typename T>
 inline T sum_halves(V vector) {
-  constexpr int count = sizeof(V) / sizeof(T);
-  if constexpr (count == 1) {
+  if constexpr (sizeof(V) == sizeof(T)) {
     return vector[0];
   } else {
     typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
-    Half parts[2];
-    std::memcpy(parts, &vector, sizeof(vector));
-    return sum_halves<Half, T>(parts[0] + parts[1]);
+    Half low, high;
+    std::memcpy(&low, &vector, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&vector) + sizeof(low), sizeof(high));
+    return sum_halves<Half, T>(low + high);
   }
 }
 
@@ -107,20 +154,35 @@ inline void narrow(double value, BFloat16* out) {
   out->bits = single != single ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+// Columns of a slice: it and the next one, which is prefetched meanwhile, fit a first-level cache of
+// 48 KiB up to 20 rows. Shorter ones would not pay for a tile's start.
+template <typename T>
+std::int64_t slice_width(std::int64_t rows) {
+  constexpr std::int64_t values = (40 << 10) / sizeof(T);
+  return std::clamp<std::int64_t>(values / (2 * std::max<std::int64_t>(rows, 1)) / 64 * 64,
+                                  256, 1024);
+}
+
 // The columns [column, column + length) of every row of a block, as contiguous T: whole vectors in
 // `rows`, what is left over in `ends`, one vector a row filled up with zeros. Rows that are
-// contiguous T already are not copied, but for their ends.
+// contiguous T already are not copied, but for their ends, unless `copy` asks for it.
 template <typename T>
 class Slice {
  public:
-  Slice(const Rows& rows, std::int64_t width)
-      : dtype_(rows.dtype), width_(width), m_(rows.m), rows_(m_), ends_(m_), end_values_(m_ * lanes<T>) {
+  Slice(const Rows& rows, std::int64_t width, bool copy)
+      // a line between the copies, or all rows would share a few sets of the first-level cache
+      : dtype_(rows.dtype), width_(width), stride_(width), m_(rows.m), copy_(copy), rows_(m_), ends_(m_), next_(m_),
+        end_values_(m_ * lanes<T>) {
     for (std::int64_t i = 0; i < m_; ++i) {
       ends_[i] = end_values_.data() + i * lanes<T>;
     }
   }
 
   void load(const Block& block, std::int64_t column, std::int64_t length) {
+    contiguous_ = true;
+    for (const Row& row : block.rows) {
+      contiguous_ = contiguous_ && row.stride == 1;
+    }
     dispatch(dtype_, [&](auto type) {
       find<typename decltype(type)::type>(block, column, length);
     });
@@ -136,29 +198,33 @@ class Slice {
   const T* const* rows() const { return rows_.data(); }
   const T* const* ends() const { return ends_.data(); }
 
+  // where the next slice's rows are stored, for prefetching; null where they are strided
+  const char* const* next() const { return contiguous_ ? next_.data() : nullptr; }
+  std::int64_t next_bytes() const { return next_bytes_; }  // a value's
+
   std::int64_t whole = 0;  // columns in whole vectors
   std::int64_t rest = 0;   // columns after them
 
  private:
   template <typename From>
   void find(const Block& block, std::int64_t column, std::int64_t length) {
+    next_bytes_ = sizeof(From);
+    for (std::int64_t i = 0; i < m_; ++i) {
+      next_[i] = block.rows[i].data + (column + width_) * sizeof(From);
+    }
     if constexpr (std::is_same_v<From, T>) {
-      bool direct = true;
-      for (const Row& row : block.rows) {
-        direct = direct && row.stride == 1;
-      }
-      if (direct) {
+      if (contiguous_ && !copy_) {
         for (std::int64_t i = 0; i < m_; ++i) {
           rows_[i] = reinterpret_cast<const T*>(block.rows[i].data) + column;
         }
         return;
       }
     }
-    values_.resize(m_ * width_);
+    values_.resize(m_ * stride_);
     for (std::int64_t i = 0; i < m_; ++i) {
       const std::int64_t stride = block.rows[i].stride;
       const From* from = reinterpret_cast<const From*>(block.rows[i].data) + column * stride;
-      T* to = values_.data() + i * width_;
+      T* to = values_.data() + i * stride_;
       rows_[i] = to;
       if (stride == 1) {
         for (std::int64_t j = 0; j < length; ++j) {
@@ -173,65 +239,12 @@ class Slice {
   }
 
   Dtype dtype_;
-  std::int64_t width_, m_;
+  std::int64_t width_, stride_, m_;
+  bool copy_, contiguous_ = false;
   std::vector<const T*> rows_, ends_;
+  std::vector<const char*> next_;
+  std::int64_t next_bytes_ = 0;
   std::vector<T> end_values_, values_;
 };
-
-// out[r, c] += <a_r, b_c> for an MR x NR tile, over `length` columns in whole vectors
-template <typename T, int MR, int NR>
-void tile_products(const T* const* a, const T* const* b, std::int64_t length, double* out,
-                   std::int64_t stride) {
-  Vector<T> sums[MR][NR] = {};
-  for (std::int64_t j = 0; j < length; j += lanes<T>) {
-    Vector<T> x[MR];
-    for (int r = 0; r < MR; ++r) {
-      x[r] = load(a[r] + j);
-    }
-    for (int c = 0; c < NR; ++c) {
-      Vector<T> y = load(b[c] + j);
-      for (int r = 0; r < MR; ++r) {
-        sums[r][c] += x[r] * y;
-      }
-    }
-  }
-  for (int r = 0; r < MR; ++r) {
-    for (int c = 0; c < NR; ++c) {
-      out[r * stride + c] += sum<T>(sums[r][c]);
-    }
-  }
-}
-
-template <typename T>
-using TileProducts = void (*)(const T* const*, const T* const*, std::int64_t, double*, std::int64_t);
-
-template <typename T, int... I>
-constexpr auto tile_table(std::integer_sequence<int, I...>) {
-  return std::array<TileProducts<T>, sizeof...(I)>{tile_products<T, I / tile + 1, I % tile + 1>...};
-}
-
-// out[i, j] += <a_i, b_j> for i < m, j < n; with `lower`, a is b and only tiles that hold some
-// j <= i are filled
-template <typename T>
-void products(const T* const* a, std::int64_t m, const T* const* b, std::int64_t n, bool lower,
-              std::int64_t length, double* out) {
-  static constexpr auto table = tile_table<T>(std::make_integer_sequence<int, tile * tile>{});
-  for (std::int64_t i = 0; i < m; i += tile) {
-    std::int64_t rows = std::min<std::int64_t>(tile, m - i);
-    for (std::int64_t j = 0; j < (lower ? i + rows : n); j += tile) {
-      std::int64_t columns = std::min<std::int64_t>(tile, n - j);
-      table[(rows - 1) * tile + columns - 1](a + i, b + j, length, out + i * n + j, n);
-    }
-  }
-}
-
-template <typename T>
-void products(const Slice<T>& a, std::int64_t m, const Slice<T>& b, std::int64_t n, bool lower,
-              double* out) {
-  products(a.rows(), m, b.rows(), n, lower, a.whole, out);
-  if (a.rest > 0) {
-    products(a.ends(), m, b.ends(), n, lower, lanes<T>, out);
-  }
-}
 
 }  // namespace gradsurgery::GRADSURGERY_ISA

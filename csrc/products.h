@@ -1,0 +1,155 @@
+// Inner products of rows, register tile by register tile, for a slice of columns at a time.
+#pragma once
+
+#include "simd.h"
+
+namespace gradsurgery::GRADSURGERY_ISA {
+
+// Columns of a tile of `rows` rows: fewer rows take more, or each sum would wait for its last.
+constexpr int most_columns = 12;
+constexpr int widest(int rows) { return rows == tile ? tile : most_columns / rows; }
+
+// sums[r, c] += a_r * b_c, lane by lane, over `length` columns in whole vectors; of a tile on the
+// diagonal only c <= r. Meanwhile two rows of the next slice are prefetched.
+template <typename T, int MR, int NR, bool diagonal>
+void tile_products(const T* const* a, const T* const* b, std::int64_t length,
+                   const char* const* next, std::int64_t next_bytes, Vector<T>* partial) {
+  const char *first = next[0], *second = next[1];
+  next_bytes *= lanes<T>;
+  Vector<T> sums[MR * NR];
+#pragma GCC unroll 16
+  for (int k = 0; k < MR * NR; ++k) {
+    sums[k] = partial[k];
+  }
+  for (std::int64_t j = 0; j < length; j += lanes<T>) {
+    __builtin_prefetch(first, 0, 3);
+    __builtin_prefetch(second, 0, 3);
+    first += next_bytes;
+    second += next_bytes;
+    Vector<T> x[MR];
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      x[r] = load(a[r] + j);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < NR; ++c) {
+      Vector<T> y = diagonal ? x[c] : load(b[c] + j);
+#pragma GCC unroll 16
+      for (int r = diagonal ? c : 0; r < MR; ++r) {
+        sums[r * NR + c] += x[r] * y;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < MR * NR; ++k) {
+    partial[k] = sums[k];
+  }
+}
+
+template <typename T>
+using TileProducts = void (*)(const T* const*, const T* const*, std::int64_t, const char* const*,
+                              std::int64_t, Vector<T>*);
+
+// [rows - 1][columns - 1], as one array
+template <typename T, int... I>
+constexpr auto tile_table(std::integer_sequence<int, I...>) {
+  return std::array<TileProducts<T>, sizeof...(I)>{
+      tile_products<T, I / most_columns + 1,
+                    std::min(I % most_columns + 1, widest(I / most_columns + 1)), false>...};
+}
+
+template <typename T, int... I>
+constexpr auto diagonal_table(std::integer_sequence<int, I...>) {
+  return std::array<TileProducts<T>, sizeof...(I)>{tile_products<T, I + 1, I + 1, true>...};
+}
+
+// The products of m rows with n rows, or of m rows with one another. They are summed lane by lane
+// over slices, and from time to time across lanes and in float64: to sum across lanes for every
+// slice would cost as much as a quarter of the products.
+template <typename T>
+class Products {
+ public:
+  static constexpr std::int64_t flush_columns = 4096;  // bounds what is summed in float32
+
+  // `out` [m, n] is added to; of a Gramian, where n is m and b is a, the lower triangle.
+  Products(std::int64_t m, std::int64_t n, bool gramian, double* out)
+      : m_(m), n_(n), out_(out) {
+    for (std::int64_t i = 0; i < m; i += tile) {
+      const std::int64_t rows = std::min<std::int64_t>(tile, m - i);
+      const std::int64_t stop = gramian ? i : n;
+      for (std::int64_t j = 0; j < stop; j += widest(rows)) {
+        tiles_.push_back({i, j, rows, std::min<std::int64_t>(widest(rows), stop - j), false});
+      }
+      if (gramian) {
+        tiles_.push_back({i, i, rows, rows, true});
+      }
+    }
+    partial_.resize(tiles_.size() * tile_size);
+  }
+
+  Products(const Products&) = delete;
+
+  ~Products() { flush(); }
+
+  // The next slice of a is prefetched, if asked, evenly over the tiles: a burst would wait for
+  // memory, and tiles that find their rows in cache would leave it idle.
+  void add(const Slice<T>& a, const Slice<T>& b, bool prefetch) {
+    add(a.rows(), b.rows(), a.whole, prefetch ? a.next() : nullptr, a.next_bytes());
+    if (a.rest > 0) {
+      add(a.ends(), b.ends(), lanes<T>, nullptr, 0);
+    }
+    columns_ += a.whole + a.rest;
+    if (columns_ >= flush_columns) {
+      flush();
+    }
+  }
+
+  void flush() {
+    for (std::size_t t = 0; t < tiles_.size(); ++t) {
+      const Tile& at = tiles_[t];
+      for (std::int64_t r = 0; r < at.rows; ++r) {
+        for (std::int64_t c = 0; c < at.columns; ++c) {
+          Vector<T>& sums = partial_[t * tile_size + r * at.columns + c];
+          out_[(at.i + r) * n_ + at.j + c] += sum<T>(sums);
+          sums = Vector<T>{};
+        }
+      }
+    }
+    columns_ = 0;
+  }
+
+ private:
+  struct Tile {
+    std::int64_t i, j, rows, columns;
+    bool diagonal;
+  };
+  static constexpr int tile_size = std::max(tile * tile, most_columns);
+
+  void add(const T* const* a, const T* const* b, std::int64_t length, const char* const* next,
+           std::int64_t next_bytes) {
+    static constexpr auto table =
+        tile_table<T>(std::make_integer_sequence<int, tile * most_columns>{});
+    static constexpr auto diagonals = diagonal_table<T>(std::make_integer_sequence<int, tile>{});
+    const std::int64_t count = tiles_.size();
+    for (std::int64_t t = 0; t < count; ++t) {
+      const Tile& at = tiles_[t];
+      const std::int64_t first = t * m_ / count, last = (t + 1) * m_ / count;
+      const char* own = reinterpret_cast<const char*>(a[at.i]);
+      const char* two[2] = {own, own};
+      if (next != nullptr && last > first) {
+        two[0] = next[first];
+        two[1] = next[last - 1];
+      }
+      const auto kernel = at.diagonal ? diagonals[at.rows - 1]
+                                      : table[(at.rows - 1) * most_columns + at.columns - 1];
+      kernel(a + at.i, b + at.j, length, two, next_bytes, partial_.data() + t * tile_size);
+    }
+  }
+
+  std::int64_t m_, n_, columns_ = 0;
+  double* out_;
+  std::vector<Tile> tiles_;
+  std::vector<Vector<T>> partial_;
+};
+
+}  // namespace gradsurgery::GRADSURGERY_ISA
