@@ -1,0 +1,52 @@
+"""A table of pytest-benchmark's JSON: python benchmarks/report.py RESULT.json..."""
+
+import json
+import sys
+from pathlib import Path
+
+HEADER = "| work | ours | GB/s | error | extra memory | against | target |\n|---|---|---|---|---|---|---|"
+
+
+def row(bench):
+    info, stats = bench["extra_info"], bench["stats"]
+    against, verdict = [], []
+    for name, rival in info["rivals"].items():
+        against.append(f"{name} {ratio(rival['ratio'])}")
+        if name in info["target"]:
+            target = info["target"][name]
+            met = rival["ratio"] >= target
+            verdict.append(f"{name} {ratio(target)}: {'met' if met else '**missed**'}")
+    memory = info["extra_memory"]
+    cells = [
+        bench["name"].removeprefix("bench_").replace("[", " (").replace("]", ")"),
+        f"{1e3 * stats['median']:.3g} ms ± {1e3 * stats['iqr']:.2g}",
+        f"{info['gbps']:.0f}",
+        f"{info['error']:.0e}",
+        "" if memory is None else f"{max(memory, 0) / 2**20:.1f} MiB",
+        "; ".join(against),
+        "; ".join(verdict),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def ratio(value):
+    """How many times faster we are than a rival, or how many times slower."""
+    return f"{value:.2g}x faster" if value >= 1 else f"{1 / value:.3g}x slower"
+
+
+def table(path):
+    data = json.loads(Path(path).read_text())
+    machine, commit = data["machine_info"], data["commit_info"]
+    cpu = machine["cpu"].get("brand_raw", machine["processor"])
+    conditions = (
+        f"{cpu}, {machine['isa']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['compiler']}; copy {machine['copy_gbps']:.0f} GB/s, read "
+        f"{machine['read_gbps']:.0f} GB/s; memory {machine['memory']}; commit {commit['id'][:10]}"
+        f"{' with changes' if commit['dirty'] else ''}, {data['datetime'][:10]}"
+    )
+    rows = [row(bench) for bench in data["benchmarks"]]
+    return "\n".join([conditions, "", HEADER, *rows])
+
+
+if __name__ == "__main__":
+    print("\n\n".join(table(path) for path in sys.argv[1:]))
