@@ -5,9 +5,9 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 native := CMakeLists.txt setup.py $(wildcard csrc/*)
-formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu)
+formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/emulated_cuda/*.h)
 
-.PHONY: demo test lint format types bench sanitize clean
+.PHONY: demo test lint format types bench sanitize emulate clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -48,6 +48,23 @@ sanitize: $(VENV)/dev
 	cd build/sanitize/tree && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
 	    $(abspath $(bin)/python) -m pytest -p no:cacheprovider tests/ops $(ARGS)
+
+# the CUDA kernels compiled as C++ and run on the host, with bounds checked. A fiber's stack is no
+# thread's: the sanitizer is told not to look for uses after a return on it
+emulate: $(VENV)/dev
+	mkdir -p build/emulate
+	rm -rf build/emulate/tree && mkdir build/emulate/tree
+	cp -r gradsurgery tests pyproject.toml build/emulate/tree
+	rm -f build/emulate/tree/gradsurgery/_C*.so
+	$(bin)/cmake -S . -B build/emulate/cmake -GNinja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo -DGRADSURGERY_SANITIZE=ON -DGRADSURGERY_EMULATE_CUDA=ON \
+	    -DPython_EXECUTABLE=$(abspath $(bin)/python) \
+	    -Dpybind11_DIR=`$(bin)/python -m pybind11 --cmakedir` \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath build/emulate/tree/gradsurgery)
+	$(bin)/cmake --build build/emulate/cmake
+	cd build/emulate/tree && ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+	    LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
+	    $(abspath $(bin)/python) -m pytest -p no:cacheprovider tests/test_cuda_kernels.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info gradsurgery/_C*.so $(VENV)/native

@@ -9,10 +9,14 @@
 #include "combine.h"
 #include "cpu.h"
 #include "gramian.h"
+#include "launchers.h"
 #include "orthonormalize.h"
 #include "weighting.h"
 
-#ifndef GRADSURGERY_CUDA_VERSION
+#ifdef GRADSURGERY_CUDA_VERSION
+#define GRADSURGERY_HAS_CUDA 1
+#else
+#define GRADSURGERY_HAS_CUDA 0
 #define GRADSURGERY_CUDA_VERSION nullptr
 #define GRADSURGERY_CUDA_ARCHITECTURES ""
 #endif
@@ -27,8 +31,6 @@ namespace py = pybind11;
 using namespace gradsurgery;
 
 namespace {
-
-using Sources = std::vector<std::vector<Tensor>>;
 
 double* matrix(const Tensor& tensor, std::int64_t m, std::int64_t n, const char* name) {
   check(tensor.dtype == Dtype::float64 && tensor.device == Device::cpu && tensor.is_contiguous() &&
@@ -111,6 +113,24 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       },
       py::arg("gramian"), py::arg("products"), py::arg("coefficients"), py::arg("rank"),
       py::arg("margin"), py::arg("rtol"));
+
+#if GRADSURGERY_HAS_CUDA
+  // launches only: short enough to keep the interpreter's lock
+  module.def("gramian_scratch", &gramian_scratch, py::arg("m"));
+  module.def("projection_weights_scratch", &projection_weights_scratch, py::arg("batch"),
+             py::arg("m"));
+  module.def("orthonormalize_scratch", &orthonormalize_scratch, py::arg("batch"), py::arg("m"));
+  module.def("gramian_cuda", &gramian_cuda, py::arg("sources"), py::arg("out"), py::arg("scratch"),
+             py::arg("precise"));
+  module.def("combine_cuda", &combine_cuda, py::arg("sources"), py::arg("weights"), py::arg("outs"),
+             py::arg("cross"), py::arg("gram"), py::arg("scratch"));
+  module.def("orthonormalize_cuda", &orthonormalize_cuda, py::arg("rows"), py::arg("q"),
+             py::arg("factor"), py::arg("norms"), py::arg("rank"), py::arg("scratch"),
+             py::arg("rtol"));
+  module.def("projection_weights_cuda", &projection_weights_cuda, py::arg("gramian"),
+             py::arg("products"), py::arg("coefficients"), py::arg("rank"), py::arg("margin"),
+             py::arg("scratch"), py::arg("rtol"));
+#endif
 
   // what a kernel would see of a tensor
   module.def(

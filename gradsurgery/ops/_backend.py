@@ -39,6 +39,14 @@ def native_available(device: str) -> bool:
     return _C is not None and (device != "cuda" or _C.cuda_version is not None)
 
 
+def runs_cuda(tensor: torch.Tensor) -> bool:
+    """Whether the native kernels for this tensor are the CUDA ones.
+
+    A test build compiles them for the host, and then they serve CPU tensors.
+    """
+    return tensor.is_cuda or _C.cuda_version == "emulated"
+
+
 def register(
     name: str,
     schema: str,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
-from gradsurgery.ops._backend import _C, register
+from gradsurgery.ops._backend import _C, register, runs_cuda
 from gradsurgery.ops._inputs import Rows, as_blocks, check, flat, raise_not_finite
 
 CHUNK = 1 << 20  # columns the reference converts to float64 at a time
@@ -26,7 +26,8 @@ def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit; weights that are not finite.
-        NonFiniteError: a row with NaN or infinity; the message names row and tensor.
+        NonFiniteError: a row with NaN or infinity; the message names row and tensor (CPU; on a
+            GPU it propagates, for want of a host sync).
     """
     blocks = as_blocks(rows)
     m, device = blocks[0].shape[0], blocks[0].device
@@ -73,14 +74,18 @@ def combine_into(
     cross: Tensor | None = None,
     gram: Tensor | None = None,
 ) -> bool:
-    """outs = weights [p, m] times the m rows of all sources; True if every value is finite.
+    """outs = weights [p, m] times the m rows of all sources; False if a value is not finite.
 
     On request the same pass yields the products of the outs with the rows, `cross` [p, m], and
-    with one another, `gram` [p, p]; float64. Outs may be the rows themselves.
+    with one another, `gram` [p, p]; float64. Outs may be the rows themselves. On a GPU the answer
+    is always True, for want of a host sync: what is not finite propagates.
     """
     weights = weights.contiguous()
-    if weights.is_cuda:
-        return _C.combine_cuda(sources, weights, outs, cross, gram)
+    if runs_cuda(weights):
+        products = cross is not None or gram is not None
+        scratch = weights.new_empty(_C.gramian_scratch(sum(weights.shape))) if products else None
+        _C.combine_cuda(sources, weights, outs, cross, gram, scratch)
+        return True
     return _C.combine_cpu(sources, weights, outs, cross, gram, torch.get_num_threads())
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, register
+from gradsurgery.ops._backend import _C, register, runs_cuda
 from gradsurgery.ops._inputs import Rows, as_blocks, check, check_finite, flat
 
 CHUNK = 1 << 20  # columns the reference converts to float64 at a time
@@ -64,8 +64,8 @@ def gramian_of(sources: Sequence[Sequence[Tensor]], precise: bool) -> Tensor:
     """[m, m] over the rows of all sources; a source is the blocks [m_s, n_k] of some rows."""
     m = sum(source[0].shape[0] for source in sources)
     out = sources[0][0].new_empty(m, m, dtype=torch.float64)
-    if out.is_cuda:
-        _C.gramian_cuda(sources, out, precise)
+    if runs_cuda(out):
+        _C.gramian_cuda(sources, out, out.new_empty(_C.gramian_scratch(m)), precise)
     else:
         _C.gramian_cpu(sources, out, precise, torch.get_num_threads())
     return out

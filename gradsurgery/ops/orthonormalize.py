@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import NonFiniteError
-from gradsurgery.ops._backend import _C, register
+from gradsurgery.ops._backend import _C, register, runs_cuda
 from gradsurgery.ops._inputs import DTYPES, check
 from gradsurgery.ops.weighting import default_rtol
 
@@ -76,8 +76,9 @@ def orthonormalize_native(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor, Te
     views = (
         rows.reshape(-1, m, n), q.view(-1, m, n), factor.view(-1, m, m), norms.view(-1, m), rank.view(-1),
     )  # fmt: skip
-    if rows.is_cuda:
-        _C.orthonormalize_cuda(*views, rtol)
+    if runs_cuda(rows):
+        scratch = factor.new_empty(_C.orthonormalize_scratch(rank.numel(), m))
+        _C.orthonormalize_cuda(*views, scratch, rtol)
     else:
         _C.orthonormalize_cpu(*views, rtol, torch.get_num_threads())
     _check_finite(norms)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import NonFiniteError
-from gradsurgery.ops._backend import _C, register
+from gradsurgery.ops._backend import _C, register, runs_cuda
 from gradsurgery.ops._inputs import check
 
 
@@ -117,11 +117,12 @@ def projection_weights_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_finite(gramian)
     c, rank, margin = _fake(gramian, products, rtol)
-    args = (gramian.contiguous(), products.contiguous(), c, rank, margin, rtol)
-    if gramian.is_cuda:
-        _C.projection_weights_cuda(*args)
+    args = (gramian.contiguous(), products.contiguous(), c, rank, margin)
+    if runs_cuda(gramian):
+        scratch = c.new_empty(_C.projection_weights_scratch(margin.numel(), gramian.shape[-1]))
+        _C.projection_weights_cuda(*args, scratch, rtol)
     else:
-        _C.projection_weights_cpu(*args)
+        _C.projection_weights_cpu(*args, rtol)
     return c, rank, margin
 
 

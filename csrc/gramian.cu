@@ -1,0 +1,173 @@
+// Products of rows with rows, G = J Jᵀ: each block of threads sums a share of the columns, a second
+// kernel adds the shares in their order. Compiled, not yet run on a GPU.
+#include <type_traits>
+
+#include "gramian.cuh"
+
+namespace gradsurgery::cuda {
+
+namespace {
+
+// G is computed in square tiles of rows: the smallest that holds all rows, 64 from 33 rows on.
+__host__ __device__ constexpr int tile_of(std::int64_t m) {
+  return m <= 2 ? 2 : m <= 4 ? 4 : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
+}
+
+// Blocks of threads per launch at most, the same on every GPU so that sums are the same too: two of
+// 256 threads for each of an H200's 132 multiprocessors, twice; smaller ones come in twice as many.
+constexpr std::int64_t max_blocks(int tile) { return tile == 64 ? 512 : 1024; }
+
+constexpr int add_threads = 256;
+
+// Adds the shares, a warp for each product, and mirrors it.
+__global__ void __launch_bounds__(add_threads)
+    add_kernel(const double* parts, std::int64_t shares, std::int64_t first_tile,
+               std::int64_t tiles, int tile, std::int64_t m, Products out, double least,
+               Range range) {
+  if (range.skip()) {
+    return;
+  }
+  const std::int64_t entry =
+      (static_cast<std::int64_t>(blockIdx.x) * add_threads + threadIdx.x) / 32;
+  const std::int64_t i = out.first + entry / m, j = entry % m;
+  const bool mine = i < m && j <= i;
+  double sum = 0;
+  if (mine) {
+    const std::int64_t row = i / tile, at = row * (row + 1) / 2 + j / tile - first_tile;
+    const double* part = parts + blockIdx.z * shares * tiles * tile * tile +
+                         (at * tile + i % tile) * tile + j % tile;
+    for (std::int64_t s = threadIdx.x % 32; s < shares; s += 32) {
+      sum += part[s * tiles * tile * tile];
+    }
+  }
+  sum = warp_sum(sum);
+  if (!mine || threadIdx.x % 32 != 0) {
+    return;
+  }
+  const std::int64_t p = m - out.first;
+  if (j < out.first) {
+    if (out.cross != nullptr) {
+      out.cross[(i - out.first) * out.first + j] = sum;
+    }
+  } else if (out.gram != nullptr) {
+    double* gram = out.gram + blockIdx.z * p * p;
+    gram[(i - out.first) * p + j - out.first] = sum;
+    gram[(j - out.first) * p + i - out.first] = sum;
+  }
+  // every thread that writes here writes the same
+  if (range.flag != nullptr && !range.repeat && i == j && !(sum >= least && sum < INFINITY)) {
+    *range.flag = 1;
+  }
+}
+
+struct Plan {
+  int tile;
+  std::int64_t first_tile, tiles, shares;
+
+  Plan(std::int64_t batch, std::int64_t m, std::int64_t first) : tile(tile_of(m)) {
+    auto below = [](std::int64_t rows) { return rows * (rows + 1) / 2; };
+    first_tile = below(first / tile);
+    tiles = below((m + tile - 1) / tile) - first_tile;
+    shares = std::max<std::int64_t>(1, max_blocks(tile) / std::max<std::int64_t>(1, tiles * batch));
+  }
+};
+
+template <typename T, typename A>
+void multiply(const DeviceRows& rows, const Products& out, double* parts, Plan plan, Range range) {
+  auto run = [&](auto kernel, int width, unsigned threads, auto... more) {
+    std::int64_t most = 0;
+    rows.for_tables(
+        [&](const Table& table, bool) { most = std::max(most, slices_of(table, width)); });
+    plan.shares = std::clamp<std::int64_t>(most, 1, plan.shares);
+    const dim3 grid(plan.shares, plan.tiles, rows.batch);
+    rows.for_tables([&](const Table& table, bool begin) {
+      launch("gramian", kernel, grid, threads, rows.stream, table, slices_of(table, width), more...,
+             parts, begin, range);
+    });
+  };
+  auto small = [&](auto tile) {
+    using Work = Small<T, A, tile>;
+    run(&small_kernel<T, A, tile>, Work::width, Work::threads);
+  };
+  auto tiled = [&](auto tile) {
+    using Work = Tiled<T, A, tile>;
+    run(&tiled_kernel<T, A, tile>, Work::width, Work::threads, plan.first_tile);
+  };
+  switch (plan.tile) {
+    case 2:
+      small(std::integral_constant<int, 2>{});
+      break;
+    case 4:
+      small(std::integral_constant<int, 4>{});
+      break;
+    case 8:
+      small(std::integral_constant<int, 8>{});
+      break;
+    case 16:
+      tiled(std::integral_constant<int, 16>{});
+      break;
+    case 32:
+      tiled(std::integral_constant<int, 32>{});
+      break;
+    default:
+      tiled(std::integral_constant<int, 64>{});
+  }
+  // the bounds of the CPU's in_range(): products of values below 1e-17 lose digits in float32
+  const double least = 1e-34 * static_cast<double>(rows.n);
+  const std::int64_t entries = (rows.m - out.first) * rows.m;
+  const dim3 grid((entries * 32 + add_threads - 1) / add_threads, 1, rows.batch);
+  launch("gramian: sum", &add_kernel, grid, add_threads, rows.stream, parts, plan.shares,
+         plan.first_tile, plan.tiles, plan.tile, rows.m, out, least, range);
+}
+
+}  // namespace
+
+std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m, std::int64_t first) {
+  const Plan plan(batch, m, first);
+  return 2 + batch * plan.shares * plan.tiles * plan.tile * plan.tile;
+}
+
+void row_products(const DeviceRows& rows, Products out, double* scratch, bool precise,
+                  bool fallback) {
+  if (rows.m == out.first || rows.batch == 0) {
+    return;
+  }
+  precise = precise || rows.n < few_columns;
+  const Plan plan(rows.batch, rows.m, out.first);
+  Range range{fallback ? reinterpret_cast<int*>(scratch) : nullptr, false};
+  double* parts = scratch + 2;  // 16 bytes on
+  dispatch(rows.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (!std::is_same_v<T, double>) {
+      if (!precise) {
+        multiply<T, float>(rows, out, parts, plan, range);
+        if (!fallback) {
+          return;
+        }
+        range.repeat = true;
+      } else {
+        range.flag = nullptr;
+      }
+    } else {
+      range.flag = nullptr;
+    }
+    multiply<T, double>(rows, out, parts, plan, range);
+  });
+}
+
+}  // namespace gradsurgery::cuda
+
+namespace gradsurgery {
+
+std::int64_t gramian_scratch(std::int64_t m) { return cuda::row_products_scratch(1, m, 0); }
+
+void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise) {
+  const cuda::DeviceRows rows = cuda::make_device_rows(sources, "sources");
+  cuda::check_result(out, Dtype::float64, rows.m * rows.m, rows.device, "out");
+  cuda::check_result(scratch, Dtype::float64, gramian_scratch(rows.m), rows.device, "scratch");
+  const cuda::DeviceGuard guard(rows.device);
+  cuda::row_products(rows, {out.data_as<double>(), nullptr, 0}, scratch.data_as<double>(), precise,
+                     true);
+}
+
+}  // namespace gradsurgery

@@ -1,0 +1,38 @@
+// GPU twins of the CPU operators, named and called alike. All work goes to the current stream of
+// the tensors' device; nothing waits for it, reads from it or allocates, so a CUDA graph can hold a
+// call. Compiled, not yet run on a GPU.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "tensor.h"
+
+namespace gradsurgery {
+
+using Sources = std::vector<std::vector<Tensor>>;  // [source][block], [m_s, n_k] each
+
+// How many float64 of scratch each launcher below needs.
+std::int64_t gramian_scratch(std::int64_t m);
+std::int64_t projection_weights_scratch(std::int64_t batch, std::int64_t m);
+std::int64_t orthonormalize_scratch(std::int64_t batch, std::int64_t m);
+
+void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise);
+
+// As combine() in combine.h, but without a verdict on the outs, which would wait for the GPU: what
+// is not finite propagates. `scratch`, that of a Gramian of m + p rows, goes with `cross` or
+// `gram`. More than four outs may be rows only if `weights` is lower triangular.
+void combine_cuda(const Sources& sources, const Tensor& weights, const Sources& outs,
+                  const std::optional<Tensor>& cross, const std::optional<Tensor>& gram,
+                  const std::optional<Tensor>& scratch);
+
+void projection_weights_cuda(const Tensor& gramian, const Tensor& products,
+                             const Tensor& coefficients, const Tensor& rank, const Tensor& margin,
+                             const Tensor& scratch, double rtol);
+
+void orthonormalize_cuda(const Tensor& rows, const Tensor& q, const Tensor& factor,
+                         const Tensor& norms, const Tensor& rank, const Tensor& scratch,
+                         double rtol);
+
+}  // namespace gradsurgery

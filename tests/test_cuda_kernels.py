@@ -1,0 +1,236 @@
+"""What the CUDA kernels compute: every path through them, on a GPU or compiled for the host.
+
+`make emulate` runs this file without a GPU; tests/ops hold what the operators promise.
+"""
+
+import pytest
+import torch
+
+from gradsurgery.errors import InputError
+from gradsurgery.ops._backend import _C, native_available
+from gradsurgery.ops.combine import combine_into
+from gradsurgery.ops.gramian import gramian_of
+from gradsurgery.ops.orthonormalize import orthonormalize_native
+from gradsurgery.ops.weighting import projection_weights_native, projection_weights_reference
+from tests.inputs import LAYOUTS
+
+if _C is not None and _C.cuda_version == "emulated":
+    DEVICE = "cpu"
+elif torch.cuda.is_available() and native_available("cuda"):
+    DEVICE = "cuda"
+else:
+    DEVICE = None
+
+pytestmark = pytest.mark.skipif(
+    DEVICE is None,
+    reason="needs a GPU and nvcc, or the kernels compiled for the host: make emulate",
+)
+
+# of the largest |error| / (|g_i| |g_j|): float32 products, in sums of 32 that few columns do not
+# average out, and float64 products
+GRAMIAN = {False: 3e-7, True: 1e-14}
+# an out is rounded once
+ROUNDING = {torch.float64: 1e-13, torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+# on each side of every tile size; columns with and without an end that fills no slice
+SIZES = [  # m, n
+    (1, 1), (2, 8200), (3, 257), (4, 4096), (5, 2053), (8, 520), (9, 515), (16, 256), (17, 200),
+    (32, 129), (33, 67), (34, 300), (66, 33), (3, 0),
+]  # fmt: skip
+COMBINED = [  # m, n, p
+    (1, 1, 1), (3, 3000, 1), (9, 2100, 1), (5, 1030, 2), (4, 999, 3), (6, 1024, 4), (7, 300, 9),
+    (0, 10, 2), (3, 0, 1),
+]  # fmt: skip
+BATCHES = [  # b, m, n
+    (0, 2, 5), (1, 1, 9), (3, 4, 260), (2, 9, 300), (1, 40, 129), (2, 0, 4), (2, 3, 0),
+]  # fmt: skip
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+def matrix(source):
+    """Rows of one source as a float64 matrix on the host."""
+    return torch.cat([block.double().cpu() for block in source], 1)
+
+
+def gramian_error(gram, rows):
+    exact = rows @ rows.mT
+    scale = exact.diagonal().sqrt()
+    scale = (scale[:, None] * scale).clamp_min(1e-300)
+    return ((gram.cpu() - exact).abs() / scale).max().item() if gram.numel() else 0.0
+
+
+def assert_combined(out, weights, rows):
+    """Within one rounding of the exact sum, and of its terms in float64."""
+    exact = weights.cpu() @ rows
+    bound = ROUNDING[out.dtype] * exact.abs() + 1e-15 * (weights.abs().cpu() @ rows.abs())
+    bound += 1e-7 if out.dtype == torch.float16 else 0  # subnormal
+    assert ((out.double().cpu() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("precise", [False, True], ids=["float", "double"])
+@pytest.mark.parametrize("m,n", SIZES)
+def test_gramian_matches_float64(m, n, precise, dtype):
+    rows = randn(m, n, dtype=dtype)
+    gram = gramian_of([[rows]], precise)
+    assert torch.equal(gram, gram.mT)
+    assert gramian_error(gram, matrix([rows])) <= GRAMIAN[precise or dtype == torch.float64]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="slow where kernels run on the host")
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 32, 100, 300])
+def test_gramian_of_many_columns(m, dtype):
+    rows = randn(m, 1_000_003, dtype=dtype)
+    assert gramian_error(gramian_of([[rows]], False), matrix([rows])) <= GRAMIAN[False]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("m,n", [(3, 1100), (8, 601), (12, 300), (34, 70)])
+def test_gramian_reads_any_layout(m, n, layout, dtype):
+    rows = LAYOUTS[layout](randn(m, n, dtype=dtype))
+    assert gramian_error(gramian_of([[rows]], False), matrix([rows])) <= GRAMIAN[False]
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1, 3), (7, 4)])
+def test_gramian_of_more_tensors_than_a_launch_takes(heads, dtype):
+    widths = [0, 1, 7, 64, 600, 2, 0, 33] * 13  # 104: more than fit in a table
+    sources = [[randn(m, n, dtype=dtype) for n in widths] for m in heads]
+    rows = torch.cat([matrix(source) for source in sources])
+    assert gramian_error(gramian_of(sources, False), rows) <= GRAMIAN[False]
+
+
+@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
+def test_gramian_leaves_the_range_of_float32(m, scale):
+    rows = (randn(m, 300).double() * scale).float()
+    assert gramian_error(gramian_of([[rows]], False), matrix([rows])) <= GRAMIAN[True]
+
+
+@pytest.mark.parametrize("m", [2, 6, 15])
+def test_gramian_repeats_its_bits_and_keeps_what_is_not_finite(m):
+    rows = randn(m, 5000)
+    first = gramian_of([[rows]], False)
+    assert torch.equal(first, gramian_of([[rows]], False))
+    rows[1, 4999] = torch.inf
+    gram = gramian_of([[rows]], False)
+    assert gram[1, 1] == torch.inf
+    keep = [i for i in range(m) if i != 1]
+    assert gramian_error(gram[keep][:, keep], matrix([rows[keep]])) <= GRAMIAN[True]
+
+
+@pytest.mark.parametrize("m,n,p", COMBINED)
+def test_combine_matches_float64(m, n, p, dtype):
+    rows, weights = randn(m, n, dtype=dtype), randn(p, m, dtype=torch.float64)
+    out = rows.new_empty(p, n)
+    combine_into([[rows]], weights, [[out]])
+    assert_combined(out, weights, matrix([rows]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("p", [1, 2, 5])
+def test_combine_reads_and_writes_any_layout(p, layout, dtype):
+    rows, weights = LAYOUTS[layout](randn(6, 1100, dtype=dtype)), randn(p, 6, dtype=torch.float64)
+    for make in [value for key, value in LAYOUTS.items() if "expanded" not in key]:
+        out = make(rows.new_empty(p, 1100))
+        combine_into([[rows]], weights, [[out]])
+        assert_combined(out, weights, matrix([rows]))
+
+
+def test_combine_of_many_tensors_and_sources():
+    widths = [0, 1, 7, 64, 600, 2, 0, 33] * 13
+    sources = [[randn(m, n) for n in widths] for m in (3, 1, 2)]
+    weights, out = (
+        randn(2, 6, dtype=torch.float64),
+        [[torch.empty(1, n, device=DEVICE) for n in widths] for _ in "ab"],
+    )
+    combine_into(sources, weights, out)
+    assert_combined(
+        torch.cat([torch.cat(o, 1) for o in out]), weights, torch.cat([matrix(s) for s in sources])
+    )
+
+
+@pytest.mark.parametrize("n", [1030, 4096])
+@pytest.mark.parametrize("p", [1, 2, 4])
+def test_combine_writes_over_its_rows(p, n):
+    rows, weights = randn(7, n), randn(p, 7, dtype=torch.float64)
+    expected = matrix([rows])
+    combine_into([[rows]], weights, [[rows[:p]]])
+    assert_combined(rows[:p], weights, expected)
+
+
+def test_combine_refuses_to_write_many_outs_over_rows():
+    rows = randn(6, 100)
+    with pytest.raises(InputError, match="outs that are rows must be four at most"):
+        combine_into([[rows]], randn(5, 6, dtype=torch.float64), [[rows[1:]]])
+
+
+@pytest.mark.parametrize(
+    "m,n,p", [(1, 50, 1), (6, 3001, 1), (7, 100, 2), (20, 300, 3), (70, 64, 2)]
+)
+def test_products_of_outs(m, n, p, dtype):
+    rows, weights = randn(m, n, dtype=dtype), randn(p, m, dtype=torch.float64)
+    out = rows.new_empty(p, n)
+    cross, gram = weights.new_empty(p, m), weights.new_empty(p, p)
+    combine_into([[rows]], weights, [[out]], cross, gram)
+    exact, outs = matrix([rows]), out.double().cpu()
+    scale = outs.norm(dim=1)[:, None]
+    assert ((cross.cpu() - outs @ exact.mT).abs() / (scale * exact.norm(dim=1))).max() <= GRAMIAN[
+        False
+    ]
+    assert ((gram.cpu() - outs @ outs.mT).abs() / (scale * scale.mT)).max() <= GRAMIAN[False]
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("m", [0, 1, 5, 33, 43, 44, 60])
+def test_projection_weights_match_the_reference(batch, m):
+    rows = randn(batch, m, m + 3, dtype=torch.float64)
+    if m == 5:
+        rows[:, 3] = 2 * rows[:, 1]
+        rows[:, 0] = 0
+    gram, k = rows @ rows.mT, (rows @ randn(m + 3, 1, dtype=torch.float64)).squeeze(-1)
+    c, rank, margin = projection_weights_native(gram, k, 1e-6)
+    expected, expected_rank, _ = projection_weights_reference(gram.cpu(), k.cpu(), 1e-6)
+    assert torch.equal(rank.cpu(), expected_rank)
+    projected, expected = ((rows.mT.cpu() @ x[..., None]) for x in (c.cpu(), expected))
+    torch.testing.assert_close(projected, expected, atol=1e-9, rtol=1e-9)
+    # the margin depends on which of equally far rows comes first: the CPU's algorithm is the same
+    same = [torch.empty_like(x, device="cpu") for x in (c, rank, margin)]
+    _C.projection_weights_cpu(gram.cpu(), k.cpu(), *same, 1e-6)
+    torch.testing.assert_close(margin.cpu(), same[2], atol=1e-12, rtol=1e-8)
+
+
+@pytest.mark.parametrize("b,m,n", BATCHES)
+def test_orthonormalize(b, m, n, dtype):
+    rows = randn(b, m, n, dtype=dtype)
+    q, r, rank = orthonormalize_native(rows, 1e-6)
+    assert (rank == min(m, n)).all()
+    assert torch.equal(r, r.triu())
+    q, r, rows = q.double().cpu(), r.double().cpu(), rows.double().cpu()
+    tolerance = 30 * ROUNDING[dtype]
+    if n:
+        assert (
+            (q @ q.mT - torch.eye(m, dtype=torch.float64)).abs().max().item() <= tolerance
+            if q.numel()
+            else True
+        )
+    assert ((r.mT @ q - rows).abs() <= tolerance * (1 + rows.norm(dim=-1, keepdim=True))).all()
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
+def test_orthonormalize_dependent_rows_of_any_layout(layout):
+    rows = LAYOUTS[layout](randn(6, 300))
+    rows[2] = 0
+    rows[4] = rows[0] - rows[3]
+    q, r, rank = orthonormalize_native(rows[None], 1e-5)
+    assert rank.item() == 4
+    assert (q[0, [2, 4]] == 0).all()
+    independent = q[0, [0, 1, 3, 5]].double()
+    assert (independent @ independent.mT - torch.eye(4, device=DEVICE)).abs().max() <= 1e-6
+    assert (r[0].mT @ q[0] - rows).abs().max() <= 1e-4
+
+
+def test_more_sources_than_a_launch_takes_are_refused():
+    with pytest.raises(InputError, match="has 81 sources, a GPU takes at most 80"):
+        gramian_of([[randn(1, 3)] for _ in range(81)], False)
