@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from gradsurgery.errors import InputError
 from gradsurgery.ops import combine, gramian
-from gradsurgery.ops._inputs import as_blocks, check
+from gradsurgery.ops._inputs import as_blocks, check, flat
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> per-sample losses [B]
 
@@ -90,8 +90,10 @@ class DenseJacobian:
         named = trainable(model, parameters)
         params = list(named.values())
         if rows == "mean":
-            losses = _per_sample(loss(model, batch), size)
-            grads = torch.autograd.grad(losses.mean(), params, allow_unused=True)
+            with torch.enable_grad():
+                losses = _per_sample(loss(model, batch), size)
+                check(losses.requires_grad, "loss does not depend on the model's parameters")
+                grads = torch.autograd.grad(losses.mean(), params, allow_unused=True)
             blocks = [
                 torch.zeros_like(p)[None] if g is None else g[None]
                 for p, g in zip(params, grads, strict=True)
@@ -100,18 +102,26 @@ class DenseJacobian:
 
         holder = _Holder(model, loss)
 
-        def sample_loss(values: dict[str, Tensor], sample: Any) -> Tensor:  # noqa: ANN401
+        def sample_loss(
+            values: dict[str, Tensor],
+            buffers: dict[str, Tensor],
+            sample: Any,  # noqa: ANN401
+        ) -> Tensor:
             one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), sample)
-            return _per_sample(functional_call(holder, values, (one,)), 1)[0]
+            return _per_sample(functional_call(holder, (values, buffers), (one,)), 1)[0]
 
-        per_sample = vmap(grad_and_value(sample_loss), in_dims=(None, 0), randomness="different")
+        per_sample = vmap(
+            grad_and_value(sample_loss), in_dims=(None, None, 0), randomness="different"
+        )
         values = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
+        # copies, for a forward that updates them: what torch.func makes must not stay on the model
+        buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
         blocks = {name: p.new_empty(size, *p.shape) for name, p in named.items()}
         losses = None
         for start in range(0, size, chunk_size):
             part = slice(start, start + chunk_size)
             chunk = pytree.tree_map(lambda leaf, part=part: leaf[part], batch)
-            grads, value = per_sample(values, chunk)
+            grads, value = per_sample(values, buffers, chunk)
             losses = value.new_empty(size) if losses is None else losses
             losses[part] = value
             for name, block in blocks.items():
@@ -145,8 +155,12 @@ class DenseJacobian:
         if self.parameters is None:
             raise InputError("backward: this Jacobian was made without parameters")
         update = self.combine(weights)
-        for parameter, grad in zip(self.parameters, update, strict=True):
-            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        with torch.no_grad():
+            for parameter, grad in zip(self.parameters, update, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = grad.detach()
+                else:
+                    parameter.grad += grad  # in place: others may hold it, as views of a bucket do
 
     def row_norms(self) -> Tensor:
         """Euclidean norms of the rows, [m] float64."""
@@ -154,7 +168,7 @@ class DenseJacobian:
 
     def materialize(self) -> Tensor:
         """The rows as one matrix, [m, n]."""
-        return torch.cat([block.reshape(self.m, size) for block, size in zip(self.blocks, self.sizes, strict=True)], dim=1)  # fmt: skip
+        return torch.cat(flat(self.blocks), dim=1)
 
 
 def concat(jacobians: Sequence[DenseJacobian]) -> DenseJacobian:
@@ -163,9 +177,18 @@ def concat(jacobians: Sequence[DenseJacobian]) -> DenseJacobian:
     first = jacobians[0]
     for i, other in enumerate(jacobians):
         check(
-            other.names == first.names and other.sizes == first.sizes,
+            other.names == first.names,
             f"jacobians[{i}] is over {other.names}, jacobians[0] over {first.names}",
         )
+        for name, block, like in zip(first.names, other.blocks, first.blocks, strict=True):
+            shape, expected = list(block.shape[1:]), list(like.shape[1:])
+            check(
+                shape == expected,
+                f"jacobians[{i}] has rows of {shape} for {name}, jacobians[0] of {expected}",
+            )
+        for what in ("dtype", "device"):
+            got, expected = (getattr(j.blocks[0], what) for j in (other, first))
+            check(got == expected, f"jacobians[{i}] is {got}, jacobians[0] is {expected}")
     blocks = [torch.cat(blocks) for blocks in zip(*(j.blocks for j in jacobians), strict=True)]
     losses = [j.losses for j in jacobians if j.losses is not None]
     whole = torch.cat(losses) if len(losses) == len(jacobians) else None
