@@ -11,7 +11,7 @@ from gradsurgery.jacobian import DenseJacobian, Jacobian
 from gradsurgery.ops import projection_weights
 from gradsurgery.ops._inputs import check
 
-Index = int | slice | Tensor
+Index = int | slice | Sequence[int] | Tensor
 
 
 class Solution(NamedTuple):
@@ -48,10 +48,12 @@ class OrthoGrad:
             fewer, whose g⊥ is then zero: "project" accepts that, "leave" exempts such tensors
             from the projection. `Solution.frozen` names them either way.
         precondition: None, or "optimizer": orthogonality in the optimizer's metric, so that the
-            step taken, not the gradient, leaves the retain losses alone. Needs `Surgeon` and an
-            optimizer that keeps `exp_avg_sq` (Adam, AdamW). A choice of this library: where the
-            authors' code replaces gradients by Adam directions before projecting, this weights
-            the inner products by 1 / (sqrt(v) + eps), which makes <g_i, step> zero.
+            step, not the gradient, is orthogonal to the retain gradients. Needs `Surgeon` and
+            Adam or AdamW. A choice of this library: where the authors' code replaces gradients by
+            Adam directions before projecting, this weights the inner products by
+            lr / (sqrt(v) + eps). What this gradient adds to the step is then orthogonal but for
+            its own share in v: cosines of 2e-4 after 1000 steps, 3e-2 after the first. The
+            momentum of earlier steps is not: with betas[0] = 0.9 cosines of 0.1 and more remain.
 
     Go Beyond Your Means: Unlearning with Per-Sample Gradient Orthogonalization,
     Shamsian et al. 2025 (arXiv:2503.02312).
@@ -68,6 +70,7 @@ class OrthoGrad:
     def __post_init__(self) -> None:
         check(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         check(self.refine >= 0, f"refine must be 0 or more, got {self.refine}")
+        check(self.rtol is None or 0 <= self.rtol < 1, f"rtol must be in [0, 1), got {self.rtol}")
         for name, allowed in (
             ("granularity", ("model", "module", "tensor")),
             ("retain", ("samples", "mean")),
@@ -82,12 +85,15 @@ class OrthoGrad:
 
         Args:
             gramian: [..., m, m].
-            forget: the forget rows, an index, a slice or a mask [m]; g_u is their mean. All
-                other rows retain.
+            forget: the forget rows, one or several indices, a slice or a mask [m]; g_u is their
+                mean. All other rows retain.
 
         Returns:
             [..., m] float64: (α/k + (1-α) c_i) for retain rows, -(1-α) for the forget row.
         """
+        check(
+            isinstance(gramian, Tensor), f"gramian must be a Tensor, got {type(gramian).__name__}"
+        )
         check(
             gramian.dim() >= 2 and gramian.shape[-1] == gramian.shape[-2],
             f"gramian must be [..., m, m], got {list(gramian.shape)}",
@@ -122,10 +128,11 @@ class OrthoGrad:
         select = select.to(grams.device)
         coefficients, rank, gram = self._project(grams, select)
         frozen = self._small(jacobian, groups, select.shape[0] - 1)
-        if self.small_tensors == "leave" and frozen.any():
-            coefficients = torch.where(frozen[:, None].to(grams.device), 0, coefficients)
+        exempt = (frozen & (self.small_tensors == "leave"))[:, None].to(grams.device)
+        coefficients = torch.where(exempt, 0, coefficients)
         for _ in range(self.refine):
-            coefficients = self._refined(jacobian, coefficients, grams, groups, select, metric)
+            refined = self._refined(jacobian, coefficients, grams, groups, select, metric)
+            coefficients = torch.where(exempt, coefficients, refined)
 
         # |g⊥|² = (1, -c) K (1, -c)ᵀ, group by group
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1)
@@ -133,7 +140,9 @@ class OrthoGrad:
         whole = gram[:, 0, 0].sum()
         weights = self._mix(coefficients, select)
         return Solution(
-            weights=weights[0] if self.granularity == "model" else weights[groups.to(weights.device)],
+            weights=weights[0]
+            if self.granularity == "model"
+            else weights[groups.to(weights.device)],
             gramian=grams.sum(0),
             rank=rank,
             kept_norm=torch.where(whole > 0, kept / whole, 0).sqrt(),
@@ -146,11 +155,12 @@ class OrthoGrad:
         if isinstance(forget, Tensor) and forget.dtype == torch.bool:
             check(forget.shape == (m,), f"forget must be a mask [{m}], got {list(forget.shape)}")
             mask = forget.cpu()
+        elif isinstance(forget, slice):
+            mask[forget] = True
         else:
-            try:
-                mask[forget] = True
-            except IndexError as error:
-                check(False, f"forget={forget} is out of range for {m} rows: {error}")
+            for i in _indices(forget):
+                check(-m <= i < m, f"forget={i} is out of range for {m} rows")
+                mask[i] = True
         count = int(mask.sum())
         check(0 < count < m, f"forget selects {count} of {m} rows; need a forget and a retain row")
         eye = torch.eye(m, dtype=torch.float64)
@@ -205,3 +215,13 @@ class OrthoGrad:
         products = (rest @ select.mT)[:, 1:].contiguous()
         correction, *_ = projection_weights(gram[:, 1:, 1:].contiguous(), products, rtol=self.rtol)
         return coefficients + correction
+
+
+def _indices(forget: int | Sequence[int] | Tensor) -> list[int]:
+    values = forget.tolist() if isinstance(forget, Tensor) else forget
+    values = list(values) if isinstance(values, (list, tuple, range)) else [values]
+    check(
+        all(isinstance(i, int) and not isinstance(i, bool) for i in values),
+        f"forget must be an index, indices, a slice or a mask, got {forget!r}",
+    )
+    return values
