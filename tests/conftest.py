@@ -1,0 +1,91 @@
+"""What every test shares: tolerances, implementations, seeds, memory that shows it is unwritten."""
+
+import sys
+
+import pytest
+import torch
+
+from gradsurgery.ops import _backend
+
+TOLERANCES = {  # (atol, rtol)
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-5, 1e-5),
+    torch.bfloat16: (1e-2, 1e-2),
+    torch.float16: (2e-3, 2e-3),
+}
+DTYPES = list(TOLERANCES)
+# unit roundoff: the largest relative error of one rounding to nearest
+ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES}
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+THREADS = (
+    2  # two OpenMP threads on a busy machine can be ten times slower than one: never left to chance
+)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=["torch", "native"])
+def impl(request, monkeypatch):
+    """Each implementation of an operator in turn, forced."""
+    if request.param == "native" and not _backend.native_available("cpu"):
+        pytest.skip("the native module is not built")
+    monkeypatch.setenv("GRADSURGERY_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def assert_close():
+    """Compares with a float64 oracle, within the tolerance of what was computed."""
+
+    def compare(actual, expected, scale=1.0):
+        atol, rtol = TOLERANCES[actual.dtype]
+        assert expected.dtype == torch.float64, "the oracle is float64"
+        torch.testing.assert_close(actual.double(), expected, atol=atol * scale, rtol=rtol)
+
+    return compare
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan(monkeypatch):
+    """Memory the package allocates without a value holds NaN: an output left unwritten fails."""
+
+    def poisoned(function):
+        def call(*args, **kwargs):
+            out = function(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.partition(".")[0] == "gradsurgery" and type(out) is torch.Tensor:
+                with torch.no_grad():
+                    out.fill_(float("nan") if out.is_floating_point() else -(2**62))
+            return out
+
+        return call
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -1,0 +1,120 @@
+"""A step that raises, wherever it does, leaves model, `.grad` and optimizer as they were."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gradsurgery as gs
+from tests.models import assert_same_state, batch, classification, mlp, state_of
+from tests.test_step import surgeon_of
+
+
+class Boom(Exception):
+    pass
+
+
+class Counting(nn.Module):
+    """A module that changes a buffer in every forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()
+        self.register_buffer("calls", torch.zeros(()))
+
+        self.register_buffer("twice", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.twice = self.twice + 2
+        return self.layers(x)
+
+
+def _fails_at_once(model, data):
+    classification(model, data)
+    raise Boom
+
+
+def _fails_on_retain(model, data):
+    """The forget batch is done when the retain batch, under vmap of single samples, fails."""
+    losses = classification(model, data)
+    if len(losses) == 1:
+        raise Boom
+    return losses
+
+
+def _failing_rule(monkeypatch):
+    def solve(*args, **kwargs):
+        raise Boom
+
+    monkeypatch.setattr(gs.OrthoGrad, "solve", solve)
+
+
+def _nan_loss(model, data):
+    return classification(model, data) * float("nan")
+
+
+def _hook(when):
+    def fail(*args):
+        raise Boom
+
+    return lambda optimizer: getattr(optimizer, f"register_step_{when}_hook")(fail)
+
+
+def _fail_midway(optimizer):
+    """One parameter updated, another not, as a device error in a loop would leave it."""
+    original = optimizer.step
+
+    def step():
+        last = optimizer.param_groups[0]["params"][-1]
+        last_grad, last.grad = last.grad, None
+        original()
+        last.grad = last_grad
+        raise Boom
+
+    optimizer.step = step
+
+
+FAILURES = {
+    "first loss": (lambda m, o: None, _fails_at_once, Boom),
+    "second loss": (lambda m, o: None, _fails_on_retain, Boom),
+    "nan": (lambda m, o: None, _nan_loss, gs.NonFiniteError),
+    "rule": (lambda m, o: _failing_rule(m), classification, Boom),
+    "before the optimizer": (lambda m, o: _hook("pre")(o), classification, Boom),
+    "after the optimizer": (lambda m, o: _hook("post")(o), classification, Boom),
+    "in the optimizer": (lambda m, o: _fail_midway(o), classification, Boom),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_step_that_raises_changes_nothing(failure, steps_before, monkeypatch, impl):
+    model = Counting()
+    surgeon, optimizer = surgeon_of(model)
+    for _ in range(steps_before):
+        surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+    model.layers[0].weight.grad = torch.randn(8, 6).double()
+    prepare, loss, error = FAILURES[failure]
+    prepare(monkeypatch, optimizer)
+    before = state_of(model, optimizer)
+    with pytest.raises(error):
+        surgeon.step(forget=batch(2), retain=batch(3), loss=loss)
+    assert_same_state(before, state_of(model, optimizer))
+
+
+def test_it_goes_on_after_a_failure_as_if_there_had_been_none(monkeypatch, impl):
+    model = mlp()
+    twin = copy.deepcopy(model)
+    data = [(batch(2), batch(3)) for _ in range(4)]
+    for m, fail in ((model, True), (twin, False)):
+        surgeon, optimizer = surgeon_of(m)
+        for forget, retain in data:
+            if fail:
+                handle = optimizer.register_step_post_hook(lambda *_: (_ for _ in ()).throw(Boom))
+                with pytest.raises(Boom):
+                    surgeon.step(forget=forget, retain=retain, loss=classification)
+                handle.remove()
+            surgeon.step(forget=forget, retain=retain, loss=classification)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
