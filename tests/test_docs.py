@@ -1,0 +1,137 @@
+"""The pages tell the truth: their code runs, and what they name exists."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gradsurgery as gs
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("**/*.md")),
+]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPERATORS = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+
+
+def blocks(text, language):
+    """The code blocks of a language and the line each begins on."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(block[1], text.count("\n", 0, block.start(1))) for block in found]
+
+
+def run(code, page, line, namespace):
+    # empty lines before it: a failure points into the page
+    exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pages
+def test_python_blocks_run_in_order(page):
+    namespace = {"__name__": page.name}
+    for code, line in blocks(page.read_text(encoding="utf-8"), "python"):
+        run(code, page, line, namespace)
+
+
+@pytest.mark.parametrize("side", ["-", "+"], ids=["before", "after"])
+def test_both_sides_of_the_diff_train(side):
+    ((diff, line),) = blocks(README, "diff")
+    code = "".join(
+        text[1:] if text[:1] in (" ", side) else text if text == "\n" else "\n"
+        for text in diff.splitlines(keepends=True)
+    )
+    batches = [(torch.randn(6, 5), torch.randint(3, (6,))) for _ in range(4)]
+    model = nn.Linear(5, 3)
+    before = model.weight.detach().clone()
+    namespace = {"torch": torch, "F": F, "model": model}
+    namespace |= {"loader": batches, "forget_loader": batches[:2], "retain_loader": batches[2:]}
+    run(code, ROOT / "README.md", line, namespace)
+    assert not torch.equal(model.weight, before)
+    assert ("gs" in namespace) == ("info" in namespace) == (side == "+")
+
+
+@pages
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pages
+def test_files_named_exist(page):
+    # csrc/<op>.h and its like are patterns, not names
+    name = (
+        r"(?<![\w./-])(?:gradsurgery|csrc|tests|benchmarks|scripts|docs|\.ci)/[\w./]*(?![\w./<*-])"
+    )
+    for path in re.findall(name, page.read_text(encoding="utf-8")):
+        assert (ROOT / path.rstrip(".")).exists(), path
+
+
+def test_the_layout_is_the_tree():
+    ((tree, _),) = blocks(README, "text")
+    named = [line.split()[0] for line in tree.splitlines()]
+    assert len(named) == 12
+    for path in named:
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+
+
+def test_the_readme_is_short_and_begins_with_two_commands():
+    lines = README.splitlines()
+    assert len(lines) <= 130
+    first = "\n".join(lines[:12])
+    assert "\nmake demo" in first
+    assert "\nmake test" in first
+
+
+@pages
+def test_make_targets_exist(page):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split()
+    text = page.read_text(encoding="utf-8")
+    commands = re.findall(r"`make ([^`]+)`", text)
+    for code, _ in blocks(text, "sh"):
+        commands += re.findall(r"^make ([^#\n]+)", code, re.MULTILINE)
+    for command in commands:
+        for word in shlex.split(command):
+            assert word in targets or "=" in word, f"make {command}"
+
+
+@pages
+def test_unlearn_commands_parse(page):
+    pytest.importorskip("tyro")
+    from gradsurgery.unlearn.command import parse_digits
+
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for options in re.findall(r"gradsurgery unlearn digits\b([^`#\n]*)", text):
+        if "--config" not in options:
+            parse_digits(shlex.split(options)).job.check()
+
+
+@pages
+def test_no_path_of_one_machine(page):
+    text = page.read_text(encoding="utf-8")
+    assert str(ROOT) not in text
+    assert not re.findall(r"(?<![\w.:/])/(?:home|root|tmp|mnt|opt|srv|work|Users)/\S*", text)
+
+
+def test_every_public_name_is_on_the_page_of_operators():
+    for name in gs.__all__:
+        assert re.search(rf"\b{name}\b", OPERATORS), name
+
+
+def test_the_table_of_options_is_the_code():
+    for field in dataclasses.fields(gs.OrthoGrad):
+        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+        assert f"| `{field.name}` | {default} |" in OPERATORS
+
+
+def test_versions_agree():
+    assert f"*gradsurgery* {gs.__version__}" in README
+    assert f"## [{gs.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
