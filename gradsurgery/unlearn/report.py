@@ -2,6 +2,7 @@
 
 import base64
 from html import escape
+from statistics import mean, stdev
 from typing import Any
 
 from gradsurgery.unlearn import plots
@@ -132,23 +133,30 @@ def verdict(summary: dict[str, Any], methods: list[str]) -> str:
     order = sorted(methods, key=lambda name: columns[name]["gap_mean"]["mean"])
     best = order[0]
 
-    def mean(name: str, key: str) -> float:
+    def value(name: str, key: str) -> float:
         return columns[name][key]["mean"]
 
-    ratio = mean(best, "seconds") / mean("retrain", "seconds")
-    distance = f"{100 * mean(best, 'gap_mean'):.1f} points"
+    ratio = value(best, "seconds") / value("retrain", "seconds")
+    distance = f"{100 * value(best, 'gap_mean'):.1f} points"
     lead = f"<b>{NAMES[best]}</b> ends {distance} from Retrain on average over the metrics below"
     if len(order) > 1:
         lead = f"<b>{NAMES[best]}</b> comes closest to Retrain: {distance} away on average"
         others = ", ".join(
-            f"{NAMES[name]} {100 * mean(name, 'gap_mean'):.1f}" for name in order[1:]
+            f"{NAMES[name]} {100 * value(name, 'gap_mean'):.1f}" for name in order[1:]
         )
         lead += f" ({others})"
-    start = 100 * mean("original", "gap_mean")
+        # fewer than three seeds give no standard error worth the name
+        several = len(summary["seeds"]) > 2
+        tied = [
+            NAMES[name] for name in order[1:] if several and not told_apart(columns, best, name)
+        ]
+        if tied:
+            lead += f"; these seeds cannot tell {' or '.join(tied)} from it"
+    start = 100 * value("original", "gap_mean")
     text = (
         f"{lead}. The original model starts {start:.1f} points away. "
-        f"{NAMES[best]} took {mean(best, 'seconds'):.1f} s, {ratio:.2f} times retraining "
-        f"({mean('retrain', 'seconds'):.1f} s)."
+        f"{NAMES[best]} took {value(best, 'seconds'):.1f} s, {ratio:.2f} times retraining "
+        f"({value('retrain', 'seconds'):.1f} s)."
     )
     shown = {
         "mislabeled": ("repaired", "forget-set samples given their true label"),
@@ -162,14 +170,23 @@ def verdict(summary: dict[str, Any], methods: list[str]) -> str:
         ("mia", "accuracy of a membership attack"),
     ]
     figures = "".join(
-        f'<div class="figure"><b>{mean(best, key):.3f}</b><span>{label}</span>'
-        f"<span>Retrain {mean('retrain', key):.3f}, Original {mean('original', key):.3f}</span>"
+        f'<div class="figure"><b>{value(best, key):.3f}</b><span>{label}</span>'
+        f"<span>Retrain {value('retrain', key):.3f}, Original {value('original', key):.3f}</span>"
         "</div>"
         for key, label in cards
     )
     return f'<p class="verdict">{text}</p><p class="note">{NAMES[best]}:</p>' + (
         f'<div class="figures">{figures}</div>'
     )
+
+
+def told_apart(columns: dict[str, Any], best: str, other: str) -> bool:
+    """Whether the gaps to Retrain differ by over two standard errors of the paired difference."""
+    pairs = zip(
+        columns[best]["gap_mean"]["values"], columns[other]["gap_mean"]["values"], strict=True
+    )
+    differences = [b - a for a, b in pairs]
+    return mean(differences) > 2 * stdev(differences) / len(differences) ** 0.5
 
 
 def numbers(summary: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Options of every method on every task of the digits job, chosen on validation data.
 
-`scripts/tune_digits.py` drew and scored them, docs/digits_tuning.jsonl holds every draw. What is not
-named here is the default of the method's config.
+`scripts/tune_digits.py` drew and scored them, docs/digits_tuning.jsonl holds every draw. What is
+not named here is the default of the method's config.
 """
 
 from __future__ import annotations

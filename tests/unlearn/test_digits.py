@@ -35,6 +35,7 @@ def test_class_takes_all_of_one_digit_and_the_seed_names_it():
     assert data.forget_class == 3
     assert (data.forget["label"] == 3).all() and (data.retain["label"] != 3).all()
     kept, forgotten = data.split("test")
+    assert forgotten is not None
     assert (kept["label"] != 3).all() and (forgotten["label"] == 3).all()
     assert len(kept["label"]) + len(forgotten["label"]) == 360
     assert digits.load("class", seed=13, forget_class=8).forget_class == 8

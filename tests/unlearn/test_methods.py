@@ -12,8 +12,10 @@ from gradsurgery.unlearn import (
     Finetune,
     GradDiff,
     NegGrad,
+    OrthoGradConfig,
     OrthoGradTrainer,
     Retrain,
+    RetrainConfig,
 )
 
 EVERYTHING = 64  # a batch size beyond every set: all samples in each batch
@@ -86,7 +88,7 @@ def test_orthograd_raises_forget_and_lowers_retain(problem):
 
 
 def test_orthograd_records_what_its_steps_saw(problem):
-    config = OrthoGradTrainer.Config(steps=1, retain_batch=7)
+    config = OrthoGradConfig(steps=1, retain_batch=7)
     trainer = OrthoGradTrainer(problem.model, problem.loss, problem.forget, problem.retain, config)
     (record,) = trainer.fit()
     assert record["rank"] == 7
@@ -128,7 +130,7 @@ def test_retrain_forgets_the_weights_it_was_given(problem):
 
 def test_retrain_leaves_the_global_generator_alone(problem):
     state = torch.get_rng_state()
-    Retrain(problem.model, problem.loss, None, problem.retain, Retrain.Config(steps=1))
+    Retrain(problem.model, problem.loss, None, problem.retain, RetrainConfig(steps=1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
