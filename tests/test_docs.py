@@ -90,6 +90,15 @@ def test_the_readme_is_short_and_begins_with_two_commands():
     assert "\nmake test" in first
 
 
+def test_the_readme_repeats_the_results():
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    table = README.split("<!-- results -->")[1]
+    numbers = re.findall(r"[\d.]+ ± [\d.]+", table)
+    assert numbers
+    for number in numbers:
+        assert number in results, number
+
+
 @pages
 def test_make_targets_exist(page):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
