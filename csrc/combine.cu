@@ -14,7 +14,7 @@ constexpr int threads = 256;
 constexpr int depth = 4;  // rows whose loads are on their way at a time
 
 // Blocks of threads at most; each takes neighboring slices.
-constexpr std::int64_t max_blocks = 1 << 16;
+constexpr std::int64_t max_blocks = blocks(1 << 16);
 
 template <typename T, int R>
 struct Sums {

@@ -15,10 +15,14 @@
 
 namespace gradsurgery::cuda {
 
+// Where kernels run, and the blocks of threads in a launch where `wanted` suit a GPU. On the host,
+// see tests/emulated_cuda, few, so that small inputs too give each more than one piece of work.
 #ifdef GRADSURGERY_EMULATE_CUDA
-constexpr Device gpu = Device::cpu;  // kernels run on the host, see tests/emulated_cuda
+constexpr Device gpu = Device::cpu;
+constexpr std::int64_t blocks(std::int64_t) { return 5; }
 #else
 constexpr Device gpu = Device::cuda;
+constexpr std::int64_t blocks(std::int64_t wanted) { return wanted; }
 #endif
 
 // Some rows of one block of columns; strides in bytes.
@@ -102,7 +106,7 @@ struct Products {
 // overflow or underflow are done again in float64, as the CPU does, without asking the host.
 void row_products(const DeviceRows& rows, Products out, double* scratch, bool precise,
                   bool fallback);
-std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m, std::int64_t first);
+std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m);  // for any `first`
 
 // outs = weights rows for every matrix of a batch; weights [b, p, m]. `triangular`: weights [r, i]
 // with i > r are zero; outs may then be the rows.

@@ -15,7 +15,7 @@ __host__ __device__ constexpr int tile_of(std::int64_t m) {
 
 // Blocks of threads per launch at most, the same on every GPU so that sums are the same too: two of
 // 256 threads for each of an H200's 132 multiprocessors, twice; smaller ones come in twice as many.
-constexpr std::int64_t max_blocks(int tile) { return tile == 64 ? 512 : 1024; }
+constexpr std::int64_t max_blocks(int tile) { return blocks(tile == 64 ? 512 : 1024); }
 
 constexpr int add_threads = 256;
 
@@ -122,9 +122,10 @@ void multiply(const DeviceRows& rows, const Products& out, double* parts, Plan p
 
 }  // namespace
 
-std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m, std::int64_t first) {
-  const Plan plan(batch, m, first);
-  return 2 + batch * plan.shares * plan.tiles * plan.tile * plan.tile;
+std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m) {
+  const Plan plan(batch, m, 0);
+  // shares fill up the blocks of a launch, unless tiles alone do
+  return 2 + std::max(max_blocks(plan.tile), batch * plan.tiles) * plan.tile * plan.tile;
 }
 
 void row_products(const DeviceRows& rows, Products out, double* scratch, bool precise,
@@ -159,7 +160,7 @@ void row_products(const DeviceRows& rows, Products out, double* scratch, bool pr
 
 namespace gradsurgery {
 
-std::int64_t gramian_scratch(std::int64_t m) { return cuda::row_products_scratch(1, m, 0); }
+std::int64_t gramian_scratch(std::int64_t m) { return cuda::row_products_scratch(1, m); }
 
 void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise) {
   const cuda::DeviceRows rows = cuda::make_device_rows(sources, "sources");

@@ -14,7 +14,7 @@ constexpr int max_threads = 512;
 
 // Matrices are taken this many at a time: a grid has at most 65535 in its third dimension, and the
 // scratch of a million small ones would be large.
-constexpr std::int64_t max_batch = 4096;
+constexpr std::int64_t max_batch = cuda::blocks(4096);
 
 // From a Gramian [batch, m, m], which is overwritten, the weights W = L⁻¹ D and R = (D⁻¹ L)ᵀ, D the
 // inverse norms; norms and rank only where not null.
@@ -109,7 +109,7 @@ void orthonormalize_part(const Tensor& rows, const Tensor& q, double* factor, do
 
 std::int64_t orthonormalize_scratch(std::int64_t batch, std::int64_t m) {
   batch = std::min(batch, max_batch);
-  return batch * (4 * m * m + m) + 1 + cuda::row_products_scratch(batch, m, 0);
+  return batch * (4 * m * m + m) + 1 + cuda::row_products_scratch(batch, m);
 }
 
 void orthonormalize_cuda(const Tensor& rows, const Tensor& q, const Tensor& factor,

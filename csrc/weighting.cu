@@ -14,7 +14,7 @@ constexpr std::int64_t shared_values = 2048;
 __host__ __device__ constexpr std::int64_t workspace(std::int64_t m) { return m * m + 4 * m; }
 
 // Blocks of threads at most, each with a workspace.
-constexpr std::int64_t max_blocks = 1024;
+constexpr std::int64_t max_blocks = cuda::blocks(1024);
 
 constexpr int max_threads = 512;
 
