@@ -21,6 +21,8 @@ from tests.inputs import (
 # is off by 1e-13 for 10,000 equal values and 2e-12 for a million
 PRECISE = {"native": 1e-14, "torch": 3e-12}
 FLOAT32 = 1e-7
+# beyond 32,768 columns the kernel multiplies in float32
+LONG = [(1, 32_769), (5, 40_003), (13, 33_333)]
 
 
 def error(gram, rows):
@@ -35,7 +37,7 @@ def promise(impl, dtype, precise=False):
 
 
 @pytest.mark.parametrize("precise", [False, True], ids=["default", "precise"])
-@pytest.mark.parametrize("m,n", SHAPES)
+@pytest.mark.parametrize("m,n", SHAPES + LONG)
 def test_matches_float64(m, n, precise, impl, dtype):
     rows = torch.randn(m, n).to(dtype)
     gram = gs.gramian(rows, precise=precise)
@@ -46,38 +48,45 @@ def test_matches_float64(m, n, precise, impl, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("m,n", [(5, 2053), (33, 127), (2, 1)])
+@pytest.mark.parametrize("m,n", [(5, 2053), (33, 127), (2, 1), (3, 40_003)])
 def test_reads_any_layout(m, n, layout, impl, dtype):
     rows = LAYOUTS[layout](torch.randn(m, n).to(dtype))
-    assert error(gs.gramian(rows), rows) <= promise(impl, dtype)
+    assert error(gs.gramian(rows), rows) <= 1e-5  # a value misread is far more
+    plain = gs.gramian(rows.clone(memory_format=torch.contiguous_format))
+    if impl == "native":
+        assert torch.equal(gs.gramian(rows), plain), "layouts differ in order of summation"
+    else:
+        torch.testing.assert_close(gs.gramian(rows), plain, rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precise", [False, True], ids=["default", "precise"])
 def test_is_accurate_for_every_family(family, precise, impl):
-    rows = FAMILIES[family](9, 3001).float()
+    rows = FAMILIES[family](9, 33_001).float()
     assert error(gs.gramian(rows, precise=precise), rows) <= promise(impl, torch.float32, precise)
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7])
-def test_equal_values_round_no_worse_than_others(value, dtype, impl):
+@pytest.mark.parametrize("n", [10_007, 70_001])
+def test_equal_values_round_no_worse_than_others(value, n, dtype, impl):
     # rounding errors of a running sum of equal terms all have one sign
-    rows = torch.full((3, 10_007), value, dtype=dtype)
+    rows = torch.full((3, n), value, dtype=dtype)
     assert error(gs.gramian(rows), rows) <= promise(impl, dtype)
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e-19, 1e19, 1e25])
-def test_squares_beyond_float32(scale, impl):
-    rows = torch.randn(4, 1009) * scale
+@pytest.mark.parametrize("n", [1009, 33_013])
+def test_squares_beyond_float32(n, scale, impl):
+    rows = torch.randn(4, n) * scale
     assert error(gs.gramian(rows), rows) <= FLOAT32
     mixed = rows.clone()
-    mixed[1:3] = torch.randn(2, 1009)
+    mixed[1:3] = torch.randn(2, n)
     assert error(gs.gramian(mixed), mixed) <= FLOAT32
 
 
 def test_one_large_value_among_tiny_ones(impl):
-    rows = torch.full((2, 4099), 1e-20)
-    rows[1, 4098] = 1
+    rows = torch.full((2, 40_009), 1e-20)
+    rows[1, 40_008] = 1
     assert error(gs.gramian(rows), rows) <= FLOAT32
 
 
@@ -105,6 +114,14 @@ def test_blocks_are_one_jacobian(shapes, impl, dtype, assert_close):
         assert torch.equal(gram, alone)
 
 
+def test_long_blocks_are_one_jacobian(impl, dtype):
+    # slices and threads begin anywhere in a block
+    blocks = blocks_of([(3, 20_011), (3,), (3, 0), (3, 131, 71), (3, 5), (3, 9001)], dtype)
+    matrix = as_matrix(blocks)
+    assert error(gs.gramian(blocks, precise=True), matrix) <= promise(impl, dtype, precise=True)
+    assert error(gs.gramian(blocks), matrix) <= 1e-5  # a column lost or taken twice is far more
+
+
 def test_blocks_of_permuted_dimensions(impl, dtype):
     blocks = [
         torch.randn(3, 5, 7, 4).to(dtype).permute(3, 0, 2, 1),
@@ -130,7 +147,7 @@ def test_many_rows(impl):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     m=st.integers(1, 40),
-    n=st.integers(0, 5000),
+    n=st.integers(0, 5000) | st.integers(32_769, 50_000),
     exponent=st.integers(-36, 36),
     seed=st.integers(0, 9),
 )

@@ -1,0 +1,204 @@
+"""Which implementation runs, and that each instruction set computes the same."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gradsurgery as gs
+from gradsurgery.ops import _backend
+
+REFERENCE = ("torch", "any")
+
+
+def reference():
+    return "reference"
+
+
+def native():
+    return "native"
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """What runs for a forced backend, with or without the native module."""
+
+    def choose(forced, built=True, implementations=None, device="cpu"):
+        monkeypatch.setenv("GRADSURGERY_BACKEND", forced)
+        monkeypatch.setattr(_backend, "native_available", lambda device: built)
+        given = {REFERENCE: reference, ("native", "cpu"): native}
+        return _backend.choose(
+            "op", given if implementations is None else implementations, device
+        )()
+
+    return choose
+
+
+def test_native_runs_where_it_is_built(chosen):
+    assert chosen("") == "native"
+    assert chosen("", built=False) == "reference"
+    assert chosen("", device="xpu") == "reference"
+    assert chosen("", implementations={REFERENCE: reference}) == "reference"
+
+
+def test_a_forced_backend_runs(chosen):
+    assert chosen("torch") == "reference"
+    assert chosen("native") == "native"
+
+
+def test_a_forced_backend_that_is_absent_is_an_error(chosen):
+    for options in (
+        {"forced": "native", "built": False},
+        {"forced": "native", "device": "xpu"},
+        {"forced": "native", "implementations": {REFERENCE: reference}},
+        {"forced": "triton"},
+    ):
+        with pytest.raises(
+            gs.InputError, match=rf"GRADSURGERY_BACKEND={options['forced']}: op has no"
+        ):
+            chosen(**options)
+
+
+def test_an_unknown_backend_is_an_error(chosen):
+    with pytest.raises(gs.InputError, match="BACKEND=Native: must be one of torch, native, triton"):
+        chosen("Native")
+
+
+def test_a_failure_is_not_hidden_by_another_backend(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("broken kernel")
+
+    monkeypatch.setenv("GRADSURGERY_BACKEND", "")
+    given = {REFERENCE: reference, ("native", "cpu"): broken}
+    monkeypatch.setattr(_backend, "native_available", lambda device: True)
+    with pytest.raises(RuntimeError, match="broken kernel"):
+        _backend.choose("op", given, "cpu")()
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_operators_obey_the_variable(backend, monkeypatch):
+    if backend == "native" and not _backend.native_available("cpu"):
+        pytest.skip("the native module is not built")
+    called = []
+    for name in ("gramian_cpu", "combine_cpu", "orthonormalize_cpu", "projection_weights_cpu"):
+        kernel = getattr(_backend._C, name, None)
+        if kernel is not None:
+            spy = lambda *args, kernel=kernel, name=name: called.append(name) or kernel(*args)  # noqa: E731
+            monkeypatch.setattr(_backend._C, name, spy)
+    monkeypatch.setenv("GRADSURGERY_BACKEND", backend)
+    rows = torch.randn(5, 40)
+    gs.gramian(rows)
+    gs.combine(rows, torch.ones(5))
+    gs.orthonormalize(rows)
+    gs.project_out(rows[0], rows[1:])
+    gs.harmonize(rows[0], rows[1])
+    if backend == "torch":
+        assert called == []
+    else:
+        assert set(called) == {
+            "gramian_cpu", "combine_cpu", "orthonormalize_cpu", "projection_weights_cpu",
+        }  # fmt: skip
+
+
+# one process per instruction set: the choice is made once
+
+PREAMBLE = """
+import os
+import torch
+import gradsurgery as gs
+from gradsurgery import _C
+from tests.inputs import exact_gramian
+
+assert _C.isa() == os.environ["GRADSURGERY_CPU"]
+os.environ["GRADSURGERY_BACKEND"] = "native"
+torch.set_num_threads(2)
+torch.manual_seed(0)
+failures = []
+
+def check(error, limit, case):
+    if not error <= limit:
+        failures.append(f"{case}: {float(error):.1e} > {limit:.1e}")
+
+def gramian_error(gram, rows):
+    exact = exact_gramian(rows)
+    norms = exact.diagonal().sqrt()
+    return ((gram - exact).abs() / torch.outer(norms, norms)).max()
+"""
+
+EVERY_OPERATOR = """
+ROUNDOFF = {torch.float64: 1.2e-16, torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# every tail of every vector, every edge of every tile of rows, both kinds of sums
+SHAPES = [(m, 16 * 9 + tail) for tail, m in enumerate([*range(1, 14), 17, 33, 64, 5, 6, 7])]
+SHAPES += [(m, n) for m in (1, 4, 7) for n in range(1, 36, 3)] + [(9, 40_003), (3, 200_007)]
+for dtype, roundoff in ROUNDOFF.items():
+    for m, n in SHAPES:
+        case = f"{dtype} {m} x {n}"
+        rows, weights = torch.randn(m, n).to(dtype), torch.randn(m).double()
+        if (m + n) % 3 == 0:
+            rows = rows.mT.contiguous().mT
+        exact = rows.double()
+        check(gramian_error(gs.gramian(rows, precise=True), rows), 1e-14, f"gramian {case}")
+        check(gramian_error(gs.gramian(rows), rows), 1e-5, f"gramian {case}")
+
+        expected = weights @ exact
+        allowed = roundoff * expected.abs() + 1e-15 * (weights.abs() @ exact.abs())
+        allowed += 1e-7 if roundoff > 1e-4 else 0  # subnormals of 16 bits
+        excess = (gs.combine(rows, weights).double() - expected).abs() - allowed
+        check(excess.max(), 0.0, f"combine {case}")
+
+        grad = torch.randn(n).to(dtype)
+        perp, info = gs.project_out(grad, rows, return_info=True)
+        q = torch.linalg.qr(exact.mT).Q
+        expected = grad.double() - q @ (q.mT @ grad.double())
+        check((info.rank - min(m, n)).abs(), 0, f"rank {case}")
+        error = (perp.double() - expected).norm() / grad.double().norm()
+        check(error, 3 * roundoff + 1e-12, f"project_out {case}")
+
+        q, r, rank = gs.orthonormalize(rows, return_rank=True)
+        check((rank - min(m, n)).abs(), 0, f"rank of orthonormalize {case}")
+        error = (r.double().mT @ q.double() - exact).norm(dim=1) / exact.norm(dim=1)
+        check(error.max(), 8 * roundoff + 1e-12, f"orthonormalize {case}")
+        kept = q.double()[q.abs().amax(1) > 0]
+        error = (kept @ kept.mT - torch.eye(len(kept))).abs().max()
+        check(error, 8 * roundoff + 1e-13, f"orthonormality {case}")
+
+        f, r = gs.harmonize(rows[0], rows[-1] - rows[0], mode="both")
+        left = (f.double() @ rows[0].double()).abs() / exact[0].norm() ** 2
+        check(left if m == 1 else 0.0, 2 * roundoff + 1e-6, f"harmonize {case}")
+"""
+
+GRAMIAN_IN_FLOAT32 = """
+from tests.ops.test_gramian import FLOAT32
+for name, make in {
+    "normal": torch.randn,
+    "positive": torch.rand,
+    "heavy tails": lambda m, n: torch.randn(m, n) ** 5,
+    "half zeros": lambda m, n: torch.randn(m, n).relu(),
+}.items():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n in (40_003, 300_007):
+            rows = make(3, n).to(dtype)
+            check(gramian_error(gs.gramian(rows), rows), FLOAT32, f"{name} {dtype} {n}")
+"""
+
+
+@pytest.mark.skipif(not _backend.native_available("cpu"), reason="the native module is not built")
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "code", [EVERY_OPERATOR, GRAMIAN_IN_FLOAT32], ids=["operators", "gramian in float32"]
+)
+def test_every_instruction_set_agrees_with_float64(code, isa):
+    if isa not in _backend._C.isas:
+        pytest.skip(f"not built for {isa}")
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PREAMBLE + code + "print(*failures, sep='\\n')"],
+        env={**os.environ, "GRADSURGERY_CPU": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    if "this processor has" in result.stderr:
+        pytest.skip(result.stderr.strip().rpartition("\n")[2])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""
