@@ -29,8 +29,16 @@ format: $(VENV)/dev
 types: $(VENV)/dev
 	$(bin)/pyright --pythonpath $(bin)/python
 
+# once with memory that the allocator keeps, once with fresh pages for every large result
+results := benchmarks/results/cpu
 bench: $(VENV)/bench
-	$(bin)/python -m pytest benchmarks $(ARGS)
+	mkdir -p $(results)
+	MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	    $(bin)/python -m pytest benchmarks -q --benchmark-disable-gc \
+	    --benchmark-json=$(results)/reused.json $(ARGS)
+	$(bin)/python -m pytest benchmarks -q --benchmark-disable-gc \
+	    --benchmark-json=$(results)/fresh.json $(ARGS)
+	$(bin)/python benchmarks/report.py $(results)/reused.json $(results)/fresh.json | tee $(results)/table.md
 
 # a copy of the package beside its own build of the module: the ordinary build stays as it is.
 # libstdc++ is preloaded with libasan, which must find the C++ runtime when it starts

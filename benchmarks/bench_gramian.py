@@ -6,7 +6,9 @@ import torch
 import gradsurgery as gs
 
 
-@pytest.mark.parametrize("m,n", [(2, 10_000_000), (16, 1_000_000), (16, 10_000_000), (64, 1_000_000)])
+@pytest.mark.parametrize(
+    "m,n", [(2, 10_000_000), (16, 1_000_000), (16, 10_000_000), (64, 1_000_000)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def bench_gramian(compare, m, n, dtype):
     rows = torch.randn(m, n).to(dtype)

@@ -8,7 +8,12 @@ import gradsurgery as gs
 
 @pytest.mark.parametrize(
     "shape,target",
-    [((32, 1_000_000), {"torch.linalg.qr": 8}), ((4, 1_000_000), {}), ((64, 4, 4096), {}), ((64, 16, 4096), {})],
+    [
+        ((32, 1_000_000), {"torch.linalg.qr": 8}),
+        ((4, 1_000_000), {}),
+        ((64, 4, 4096), {}),
+        ((64, 16, 4096), {}),
+    ],
     ids=str,
 )
 def bench_orthonormalize(compare, shape, target):

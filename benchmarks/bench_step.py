@@ -68,7 +68,9 @@ def bench_orthograd_step(compare, name):
     update = torch.cat([p.grad.flatten() for p in model.parameters()])
     kept = {}
     step = optimizer.step
-    optimizer.step = lambda: kept.update(g=torch.cat([p.grad.flatten() for p in model.parameters()]))
+    optimizer.step = lambda: kept.update(
+        g=torch.cat([p.grad.flatten() for p in model.parameters()])
+    )
     surgeon.step(forget=forget, retain=retain, loss=losses)
     optimizer.step = step
     error = ((kept["g"] - exact).norm() / exact.norm()).item()

@@ -81,7 +81,11 @@ def compare(benchmark):
         mine = benchmark.stats.stats.median
         benchmark.extra_info.update(
             rivals={
-                name: {"median": statistics.median(s), "iqr": _iqr(s), "ratio": statistics.median(s) / mine}
+                name: {
+                    "median": statistics.median(s),
+                    "iqr": _iqr(s),
+                    "ratio": statistics.median(s) / mine,
+                }
                 for name, s in seconds.items()
             },
             target=target or {},

@@ -4,7 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-HEADER = "| work | ours | GB/s | error | extra memory | against | target |\n|---|---|---|---|---|---|---|"
+COLUMNS = ("work", "ours", "GB/s", "error", "extra memory", "against", "target")
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def row(bench):

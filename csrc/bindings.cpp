@@ -48,7 +48,8 @@ void gramian_cpu(const Sources& sources, const Tensor& out, bool precise, int th
 }
 
 bool combine_cpu(const Sources& sources, const Tensor& weights, const Sources& outs,
-                 const std::optional<Tensor>& cross, const std::optional<Tensor>& gram, int threads) {
+                 const std::optional<Tensor>& cross, const std::optional<Tensor>& gram,
+                 bool precise, int threads) {
   Rows rows = make_rows(sources, "sources"), out = make_rows(outs, "outs");
   check(rows.blocks.size() == out.blocks.size() && rows.dtype == out.dtype,
         "outs must have the tensors and the dtype of sources");
@@ -60,7 +61,7 @@ bool combine_cpu(const Sources& sources, const Tensor& weights, const Sources& o
   double* c = cross ? matrix(*cross, out.m, rows.m, "cross") : nullptr;
   double* g = gram ? matrix(*gram, out.m, out.m, "gram") : nullptr;
   py::gil_scoped_release release;
-  return GRADSURGERY_SELECT(combine)(rows, w, out, c, g, threads);
+  return GRADSURGERY_SELECT(combine)(rows, w, out, c, g, precise, threads);
 }
 
 }  // namespace
@@ -89,15 +90,15 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("gramian_cpu", &gramian_cpu, py::arg("sources"), py::arg("out"), py::arg("precise"),
              py::arg("threads"));
   module.def("combine_cpu", &combine_cpu, py::arg("sources"), py::arg("weights"), py::arg("outs"),
-             py::arg("cross"), py::arg("gram"), py::arg("threads"));
+             py::arg("cross"), py::arg("gram"), py::arg("precise"), py::arg("threads"));
   module.def(
       "orthonormalize_cpu",
       [](const Tensor& rows, const Tensor& q, const Tensor& factor, const Tensor& norms,
          const Tensor& rank, double rtol, int threads) {
         py::gil_scoped_release release;
         GRADSURGERY_SELECT(orthonormalize)
-        (rows, q, factor.data_as<double>(), norms.data_as<double>(),
-         rank.data_as<std::int64_t>(), rtol, threads);
+        (rows, q, factor.data_as<double>(), norms.data_as<double>(), rank.data_as<std::int64_t>(),
+         rtol, threads);
       },
       py::arg("rows"), py::arg("q"), py::arg("factor"), py::arg("norms"), py::arg("rank"),
       py::arg("rtol"), py::arg("threads"));

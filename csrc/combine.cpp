@@ -13,9 +13,9 @@ template <typename Sum, typename T, typename To>
 struct Sums {
   const T* const* rows;
   std::int64_t m;
-  const Sum* weights;             // [m, R]
-  const char* const* next;        // rows of the next slice, to prefetch, as they are stored
-  std::int64_t next_bytes;        // a value's
+  const Sum* weights;       // [m, R]
+  const char* const* next;  // rows of the next slice, to prefetch, as they are stored
+  std::int64_t next_bytes;  // a value's
   To* const* outs;
   decltype(store_rounded(static_cast<To*>(nullptr), Vector<Sum>{})) finite = {};  // else NaN
 };
@@ -130,9 +130,13 @@ class Pass {
  public:
   Pass(const Rows& rows, const std::vector<Group<Sum>>& groups, const Rows& outs, double* cross,
        double* gram)
-      : rows_(rows), outs_(outs), groups_(groups), width_(slice_width<T>(rows.m + outs.m)),
+      : rows_(rows),
+        outs_(outs),
+        groups_(groups),
         // several outs may be the rows: all are read before one is written
-        slice_(rows, width_, outs.m > 1), out_slice_(outs, width_, false), sums_(tile * width_) {
+        slice_(rows, slice_width, outs.m > 1),
+        out_slice_(outs, slice_width, false),
+        sums_(tile * slice_width) {
     if (cross != nullptr) {
       cross_.emplace(outs.m, rows.m, false, cross);
     }
@@ -143,7 +147,7 @@ class Pass {
 
   bool run(std::int64_t begin, std::int64_t end) {
     bool finite = true;
-    for_slices(rows_, begin, end, width_,
+    for_slices(rows_, begin, end, slice_width,
                [&](const Block& block, std::int64_t column, std::int64_t length) {
                  const Block& out = outs_.blocks[&block - rows_.blocks.data()];
                  finite &= step(block, out, column, length);
@@ -197,9 +201,12 @@ class Pass {
     }
     // the group with all rows prefetches
     const bool prefetch = slice_.next() != nullptr && group.first + group.outs == outs_.m;
-    Sums<Sum, T, To> sums{slice_.rows(), group.m, group.weights.data(),
+    Sums<Sum, T, To> sums{slice_.rows(),
+                          group.m,
+                          group.weights.data(),
                           prefetch ? slice_.next() : own(slice_.rows()),
-                          prefetch ? slice_.next_bytes() : 0, outs};
+                          prefetch ? slice_.next_bytes() : 0,
+                          outs};
     weighted_sums(sums, group.outs, slice_.whole);
     return sum_halves<decltype(sums.finite), To>(sums.finite) == 0;
   }
@@ -208,7 +215,7 @@ class Pass {
     Sum* buffers[tile];
     Sum* ends[tile];
     for (std::int64_t r = 0; r < group.outs; ++r) {
-      buffers[r] = sums_.data() + r * width_;
+      buffers[r] = sums_.data() + r * slice_width;
       ends[r] = buffers[r] + slice_.whole;
     }
     const Sum* weights = group.weights.data();
@@ -233,7 +240,6 @@ class Pass {
   const Rows& rows_;
   const Rows& outs_;
   const std::vector<Group<Sum>>& groups_;
-  std::int64_t width_;
   Slice<T> slice_, out_slice_;
   std::optional<Products<T>> cross_, gram_;
   std::vector<Sum> sums_;  // [tile, width]

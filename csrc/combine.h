@@ -7,8 +7,9 @@
 
 namespace gradsurgery {
 
-// `precise` sums in float64; else 32- and 16-bit rows are summed in float32. `weights` is [p, m]; `cross`, [p, m], and `gram`, [p, p], may be null.
-// Outs may be rows. Returns whether all outs are finite.
+// `precise` sums in float64; else 32- and 16-bit rows are summed in float32. `weights` is [p, m];
+// `cross`, [p, m], and `gram`, [p, p], may be null. Outs may be rows. Returns whether all outs are
+// finite.
 GRADSURGERY_DECLARE(bool combine(const Rows& rows, const double* weights, const Rows& outs,
                                  double* cross, double* gram, bool precise, int threads))
 

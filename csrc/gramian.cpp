@@ -10,7 +10,8 @@ namespace {
 
 template <typename T>
 void accumulate(const Rows& rows, std::int64_t begin, std::int64_t end, double* out) {
-  const std::int64_t width = slice_width<T>(rows.m);
+  const bool keep = Products<T>::keeps_lanes(rows.m, rows.m, true);
+  const std::int64_t width = keep ? slice_width : 4 * slice_width;
   Slice<T> slice(rows, width, false);
   Products<T> products(rows.m, rows.m, true, out);
   for_slices(rows, begin, end, width,
@@ -23,18 +24,19 @@ void accumulate(const Rows& rows, std::int64_t begin, std::int64_t end, double* 
 template <typename T>
 void gramian_in(const Rows& rows, double* out, int threads) {
   const std::int64_t m = rows.m;
-  // a part for every thread, added in their order: the same sum each time
-  std::vector<double> parts(threads * m * m);
+  // a part for every thread but the first, added in their order: the same sum each time
+  std::fill_n(out, m * m, 0.0);
+  std::vector<double> parts((threads - 1) * m * m);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t) {
     std::int64_t begin = share(rows.n, t, threads), end = share(rows.n, t + 1, threads);
-    accumulate<T>(rows, begin, end, parts.data() + t * m * m);
+    accumulate<T>(rows, begin, end, t == 0 ? out : parts.data() + (t - 1) * m * m);
   }
   for (std::int64_t i = 0; i < m; ++i) {
     for (std::int64_t j = 0; j <= i; ++j) {
-      double value = 0;
-      for (int t = 0; t < threads; ++t) {
-        value += parts[(t * m + i) * m + j];
+      double value = out[i * m + j];
+      for (int t = 1; t < threads; ++t) {
+        value += parts[((t - 1) * m + i) * m + j];
       }
       out[i * m + j] = out[j * m + i] = value;
     }

@@ -5,15 +5,10 @@
 #include "combine.h"
 #include "dense.h"
 #include "gramian.h"
-#include "products.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
 
 namespace {
-
-// Up to this many rows, and values of a float64 copy that fits in cache, Gram-Schmidt is used.
-constexpr std::int64_t few_rows = 4;
-constexpr std::int64_t few_values = 1 << 16;
 
 Tensor matrix(const Tensor& batch, std::int64_t b) {
   Tensor out = batch;
@@ -29,65 +24,8 @@ Tensor matrix(const Tensor& batch, std::int64_t b) {
   return out;
 }
 
-// A float64 matrix in rows, [m, n], as the view the other kernels take.
-Rows in_double(double* values, std::int64_t m, std::int64_t n) {
-  Rows rows{Dtype::float64, m, n, {{n, {}}}};
-  for (std::int64_t i = 0; i < m; ++i) {
-    rows.blocks[0].rows.push_back({reinterpret_cast<char*>(values + i * n), 1});
-  }
-  return rows;
-}
-
-double dot(const double* a, const double* b, std::int64_t length) {
-  Vector<double> sums[4] = {};
-  for (std::int64_t j = 0, part = 0; j < length; j += lanes<double>, ++part) {
-    sums[part & 3] += load(a + j) * load(b + j);
-  }
-  return sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
-// Modified Gram-Schmidt, every row twice, on a float64 copy.
-std::int64_t gram_schmidt(const Rows& rows, const Rows& q, double* factor, double* norms,
-                          double rtol) {
-  const std::int64_t m = rows.m, n = rows.n, width = (n + 15) / 16 * 16;
-  std::vector<double> copy(m * width);
-  std::vector<double> identity(m * m);
-  Slice<double> slice(rows, std::max<std::int64_t>(n, 1), false);
-  slice.load(rows.blocks[0], 0, n);
-  std::int64_t rank = 0;
-  for (std::int64_t i = 0; i < m; ++i) {
-    double* row = copy.data() + i * width;
-    identity[i * m + i] = 1;
-    std::copy_n(slice.rows()[i], n, row);
-    norms[i] = std::sqrt(dot(row, row, width));
-    for (int twice = 0; twice < 2; ++twice) {
-      for (std::int64_t j = 0; j < i; ++j) {
-        const double* other = copy.data() + j * width;
-        const double product = dot(other, row, width);
-        for (std::int64_t l = 0; l < width; ++l) {
-          row[l] -= product * other[l];
-        }
-        factor[j * m + i] += product;
-      }
-    }
-    double norm = std::sqrt(dot(row, row, width));
-    norm = norm > rtol * norms[i] ? norm : 0;
-    for (std::int64_t l = 0; l < width; ++l) {
-      row[l] = norm > 0 ? row[l] / norm : 0;
-    }
-    factor[i * m + i] = norm;
-    rank += norm > 0;
-  }
-  Rows source = in_double(copy.data(), m, n);
-  for (std::int64_t i = 0; i < m; ++i) {
-    source.blocks[0].rows[i].data = reinterpret_cast<char*>(copy.data() + i * width);
-  }
-  combine(source, identity.data(), q, nullptr, nullptr, true, 1);
-  return rank;
-}
-
-// One pass of CholeskyQR: from a Gramian [m, m] the weights W = L⁻¹ D and R = (D⁻¹ L)ᵀ, D the inverse
-// norms.
+// One pass of CholeskyQR: from a Gramian [m, m] the weights W = L⁻¹ D and R = (D⁻¹ L)ᵀ, D the
+// inverse norms.
 std::int64_t factorize(std::vector<double>& gram, double* weights, double* factor, std::int64_t m,
                        double rtol) {
   std::vector<double> scale(m);
@@ -103,11 +41,11 @@ std::int64_t factorize(std::vector<double>& gram, double* weights, double* facto
   return rank;
 }
 
-// CholeskyQR in float64 leaves Q orthonormal to eps / d², d the smallest distance of a row to the span
-// of those before, relative to its norm. That is below a float32's rounding down to d = 1e-4; else a
-// second time, whose Gramian the first one's writes yield, makes it so.
-std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double* norms, double rtol,
-                         int threads) {
+// CholeskyQR in float64 leaves Q orthonormal to eps / d², d the smallest distance of a row to the
+// span of those before, relative to its norm. That is below a float32's rounding down to d = 1e-4;
+// else a second time, whose Gramian the first one's writes yield, makes it so.
+std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double* norms,
+                         double rtol, int threads) {
   const std::int64_t m = rows.m;
   std::vector<double> gram(m * m), weights(m * m), first(m * m), second(m * m);
   gramian(rows, gram.data(), true, threads);
@@ -146,15 +84,13 @@ void orthonormalize(const Tensor& rows, const Tensor& q, double* factor, double*
                     std::int64_t* rank, double rtol, int threads) {
   const std::int64_t batch = rows.size(0), m = rows.size(1), n = rows.size(2);
   std::fill_n(factor, batch * m * m, 0.0);
-  const bool small = m <= few_rows && m * n <= few_values;
   // matrices that one thread finishes sooner than two can share are given out whole
   const bool whole = m * n < 1 << 17;
 #pragma omp parallel for num_threads(threads) schedule(static) if (whole && batch > 1)
   for (std::int64_t b = 0; b < batch; ++b) {
     Rows source = make_rows({{matrix(rows, b)}}, "rows"), out = make_rows({{matrix(q, b)}}, "q");
     double* r = factor + b * m * m;
-    rank[b] = small ? gram_schmidt(source, out, r, norms + b * m, rtol)
-                    : cholesky_qr(source, out, r, norms + b * m, rtol, whole ? 1 : threads);
+    rank[b] = cholesky_qr(source, out, r, norms + b * m, rtol, whole ? 1 : threads);
   }
 }
 

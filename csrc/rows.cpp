@@ -18,14 +18,15 @@ Rows make_rows(const std::vector<std::vector<Tensor>>& sources, const char* name
   Rows rows{sources[0][0].dtype, 0, 0, std::vector<Block>(count)};
   const std::int64_t size = element_size(rows.dtype);
   for (std::size_t s = 0; s < sources.size(); ++s) {
-    check(sources[s].size() == count, name, "[", s, "] has ", sources[s].size(), " tensors, ",
-          name, "[0] has ", count);
+    check(sources[s].size() == count, name, "[", s, "] has ", sources[s].size(), " tensors, ", name,
+          "[0] has ", count);
     for (std::size_t k = 0; k < count; ++k) {
       const Tensor& tensor = sources[s][k];
       Block& block = rows.blocks[k];
       check(tensor.device == Device::cpu, name, "[", s, "][", k, "] is not on the CPU");
-      check(tensor.dtype == rows.dtype, name, "[", s, "][", k, "] is ", gradsurgery::name(tensor.dtype),
-            ", ", name, "[0][0] is ", gradsurgery::name(rows.dtype));
+      check(tensor.dtype == rows.dtype, name, "[", s, "][", k, "] is ",
+            gradsurgery::name(tensor.dtype), ", ", name, "[0][0] is ",
+            gradsurgery::name(rows.dtype));
       check(tensor.ndim == 2 && tensor.size(0) == sources[s][0].size(0) &&
                 (s == 0 || tensor.size(1) == block.columns),
             name, "[", s, "][", k, "] has shape ", tensor.shape_text(), ", which does not fit");

@@ -154,14 +154,10 @@ inline void narrow(double value, BFloat16* out) {
   out->bits = single != single ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
-// Columns of a slice: it and the next one, which is prefetched meanwhile, fit a first-level cache of
-// 48 KiB up to 20 rows. Shorter ones would not pay for a tile's start.
-template <typename T>
-std::int64_t slice_width(std::int64_t rows) {
-  constexpr std::int64_t values = (40 << 10) / sizeof(T);
-  return std::clamp<std::int64_t>(values / (2 * std::max<std::int64_t>(rows, 1)) / 64 * 64,
-                                  256, 1024);
-}
+// Columns of a slice. Up to 20 float32 rows, it and the next one, which is prefetched meanwhile,
+// fit a first-level cache of 48 KiB; and a lane adds up no more than 16 floats before it starts
+// anew.
+constexpr std::int64_t slice_width = 256;
 
 // The columns [column, column + length) of every row of a block, as contiguous T: whole vectors in
 // `rows`, what is left over in `ends`, one vector a row filled up with zeros. Rows that are
@@ -171,7 +167,14 @@ class Slice {
  public:
   Slice(const Rows& rows, std::int64_t width, bool copy)
       // a line between the copies, or all rows would share a few sets of the first-level cache
-      : dtype_(rows.dtype), width_(width), stride_(width), m_(rows.m), copy_(copy), rows_(m_), ends_(m_), next_(m_),
+      : dtype_(rows.dtype),
+        width_(width),
+        stride_(width),
+        m_(rows.m),
+        copy_(copy),
+        rows_(m_),
+        ends_(m_),
+        next_(m_),
         end_values_(m_ * lanes<T>) {
     for (std::int64_t i = 0; i < m_; ++i) {
       ends_[i] = end_values_.data() + i * lanes<T>;
@@ -183,9 +186,8 @@ class Slice {
     for (const Row& row : block.rows) {
       contiguous_ = contiguous_ && row.stride == 1;
     }
-    dispatch(dtype_, [&](auto type) {
-      find<typename decltype(type)::type>(block, column, length);
-    });
+    dispatch(dtype_,
+             [&](auto type) { find<typename decltype(type)::type>(block, column, length); });
     whole = length / lanes<T> * lanes<T>;
     rest = length - whole;
     for (std::int64_t i = 0; rest > 0 && i < m_; ++i) {

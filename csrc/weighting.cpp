@@ -15,7 +15,8 @@ void projection_weights(const double* gramian, const double* products, double* c
   for (std::int64_t b = 0; b < batch; ++b) {
     std::copy_n(gramian + b * m * m, m * m, gram.data());
     dense::normalize(gram.data(), scale.data(), m);
-    rank[b] = dense::pivoted_cholesky(gram.data(), order.data(), column.data(), m, rtol, margin + b);
+    rank[b] =
+        dense::pivoted_cholesky(gram.data(), order.data(), column.data(), m, rtol, margin + b);
     for (std::int64_t i = 0; i < rank[b]; ++i) {
       solution[i] = products[b * m + order[i]] * scale[order[i]];
     }

@@ -22,7 +22,12 @@ class Jacobian(Protocol):
     sizes: list[int]  # numel of each tensor
     m: int
 
-    def gramian(self, *, per: Literal["model", "tensor"] = "model") -> Tensor: ...
+    def gramian(
+        self,
+        *,
+        per: Literal["model", "tensor"] = "model",
+        metric: Sequence[Tensor] | None = None,
+    ) -> Tensor: ...
     def combine(self, weights: Tensor) -> list[Tensor]: ...
     def backward(self, weights: Tensor) -> None: ...
     def row_norms(self) -> Tensor: ...
@@ -46,9 +51,12 @@ class DenseJacobian:
         parameters: Sequence[nn.Parameter] | None = None,
         losses: Tensor | None = None,
     ) -> None:
-        named = dict(blocks) if isinstance(blocks, Mapping) else None
-        self.blocks = as_blocks(list(named.values()) if named is not None else blocks, "blocks")
-        self.names = list(named) if named is not None else [str(k) for k in range(len(self.blocks))]
+        if isinstance(blocks, Mapping):
+            self.blocks = as_blocks(list(blocks.values()), "blocks")
+            self.names = list(blocks)
+        else:
+            self.blocks = as_blocks(blocks, "blocks")
+            self.names = [str(k) for k in range(len(self.blocks))]
         self.parameters = list(parameters) if parameters is not None else None
         self.losses = losses
         self.m = self.blocks[0].shape[0]
@@ -148,7 +156,7 @@ class DenseJacobian:
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """wᵀ J as a list like the parameters; weights [m], or [L, m] per tensor."""
-        return combine(self.blocks, weights)
+        return list(combine(self.blocks, weights))
 
     def backward(self, weights: Tensor) -> None:
         """Add wᵀ J to the parameters' `.grad`, as `Tensor.backward` would."""

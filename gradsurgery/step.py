@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class StepInfo:
     forget_loss: float  # mean over the forget batch
     retain_loss: float  # mean over the retain batch
     cosines: Tensor  # [k] float64, of the forget gradient with each retain row
-    conflict_rate: float  # share of retain rows with a negative cosine, in [0, 1]
+    conflict_rate: float  # share of retain rows whose loss climbing g_u raises: positive cosines
     kept_norm: float  # |g⊥| / |g_u|, in [0, 1]
     rank: float  # of the retain rows; the mean over groups where tensors are projected apart
     frozen: list[str]  # tensors the projection left no unlearning signal, or exempted
@@ -96,7 +96,7 @@ class Surgeon:
         # a parameter that no loss depends on has no gradient, as in an ordinary step: no decay
         unused = [not (u.any() or b.any()) for u, b in zip(update, jacobian.blocks, strict=True)]
         self._apply([None if skip else u for u, skip in zip(update, unused, strict=True)])
-        gram, losses = solution.gramian, jacobian.losses
+        gram, losses = solution.gramian, cast(Tensor, jacobian.losses)
         norms = gram.diagonal().sqrt()
         scale = norms[0] * norms[1:]
         cosines = torch.where(scale > 0, gram[0, 1:] / scale, 0).clamp(-1, 1).cpu()
@@ -104,7 +104,7 @@ class Surgeon:
             forget_loss=losses[0].item(),
             retain_loss=losses[1:].mean().item(),
             cosines=cosines,
-            conflict_rate=(cosines < 0).double().mean().item(),
+            conflict_rate=(cosines > 0).double().mean().item(),
             kept_norm=solution.kept_norm.item(),
             rank=solution.rank.double().mean().item(),
             frozen=solution.frozen,

@@ -99,7 +99,7 @@ def test_information_is_of_the_gradients_before_the_step(impl):
     assert info.retain_loss == pytest.approx(expected[1].mean().item())
     cosines = F.cosine_similarity(rows, g_u[None])
     torch.testing.assert_close(info.cosines, cosines)
-    assert info.conflict_rate == pytest.approx((cosines < 0).double().mean().item())
+    assert info.conflict_rate == pytest.approx((cosines > 0).double().mean().item())
     q = torch.linalg.qr(rows.mT).Q
     assert info.kept_norm == pytest.approx(((g_u - q @ (q.mT @ g_u)).norm() / g_u.norm()).item())
     assert info.rank == 5

@@ -32,6 +32,7 @@ def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
     blocks = as_blocks(rows)
     m, device = blocks[0].shape[0], blocks[0].device
     check(isinstance(weights, Tensor), f"weights must be a Tensor, got {type(weights).__name__}")
+    check(weights.layout == torch.strided, f"weights must be a dense tensor, got {weights.layout}")
     check(
         tuple(weights.shape) in ((m,), (len(blocks), m)),
         f"weights must be [{m}] or [{len(blocks)}, {m}] to match rows, got {list(weights.shape)}",
@@ -49,7 +50,9 @@ def combine_reference(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
         chunks = [w @ chunk.double() for chunk in block.split(CHUNK, dim=1)]
         update.append((torch.cat(chunks) if chunks else block.new_zeros(0)).to(block.dtype))
     finite = all(bool(u.isfinite().all()) for u in update)
-    return _checked([u.view(b.shape[1:]) for u, b in zip(update, rows, strict=True)], finite, rows, weights)
+    return _checked(
+        [u.view(b.shape[1:]) for u, b in zip(update, rows, strict=True)], finite, rows, weights
+    )
 
 
 def combine_native(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
@@ -58,12 +61,9 @@ def combine_native(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     if weights.dim() == 1:
         finite = combine_into([blocks], weights[None], [outs])
     else:
-        finite = all(
-            [
-                combine_into([[block]], w[None], [[out]])
-                for block, w, out in zip(blocks, weights, outs, strict=True)
-            ]
-        )
+        finite = True
+        for block, w, out in zip(blocks, weights, outs, strict=True):
+            finite &= combine_into([[block]], w[None], [[out]])
     return _checked(update, finite, rows, weights)
 
 
@@ -73,12 +73,14 @@ def combine_into(
     outs: Sequence[Sequence[Tensor]],
     cross: Tensor | None = None,
     gram: Tensor | None = None,
+    precise: bool = True,
 ) -> bool:
     """outs = weights [p, m] times the m rows of all sources; False if a value is not finite.
 
     On request the same pass yields the products of the outs with the rows, `cross` [p, m], and
-    with one another, `gram` [p, p]; float64. Outs may be the rows themselves. On a GPU the answer
-    is always True, for want of a host sync: what is not finite propagates.
+    with one another, `gram` [p, p]; float64. Outs may be the rows themselves. `precise` sums 32-
+    and 16-bit rows in float64, otherwise in float32. A GPU always sums in float64, and answers
+    True, for want of a host sync: what is not finite propagates.
     """
     weights = weights.contiguous()
     if runs_cuda(weights):
@@ -86,10 +88,12 @@ def combine_into(
         scratch = weights.new_empty(_C.gramian_scratch(sum(weights.shape))) if products else None
         _C.combine_cuda(sources, weights, outs, cross, gram, scratch)
         return True
-    return _C.combine_cpu(sources, weights, outs, cross, gram, torch.get_num_threads())
+    return _C.combine_cpu(sources, weights, outs, cross, gram, precise, torch.get_num_threads())
 
 
-def _checked(update: list[Tensor], finite: bool, rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+def _checked(
+    update: list[Tensor], finite: bool, rows: Sequence[Tensor], weights: Tensor
+) -> list[Tensor]:
     if not finite:
         if not bool(weights.isfinite().all()):
             raise InputError(f"weights must be finite, got {weights.tolist()}")
@@ -114,7 +118,10 @@ def _backward(ctx, grads: list[Tensor]) -> tuple:  # noqa: ANN001
         w.to(g.dtype).view(-1, *[1] * g.dim()) * g for w, g in zip(per_block, grads, strict=True)
     ]
     d_weights = torch.stack(
-        [(row.flatten(1) if row.dim() > 1 else row[:, None]) @ g.flatten() for row, g in zip(rows, grads, strict=True)]
+        [
+            (row.flatten(1) if row.dim() > 1 else row[:, None]) @ g.flatten()
+            for row, g in zip(rows, grads, strict=True)
+        ]
     ).double()
     return d_rows, d_weights if weights.dim() == 2 else d_weights.sum(0)
 
@@ -122,7 +129,11 @@ def _backward(ctx, grads: list[Tensor]) -> tuple:  # noqa: ANN001
 register(
     "combine",
     "(Tensor[] rows, Tensor weights) -> Tensor[]",
-    {("torch", "any"): combine_reference, ("native", "cpu"): combine_native, ("native", "cuda"): combine_native},
+    {
+        ("torch", "any"): combine_reference,
+        ("native", "cpu"): combine_native,
+        ("native", "cuda"): combine_native,
+    },
     device_of=lambda rows, _: rows[0].device,
     fake=_fake,
     backward=_backward,

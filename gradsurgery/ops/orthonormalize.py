@@ -32,10 +32,13 @@ def orthonormalize(
         InputError: rows that are no floating-point matrix.
         NonFiniteError: a row with NaN or infinity.
 
-    CholeskyQR2, Fukaya et al. 2014, with the factorization in float64; modified Gram-Schmidt,
-    twice, for up to four rows that fit in cache.
+    A GPU waits for the check that all rows are finite.
+
+    CholeskyQR2, Fukaya et al. 2014, with Gramian and factorization in float64; one pass where that
+    leaves nothing to correct in the rows' dtype.
     """
     check(isinstance(rows, Tensor), f"rows must be a Tensor, got {type(rows).__name__}")
+    check(rows.layout == torch.strided, f"rows must be a dense tensor, got {rows.layout}")
     check(rows.dim() >= 2, f"rows must be [..., m, n], got {list(rows.shape)}")
     check(
         rows.dtype in DTYPES,
@@ -52,7 +55,7 @@ def orthonormalize_reference(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor,
     jacobian = rows.double()
     norms = jacobian.norm(dim=-1)
     _check_finite(norms)
-    q = torch.zeros_like(jacobian)
+    q = jacobian.new_zeros(rows.shape)
     r = jacobian.new_zeros(*rows.shape[:-1], rows.shape[-2])
     for i in range(rows.shape[-2]):
         rest = jacobian[..., i, :]
@@ -73,9 +76,9 @@ def orthonormalize_native(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor, Te
     m, n = rows.shape[-2:]
     factor = r.new_empty(r.shape, dtype=torch.float64)
     norms = r.new_empty(r.shape[:-1], dtype=torch.float64)
-    views = (
-        rows.reshape(-1, m, n), q.view(-1, m, n), factor.view(-1, m, m), norms.view(-1, m), rank.view(-1),
-    )  # fmt: skip
+    count = rank.numel()
+    matrices, q_out = rows.reshape(count, m, n), q.view(count, m, n)
+    views = (matrices, q_out, factor.view(count, m, m), norms.view(count, m), rank.view(count))
     if runs_cuda(rows):
         scratch = factor.new_empty(_C.orthonormalize_scratch(rank.numel(), m))
         _C.orthonormalize_cuda(*views, scratch, rtol)
@@ -108,7 +111,8 @@ def _setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001 -
 
 
 def _backward(ctx, d_q: Tensor, d_r: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
-    # with A = Jᵀ = Qᵀ R: dA = (dQᵀ + Qᵀ sym(M)) R⁻ᵀ, M = R dRᵀ - dQ Qᵀ, sym(M) = tril(M) + tril(M, -1)ᵀ
+    # A = Jᵀ = Qᵀ R: dA = (dQᵀ + Qᵀ sym(M)) R⁻ᵀ with M = R dRᵀ - dQ Qᵀ
+    # and sym(M) = tril(M) + tril(M, -1)ᵀ
     q, r = ctx.saved_tensors
     m = r @ d_r.mT - d_q @ q.mT
     sym = m.tril() + m.tril(-1).mT

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._backend import register
 from gradsurgery.ops._inputs import (
     Rows,
@@ -24,9 +25,10 @@ from gradsurgery.ops.weighting import default_rtol
 # the largest |cos(g_i, g⊥)| left without a warning; a 16-bit g⊥ cannot do better than its rounding
 PROMISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
-# below this squared distance a Gramian of float32 products, some 1e-8 off, is computed again in
-# float64: 1e-8 / sqrt(1e-4) is a tenth of the promise
+# float32 arithmetic, some 1e-8 off in a Gramian and 1e-7 in a sum, leaves a tenth of the promise at
+# most while squared distances stay above, and the sum of the parts taken out below these
 SAFE_MARGIN = 1e-4
+SAFE_PARTS = 8.0
 
 
 class Projection(NamedTuple):
@@ -51,15 +53,16 @@ def project_out(
 
     The rank is revealed on the normalized rows: zero, duplicate and dependent rows add nothing.
     A gradient nearer to the span than `rtol` times its norm lies in it, and gives exact zeros.
-    The cosines of the result with all rows are measured in the pass that forms it.
+    The cosines of the result with all rows are measured in the pass that forms it; for condition
+    numbers up to 1e4 they stay within the promise below. A GPU waits for these decisions.
 
     Args:
         grad: g, [n], or a sequence of [*p.shape].
         rows: J, [m, n], or a sequence of [m, *p.shape].
         rtol: relative distance to the span below which a vector lies in it; None for
             sqrt(8 m eps), the smallest that float64 resolves (1e-7 to 1e-6).
-        refine: how many correction passes may follow, each only if a cosine exceeds the promise:
-            1e-5 in float32, 1e-9 in float64, 1e-2 in 16 bits.
+        refine: how many correction passes may follow: the first if rows are near dependent, any
+            if a cosine exceeds the promise: 1e-5 in float32, 1e-9 in float64, 1e-2 in 16 bits.
         return_info: also return a `Projection` (rank, kept norm, largest cosine).
 
     Returns:
@@ -67,7 +70,7 @@ def project_out(
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
-        NonFiniteError: a row or the gradient holds NaN or infinity.
+        NonFiniteError: a row or the gradient holds NaN or infinity, or g⊥ overflows the dtype.
 
     Warns:
         RuntimeWarning: the promise was missed after all corrections; names the cosine reached.
@@ -88,7 +91,10 @@ def project_out(
 def project_out_reference(
     grad: Sequence[Tensor], rows: Sequence[Tensor], rtol: float, refine: int = 1
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Gram-Schmidt in float64, the row farthest from the span of those taken first, twice."""
+    """Gram-Schmidt in float64, the row farthest from the span of those taken first, twice.
+
+    It has nothing to refine.
+    """
     jacobian = torch.cat(flat(rows), dim=1).double()
     g = torch.cat([tensor.flatten() for tensor in grad]).double()
     norms = jacobian.norm(dim=1)
@@ -100,20 +106,24 @@ def project_out_reference(
         i = int(rest.norm(dim=1).argmax())
         if rest[i].norm() <= rtol:
             break
-        basis = torch.cat([basis, rest[i : i + 1] / rest[i].norm()])
-        for _ in range(2):
-            rest = rest - (rest @ basis.mT) @ basis
+        q = rest[i] / rest[i].norm()
+        q = q - (basis @ q) @ basis
+        basis = torch.cat([basis, (q / q.norm())[None]])
+        rest = rest - torch.outer(rest @ basis[-1], basis[-1])
     perp = g
     for _ in range(2):
         perp = perp - (perp @ basis.mT) @ basis
-    kept = torch.where(g.norm() > 0, perp.norm() / g.norm(), 0)
+    kept = torch.where(g.norm() > 0, perp.norm() / g.norm(), 0).clamp(max=1)
     perp, kept = (perp, kept) if kept > rtol else (torch.zeros_like(perp), torch.zeros_like(kept))
     perp = perp.to(grad[0].dtype)
-    cosines = unit @ perp.double() / perp.double().norm()
+    _check_overflow(bool(perp.isfinite().all()), perp)
+    scale = perp.double().norm()
+    cosines = torch.where(scale > 0, unit @ (perp.double() / scale), 0).abs()
+    worst = cosines.max() if len(unit) else kept * 0
+    _warn(worst, grad[0].dtype)
     parts = perp.split([tensor.numel() for tensor in grad])
     out = [part.reshape(tensor.shape).clone() for part, tensor in zip(parts, grad, strict=True)]
-    rank = torch.tensor(basis.shape[0], device=g.device)
-    return out, rank, kept, cosines.abs().nan_to_num(0).amax() if len(unit) else kept * 0
+    return out, torch.tensor(basis.shape[0], device=g.device), kept, worst
 
 
 def project_out_native(
@@ -122,61 +132,98 @@ def project_out_native(
     m, dtype = rows[0].shape[0], rows[0].dtype
     blocks, vector = flat(rows), [tensor.reshape(1, -1) for tensor in grad]
     columns = sum(tensor.numel() for tensor in grad)
-    # float64 products cost little where the rows fit in cache
-    precise = dtype == torch.float64 or m * columns < 1 << 18
-    gram = gramian_of([blocks, vector], precise)
-    while True:
-        square, k = gram[m, m], gram[:m, m]
+
+    def solve(precise: bool) -> tuple[Tensor, ...]:
+        gram = gramian_of([blocks, vector], precise)
         check_finite(gram.diagonal()[:m], rows, "rows")
-        check_finite(square[None], [tensor[None] for tensor in grad], "grad")
+        check_finite(gram[m:, m], [tensor[None] for tensor in grad], "grad")
+        k, square = gram[:m, m], gram[m, m]
         c, rank, margin = torch.ops.gradsurgery.projection_weights(gram[:m, :m], k, rtol)
         kept = torch.where(square > 0, 1 - (c @ k) / square, 0)  # |g⊥|² / |g|²
-        if precise or min(margin.item(), kept.item()) > SAFE_MARGIN:
-            break
-        precise, gram = True, gramian_of([blocks, vector], True)
+        return gram, c, rank, torch.minimum(margin, kept)
+
+    # float64 products cost little where the rows fit in cache
+    precise = dtype == torch.float64 or columns <= 1 << 15
+    gram, c, rank, margin = solve(precise)
+    if not precise and margin <= SAFE_MARGIN:
+        precise = True
+        gram, c, rank, margin = solve(precise)
+    norms, square = gram.diagonal()[:m].sqrt(), gram[m, m]
+    precise_sums = precise or bool(c.abs() @ norms > SAFE_PARTS * (margin * square).sqrt())
 
     outs = [tensor.new_empty(tensor.shape) for tensor in grad]
     perp = [out.view(1, -1) for out in outs]
     cross, square_perp = gram.new_empty(1, m + 1), gram.new_empty(1, 1)
-    norms = gram.diagonal()[:m].sqrt()
-    sources, weights = [blocks, vector], torch.cat([-c, c.new_ones(1)])[None]
+    # a float64 solve is some 1e-15 / margin off
+    settled = bool(PROMISE[dtype] * margin >= 1e-15)
+    source, kept, worst = vector, margin, margin
     for correction in range(refine + 1):
-        combine_into(sources, weights, [perp], cross, square_perp)
-        kept = torch.where(square > 0, square_perp[0, 0] / square, 0).sqrt()
+        weights = torch.cat([-c, c.new_ones(1)])[None]
+        finite = combine_into([blocks, source], weights, [perp], cross, square_perp, precise_sums)
+        _check_overflow(finite, outs[0])
+        products, left = cross[0, :m], square_perp[0, 0]
+        if dtype != torch.float64 and not _float32_holds(norms**2, left, columns):
+            exact = gramian_of([blocks, perp], True)
+            products, left = exact[m, :m], exact[m, m]
+        kept = torch.where(square > 0, left / square, 0).sqrt().clamp(max=1)
         if not kept > rtol:
             for out in outs:
                 out.zero_()
             return outs, rank, torch.zeros_like(kept), torch.zeros_like(kept)
-        scale = norms * square_perp[0, 0].sqrt()
-        cosines = torch.where(scale > 0, cross[0, :m] / scale, 0).abs()
+        cosines = torch.where(norms > 0, products / (norms * left.sqrt()), 0).abs()
         worst = cosines.max() if m else torch.zeros_like(kept)
-        if worst <= PROMISE[dtype]:
+        if correction == refine or (worst <= PROMISE[dtype] and (settled or correction > 0)):
             break
-        if correction < refine:
-            if not precise:
-                precise, gram = True, gramian_of([blocks, vector], True)
-            c, rank, _ = torch.ops.gradsurgery.projection_weights(gram[:m, :m], cross[0, :m], rtol)
-            sources, weights = [blocks, perp], torch.cat([-c, c.new_ones(1)])[None]
-    else:
+        if not precise:
+            precise = precise_sums = True
+            gram, _, rank, _ = solve(precise)
+        if dtype != torch.float64:
+            # the solve divides their error by the distance of near duplicates
+            products = gramian_of([blocks, perp], True)[m, :m]
+        c, _, _ = torch.ops.gradsurgery.projection_weights(
+            gram[:m, :m], products.contiguous(), rtol
+        )
+        source = perp
+    _warn(worst, dtype)
+    return outs, rank, kept, worst
+
+
+def _float32_holds(squares: Tensor, left: Tensor, columns: int) -> bool:
+    """Whether products of rows and g⊥ of these squared norms neither under- nor overflow."""
+    low, high = 1e-34 * columns, 1e38
+    fits = (squares == 0) | ((squares > low) & (squares < high))
+    return bool(fits.all() & (left > low) & (left < high))
+
+
+def _check_overflow(finite: bool, perp: Tensor) -> None:
+    # g⊥ is shorter than g, but a value of it may be larger
+    if not finite:
+        raise NonFiniteError(f"project_out: the result overflows {perp.dtype}; scale grad down")
+
+
+def _warn(worst: Tensor, dtype: torch.dtype) -> None:
+    if worst > PROMISE[dtype]:
         warnings.warn(
             f"project_out: a cosine of {worst.item():.1e} with a row is left, above "
-            f"{PROMISE[dtype]:.0e}; the rows are near dependent: raise rtol, refine or the precision",
+            f"{PROMISE[dtype]:.0e}: the rows are near dependent; raise rtol, refine or precision",
             RuntimeWarning,
             stacklevel=2,
         )
-    return outs, rank, kept, worst
 
 
 def _fake(
     grad: Sequence[Tensor], rows: Sequence[Tensor], rtol: float, refine: int
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    scalar = [grad[0].new_empty((), dtype=dtype) for dtype in (torch.int64, torch.float64, torch.float64)]
-    return [tensor.new_empty(tensor.shape) for tensor in grad], *scalar
+    rank, kept, worst = (
+        grad[0].new_empty((), dtype=dtype) for dtype in (torch.int64, torch.float64, torch.float64)
+    )
+    return [tensor.new_empty(tensor.shape) for tensor in grad], rank, kept, worst
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001 - torch's own type
     grad, rows, ctx.rtol, ctx.refine = inputs
     ctx.count = len(rows)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*grad, *rows, *output[0])
 
 
@@ -188,16 +235,15 @@ def _backward(ctx, d_perp: list[Tensor], *_: Tensor) -> tuple:  # noqa: ANN001
     gram = torch.ops.gradsurgery.gramian(rows, False, True)
 
     def coefficients(vector: Sequence[Tensor]) -> Tensor:
-        products = sum(
+        products = [
             (row.flatten(1) if row.dim() > 1 else row[:, None]) @ v.flatten()
             for row, v in zip(rows, vector, strict=True)
-        )
-        return torch.ops.gradsurgery.projection_weights(gram, products.double(), ctx.rtol)[0]
+        ]
+        k = torch.stack(products).sum(0).double()
+        return torch.ops.gradsurgery.projection_weights(gram, k, ctx.rtol)[0]
 
     c, b = coefficients(grad), coefficients(d_perp)
-    d_rows = [
-        -_outer(c, d) - _outer(b, p) for d, p in zip(d_grad, perp, strict=True)
-    ]
+    d_rows = [-_outer(c, d) - _outer(b, p) for d, p in zip(d_grad, perp, strict=True)]
     return d_grad, d_rows, None, None
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import InputError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
 from gradsurgery.ops import projection_weights
 from gradsurgery.ops._inputs import check
@@ -116,13 +117,12 @@ class OrthoGrad:
     ) -> Solution:
         """Weights for the rows of a Jacobian, with the granularity and the metric asked for."""
         select = self._select(jacobian.m, forget, None)
-        options = {} if metric is None else {"metric": metric}
         if self.granularity == "model":
-            grams = jacobian.gramian(**options)[None]
+            grams = jacobian.gramian(metric=metric)[None]
             groups = torch.zeros(len(jacobian.names), dtype=torch.int64)
         else:
             groups = self._groups(jacobian.names)
-            per_tensor = jacobian.gramian(per="tensor", **options)
+            per_tensor = jacobian.gramian(per="tensor", metric=metric)
             grams = per_tensor.new_zeros(int(groups.max()) + 1, *per_tensor.shape[1:])
             grams.index_add_(0, groups.to(grams.device), per_tensor)
         select = select.to(grams.device)
@@ -203,7 +203,8 @@ class OrthoGrad:
         metric: Sequence[Tensor] | None,
     ) -> Tensor:
         """c + K⁺ J g⊥, with g⊥ formed and multiplied rather than predicted."""
-        check(isinstance(jacobian, DenseJacobian), "refine needs rows that exist")
+        if not isinstance(jacobian, DenseJacobian):
+            raise InputError(f"refine needs rows that exist, got {type(jacobian).__name__}")
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1) @ select
         perp = jacobian.combine(parts[groups.to(parts.device)])
         if metric is not None:
@@ -218,8 +219,8 @@ class OrthoGrad:
 
 
 def _indices(forget: int | Sequence[int] | Tensor) -> list[int]:
-    values = forget.tolist() if isinstance(forget, Tensor) else forget
-    values = list(values) if isinstance(values, (list, tuple, range)) else [values]
+    given: Any = forget.tolist() if isinstance(forget, Tensor) else forget
+    values = list(given) if isinstance(given, (list, tuple, range)) else [given]
     check(
         all(isinstance(i, int) and not isinstance(i, bool) for i in values),
         f"forget must be an index, indices, a slice or a mask, got {forget!r}",
