@@ -193,7 +193,8 @@ def test_gradient(impl):
     products = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     check = lambda r, k: projection_weights(r @ r.mT, k)[0]  # noqa: E731
     assert torch.autograd.gradcheck(check, (rows, products))
-    assert torch.autograd.gradgradcheck(check, (rows, products))
+    small = [t[0, :2].detach().requires_grad_() for t in (rows, products)]
+    assert torch.autograd.gradgradcheck(check, small)
 
 
 def test_gradient_leaves_dependent_rows_out(impl):
