@@ -41,15 +41,14 @@ std::int64_t factorize(std::vector<double>& gram, double* weights, double* facto
   return rank;
 }
 
-// CholeskyQR in float64 leaves Q orthonormal to eps / d², d the smallest distance of a row to the
-// span of those before, relative to its norm. That is below a float32's rounding down to d = 1e-4;
-// else a second time, whose Gramian the first one's writes yield, makes it so.
+// CholeskyQR in float64 leaves Q orthonormal to eps times the condition of the Gramian, which m
+// times the squared norm of L⁻¹ bounds. Where that is below a float32's rounding, one pass will do;
+// else a second, whose Gramian the first one's writes yield, makes it so.
 std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double* norms,
                          double rtol, int threads) {
   const std::int64_t m = rows.m;
   std::vector<double> gram(m * m), weights(m * m), first(m * m), second(m * m);
   gramian(rows, gram.data(), true, threads);
-  double distance = 1;
   for (std::int64_t i = 0; i < m; ++i) {
     norms[i] = std::sqrt(gram[i * m + i]);
     if (!std::isfinite(norms[i])) {
@@ -57,10 +56,11 @@ std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double
     }
   }
   std::int64_t rank = factorize(gram, weights.data(), first.data(), m, rtol);
-  for (std::int64_t i = 0; i < m; ++i) {
-    distance = first[i * m + i] > 0 ? std::min(distance, first[i * m + i] / norms[i]) : distance;
+  double inverse = 0;  // |L⁻¹|², of the normalized rows
+  for (std::int64_t i = 0; i < m * m; ++i) {
+    inverse += weights[i] * norms[i % m] * weights[i] * norms[i % m];
   }
-  if (rows.dtype != Dtype::float64 && distance > 1e-4) {
+  if (rows.dtype != Dtype::float64 && static_cast<double>(m) * inverse < 1e8) {
     combine(rows, weights.data(), q, nullptr, nullptr, true, threads);
     std::copy_n(first.data(), m * m, factor);
     return rank;

@@ -155,9 +155,9 @@ inline void narrow(double value, BFloat16* out) {
 }
 
 // Columns of a slice. Up to 20 float32 rows, it and the next one, which is prefetched meanwhile,
-// fit a first-level cache of 48 KiB; and a lane adds up no more than 16 floats before it starts
+// fit a first-level cache of 48 KiB; and a lane adds up no more than 32 floats before it starts
 // anew.
-constexpr std::int64_t slice_width = 256;
+constexpr std::int64_t slice_width = vector_bytes == 16 ? 128 : 256;
 
 // The columns [column, column + length) of every row of a block, as contiguous T: whole vectors in
 // `rows`, what is left over in `ends`, one vector a row filled up with zeros. Rows that are
