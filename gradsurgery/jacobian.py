@@ -134,6 +134,12 @@ class DenseJacobian:
             losses[part] = value
             for name, block in blocks.items():
                 block[part] = grads[f"model.{name}"]
+        if not any(bool(block.any()) for block in blocks.values()):
+            # vmap(grad) gives zeros for a loss that was detached; autograd tells it from flat ones
+            first = pytree.tree_map(lambda leaf: leaf[:1], batch)
+            with torch.enable_grad():
+                value = functional_call(holder, ({}, buffers), (first,))
+            check(value.requires_grad, "loss does not depend on the model's parameters")
         return cls(blocks, params, losses)
 
     def gramian(

@@ -347,3 +347,22 @@ def test_names_the_row_that_is_not_finite(impl):
     x[3, 1] = float("nan")
     with pytest.raises(gs.NonFiniteError, match="row 3 is not finite"):
         DenseJacobian.from_model(model, (x, y), loss).gramian()
+
+
+@pytest.mark.parametrize("rows", ["samples", "mean"])
+def test_refuses_a_loss_that_was_detached(rows):
+    model, batch = torch.nn.Linear(3, 2), (torch.randn(4, 3), torch.zeros(4, dtype=torch.int64))
+
+    def detached(model, batch):
+        return torch.nn.functional.cross_entropy(
+            model(batch[0]).detach(), batch[1], reduction="none"
+        )
+
+    with pytest.raises(gs.InputError, match="loss does not depend on the model's parameters"):
+        gs.DenseJacobian.from_model(model, batch, detached, rows=rows)
+
+    # a loss that is flat at this point is another matter
+    flat = gs.DenseJacobian.from_model(
+        model, batch, lambda model, batch: model(batch[0]).relu().sum(1) * 0, rows=rows
+    )
+    assert not flat.materialize().any()

@@ -31,7 +31,8 @@ def gramian(
 
     Raises:
         InputError: rows that are not one Jacobian.
-        NonFiniteError: a row with NaN or infinity; the message names row and tensor.
+        NonFiniteError: a row with NaN or infinity; the message names row and tensor. A GPU waits
+            for this check.
     """
     check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
     return torch.ops.gradsurgery.gramian(as_blocks(rows), per == "tensor", precise)

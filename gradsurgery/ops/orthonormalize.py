@@ -32,7 +32,8 @@ def orthonormalize(
         InputError: rows that are no floating-point matrix.
         NonFiniteError: a row with NaN or infinity.
 
-    A GPU waits for the check that all rows are finite.
+    A GPU waits for the check that all rows are finite. Gradients exist where all rows are
+    independent; elsewhere they are not finite.
 
     CholeskyQR2, Fukaya et al. 2014, with Gramian and factorization in float64; one pass where that
     leaves nothing to correct in the rows' dtype.
@@ -92,7 +93,7 @@ def _check_finite(norms: Tensor) -> None:
     if not bool(norms.isfinite().all()):
         at = (~norms.isfinite()).nonzero()[0].tolist()
         where = f"row {at[-1]}" + (f" of matrix {at[:-1]}" if len(at) > 1 else "")
-        raise NonFiniteError(f"rows: {where} is not finite")
+        raise NonFiniteError(f"rows: {where} is not finite, or its square overflows float64")
 
 
 def _fake(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
