@@ -1,6 +1,8 @@
 // Inner products of rows, register tile by register tile, for a slice of columns at a time.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
@@ -67,9 +69,8 @@ constexpr auto diagonal_table(std::integer_sequence<int, I...>) {
 template <typename T>
 class Products {
  public:
-  // with slices of 256 columns, 16 + 4 additions of floats in a lane: relative errors up to 1e-6,
-  // and 1e-8 where they average out
-  // of slices of 256 columns: relative errors up to 1e-6, and of 1e-8 where they average out
+  // with slices of 256 columns and 16 lanes, 16 + 4 additions of floats: relative errors up to
+  // 1e-6, and of 1e-8 where they average out
   static constexpr std::int64_t flush_columns = 1024;
 
   // `out` [m, n] is added to; of a Gramian, where n is m and b is a, the lower triangle.
@@ -129,6 +130,9 @@ class Products {
     std::int64_t i, j, rows, columns;
     bool diagonal;
   };
+
+  static constexpr int tile_size = std::max(tile * tile, most_columns);
+
   void flush(const Tile& at, Vector<T>* sums) {
     for (std::int64_t r = 0; r < at.rows; ++r) {
       for (std::int64_t c = 0; c < at.columns; ++c) {
@@ -138,8 +142,6 @@ class Products {
       }
     }
   }
-
-  static constexpr int tile_size = std::max(tile * tile, most_columns);
 
   void add(const T* const* a, const T* const* b, std::int64_t length, const char* const* next,
            std::int64_t next_bytes) {
