@@ -6,17 +6,12 @@ import torch
 import gradsurgery as gs
 
 
-@pytest.mark.parametrize(
-    "shape,target",
-    [
-        ((32, 1_000_000), {"torch.linalg.qr": 8}),
-        ((4, 1_000_000), {}),
-        ((64, 4, 4096), {}),
-        ((64, 16, 4096), {}),
-    ],
-    ids=lambda value: str(value) if isinstance(value, tuple) else "",
-)
-def bench_orthonormalize(compare, shape, target):
+SHAPES = [(32, 1_000_000), (4, 1_000_000), (64, 4, 4096), (64, 16, 4096)]
+TARGETS = {(32, 1_000_000): {"torch.linalg.qr": 8}}  # times faster, at least
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def bench_orthonormalize(compare, shape):
     rows = torch.randn(shape)
     q, _ = gs.orthonormalize(rows)
     eye = torch.eye(shape[-2], dtype=torch.float64)
@@ -27,6 +22,6 @@ def bench_orthonormalize(compare, shape, target):
         {"torch.linalg.qr": lambda: torch.linalg.qr(rows.mT)},
         nbytes=3 * rows.nbytes,
         error=error,
-        target=target,
+        target=TARGETS.get(shape),
         rounds=9,
     )

@@ -19,7 +19,7 @@ def row(bench):
             verdict.append(f"{name} {ratio(target)}: {'met' if met else '**missed**'}")
     memory = info["extra_memory"]
     cells = [
-        bench["name"].removeprefix("bench_").replace("[", " (").replace("]", ")"),
+        bench["name"].removeprefix("bench_").replace("[", " ").replace("]", ""),
         f"{1e3 * stats['median']:.3g} ms ± {1e3 * stats['iqr']:.2g}",
         f"{info['gbps']:.0f}",
         f"{info['error']:.0e}",
