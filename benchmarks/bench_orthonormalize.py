@@ -5,7 +5,6 @@ import torch
 
 import gradsurgery as gs
 
-
 SHAPES = [(32, 1_000_000), (4, 1_000_000), (64, 4, 4096), (64, 16, 4096)]
 TARGETS = {(32, 1_000_000): {"torch.linalg.qr": 8}}  # times faster, at least
 
