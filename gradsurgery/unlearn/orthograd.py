@@ -91,8 +91,7 @@ class OrthoGradTrainer(Trainer[OrthoGradConfig]):
             "retain_loss_batch": info.retain_loss,
             "cosine_mean": float(info.cosines.mean()),
             "cosine_max": float(info.cosines.max()),
-            # the step climbs: it is a positive cosine that would raise a retain sample's loss
-            "conflict_rate": float((info.cosines > 0).double().mean()),
+            "conflict_rate": info.conflict_rate,
             "kept_norm": float(info.kept_norm),
             "rank": int(info.rank),
         }
