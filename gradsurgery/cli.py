@@ -101,7 +101,7 @@ def _bench(arguments: list[str]) -> None:
         )
     try:
         import pytest
-        import pytest_benchmark as _  # noqa: F401
+        import pytest_benchmark as _  # noqa: F401 - whether it is there
     except ModuleNotFoundError as error:
         raise InputError(
             f'bench needs {error.name}, which is not installed: pip install "gradsurgery[bench]"'

@@ -70,7 +70,7 @@ class DenseJacobian:
     def from_model(
         cls,
         model: nn.Module,
-        batch: Any,  # noqa: ANN401 - any pytree of tensors
+        batch: Any,
         loss: Loss,
         *,
         rows: Literal["samples", "mean"] = "samples",
@@ -113,7 +113,7 @@ class DenseJacobian:
         def sample_loss(
             values: dict[str, Tensor],
             buffers: dict[str, Tensor],
-            sample: Any,  # noqa: ANN401
+            sample: Any,
         ) -> Tensor:
             one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), sample)
             return _per_sample(functional_call(holder, (values, buffers), (one,)), 1)[0]
@@ -223,7 +223,7 @@ def trainable(
     return named
 
 
-def batch_size(batch: Any, name: str = "batch") -> int:  # noqa: ANN401 - any pytree of tensors
+def batch_size(batch: Any, name: str = "batch") -> int:
     """B, the leading dimension that all tensors of a batch share."""
     leaves = pytree.tree_leaves(batch)
     check(len(leaves) > 0, f"{name} holds no tensor")
@@ -246,7 +246,7 @@ class _Holder(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, batch: Any) -> Tensor:  # noqa: ANN401
+    def forward(self, batch: Any) -> Tensor:
         return self.loss(self.model, batch)
 
 

@@ -67,7 +67,7 @@ class Surgeon:
             f"got {type(optimizer).__name__}",
         )
 
-    def step(self, *, forget: Any, retain: Any, loss: Loss) -> StepInfo:  # noqa: ANN401
+    def step(self, *, forget: Any, retain: Any, loss: Loss) -> StepInfo:
         """Raise the forget loss, keep the retain losses, by one optimizer step.
 
         Args:
@@ -81,7 +81,7 @@ class Surgeon:
         with _untouched_by_errors(self.model, self.optimizer):
             return self._step(forget, retain, loss, start)
 
-    def _step(self, forget: Any, retain: Any, loss: Loss, start: float) -> StepInfo:  # noqa: ANN401
+    def _step(self, forget: Any, retain: Any, loss: Loss, start: float) -> StepInfo:
         options = {"parameters": list(self.parameters.values()), "chunk_size": self.chunk_size}
         jacobian = concat(
             [
@@ -177,5 +177,5 @@ def _untouched_by_errors(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         raise
 
 
-def _copy(value: Any) -> Any:  # noqa: ANN401
+def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -12,7 +12,7 @@ import matplotlib as mpl
 mpl.use("svg")
 mpl.rcParams.update({"svg.hashsalt": "gradsurgery", "font.size": 12, "mathtext.fontset": "cm"})
 
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402 - once the backend is chosen
 import numpy as np  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 

@@ -1,6 +1,7 @@
 """Weighted sum of the rows of a Jacobian: update = wᵀ J."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,12 +106,12 @@ def _fake(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     return [row.new_empty(row.shape[1:]) for row in rows]
 
 
-def _setup_context(ctx, inputs: tuple, output: list[Tensor]) -> None:  # noqa: ANN001 - torch's own type
+def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     rows, weights = inputs
     ctx.save_for_backward(weights, *rows)
 
 
-def _backward(ctx, grads: list[Tensor]) -> tuple:  # noqa: ANN001
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple:
     weights, *rows = ctx.saved_tensors
     per_block = weights.expand(len(rows), -1)
     # dJ = w duᵀ, dw = J du

@@ -1,7 +1,7 @@
 """Gramian of a Jacobian: G = J Jᵀ."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -83,12 +83,12 @@ def _fake(rows: Sequence[Tensor], per_tensor: bool = False, precise: bool = Fals
     return rows[0].new_empty(shape, dtype=torch.float64)
 
 
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # noqa: ANN001 - torch's own type
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     rows, ctx.per_tensor, _ = inputs
     ctx.save_for_backward(*rows)
 
 
-def _backward(ctx, grad: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     # dJ = (dG + dGᵀ) J
     grad = grad + grad.mT
     grads = grad if ctx.per_tensor else [grad] * len(ctx.saved_tensors)

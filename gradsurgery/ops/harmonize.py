@@ -1,7 +1,7 @@
 """Conflict-aware editing of two gradients: each loses what opposes the other."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -134,13 +134,13 @@ def _fake(
     return new[0], new[1]
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001 - torch's own type
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     forget, retain, ctx.mode, ctx.per_tensor = inputs
     ctx.count = len(forget)
     ctx.save_for_backward(*forget, *retain)
 
 
-def _backward(ctx, d_forget: list[Tensor], d_retain: list[Tensor]) -> tuple:  # noqa: ANN001
+def _backward(ctx: Any, d_forget: list[Tensor], d_retain: list[Tensor]) -> tuple:
     # the edited gradients are W J with W a function of G = J Jᵀ: dJ = Wᵀ dU + (dG + dGᵀ) J
     forget, retain = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
     grads = [side for side in (d_forget, d_retain) if side]

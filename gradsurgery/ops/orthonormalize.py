@@ -1,5 +1,7 @@
 """Orthonormal rows with the same span: batched QR of few, long rows."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -105,13 +107,13 @@ def _fake(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001 - torch's own type
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, r, rank = output
     ctx.mark_non_differentiable(rank)
     ctx.save_for_backward(q, r)
 
 
-def _backward(ctx, d_q: Tensor, d_r: Tensor, _: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx: Any, d_q: Tensor, d_r: Tensor, _: Tensor) -> tuple:
     # A = Jᵀ = Qᵀ R: dA = (dQᵀ + Qᵀ sym(M)) R⁻ᵀ with M = R dRᵀ - dQ Qᵀ
     # and sym(M) = tril(M) + tril(M, -1)ᵀ
     q, r = ctx.saved_tensors

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -220,14 +220,14 @@ def _fake(
     return [tensor.new_empty(tensor.shape) for tensor in grad], rank, kept, worst
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001 - torch's own type
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     grad, rows, ctx.rtol, ctx.refine = inputs
     ctx.count = len(rows)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*grad, *rows, *output[0])
 
 
-def _backward(ctx, d_perp: list[Tensor], *_: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx: Any, d_perp: list[Tensor], *_: Tensor) -> tuple:
     # g⊥ = (I - P) g: dg = (I - P) dg⊥, dJ = -c dgᵀ - b g⊥ᵀ with c, b the coefficients of g, dg⊥
     saved, count = list(ctx.saved_tensors), ctx.count
     grad, rows, perp = saved[:count], saved[count : 2 * count], saved[2 * count :]

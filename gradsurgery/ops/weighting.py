@@ -1,6 +1,7 @@
 """Solves on the Gramian: m x m, float64, batched, on the Gramian's device, without a host sync."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,13 +140,13 @@ def _fake(gramian: Tensor, products: Tensor, rtol: float) -> tuple[Tensor, Tenso
     return products.new_empty(products.shape), rank, products.new_empty(batch)
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple) -> None:  # noqa: ANN001 - torch's own type
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     gramian, _, ctx.rtol = inputs
     ctx.save_for_backward(gramian, output[0])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple:  # noqa: ANN001
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple:
     # K c = k: dk = K⁻¹ dc, dK = -dk cᵀ, on the rows taken
     gramian, c = ctx.saved_tensors
     d_products, _, _ = torch.ops.gradsurgery.projection_weights(gramian, grad, ctx.rtol)

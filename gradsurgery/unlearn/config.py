@@ -12,7 +12,7 @@ from gradsurgery.errors import InputError
 T = TypeVar("T")
 
 
-def to_dict(config: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
+def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values in field order, tuples as lists, ready for YAML and JSON."""
     plain = {}
     for field in dataclasses.fields(config):
@@ -46,7 +46,7 @@ def update(config: T, changes: dict[str, Any], where: str = "") -> T:
     return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:  # noqa: ANN401
+def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as the annotation wants it, or an error that names the option."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -87,7 +87,7 @@ def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
     return content
 
 
-def to_yaml(config: Any) -> str:  # noqa: ANN401 - any dataclass
+def to_yaml(config: Any) -> str:
     import yaml
 
     return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -56,7 +56,7 @@ def picture(draw: Callable[..., Figure]) -> Callable[..., str]:
     """Give a drawing function the house style and make it return SVG text."""
 
     @wraps(draw)
-    def styled(*args: Any, **options: Any) -> str:  # noqa: ANN401
+    def styled(*args: Any, **options: Any) -> str:
         with matplotlib.rc_context(STYLE):
             figure = draw(*args, **options)
             buffer = io.StringIO()

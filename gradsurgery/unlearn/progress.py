@@ -15,7 +15,7 @@ class Progress(Protocol):
         """Show one line."""
         ...
 
-    def stage(self, label: str, total: int, done: int) -> Any:  # noqa: ANN401
+    def stage(self, label: str, total: int, done: int) -> Any:
         """Context of one stage; its value is called after each step with the steps done."""
         ...
 

@@ -306,7 +306,7 @@ def settings(config: dict[str, Any], methods: list[str]) -> str:
     return text
 
 
-def _joined(value: Any) -> str:  # noqa: ANN401
+def _joined(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -47,11 +47,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
-def write_json(path: Path, content: Any) -> None:  # noqa: ANN401 - anything JSON holds
+def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401
+def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
