@@ -11,6 +11,7 @@
 #include "gramian.h"
 #include "launchers.h"
 #include "orthonormalize.h"
+#include "pairs.h"
 #include "weighting.h"
 
 #ifdef GRADSURGERY_CUDA_VERSION
@@ -64,6 +65,36 @@ bool combine_cpu(const Sources& sources, const Tensor& weights, const Sources& o
   return GRADSURGERY_SELECT(combine)(rows, w, out, c, g, precise, threads);
 }
 
+void check_tokens(const Tokens& tokens, const char* name, const Tokens& like) {
+  for (const Tensor* side : {&tokens.left, &tokens.right}) {
+    check(side->ndim == 3 && side->device == Device::cpu && side->dtype == like.left.dtype &&
+              side->size(0) == tokens.left.size(0) && side->size(1) == tokens.left.size(1),
+          name, " must be two [n, T, .] of one dtype on the CPU, got ", side->shape_text());
+  }
+  check(tokens.left.dtype == Dtype::float32 || tokens.left.dtype == Dtype::float64, name,
+        " must be float32 or float64, not ", gradsurgery::name(tokens.left.dtype));
+  check(tokens.left.size(2) == like.left.size(2) && tokens.right.size(2) == like.right.size(2),
+        name, " must be as wide as the first tokens, got ", tokens.left.shape_text(), " and ",
+        tokens.right.shape_text());
+}
+
+void token_pairs_cpu(const Tensor& left, const Tensor& right,
+                     const std::optional<Tensor>& other_left,
+                     const std::optional<Tensor>& other_right, const Tensor& out, int threads) {
+  const Tokens first{left, right};
+  check_tokens(first, "left and right", first);
+  std::optional<Tokens> second;
+  check(other_left.has_value() == other_right.has_value(),
+        "other_left and other_right come together");
+  if (other_left) {
+    second = Tokens{*other_left, *other_right};
+    check_tokens(*second, "other_left and other_right", first);
+  }
+  double* gram = matrix(out, first.blocks(), (second ? *second : first).blocks(), "out");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(token_pairs)(first, second ? &*second : nullptr, gram, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -114,6 +145,8 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       },
       py::arg("gramian"), py::arg("products"), py::arg("coefficients"), py::arg("rank"),
       py::arg("margin"), py::arg("rtol"));
+  module.def("token_pairs_cpu", &token_pairs_cpu, py::arg("left"), py::arg("right"),
+             py::arg("other_left"), py::arg("other_right"), py::arg("out"), py::arg("threads"));
 
 #if GRADSURGERY_HAS_CUDA
   // launches only: short enough to keep the interpreter's lock

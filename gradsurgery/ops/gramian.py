@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, register, runs_cuda
+from gradsurgery.ops._backend import _C, choose, register, runs_cuda
 from gradsurgery.ops._inputs import Rows, as_blocks, check, check_finite, flat
 
 CHUNK = 1 << 20  # columns the reference converts to float64 at a time
@@ -66,6 +66,14 @@ def gramian_native(
     return out
 
 
+def gramian_unchecked(blocks: Sequence[Tensor], precise: bool = False) -> Tensor:
+    """[m, m] over blocks [m, n_k], where the caller looks for what is not finite."""
+    if choose("gramian", IMPLEMENTATIONS, blocks[0].device.type) is gramian_native:
+        return gramian_of([blocks], precise)
+    wide = [block.double() for block in blocks]
+    return torch.stack([block @ block.mT for block in wide]).sum(0)
+
+
 def gramian_of(sources: Sequence[Sequence[Tensor]], precise: bool) -> Tensor:
     """[m, m] over the rows of all sources; a source is the blocks [m_s, n_k] of some rows."""
     m = sum(source[0].shape[0] for source in sources)
@@ -101,14 +109,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return rows, None, None
 
 
+IMPLEMENTATIONS = {
+    ("torch", "any"): gramian_reference,
+    ("native", "cpu"): gramian_native,
+    ("native", "cuda"): gramian_native,
+}
+
 register(
     "gramian",
     "(Tensor[] rows, bool per_tensor, bool precise) -> Tensor",
-    {
-        ("torch", "any"): gramian_reference,
-        ("native", "cpu"): gramian_native,
-        ("native", "cuda"): gramian_native,
-    },
+    IMPLEMENTATIONS,
     device_of=lambda rows, *_: rows[0].device,
     fake=_fake,
     backward=_backward,
