@@ -1,5 +1,6 @@
 """One fixture, `compare`: a call beside its named rivals, timed in turns."""
 
+import ctypes
 import os
 import statistics
 import time
@@ -38,6 +39,7 @@ def _seconds(call):
 def _extra_memory(call):
     """Bytes by which the process grows while `call` runs, its result included; Linux only."""
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what an allocator keeps would be taken unseen
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _status("VmRSS")
         result = call()
@@ -63,10 +65,21 @@ def compare(benchmark):
 
     nbytes: the least that must move through memory, for GB/s. error: relative, against float64.
     result_bytes: of what the call returns, which its extra memory is compared with. target: how
-    many times faster than a rival at least; below 1 it bounds how much slower.
+    many times faster than a rival at least; below 1 it bounds how much slower. memory_target: our
+    extra memory, the result included, as a multiple of a rival's at most.
     """
 
-    def run(ours, rivals, *, nbytes, error, result_bytes=None, target=None, rounds=15):
+    def run(
+        ours,
+        rivals,
+        *,
+        nbytes,
+        error,
+        result_bytes=None,
+        target=None,
+        memory_target=None,
+        rounds=15,
+    ):
         torch.set_num_threads(THREADS)
         seconds = {name: [] for name in rivals}
 
@@ -76,7 +89,9 @@ def compare(benchmark):
 
         setup()
         seconds = {name: [] for name in rivals}
+        _extra_memory(ours)  # what is made once, such as an optimizer's state, is no one's extra
         memory = _extra_memory(ours)
+        theirs = {name: _extra_memory(rivals[name]) for name in memory_target or {}}
         benchmark.pedantic(ours, setup=setup, rounds=rounds, warmup_rounds=1)
         mine = benchmark.stats.stats.median
         benchmark.extra_info.update(
@@ -89,6 +104,8 @@ def compare(benchmark):
                 for name, s in seconds.items()
             },
             target=target or {},
+            memory_target=memory_target or {},
+            memory_ratio={name: memory / other for name, other in theirs.items() if other},
             gbps=nbytes / mine / 1e9,
             error=error,
             extra_memory=None if memory is None or result_bytes is None else memory - result_bytes,

@@ -17,6 +17,11 @@ def row(bench):
             target = info["target"][name]
             met = rival["ratio"] >= target
             verdict.append(f"{name} {ratio(target)}: {'met' if met else '**missed**'}")
+    for name, share in info.get("memory_target", {}).items():
+        if name in info["memory_ratio"]:
+            got = info["memory_ratio"][name]
+            met = f"{'met' if got <= share else '**missed**'} ({got:.2g})"
+            verdict.append(f"{share:.2f} of the memory of {name}: {met}")
     memory = info["extra_memory"]
     cells = [
         bench["name"].removeprefix("bench_").replace("[", " ").replace("]", ""),

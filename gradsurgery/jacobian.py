@@ -1,7 +1,7 @@
 """What a Jacobian is to the rest of the library, and `DenseJacobian`, rows that exist."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 from gradsurgery.errors import InputError
 from gradsurgery.ops import combine, gramian
 from gradsurgery.ops._inputs import as_blocks, check, flat
+
+if TYPE_CHECKING:
+    from gradsurgery.capture import FactoredJacobian
 
 Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> per-sample losses [B]
 
@@ -30,6 +33,7 @@ class Jacobian(Protocol):
     ) -> Tensor: ...
     def combine(self, weights: Tensor) -> list[Tensor]: ...
     def backward(self, weights: Tensor) -> None: ...
+    def products(self, vectors: Sequence[Tensor]) -> Tensor: ...
     def row_norms(self) -> Tensor: ...
     def materialize(self) -> Tensor: ...
 
@@ -99,7 +103,7 @@ class DenseJacobian:
         params = list(named.values())
         if rows == "mean":
             with torch.enable_grad():
-                losses = _per_sample(loss(model, batch), size)
+                losses = per_sample_losses(loss(model, batch), size)
                 check(losses.requires_grad, "loss does not depend on the model's parameters")
                 grads = torch.autograd.grad(losses.mean(), params, allow_unused=True)
             blocks = [
@@ -116,7 +120,7 @@ class DenseJacobian:
             sample: Any,
         ) -> Tensor:
             one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), sample)
-            return _per_sample(functional_call(holder, (values, buffers), (one,)), 1)[0]
+            return per_sample_losses(functional_call(holder, (values, buffers), (one,)), 1)[0]
 
         per_sample = vmap(
             grad_and_value(sample_loss), in_dims=(None, None, 0), randomness="different"
@@ -176,6 +180,22 @@ class DenseJacobian:
                 else:
                     parameter.grad += grad  # in place: others may hold it, as views of a bucket do
 
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64.
+
+        Args:
+            vectors: one [*p.shape] per block. Their sum over tensors is J v.
+        """
+        shapes = [list(block.shape[1:]) for block in self.blocks]
+        got = [list(vector.shape) for vector in vectors]
+        check(got == shapes, f"vectors must be like the parameters, {shapes}, got {got}")
+        return torch.stack(
+            [
+                block.reshape(self.m, -1).double() @ vector.reshape(-1).double()
+                for block, vector in zip(self.blocks, vectors, strict=True)
+            ]
+        )
+
     def row_norms(self) -> Tensor:
         """Euclidean norms of the rows, [m] float64."""
         return self.gramian().diagonal().sqrt()
@@ -184,29 +204,62 @@ class DenseJacobian:
         """The rows as one matrix, [m, n]."""
         return torch.cat(flat(self.blocks), dim=1)
 
+    @classmethod
+    def concat(cls, jacobians: "Sequence[DenseJacobian]") -> "DenseJacobian":
+        """As `gradsurgery.concat`, which checks that they go together."""
+        first = jacobians[0]
+        blocks = [torch.cat(blocks) for blocks in zip(*(j.blocks for j in jacobians), strict=True)]
+        losses = [j.losses for j in jacobians if j.losses is not None]
+        whole = torch.cat(losses) if len(losses) == len(jacobians) else None
+        return cls(dict(zip(first.names, blocks, strict=True)), first.parameters, whole)
 
-def concat(jacobians: Sequence[DenseJacobian]) -> DenseJacobian:
-    """The rows of several Jacobians of the same parameters, in order, as one."""
+
+J = TypeVar("J", DenseJacobian, "FactoredJacobian")
+
+
+def concat(jacobians: Sequence[J]) -> J:
+    """The rows of several Jacobians of the same parameters, in order, as one.
+
+    Stored rows are copied; those of a tape are not, so they may come from several tapes.
+
+    Raises:
+        InputError: none at all, other names, shapes, dtypes, devices or parameters, or a mixture
+            of stored and captured rows.
+    """
     check(len(jacobians) > 0, "jacobians is an empty sequence")
     first = jacobians[0]
     for i, other in enumerate(jacobians):
+        kinds = type(other).__name__, type(first).__name__
+        check(
+            type(other) is type(first),
+            f"jacobians[{i}] is a {kinds[0]}, jacobians[0] a {kinds[1]}: rows of one kind only",
+        )
         check(
             other.names == first.names,
             f"jacobians[{i}] is over {other.names}, jacobians[0] over {first.names}",
         )
-        for name, block, like in zip(first.names, other.blocks, first.blocks, strict=True):
-            shape, expected = list(block.shape[1:]), list(like.shape[1:])
+        for name, got, expected in zip(first.names, _columns(other), _columns(first), strict=True):
             check(
-                shape == expected,
-                f"jacobians[{i}] has rows of {shape} for {name}, jacobians[0] of {expected}",
+                got[0] == expected[0],
+                f"jacobians[{i}] has rows of {got[0]} for {name}, jacobians[0] of {expected[0]}",
             )
-        for what in ("dtype", "device"):
-            got, expected = (getattr(j.blocks[0], what) for j in (other, first))
-            check(got == expected, f"jacobians[{i}] is {got}, jacobians[0] is {expected}")
-    blocks = [torch.cat(blocks) for blocks in zip(*(j.blocks for j in jacobians), strict=True)]
-    losses = [j.losses for j in jacobians if j.losses is not None]
-    whole = torch.cat(losses) if len(losses) == len(jacobians) else None
-    return DenseJacobian(dict(zip(first.names, blocks, strict=True)), first.parameters, whole)
+            for a, b in zip(got[1:], expected[1:], strict=True):
+                check(a == b, f"jacobians[{i}] is {a} for {name}, jacobians[0] is {b}")
+        same = [id(p) for p in other.parameters or ()] == [id(p) for p in first.parameters or ()]
+        check(
+            same or isinstance(other, DenseJacobian),
+            f"jacobians[{i}] is of other parameters than jacobians[0]: of another model, or a copy",
+        )
+    return type(first).concat(jacobians)
+
+
+def _columns(
+    jacobian: "DenseJacobian | FactoredJacobian",
+) -> list[tuple[list[int], torch.dtype, torch.device]]:
+    """Shape, dtype and device of a row, tensor by tensor."""
+    if isinstance(jacobian, DenseJacobian):
+        return [(list(b.shape[1:]), b.dtype, b.device) for b in jacobian.blocks]
+    return [(list(p.shape), p.dtype, p.device) for p in jacobian.parameters]
 
 
 def trainable(
@@ -250,7 +303,8 @@ class _Holder(nn.Module):
         return self.loss(self.model, batch)
 
 
-def _per_sample(losses: Tensor, size: int) -> Tensor:
+def per_sample_losses(losses: Tensor, size: int) -> Tensor:
+    """`losses`, if they are [size]."""
     check(isinstance(losses, Tensor), f"loss must return a Tensor, got {type(losses).__name__}")
     check(
         losses.shape == (size,),

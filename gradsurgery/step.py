@@ -3,15 +3,25 @@
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils import _pytree as pytree
 
+from gradsurgery.capture import FactoredJacobian, tape
 from gradsurgery.errors import InputError
-from gradsurgery.jacobian import DenseJacobian, Loss, batch_size, concat, trainable
+from gradsurgery.jacobian import (
+    DenseJacobian,
+    Loss,
+    batch_size,
+    concat,
+    per_sample_losses,
+    trainable,
+)
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery import OrthoGrad
 
@@ -38,13 +48,21 @@ class Surgeon:
     """Takes unlearning steps: gradients of a forget and a retain batch, a rule, the optimizer.
 
     A plain object: the model keeps no wrapper and no hook, and `.grad` is after a step what it
-    was before. Where a step raises, the model, `.grad` and the optimizer are as they were.
+    was before. Where a loss, the rule or code hung on the optimizer raises, the model's buffers,
+    its parameters, `.grad` and the optimizer are as they were. Not undone: what a forward pass does
+    to parameters, and an interrupt in the middle of torch's own `optimizer.step()`.
 
     Args:
         model: in the mode (train or eval) its losses are wanted in.
         optimizer: any torch optimizer; the parameters it holds are the ones edited.
         rule: what makes one update of the rows.
-        chunk_size: retain samples differentiated at a time.
+        rows: "captured", from one recorded forward and backward pass, never stored; "stored", one
+            gradient of the model's size per retain sample, by torch.func.
+        together: captured rows only: where both batches have the same structure, dtypes, devices
+            and sample shapes, one pass does for both, faster on small batches. The loss of a
+            sample must not depend on the others of its batch, nor on how many there are. False:
+            always a pass each.
+        chunk_size: stored rows only: retain samples differentiated at a time.
     """
 
     def __init__(
@@ -53,9 +71,13 @@ class Surgeon:
         optimizer: torch.optim.Optimizer,
         rule: OrthoGrad,
         *,
+        rows: Literal["captured", "stored"] = "captured",
+        together: bool = True,
         chunk_size: int = 32,
     ) -> None:
-        self.model, self.optimizer, self.rule, self.chunk_size = model, optimizer, rule, chunk_size
+        check(rows in ("captured", "stored"), f"rows must be 'captured' or 'stored', got {rows!r}")
+        self.model, self.optimizer, self.rule = model, optimizer, rule
+        self.rows, self.together, self.chunk_size = rows, together, chunk_size
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.parameters = trainable(model, held)
         plain = isinstance(optimizer, torch.optim.Adam) and not any(
@@ -78,10 +100,53 @@ class Surgeon:
         start = time.perf_counter()
         batch_size(forget, "forget")
         batch_size(retain, "retain")
-        with _untouched_by_errors(self.model, self.optimizer):
+        with _buffers_undone_by_errors(self.model):
             return self._step(forget, retain, loss, start)
 
     def _step(self, forget: Any, retain: Any, loss: Loss, start: float) -> StepInfo:
+        rows = self._captured if self.rows == "captured" else self._stored
+        jacobian, forget_losses, retain_losses = rows(forget, retain, loss)
+        solution = self.rule.solve(jacobian, metric=self._metric(jacobian.names))
+        self._apply(jacobian, solution.weights)
+        gram = solution.gramian
+        norms = gram.diagonal().sqrt()
+        scale = norms[0] * norms[1:]
+        cosines = torch.where(scale > 0, gram[0, 1:] / scale, 0).clamp(-1, 1).cpu()
+        return StepInfo(
+            forget_loss=forget_losses.double().mean().item(),
+            retain_loss=retain_losses.double().mean().item(),
+            cosines=cosines,
+            conflict_rate=(cosines > 0).double().mean().item(),
+            kept_norm=solution.kept_norm.item(),
+            rank=solution.rank.double().mean().item(),
+            frozen=solution.frozen,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _captured(
+        self, forget: Any, retain: Any, loss: Loss
+    ) -> tuple[FactoredJacobian, Tensor, Tensor]:
+        """Row 0 the mean forget loss's, the retain rows after it; forget and retain losses."""
+        mean = self.rule.retain == "mean"
+        b, k = batch_size(forget), batch_size(retain)
+        shares = [1 / b] * b + [1 / k if mean else 1.0] * k
+        groups = torch.tensor([0] * b + ([1] * k if mean else list(range(1, k + 1))))
+        whole = joined(forget, retain) if self.together else None
+        batches = [(forget, b), (retain, k)] if whole is None else [(whole, b + k)]
+        with (
+            torch.enable_grad(),
+            tape(self.model, parameters=list(self.parameters.values())) as recorder,
+        ):
+            parts = [per_sample_losses(loss(self.model, batch), size) for batch, size in batches]
+            for part in parts:
+                check(part.requires_grad, "loss does not depend on the model's parameters")
+            losses = torch.cat(parts) if len(parts) > 1 else parts[0]
+            jacobian = recorder.jacobian(losses * losses.new_tensor(shares), groups)
+        losses = losses.detach()
+        return jacobian, losses[:b], losses[b:]
+
+    def _stored(self, forget: Any, retain: Any, loss: Loss) -> tuple[DenseJacobian, Tensor, Tensor]:
+        """The same rows, explicit."""
         options = {"parameters": list(self.parameters.values()), "chunk_size": self.chunk_size}
         jacobian = concat(
             [
@@ -91,41 +156,27 @@ class Surgeon:
                 ),
             ]
         )
-        solution = self.rule.solve(jacobian, metric=self._metric())
-        update = jacobian.combine(solution.weights)
-        # a parameter that no loss depends on has no gradient, as in an ordinary step: no decay
-        unused = [not (u.any() or b.any()) for u, b in zip(update, jacobian.blocks, strict=True)]
-        self._apply([None if skip else u for u, skip in zip(update, unused, strict=True)])
-        gram, losses = solution.gramian, cast(Tensor, jacobian.losses)
-        norms = gram.diagonal().sqrt()
-        scale = norms[0] * norms[1:]
-        cosines = torch.where(scale > 0, gram[0, 1:] / scale, 0).clamp(-1, 1).cpu()
-        return StepInfo(
-            forget_loss=losses[0].item(),
-            retain_loss=losses[1:].mean().item(),
-            cosines=cosines,
-            conflict_rate=(cosines > 0).double().mean().item(),
-            kept_norm=solution.kept_norm.item(),
-            rank=solution.rank.double().mean().item(),
-            frozen=solution.frozen,
-            seconds=time.perf_counter() - start,
-        )
+        losses = cast(Tensor, jacobian.losses)
+        return jacobian, losses[:1], losses[1:]
 
-    def _apply(self, update: list[Tensor | None]) -> None:
-        """Step on the update alone: no parameter is moved by a `.grad` from before."""
+    def _apply(self, jacobian: FactoredJacobian | DenseJacobian, weights: Tensor) -> None:
+        """Step on wᵀ J alone: no parameter is moved by a `.grad` from before."""
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         before = [parameter.grad for parameter in held]
         try:
             for parameter in held:
                 parameter.grad = None
-            for parameter, grad in zip(self.parameters.values(), update, strict=True):
-                parameter.grad = grad
-            self.optimizer.step()
+            jacobian.backward(weights)
+            if isinstance(jacobian, DenseJacobian):
+                _drop_unused(jacobian)
+            undone = _undone_by_errors(self.model, self.optimizer)
+            with undone if _runs_foreign_code(self.optimizer) else nullcontext():
+                self.optimizer.step()
         finally:
             for parameter, grad in zip(held, before, strict=True):
                 parameter.grad = grad
 
-    def _metric(self) -> list[Tensor] | None:
+    def _metric(self, names: list[str]) -> list[Tensor] | None:
         """lr / (sqrt(v) + eps) per parameter, of the steps taken so far; None before the first."""
         if self.rule.precondition is None:
             return None
@@ -143,27 +194,74 @@ class Surgeon:
                 root = (state["exp_avg_sq"] / correction).sqrt()
                 metric.append((id(parameter), group["lr"] / (root + group["eps"])))
         by_id = dict(metric)
-        return [by_id[id(parameter)] for parameter in self.parameters.values()]
+        return [by_id[id(self.parameters[name])] for name in names]
+
+
+def joined(first: Any, second: Any) -> Any | None:
+    """Two batches as one, samples of the first before those of the second.
+
+    None where they differ in structure, or a pair of tensors in dtype, device or sample shape.
+    """
+    leaves, structure = pytree.tree_flatten(first)
+    others, other_structure = pytree.tree_flatten(second)
+    if structure != other_structure:
+        return None
+    pairs = list(zip(leaves, others, strict=True))
+    if any((a.dtype, a.device, a.shape[1:]) != (b.dtype, b.device, b.shape[1:]) for a, b in pairs):
+        return None
+    return pytree.tree_unflatten([torch.cat(pair) for pair in pairs], structure)
+
+
+def _drop_unused(jacobian: DenseJacobian) -> None:
+    """A parameter that no loss depends on has no gradient, as in an ordinary step: no decay."""
+    for parameter, block in zip(jacobian.parameters or (), jacobian.blocks, strict=True):
+        if parameter.grad is not None and not (parameter.grad.any() or block.any()):
+            parameter.grad = None
+
+
+def _runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anything but torch's own optimizer can raise in `optimizer.step()`."""
+    kind = type(optimizer)
+    step = vars(optimizer).get("step", kind.step)
+    if getattr(step, "_wrapped_by_lr_sched", False):  # counts steps, for a warning
+        step = step.__wrapped__
+    return (
+        not kind.__module__.startswith("torch.optim.")
+        or not kind.step.__module__.startswith("torch.optim.")
+        or step is not kind.step
+        or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    )
 
 
 @contextmanager
-def _untouched_by_errors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Puts parameters, buffers and optimizer state back if the body raises; `_apply` does `.grad`.
+def _buffers_undone_by_errors(model: nn.Module) -> Iterator[None]:
+    """Puts the model's buffers back if the body raises: a forward pass may update them."""
+    owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
+    copies = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for module, name, buffer in owned:
+                module._buffers[name] = buffer
+            for buffer, saved in copies.values():
+                buffer.copy_(saved)
+        raise
 
-    The copies cost what the parameters and the optimizer's state do, little beside the rows.
-    """
+
+@contextmanager
+def _undone_by_errors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Puts parameters and optimizer state back if the body raises; holds a copy of both."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = {id(t): t for t in (*held, *model.parameters(), *model.buffers())}
+    tensors = {id(p): p for p in (*held, *model.parameters())}
     copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
     state = {p: {k: (v, _copy(v)) for k, v in s.items()} for p, s in optimizer.state.items()}
     options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for module, name, buffer in buffers:
-                module._buffers[name] = buffer
             for key, tensor in tensors.items():
                 tensor.copy_(copies[key])
             for parameter in [p for p in optimizer.state if p not in state]:

@@ -77,7 +77,7 @@ def test_files_named_exist(page):
 def test_the_layout_is_the_tree():
     ((tree, _),) = blocks(README, "text")
     named = [line.split()[0] for line in tree.splitlines()]
-    assert len(named) == 12
+    assert len(named) == 14
     for path in named:
         assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
 

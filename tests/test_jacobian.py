@@ -169,6 +169,31 @@ def test_metric_weights_the_inner_products(impl):
     )
 
 
+def test_products_are_of_every_row_with_a_vector(impl):
+    jacobian = dense()
+    vectors = [torch.randn(2, 2).double(), torch.randn(()).double()]
+    products = jacobian.products(vectors)
+    assert products.shape == (2, 3)
+    flat = torch.cat([v.flatten() for v in vectors])
+    torch.testing.assert_close(products.sum(0), jacobian.materialize() @ flat)
+    torch.testing.assert_close(products[1], jacobian.blocks[1] * vectors[1])
+
+
+def test_products_are_summed_in_float64():
+    rows = torch.tensor([[1.0, 1e-8, -1.0]])  # float32 would lose the middle one
+    products = DenseJacobian([rows]).products([torch.ones(3)])
+    assert products.dtype == torch.float64
+    assert products.item() == pytest.approx(1e-8)
+
+
+@pytest.mark.parametrize("shapes", [[(2, 2)], [(2, 2), (1,)], [(4,), ()]], ids=str)
+def test_products_need_vectors_like_the_parameters(shapes):
+    with pytest.raises(
+        gs.InputError, match=r"vectors must be like the parameters, \[\[2, 2\], \[\]"
+    ):
+        dense().products([torch.ones(shape) for shape in shapes])
+
+
 def test_backward_accumulates_as_autograd_does(impl):
     model, batch, loss = make("partial")
     weights = torch.randn(5).double()
@@ -204,43 +229,6 @@ def test_a_backward_that_fails_changes_nothing(impl):
 def test_backward_needs_parameters():
     with pytest.raises(gs.InputError, match="made without parameters"):
         dense().backward(torch.ones(3))
-
-
-def test_concat_stacks_rows_in_order():
-    model, batch, loss = make("mlp")
-    first = DenseJacobian.from_model(model, batch, loss, rows="mean")
-    second = DenseJacobian.from_model(model, batch, loss)
-    both = gs.concat([first, second])
-    assert both.m == 6
-    assert both.names == first.names
-    assert both.parameters == first.parameters
-    assert torch.equal(both.materialize(), torch.cat([first.materialize(), second.materialize()]))
-    assert torch.equal(both.losses, torch.cat([first.losses, second.losses]))
-
-
-@pytest.mark.parametrize(
-    "other,message",
-    [
-        (
-            {"w": torch.ones(1, 3)},
-            r"jacobians\[1\] is over \['w'\], jacobians\[0\] over \['w', 'b'\]",
-        ),
-        ({"v": torch.ones(1, 2, 2), "b": torch.ones(1)}, r"jacobians\[1\] is over"),
-        (
-            {"w": torch.ones(1, 4), "b": torch.ones(1)},
-            r"jacobians\[1\] has rows of \[4\] for w, jacobians\[0\] of \[2, 2\]",
-        ),
-        ({"w": torch.ones(1, 2, 2), "b": torch.ones(1)}, r"jacobians\[1\] is torch.float32"),
-    ],
-)
-def test_concat_refuses_other_columns(other, message):
-    with pytest.raises(gs.InputError, match=message):
-        gs.concat([dense(), DenseJacobian(other)])
-
-
-def test_concat_refuses_nothing():
-    with pytest.raises(gs.InputError, match="jacobians is an empty sequence"):
-        gs.concat([])
 
 
 def test_parameters_must_have_the_shapes_of_the_rows():

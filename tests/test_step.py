@@ -20,13 +20,22 @@ OPTIMIZERS = {
 }
 
 
+WAYS = {"captured": {}, "a pass each": {"together": False}, "stored": {"rows": "stored"}}
+
+
+@pytest.fixture(params=["captured", "stored"])
+def way(request):
+    """Options of a Surgeon: rows recorded or explicit."""
+    return WAYS[request.param]
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("alpha", [0, 0.5, 1])
-def test_fifty_steps_equal_the_reference(optimizer, alpha, impl):
+def test_fifty_steps_equal_the_reference(optimizer, alpha, way, impl):
     model = mlp()
     other = copy.deepcopy(model)
     ours, theirs = (OPTIMIZERS[optimizer](m.parameters()) for m in (model, other))
-    surgeon = gs.Surgeon(model, ours, gs.OrthoGrad(alpha=alpha), chunk_size=3)
+    surgeon = gs.Surgeon(model, ours, gs.OrthoGrad(alpha=alpha), chunk_size=3, **way)
     for _ in range(50):
         forget, retain = batch(4), batch(5)
         surgeon.step(forget=forget, retain=retain, loss=classification)
@@ -43,11 +52,13 @@ def losses_of(model, *batches):
         return [classification(model, b) for b in batches]
 
 
-def test_with_alpha_zero_forgetting_rises_and_no_retain_loss_moves(impl):
+def test_with_alpha_zero_forgetting_rises_and_no_retain_loss_moves(way, impl):
     model, forget, retain = mlp(), batch(6), batch(5)
     before = losses_of(model, forget, retain)
     lr = 1e-4
-    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=lr), gs.OrthoGrad(alpha=0))
+    surgeon = gs.Surgeon(
+        model, torch.optim.SGD(model.parameters(), lr=lr), gs.OrthoGrad(alpha=0), **way
+    )
     info = surgeon.step(forget=forget, retain=retain, loss=classification)
     after = losses_of(model, forget, retain)
     rise = (after[0].mean() - before[0].mean()).item()
@@ -58,14 +69,16 @@ def test_with_alpha_zero_forgetting_rises_and_no_retain_loss_moves(impl):
     assert (after[1] - before[1]).abs().max() <= 1e-3 * rise
 
 
-def test_with_alpha_one_it_is_plain_descent_on_the_retain_loss(impl):
+def test_with_alpha_one_it_is_plain_descent_on_the_retain_loss(way, impl):
     model, forget, retain = mlp(), batch(6), batch(5)
     other = copy.deepcopy(model)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     classification(other, retain).mean().backward()
     optimizer.step()
     before = losses_of(model, retain)[0].mean()
-    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad(alpha=1))
+    surgeon = gs.Surgeon(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad(alpha=1), **way
+    )
     surgeon.step(forget=forget, retain=retain, loss=classification)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
@@ -73,12 +86,12 @@ def test_with_alpha_one_it_is_plain_descent_on_the_retain_loss(impl):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_serves_every_kind_of_model(name, impl):
+def test_serves_every_kind_of_model(name, way, impl):
     model, forget, loss = make(name, size=4)
     retain = make(name, size=3)[1]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     before = loss(model, forget).mean().item(), loss(model, retain).detach()
-    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(alpha=0))
+    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(alpha=0), **way)
     surgeon.step(forget=forget, retain=retain, loss=loss)
     rise = loss(model, forget).mean().item() - before[0]
     assert rise > 0
@@ -88,12 +101,12 @@ def test_serves_every_kind_of_model(name, impl):
 # what it says
 
 
-def test_information_is_of_the_gradients_before_the_step(impl):
+def test_information_is_of_the_gradients_before_the_step(way, impl):
     model, forget, retain = mlp(), batch(6), batch(5)
     rows = gs.DenseJacobian.from_model(model, retain, classification).materialize()
     g_u = gs.DenseJacobian.from_model(model, forget, classification).materialize().mean(0)
     expected = losses_of(model, forget, retain)
-    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad())
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad(), **way)
     info = surgeon.step(forget=forget, retain=retain, loss=classification)
     assert info.forget_loss == pytest.approx(expected[0].mean().item())
     assert info.retain_loss == pytest.approx(expected[1].mean().item())
@@ -120,19 +133,19 @@ def test_information_is_ready_for_json(rule, impl):
     assert len(read["cosines"]) == (1 if rule.retain == "mean" else 3)
 
 
-def test_names_the_tensors_it_froze(impl):
+def test_names_the_tensors_it_froze(way, impl):
     model = mlp()
     rule = gs.OrthoGrad(alpha=0, granularity="tensor")
-    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), rule)
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), rule, **way)
     bias = model[2].bias.detach().clone()
     info = surgeon.step(forget=batch(2), retain=batch(5), loss=classification)
     assert info.frozen == ["2.bias"]
     assert (model[2].bias - bias).abs().max() <= 1e-12
 
 
-def test_a_zero_forget_gradient_is_no_conflict(impl):
+def test_a_zero_forget_gradient_is_no_conflict(way, impl):
     model = mlp()
-    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad())
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad(), **way)
     loss = lambda m, b: classification(m, b[:2]) * b[2]  # noqa: E731
     info = surgeon.step(
         forget=(*batch(3), torch.zeros(3)), retain=(*batch(3), torch.ones(3)), loss=loss
@@ -146,7 +159,7 @@ def test_a_zero_forget_gradient_is_no_conflict(impl):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_preconditioned_steps_leave_retain_losses_alone(kind, impl):
+def test_preconditioned_steps_leave_retain_losses_alone(kind, way, impl):
     model = mlp()
     optimizer = kind(model.parameters(), lr=1e-3, betas=(0.0, 0.999), weight_decay=0)
     for _ in range(300):  # statistics as training leaves them
@@ -161,7 +174,7 @@ def test_preconditioned_steps_leave_retain_losses_alone(kind, impl):
         other.load_state_dict(optimizer.state_dict())
         rows = gs.DenseJacobian.from_model(twin, retain, classification).materialize()
         start = torch.cat([p.detach().flatten() for p in twin.parameters()])
-        surgeon = gs.Surgeon(twin, other, gs.OrthoGrad(alpha=0, precondition=precondition))
+        surgeon = gs.Surgeon(twin, other, gs.OrthoGrad(alpha=0, precondition=precondition), **way)
         surgeon.step(forget=forget, retain=retain, loss=classification)
         moved = torch.cat([p.detach().flatten() for p in twin.parameters()]) - start
         found[precondition] = (rows @ moved / rows.norm(dim=1) / moved.norm()).abs().max().item()
@@ -211,14 +224,14 @@ def test_refuses_a_metric_it_does_not_know(optimizer):
 # what it leaves alone
 
 
-def surgeon_of(model, rule=None):
+def surgeon_of(model, **way):
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    return gs.Surgeon(model, optimizer, rule or gs.OrthoGrad()), optimizer
+    return gs.Surgeon(model, optimizer, gs.OrthoGrad(), **way), optimizer
 
 
-def test_grad_is_afterwards_what_it_was_before(impl):
+def test_grad_is_afterwards_what_it_was_before(way, impl):
     model = mlp()
-    surgeon, _ = surgeon_of(model)
+    surgeon, _ = surgeon_of(model, **way)
     model[0].weight.grad = torch.randn(8, 6).double()
     held, value = model[0].weight.grad, model[0].weight.grad.clone()
     surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
@@ -227,10 +240,10 @@ def test_grad_is_afterwards_what_it_was_before(impl):
     assert model[2].weight.grad is None
 
 
-def test_no_hook_wrapper_or_attribute_stays_on_the_model(impl):
+def test_no_hook_wrapper_or_attribute_stays_on_the_model(way, impl):
     model, forget, loss = make("cnn in eval")
     keys, attributes = list(model.state_dict()), {n: set(vars(m)) for n, m in model.named_modules()}
-    surgeon, optimizer = surgeon_of(model)
+    surgeon, optimizer = surgeon_of(model, **way)
     surgeon.step(forget=forget, retain=forget, loss=loss)
     assert list(model.state_dict()) == keys
     assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
@@ -241,37 +254,39 @@ def test_no_hook_wrapper_or_attribute_stays_on_the_model(impl):
     assert not model.training
 
 
-def test_parameters_the_optimizer_does_not_hold_stay(impl):
+def test_parameters_the_optimizer_does_not_hold_stay(way, impl):
     model = mlp()
     optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
     before = copy.deepcopy(model)
-    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad())
+    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(), **way)
     surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
     assert torch.equal(model[0].weight, before[0].weight)
     assert not torch.equal(model[2].weight, before[2].weight)
 
 
-def test_stale_gradients_of_other_parameters_are_not_stepped(impl):
+def test_stale_gradients_of_other_parameters_are_not_stepped(way, impl):
     # the optimizer also holds a parameter that is not the model's, and a frozen one
     model, outside = mlp(), nn.Parameter(torch.ones(3).double())
     model[0].bias.requires_grad_(False)
     optimizer = torch.optim.SGD([*model.parameters(), outside], lr=0.1)
     outside.grad, model[0].bias.grad = torch.ones(3).double(), torch.ones(8).double()
     bias = model[0].bias.detach().clone()
-    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad())
+    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(), **way)
     surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
     assert torch.equal(outside, torch.ones(3).double())
     assert torch.equal(model[0].bias, bias)
     assert torch.equal(outside.grad, torch.ones(3).double())
 
 
-def test_an_unused_parameter_is_not_stepped(impl):
+def test_an_unused_parameter_is_not_stepped(way, impl):
     # as in ordinary training: no gradient, no weight decay either
     model, forget, loss = make("partial")
     held = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(held, lr=0.1, weight_decay=0.5)
     before = model.unused.weight.detach().clone()
-    gs.Surgeon(model, optimizer, gs.OrthoGrad()).step(forget=forget, retain=forget, loss=loss)
+    gs.Surgeon(model, optimizer, gs.OrthoGrad(), **way).step(
+        forget=forget, retain=forget, loss=loss
+    )
     assert torch.equal(model.unused.weight, before)
 
 
@@ -298,9 +313,9 @@ def test_refuses_an_optimizer_of_another_model():
         gs.Surgeon(mlp(), torch.optim.SGD(mlp().parameters(), lr=0.1), gs.OrthoGrad())
 
 
-def test_works_where_gradients_are_off(impl):
+def test_works_where_gradients_are_off(way, impl):
     model = mlp()
-    surgeon, _ = surgeon_of(model)
+    surgeon, _ = surgeon_of(model, **way)
     before = model[0].weight.detach().clone()
     with torch.no_grad():
         surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
@@ -314,7 +329,11 @@ def test_steps_are_the_same_whatever_the_chunk(impl):
     for chunk_size in (1, 3, 100):
         twin = copy.deepcopy(model)
         surgeon = gs.Surgeon(
-            twin, torch.optim.SGD(twin.parameters(), lr=0.1), gs.OrthoGrad(), chunk_size=chunk_size
+            twin,
+            torch.optim.SGD(twin.parameters(), lr=0.1),
+            gs.OrthoGrad(),
+            rows="stored",
+            chunk_size=chunk_size,
         )
         surgeon.step(forget=data[0], retain=data[1], loss=classification)
         found.append(twin[0].weight.detach())

@@ -1,14 +1,16 @@
 """A step that raises, wherever it does, leaves model, `.grad` and optimizer as they were."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import gradsurgery as gs
 from tests.models import assert_same_state, batch, classification, mlp, state_of
-from tests.test_step import surgeon_of
+from tests.test_step import WAYS, surgeon_of
 
 
 class Boom(Exception):
@@ -37,9 +39,9 @@ def _fails_at_once(model, data):
 
 
 def _fails_on_retain(model, data):
-    """The forget batch is done when the retain batch, under vmap of single samples, fails."""
+    """The forget batch, of 2, is done when the retain batch fails: of 3, or of 1 under vmap."""
     losses = classification(model, data)
-    if len(losses) == 1:
+    if len(losses) != 2:
         raise Boom
     return losses
 
@@ -76,6 +78,47 @@ def _fail_midway(optimizer):
     optimizer.step = step
 
 
+def _fail_in_a_subclass(optimizer):
+    """It inherits `step`, which calls what it overrides."""
+
+    class Mine(type(optimizer)):
+        def _init_group(self, *args):
+            super()._init_group(*args)
+            raise Boom
+
+    optimizer.__class__ = Mine
+
+
+def _fail_in_the_class(monkeypatch):
+    original = torch.optim.Adam.step
+
+    def step(self):
+        original(self)
+        raise Boom
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+
+
+def _fail_below_a_scheduler(optimizer):
+    """A scheduler replaces `step` too, over a replacement that was there before."""
+
+    def step(self):
+        type(self).step(self)
+        raise Boom
+
+    optimizer.step = MethodType(step, optimizer)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+
+def _fail_globally(monkeypatch):
+    """A hook of every optimizer."""
+
+    def fail(*args):
+        raise Boom
+
+    monkeypatch.setitem(_global_optimizer_post_hooks, -1, fail)
+
+
 FAILURES = {
     "first loss": (lambda m, o: None, _fails_at_once, Boom),
     "second loss": (lambda m, o: None, _fails_on_retain, Boom),
@@ -83,15 +126,24 @@ FAILURES = {
     "rule": (lambda m, o: _failing_rule(m), classification, Boom),
     "before the optimizer": (lambda m, o: _hook("pre")(o), classification, Boom),
     "after the optimizer": (lambda m, o: _hook("post")(o), classification, Boom),
+    "after any optimizer": (lambda m, o: _fail_globally(m), classification, Boom),
     "in the optimizer": (lambda m, o: _fail_midway(o), classification, Boom),
+    "in a subclass": (lambda m, o: _fail_in_a_subclass(o), classification, Boom),
+    "in the class": (lambda m, o: _fail_in_the_class(m), classification, Boom),
+    "below a scheduler": (lambda m, o: _fail_below_a_scheduler(o), classification, Boom),
 }
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return WAYS[request.param]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_a_step_that_raises_changes_nothing(failure, steps_before, monkeypatch, impl):
+def test_a_step_that_raises_changes_nothing(failure, steps_before, way, monkeypatch, impl):
     model = Counting()
-    surgeon, optimizer = surgeon_of(model)
+    surgeon, optimizer = surgeon_of(model, **way)
     for _ in range(steps_before):
         surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
     model.layers[0].weight.grad = torch.randn(8, 6).double()
@@ -103,12 +155,12 @@ def test_a_step_that_raises_changes_nothing(failure, steps_before, monkeypatch, 
     assert_same_state(before, state_of(model, optimizer))
 
 
-def test_it_goes_on_after_a_failure_as_if_there_had_been_none(monkeypatch, impl):
+def test_it_goes_on_after_a_failure_as_if_there_had_been_none(way, impl):
     model = mlp()
     twin = copy.deepcopy(model)
     data = [(batch(2), batch(3)) for _ in range(4)]
     for m, fail in ((model, True), (twin, False)):
-        surgeon, optimizer = surgeon_of(m)
+        surgeon, optimizer = surgeon_of(m, **way)
         for forget, retain in data:
             if fail:
                 handle = optimizer.register_step_post_hook(lambda *_: (_ for _ in ()).throw(Boom))
@@ -118,3 +170,20 @@ def test_it_goes_on_after_a_failure_as_if_there_had_been_none(monkeypatch, impl)
             surgeon.step(forget=forget, retain=retain, loss=classification)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_step_of_torchs_own_optimizer_copies_no_parameter(monkeypatch):
+    """What is copied is at most a buffer: the model here is all parameters, under a scheduler."""
+    model = mlp()
+    surgeon, optimizer = surgeon_of(model)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    shapes = {p.shape for p in model.parameters()}
+    clone, copied = torch.Tensor.clone, []
+    monkeypatch.setattr(
+        torch.Tensor, "clone", lambda t, **k: copied.append(t.shape) or clone(t, **k)
+    )
+    surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+    assert not shapes.intersection(copied)
+    optimizer.register_step_post_hook(lambda *_: None)
+    surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+    assert shapes <= set(copied)

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurgery.errors import InputError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
 from gradsurgery.ops import projection_weights
 from gradsurgery.ops._inputs import check
@@ -203,15 +202,12 @@ class OrthoGrad:
         metric: Sequence[Tensor] | None,
     ) -> Tensor:
         """c + K⁺ J g⊥, with g⊥ formed and multiplied rather than predicted."""
-        if not isinstance(jacobian, DenseJacobian):
-            raise InputError(f"refine needs rows that exist, got {type(jacobian).__name__}")
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1) @ select
         perp = jacobian.combine(parts[groups.to(parts.device)])
         if metric is not None:
             perp = [p * weight for p, weight in zip(perp, metric, strict=True)]
         rest = torch.zeros_like(parts)
-        for block, p, g in zip(jacobian.blocks, perp, groups.tolist(), strict=True):
-            rest[g] += block.reshape(jacobian.m, -1).double() @ p.flatten().double()
+        rest.index_add_(0, groups.to(rest.device), jacobian.products(perp).to(rest.device))
         gram = select @ grams @ select.mT
         products = (rest @ select.mT)[:, 1:].contiguous()
         correction, *_ = projection_weights(gram[:, 1:, 1:].contiguous(), products, rtol=self.rtol)

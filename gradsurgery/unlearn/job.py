@@ -19,7 +19,7 @@ from gradsurgery.unlearn.digits import DigitsCNN, DigitsData, cross_entropy
 from gradsurgery.unlearn.finetune import FinetuneConfig
 from gradsurgery.unlearn.graddiff import GradDiffConfig
 from gradsurgery.unlearn.neggrad import NegGradConfig
-from gradsurgery.unlearn.orthograd import OrthoGradConfig
+from gradsurgery.unlearn.orthograd import OrthoGradConfig, OrthoGradTrainer
 from gradsurgery.unlearn.progress import Progress
 from gradsurgery.unlearn.retrain import Retrain, RetrainConfig
 from gradsurgery.unlearn.run import RunDirectory, Stage, fingerprint
@@ -226,6 +226,7 @@ def _stage(
                 advance(record["step"])
         except TrainingError as error:
             raise TrainingError(f"seed {seed}, {name}: {error}") from None
+    timed = trainer.step_seconds() if isinstance(trainer, OrthoGradTrainer) else None
     measured = evaluate(model, data)
     directory.finish(
         stage,
@@ -234,6 +235,7 @@ def _stage(
             "metrics": measured,
             "steps": trainer.step,
             "seconds": trainer.seconds,
+            **({} if timed is None else {"step_seconds": timed}),
             "losses": {
                 "forget": metrics.losses(model, cross_entropy, data.forget).tolist(),
                 "test": metrics.losses(model, cross_entropy, data.test).tolist(),
@@ -248,7 +250,10 @@ def _stage(
 def summarize(
     config: DigitsConfig, results: list[dict[str, Any]], forget_sets: dict[str, Any]
 ) -> dict[str, Any]:
-    """Mean, spread and values over seeds of every metric, gap to Retrain, UIS and cost."""
+    """Mean, spread and values over seeds of every metric, gap to Retrain, UIS and cost.
+
+    step: seconds of one OrthoGrad step and of one plain training step on the same samples.
+    """
     by_stage = {(result["seed"], result["method"]): result for result in results}
     seeds = [int(seed) for seed in forget_sets]
     columns: dict[str, Any] = {}
@@ -275,10 +280,16 @@ def summarize(
             for key, value in values.items():
                 rows.setdefault(key, []).append(value)
         columns[name] = {key: metrics.spread(values) for key, values in rows.items()}
+    stages = [by_stage[seed, "orthograd"] for seed in seeds] if "orthograd" in columns else []
+    timed = [stage["step_seconds"] for stage in stages if "step_seconds" in stage]
+    step = {}
+    if timed and len(timed) == len(seeds):
+        step = {kind: metrics.spread([t[kind] for t in timed]) for kind in timed[0]}
     return {
         "job": "digits",
         "task": config.task,
         "seeds": seeds,
         "forget_sets": forget_sets,
         "columns": columns,
+        **({"step": {"seconds": step}} if step else {}),
     }

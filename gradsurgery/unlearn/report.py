@@ -7,6 +7,7 @@ from typing import Any
 
 from gradsurgery.unlearn import plots
 from gradsurgery.unlearn.labels import LABELS, NAMES
+from gradsurgery.unlearn.metrics import spread
 from gradsurgery.unlearn.plots import COLORS
 
 TITLES = {
@@ -288,12 +289,39 @@ def pictures(
             f"Independent directions among the retain gradients of a batch.{faint}",
         )
         page += "</div>"
-    page += "<h2>Cost</h2><div class='grid one'>"
+    page += f"<h2>Cost</h2>{step_cost(summary)}<div class='grid one'>"
     page += _figure(
         plots.cost(summary["columns"]),
         "Dotted: Retrain. So small a model retrains in seconds: time is no reason to unlearn here.",
     )
     return page + "</div>"
+
+
+def step_cost(summary: dict[str, Any]) -> str:
+    """One OrthoGrad step beside one plain training step; empty where none was timed."""
+    if "step" not in summary:
+        return ""
+    seconds = summary["step"]["seconds"]
+    pairs = zip(seconds["orthograd"]["values"], seconds["plain"]["values"], strict=True)
+    ratios = spread([ours / plain for ours, plain in pairs])
+
+    def card(entry: dict[str, Any], scale: float, unit: str, label: str) -> str:
+        off = "" if entry["std"] is None else f"<span>± {scale * entry['std']:.2f}{unit}</span>"
+        return (
+            f'<div class="figure"><b>{scale * entry["mean"]:.2f}{unit}</b>'
+            f"<span>{label}</span>{off}</div>"
+        )
+
+    cards = (
+        card(seconds["orthograd"], 1000, " ms", "an OrthoGrad step"),
+        card(seconds["plain"], 1000, " ms", "a plain training step on the same samples"),
+        card(ratios, 1, " times", "as long: the price of the surgery"),
+    )
+    return (
+        f"<div class='figures'>{''.join(cards)}</div><p class='note'>Each seed's median of steps "
+        "taken in turns on a copy of the model; mean ± standard deviation over seeds. Plain: the "
+        "gradient of the mean loss and the same optimizer.</p>"
+    )
 
 
 def settings(config: dict[str, Any], methods: list[str]) -> str:

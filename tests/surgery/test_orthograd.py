@@ -254,6 +254,24 @@ def test_refine_respects_tensors_left_out(impl):
     torch.testing.assert_close(refined.weights, plain.weights, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+def test_refines_rows_that_are_not_stored(granularity, impl):
+    # two retain samples a part in 1e5 apart; the layer has no bias: one tensor is the whole model
+    model, loss = torch.nn.Linear(40, 3, bias=False).double(), lambda m, x: m(x).square().sum(1)
+    x = torch.randn(4, 40).double()
+    x[3] = x[2] + 1e-5 * x[3]
+    rows = DenseJacobian.from_model(model, x, loss).materialize()
+    expected = -projected(rows[0], rows[1:])
+    with gs.tape(model) as tape:
+        losses = loss(model, x)
+    captured, errors = tape.jacobian(losses), []
+    for refine in (0, 1):
+        (update,) = OrthoGrad(alpha=0, granularity=granularity, refine=refine)(captured)
+        errors.append((update.flatten() - expected).norm().item() / expected.norm().item())
+    assert errors[1] <= 1e-8
+    assert errors[1] <= 0.1 * errors[0]
+
+
 @pytest.mark.parametrize("refine", [0, 1])
 @pytest.mark.parametrize("granularity", ["model", "tensor"])
 def test_a_metric_makes_the_scaled_update_orthogonal(granularity, refine, impl):

@@ -1,0 +1,383 @@
+"""One rule per operation in which a parameter meets samples: what must be kept of the meeting.
+
+A junction reads what autograd saved, before the backward pass frees it, and returns a function from
+the gradient P of the operation's output to a `Use`. `axis` is where P has its samples, None where
+all of it belongs to one row.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsurgery.capture.convolution import ConvolutionUse, Geometry
+from gradsurgery.capture.layout import Axis, Layout
+from gradsurgery.capture.rules import base_name
+from gradsurgery.capture.trace import Meeting
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use
+
+Shape = tuple[int, ...]
+Finish = Callable[[Tensor], Use]
+Junction = Callable[[Any, int, Layout, Axis | None, Shape], Finish | None]
+
+MASKS = (torch.bool, torch.uint8)
+JUNCTIONS: dict[str, Junction] = {}
+
+
+def junction(names: str) -> Callable[[Junction], Junction]:
+    def register(function: Junction) -> Junction:
+        JUNCTIONS.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
+
+
+def prepare(meeting: Meeting, shape: Shape) -> Finish | None:
+    """What turns the output's gradient into a use of the leaf; None if no rule knows how."""
+    known = JUNCTIONS.get(base_name(meeting.node))
+    if known is None or set(meeting.outs) != {0}:
+        return None
+    if meeting.whole is not None and not meeting.outs[0].constant:
+        return None
+    meta = meeting.node._input_metadata[0]
+    if meta.dtype.is_complex:
+        return None
+    out = tuple(meta.shape)
+    layout = meeting.outs[0]
+    axis = layout.axis(out)
+    if axis is None and not layout.constant:
+        return None
+    return known(meeting.node, meeting.k, layout, axis, shape)
+
+
+def blocks(tensor: Tensor, axis: Axis | None, dim: int = 0) -> Tensor:
+    """Samples first: [n, outer * inner] in place of dimension `dim`, other dimensions as before.
+
+    A view where the samples are contiguous or alternate.
+    """
+    if axis is None:
+        return tensor.unsqueeze(0)
+    split = tensor.unflatten(dim, (axis.outer, -1, axis.inner)).movedim(dim + 1, 0)
+    return split.flatten(dim + 1, dim + 2)
+
+
+def reduce_to(grad: Tensor, axis: Axis | None, shape: Shape) -> Tensor:
+    """[n, *shape]: the sums of a gradient over what was broadcast, sample by sample."""
+    parts = blocks(grad, axis, 0 if axis is None else axis.dim)
+    lead = parts.dim() - 1 - len(shape)
+    ones = [k for k, size in enumerate(shape) if size == 1 and parts.shape[1 + lead + k] != 1]
+    over = [*range(1, 1 + lead), *[1 + lead + k for k in ones]]
+    if over:
+        parts = parts.sum(over, keepdim=True)
+    return parts.reshape(parts.shape[0], *shape)
+
+
+def broadcasting(
+    factor: Callable[[Tensor], Tensor], layout: Layout, axis: Axis | None, shape: Shape
+) -> Finish:
+    return lambda grad: RowsUse(reduce_to(factor(grad), axis, shape), layout.rows)
+
+
+# sums and products by a broadcast tensor
+
+
+@junction("Add Sub Rsub Expand Clone ToCopy")
+def shift(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    name, alpha = base_name(node), getattr(node, "_saved_alpha", 1)
+    scale = {"Add": (1, alpha), "Sub": (1, -alpha), "Rsub": (-alpha, 1)}.get(name, (1,))[k]
+    return broadcasting(lambda grad: grad if scale == 1 else scale * grad, layout, axis, shape)
+
+
+@junction("Mul")
+def scale(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    other = node._saved_other if k == 0 else node._saved_self
+    return broadcasting(lambda grad: grad * other, layout, axis, shape)
+
+
+@junction("Div")
+def divide(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if node.name() != "DivBackward0":
+        return None
+    below = node._saved_other
+    if k == 0:
+        return broadcasting(lambda grad: grad / below, layout, axis, shape)
+    above = node._saved_self
+    return broadcasting(lambda grad: -grad * above / below**2, layout, axis, shape)
+
+
+@junction("PreluKernel")
+def prelu(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if k == 0:
+        return None
+    x = node._saved_self
+    return broadcasting(lambda grad: grad * x.clamp(max=0), layout, axis, shape)
+
+
+@junction("Repeat")
+def repeat(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    out = tuple(node._input_metadata[0].shape)
+    lead = len(out) - len(shape)
+    if axis is None or axis.dim < lead or axis.inner % shape[axis.dim - lead]:
+        return None
+
+    def finish(grad: Tensor) -> Use:
+        parts = blocks(grad, axis, axis.dim)
+        sizes = [1] * lead + list(shape)
+        sums = []
+        for dim in range(parts.dim() - 2, -1, -1):  # [.., repeats, size, ..]
+            parts = parts.unflatten(dim + 1, (-1, sizes[dim]))
+            sums.append(dim)
+        parts = parts.sum([1 + 2 * dim for dim in sums])
+        return RowsUse(parts.reshape(parts.shape[0], *shape), layout.rows)
+
+    return finish
+
+
+# norms
+
+
+@junction("NativeLayerNorm")
+def layer_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if k == 0:
+        return None
+    if k == 2:
+        return broadcasting(lambda grad: grad, layout, axis, shape)
+    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+    return broadcasting(lambda grad: _normalized(grad, x, mean, rstd), layout, axis, shape)
+
+
+@junction("FusedRmsNorm")
+def rms_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if k == 0:
+        return None
+    x, rstd = node._saved_input, node._saved_result1
+    return broadcasting(lambda grad: grad * (x * rstd), layout, axis, shape)
+
+
+@junction("NativeGroupNorm")
+def group_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if k == 0:
+        return None
+    out = tuple(node._input_metadata[0].shape)
+    spread = (*shape, *[1] * (len(out) - 2))  # [C, 1, ..]
+    if k == 2:
+        return _channels(lambda grad: grad, layout, axis, spread, shape)
+    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+    groups = mean.shape[-1]
+
+    def normalized(grad: Tensor) -> Tensor:
+        whole = x.reshape(out[0], groups, -1)
+        grad = grad.reshape(whole.shape)
+        return _normalized(grad, whole, mean.unsqueeze(-1), rstd.unsqueeze(-1)).view(out)
+
+    return _channels(normalized, layout, axis, spread, shape)
+
+
+@junction("NativeBatchNorm CudnnBatchNorm")
+def batch_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if k == 0:
+        return None
+    out = tuple(node._input_metadata[0].shape)
+    spread = (*shape, *[1] * (len(out) - 2))
+    if k == 2:
+        return _channels(lambda grad: grad, layout, axis, spread, shape)
+    x = node._saved_input
+    if node._saved_training:
+        mean, rstd = node._saved_result1, node._saved_result2
+    else:
+        eps = getattr(node, "_saved_eps", None) or node._saved_epsilon
+        mean, rstd = node._saved_running_mean, (node._saved_running_var + eps).rsqrt()
+
+    def normalized(grad: Tensor) -> Tensor:
+        return _normalized(grad, x, mean.view(spread), rstd.view(spread))
+
+    return _channels(normalized, layout, axis, spread, shape)
+
+
+def _normalized(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """grad (x - mean) rstd, in one temporary: fresh memory costs more than the arithmetic."""
+    out = (x - mean).mul_(rstd)
+    same = out.dtype == torch.promote_types(out.dtype, grad.dtype)
+    return out.mul_(grad) if same else out * grad
+
+
+def _channels(
+    factor: Callable[[Tensor], Tensor],
+    layout: Layout,
+    axis: Axis | None,
+    spread: Shape,
+    shape: Shape,
+) -> Finish:
+    def finish(grad: Tensor) -> Use:
+        parts = reduce_to(factor(grad), axis, spread)
+        return RowsUse(parts.view(-1, *shape), layout.rows)
+
+    return finish
+
+
+# products with a matrix
+
+
+@junction("Mm Addmm")
+def matmul(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    add = base_name(node) == "Addmm"
+    alpha = node._saved_alpha if add else 1
+    if add and k == 0:
+        beta = node._saved_beta
+        return broadcasting(lambda grad: _times(beta, grad), layout, axis, shape)
+    if k == 1 + add:  # y = x W: W's gradient is x^T P, over rows
+        if axis is not None and axis.dim != 0:
+            return None
+        x = node._saved_mat1 if add else node._saved_self
+        return lambda grad: MatrixUse(
+            blocks(x, axis), blocks(_times(alpha, grad), axis), layout.rows
+        )
+    if axis is not None and axis.dim != 1:
+        return None
+    x = node._saved_mat2  # y = W x: P x^T, over columns
+    return lambda grad: MatrixUse(
+        blocks(_times(alpha, grad).mT, axis), blocks(x.mT, axis), layout.rows
+    )
+
+
+@junction("Bmm")
+def bmm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if axis is not None and axis.dim != (1 if k == 1 else 2):
+        return None
+    if k == 1:
+        x = node._saved_self
+        left, right = (lambda grad: x), (lambda grad: grad)
+    else:
+        x = node._saved_mat2
+        left, right = (lambda grad: grad.mT), (lambda grad: x.mT)
+    along = None if axis is None else axis._replace(dim=1)
+
+    def finish(grad: Tensor) -> Use:
+        one, other = (blocks(side(grad), along, 1) for side in (left, right))
+        return MatrixUse(one, other, layout.rows)
+
+    return finish
+
+
+@junction("Mv Addmv")
+def mv(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    add = base_name(node) == "Addmv"
+    alpha = node._saved_alpha if add else 1
+    if add and k == 0:
+        beta = node._saved_beta
+        return broadcasting(lambda grad: _times(beta, grad), layout, axis, shape)
+    if k == add:
+        if axis is not None:  # each row of the matrix is of one sample
+            return None
+        vector = node._saved_vec
+        return lambda grad: MatrixUse(
+            _times(alpha, grad)[None, None], vector[None, None], layout.rows
+        )
+    x = node._saved_mat if add else node._saved_self
+
+    def finish(grad: Tensor) -> Use:
+        parts = blocks(_times(alpha, grad), axis).unsqueeze(1) @ blocks(x, axis)
+        return RowsUse(parts.squeeze(1), layout.rows)
+
+    return finish
+
+
+def _times(alpha: float, grad: Tensor) -> Tensor:
+    return grad if alpha == 1 else alpha * grad
+
+
+# rows picked from a parameter
+
+
+@junction("Embedding")
+def embedding(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if node._saved_scale_grad_by_freq or node._saved_sparse:
+        return None
+    indices, padding = node._saved_indices, node._saved_padding_idx
+    padding = padding - (1 << 64) if padding >= 1 << 63 else padding
+    indices = torch.where(indices == padding, -1, indices) if padding >= 0 else indices
+    return _picked(indices, layout, axis, shape)
+
+
+@junction("Index IndexSelect")
+def index(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if base_name(node) == "IndexSelect":
+        dim, chosen = node._saved_dim, [node._saved_index]
+    else:
+        dim, chosen = 0, list(node._saved_indices)
+    while chosen and chosen[-1] is None:
+        chosen.pop()
+    if dim != 0 or not chosen or any(c is None or c.dtype in MASKS for c in chosen):
+        return None
+    # rows of the parameter with its first dimensions as one
+    indices = torch.zeros((), dtype=torch.int64, device=chosen[0].device)
+    for size, c in zip(shape, chosen, strict=False):
+        indices = indices * size + torch.where(c < 0, c + size, c)
+    rest = shape[len(chosen) :]
+    return _picked(indices, layout, axis, (math.prod(shape[: len(chosen)]), *rest))
+
+
+def _picked(indices: Tensor, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+    if axis is not None and axis.dim >= indices.dim():
+        return None
+    dim = 0 if axis is None else axis.dim
+
+    def finish(grad: Tensor) -> Use:
+        parts, where = blocks(grad, axis, dim), blocks(indices, axis, dim)
+        n = parts.shape[0]
+        flat = parts.reshape(n, where[0].numel(), math.prod(shape[1:]))
+        return EmbeddingUse(where.reshape(n, -1), flat, layout.rows, shape[0])
+
+    return finish
+
+
+@junction("EmbeddingBag")
+def embedding_bag(
+    node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape
+) -> Finish | None:
+    mode = node._saved_mode
+    if k != 0 or node._saved_scale_grad_by_freq or node._saved_sparse or mode == 2:
+        return None
+    if axis is not None and axis.dim != 0:
+        return None
+    indices, bags, sizes = node._saved_indices, node._saved_result1, node._saved_result2
+    weights, padding = node._saved_per_sample_weights, node._saved_padding_idx
+    padding = padding - (1 << 64) if padding >= 1 << 63 else padding
+    out = tuple(node._input_metadata[0].shape)
+    if len(bags) != len(indices):  # a mode whose bags were not kept
+        offsets = node._saved_offsets
+        bags = torch.searchsorted(offsets, torch.arange(len(indices)), right=True) - 1
+
+    def finish(grad: Tensor) -> Use:
+        scale = grad.new_ones(len(indices)) if weights is None else weights.to(grad.dtype)
+        if mode == 1:
+            scale = scale / sizes[bags].clamp(min=1).to(grad.dtype)
+        kept = torch.where(indices == padding, -1, indices) if padding >= 0 else indices
+        # one block per token: bags differ in length
+        of_bag = layout.elements(out)[:, 0].to(bags.device)
+        grads = (grad[bags] * scale[:, None])[:, None]
+        return EmbeddingUse(kept[:, None].long(), grads, of_bag[bags].cpu(), shape[0])
+
+    return finish
+
+
+# convolutions
+
+
+@junction("Convolution")
+def convolution(
+    node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape
+) -> Finish | None:
+    if k == 0:
+        return None
+    spread = (*shape, *[1] * (len(node._input_metadata[0].shape) - 2))
+    if k == 2:
+        return _channels(lambda grad: grad, layout, axis, spread, shape)
+    if axis is not None and axis.dim != 0:
+        return None
+    x, geometry = node._saved_input, Geometry.of(node)
+    return lambda grad: ConvolutionUse(
+        blocks(x, axis), blocks(grad, axis), layout.rows, shape, geometry
+    )

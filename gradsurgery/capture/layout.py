@@ -1,0 +1,141 @@
+"""Which row of the Jacobian each element of a gradient belongs to.
+
+Samples are independent, so an element of a gradient that flows back from per-sample losses depends
+on the loss of one row at most. Where the samples lie in a tensor is followed through the graph,
+operation by operation, never guessed from its size.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Axis(NamedTuple):
+    """Where samples lie: dimension `dim` counts [outer, samples, inner]."""
+
+    dim: int
+    outer: int
+    inner: int
+
+
+class Layout:
+    """Element e, counted row-major, belongs to row rows[e // stride % len(rows)].
+
+    Views that keep the order of elements keep this; `rows` holds -1 where no loss depends on an
+    element.
+    """
+
+    __slots__ = ("rows", "stride")
+
+    def __init__(self, stride: int, rows: Tensor) -> None:
+        self.stride, self.rows = stride, rows
+
+    def __repr__(self) -> str:
+        return f"Layout(stride={self.stride}, rows={self.rows.tolist()})"
+
+    @property
+    def constant(self) -> bool:
+        """All of the tensor belongs to one row."""
+        return len(self.rows) == 1
+
+    @property
+    def empty(self) -> bool:
+        """No loss depends on the tensor."""
+        return self.constant and int(self.rows) < 0
+
+    def axis(self, shape: Sequence[int]) -> Axis | None:
+        """The one dimension that the row depends on; None if it depends on several, or none."""
+        n, suffix = len(self.rows), 1
+        if n == 1:
+            return None
+        for dim in range(len(shape) - 1, -1, -1):
+            above = suffix * shape[dim]
+            if suffix <= self.stride < above:
+                inner, rest = divmod(self.stride, suffix)
+                outer, odd = divmod(shape[dim], inner * n)
+                return None if rest or odd else Axis(dim, outer, inner)
+            suffix = above
+        return None
+
+    def at(self, shape: Sequence[int], dim: int, axis: Axis) -> "Layout":
+        """The same samples where dimension `dim` of another shape holds them."""
+        return Layout(axis.inner * math.prod(shape[dim + 1 :]), self.rows)
+
+    def along(self, shape: Sequence[int]) -> Tensor:
+        """The row of each index along the sample dimension, [shape[dim]]."""
+        axis = self.axis(shape)
+        assert axis is not None
+        return self.rows.repeat_interleave(axis.inner).repeat(axis.outer)
+
+    def elements(self, shape: Sequence[int]) -> Tensor:
+        """The row of every element, [*shape]."""
+        numbers = torch.arange(math.prod(shape))
+        return self.rows[numbers // self.stride % len(self.rows)].view(tuple(shape))
+
+    def same(self, other: "Layout") -> bool:
+        if self is other:
+            return True
+        return self.stride == other.stride and (
+            self.rows is other.rows or torch.equal(self.rows, other.rows)
+        )
+
+
+def constant(row: int) -> Layout:
+    return Layout(1, torch.tensor([row]))
+
+
+def listed(rows: Tensor, shape: Sequence[int], dim: int) -> Layout:
+    """One row for each index along `dim`; no element is as good as one of row 0."""
+    if len(rows) == 0:
+        return constant(0)
+    if bool((rows == rows[0]).all()):
+        return Layout(1, rows[:1])
+    return Layout(math.prod(shape[dim + 1 :]), rows)
+
+
+def merge(a: Layout, b: Layout, shape: Sequence[int]) -> Layout | None:
+    """The layout of a sum of two gradients; None where an element would belong to two rows."""
+    if a.same(b) or 0 in shape:
+        return a
+    for one, other in ((a, b), (b, a)):
+        if one.empty:
+            return other
+    if a.constant and b.constant:
+        return None
+    axes = [layout.axis(shape) for layout in (a, b)]
+    dims = {axis.dim for axis in axes if axis is not None}
+    if len(dims) == 1 and all(
+        axis or layout.constant for axis, layout in zip(axes, (a, b), strict=True)
+    ):
+        dim = dims.pop()
+        one, other = (
+            layout.rows.expand(shape[dim]) if layout.constant else layout.along(shape)
+            for layout in (a, b)
+        )
+        if bool(((one == other) | (one < 0) | (other < 0)).all()):
+            return listed(torch.maximum(one, other), shape, dim)
+        return None
+    one, other = a.elements(shape), b.elements(shape)
+    if bool(((one == other) | (one < 0) | (other < 0)).all()):
+        return compress(torch.maximum(one, other))
+    return None
+
+
+def compress(elements: Tensor) -> Layout:
+    """The layout with these rows, element by element, if they depend on one dimension only.
+
+    An element of no row goes with its neighbours.
+    """
+    shape = elements.shape
+    if elements.numel() == 0:
+        return constant(0)
+    for dim in range(elements.dim()):
+        flat = elements.movedim(dim, 0).reshape(shape[dim], -1)
+        rows = flat.amax(1) if flat.numel() else flat.new_full((shape[dim],), -1)
+        if bool(((flat == rows[:, None]) | (flat < 0)).all()):
+            return listed(rows, shape, dim)
+    rows = elements.flatten()
+    return constant(int(rows)) if rows.numel() == 1 else Layout(1, rows)

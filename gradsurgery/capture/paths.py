@@ -1,0 +1,161 @@
+"""The ways to the Gramian of one parameter's rows, [m, m] float64. None stores the rows."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers
+from gradsurgery.ops.gramian import gramian_unchecked
+from gradsurgery.ops.pairs import token_pairs
+
+CHUNK = 1 << 21  # values of all rows' slices formed at a time: they stay in the cache
+
+
+def to_rows(blocks: Tensor, rows: Tensor, m: int) -> Tensor:
+    """Sums [n, n] over the blocks of each row, [m, m]."""
+    if len(rows) == m and numbers(rows).distinct:
+        return blocks
+    rows = rows.to(blocks.device)
+    half = blocks.new_zeros(m, len(rows)).index_add_(0, rows, blocks)
+    return blocks.new_zeros(m, m).index_add_(1, rows, half)
+
+
+def numbered(uses: Sequence[Use]) -> tuple[Tensor, list[Tensor]]:
+    """The rows that occur, sorted [R], and where in them each use's blocks belong."""
+    if not uses:
+        return torch.zeros(0, dtype=torch.int64), []
+    if all(use.rows is uses[0].rows for use in uses):
+        known = numbers(uses[0].rows)
+        return known.ids, [known.where] * len(uses)
+    ids = torch.cat([use.rows for use in uses]).unique()
+    return ids, [torch.searchsorted(ids, use.rows) for use in uses]
+
+
+def direct(
+    uses: Sequence[Use], m: int, group: tuple[int, Tensor] | None, metric: Tensor | None
+) -> Tensor:
+    """Forms slices of all rows' planes, multiplies them, drops them.
+
+    `group`: a row that sums many samples, and its plane [H, W].
+    """
+    like = group[1] if group is not None else uses[0].values[-1]
+    height, width = group[1].shape if group is not None else uses[0].plane
+    if height < width and metric is None and all(_turns(use) for use in uses):
+        # slices of few long rows are slower to form
+        uses = [use.transposed() for use in uses if isinstance(use, MatrixUse)]
+        group = None if group is None else (group[0], group[1].mT)
+        height, width = width, height
+    ids, index = numbered(uses)
+    count = len(ids) + (group is not None)
+    grain = max([use.grain for use in uses], default=1)
+    step = max(1, CHUNK // max(1, count * width * grain)) * grain
+    total = torch.zeros(count, count, dtype=torch.float64, device=like.device)
+    if height == 0 or width == 0 or count == 0:
+        return torch.zeros(m, m, dtype=torch.float64, device=like.device)
+    buffer = like.new_empty(count * min(step, height) * width)
+    for lo in range(0, height, step):
+        hi = min(lo + step, height)
+        out = buffer[: count * (hi - lo) * width].view(count, hi - lo, width)
+        own = out[: len(ids)]
+        for k, (use, where) in enumerate(zip(uses, index, strict=True)):
+            (use.add_rows if k else use.write_rows)(own, where, lo, hi)
+        if group is not None:
+            out[-1] = group[1][lo:hi]
+        if metric is not None:
+            out *= metric[lo:hi].sqrt()
+        total += gramian_unchecked([out.view(count, -1)])
+    rows = ids if group is None else torch.cat([ids, torch.tensor([group[0]])])
+    return to_rows(total, rows, m)
+
+
+def _turns(use: Use) -> bool:
+    return isinstance(use, MatrixUse) and use.left.dim() == 3
+
+
+def factored(
+    uses: Sequence[MatrixUse],
+    m: int,
+    group: tuple[int, Tensor] | None = None,
+    summed: Sequence[MatrixUse] = (),
+) -> Tensor:
+    """Products of tokens on either side of the plane: <G_i, G_j> = sum_tu (l_t l_u) (r_t r_u).
+
+    `group`: a row that sums many samples, and its plane [H, W]; its products with the others come
+    from the plane, or from the tokens of `summed` where they are given.
+    """
+    uses = merged(uses)
+    n = sum(use.n for use in uses)
+    if len(uses) == 1 and group is None:
+        return to_rows(token_pairs(uses[0].left, uses[0].right), uses[0].rows, m)
+    like = group[1] if group is not None else uses[0].left
+    size = n + (group is not None)
+    total = torch.zeros(size, size, dtype=torch.float64, device=like.device)
+    starts = list(accumulate((use.n for use in uses), initial=0))
+    for a, use in enumerate(uses):
+        mine = slice(starts[a], starts[a + 1])
+        total[mine, mine] = token_pairs(use.left, use.right)
+        for b, other in enumerate(uses[:a]):
+            theirs = slice(starts[b], starts[b + 1])
+            part = token_pairs(use.left, use.right, other.left, other.right)
+            total[mine, theirs], total[theirs, mine] = part, part.mT
+    rows = [use.rows for use in uses]
+    if group is not None:
+        for a, use in enumerate(uses):
+            cross = total[starts[a] : starts[a + 1], -1]
+            for other in merged(summed):
+                cross += token_pairs(use.left, use.right, other.left, other.right).sum(1)
+            if not summed:
+                cross += use.products(group[1])
+        total[-1, :-1] = total[:-1, -1]
+        total[-1, -1] = gramian_unchecked([group[1].reshape(1, -1)])[0, 0]
+        rows.append(torch.tensor([group[0]]))
+    return to_rows(total, torch.cat(rows), m)
+
+
+def merged(uses: Sequence[MatrixUse]) -> list[MatrixUse]:
+    """Uses with equally many tokens in a block as one."""
+    alike: dict[tuple, list[MatrixUse]] = {}
+    for use in uses:
+        alike.setdefault((use.tokens, use.left.dim()), []).append(use)
+    return [
+        group[0]
+        if len(group) == 1
+        else MatrixUse(
+            torch.cat([use.left for use in group]),
+            torch.cat([use.right for use in group]),
+            torch.cat([use.rows for use in group]),
+        )
+        for group in alike.values()
+    ]
+
+
+def stored(uses: Sequence[RowsUse], m: int, metric: Tensor | None) -> Tensor:
+    """Rows that exist anyway."""
+    ids, index = numbered(uses)
+    if len(uses) == 1 and metric is None and len(ids) == uses[0].n:
+        return to_rows(gramian_unchecked([uses[0].flat]), uses[0].rows, m)
+    blocks = uses[0].blocks.new_zeros(len(ids), *uses[0].plane)
+    for use, where in zip(uses, index, strict=True):
+        use.add_rows(blocks, where, 0, use.plane[0])
+    if metric is not None:
+        blocks *= metric.sqrt()
+    return to_rows(gramian_unchecked([blocks.flatten(1)]), ids, m)
+
+
+def embedded(
+    uses: Sequence[EmbeddingUse], m: int, group: tuple[int, Tensor] | None, metric: Tensor | None
+) -> Tensor:
+    """Only over the rows of the parameter that some token picked."""
+    numbers = torch.cat([use.indices.flatten() for use in uses]).unique()
+    numbers = numbers[numbers >= 0]
+    compact = [use.compact(numbers) for use in uses]
+    if group is None:
+        return direct(compact, m, None, None if metric is None else metric[numbers])
+    picked = (group[0], group[1][numbers])
+    total = direct(compact, m, picked, None if metric is None else metric[numbers])
+    # what the summed row has elsewhere meets no other row
+    whole = group[1] if metric is None else group[1] * metric.sqrt()
+    total[group[0], group[0]] = gramian_unchecked([whole.reshape(1, -1)])[0, 0]
+    return total

@@ -1,0 +1,122 @@
+"""One parameter's rows: the path to their Gramian, and their weighted sum."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.capture.convolution import ConvolutionUse
+from gradsurgery.capture.paths import direct, embedded, factored, stored
+from gradsurgery.capture.planner import Plan, Work, plan
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, wide
+
+
+class Plane:
+    """A parameter and all that it did to the samples.
+
+    Where many samples are summed into one row, `group`, that row's gradient is formed once, as an
+    ordinary weight gradient, and ends in `.grad`.
+    """
+
+    def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
+        self.parameter, self.uses, self.group = parameter, uses, group
+        self.kept: Tensor | None = None  # [H, W], the row `group`
+        self.plan = None if all(isinstance(use, RowsUse) for use in uses) else self._plan()
+
+    def _plan(self) -> Plan:
+        tokens, own, summed = [], 0, 0
+        for use in self.uses:
+            tokens.append(use.tokens if isinstance(use, (MatrixUse, ConvolutionUse)) else 1)
+            inside = len(_apart(use.rows, self.group)[1]) if self.group is not None else 0
+            summed += inside * tokens[-1]
+            own += (use.n - inside) * tokens[-1]
+        longest = max(1, *tokens)
+        products = all(isinstance(use, (MatrixUse, ConvolutionUse)) for use in self.uses)
+        work = Work(*self.uses[0].plane, longest, -(-own // longest), -(-summed // longest))
+        return plan(work, products)
+
+    @cached_property
+    def parts(self) -> tuple[list[Use], list[Use]]:
+        """The blocks of other rows, and those of the row whose plane is kept."""
+        if self.plan is None or self.plan.cross == "none" or self.group is None:
+            return self.uses, []
+        own, summed = [], []
+        for use in self.uses:
+            outside, inside = _apart(use.rows, self.group)
+            for into, (blocks, rows) in ((own, outside.selection), (summed, inside.selection)):
+                if len(rows):
+                    into.append(use.select(blocks, rows))
+        return own, summed
+
+    def zeros(self) -> Tensor:
+        return wide(self.parameter.detach()).new_zeros(self.uses[0].plane)
+
+    def group_plane(self) -> Tensor:
+        if self.kept is None:
+            self.kept = self.zeros()
+            for use in self.parts[1]:
+                use.wide().combine(self.kept.new_ones(use.n), self.kept)
+        return self.kept
+
+    def _group(self) -> tuple[int, Tensor] | None:
+        if self.group is None or not self.parts[1]:
+            return None
+        return self.group, self.group_plane()
+
+    def gramian(self, m: int, metric: Tensor | None) -> Tensor:
+        """[m, m] float64."""
+        if metric is not None:
+            metric = metric.reshape(self.uses[0].plane)
+        if self.plan is None:
+            return stored([cast(RowsUse, use.wide()) for use in self.uses], m, metric)
+        own, summed = ([use.wide() for use in part] for part in self.parts)
+        if self.plan.path == "factored" and metric is None:
+            tokens = summed if self.plan.cross == "tokens" else ()
+            return factored(_matrices(own), m, self._group(), _matrices(tokens))
+        if all(isinstance(use, EmbeddingUse) for use in self.uses):
+            return embedded([cast(EmbeddingUse, use) for use in own], m, self._group(), metric)
+        own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
+        return direct(own, m, self._group(), metric)
+
+    def update(self, weights: Tensor, consume: bool) -> Tensor:
+        """w^T J, [*p.shape]; `consume` gives the kept plane away."""
+        if self.kept is None:
+            out, uses = self.zeros(), self.uses
+        else:
+            out, uses = (self.kept if consume else self.kept.clone()), self.parts[0]
+            out *= weights[self.group].to(out.dtype)
+        for use in uses:
+            use.wide().combine(weights[use.rows.to(weights.device)], out)
+        if consume:
+            self.kept = None
+        return out.view(self.parameter.shape).to(self.parameter.dtype)
+
+
+class _Side:
+    """Some blocks of a use: a slice where they are neighbours."""
+
+    def __init__(self, rows: Tensor, blocks: Tensor) -> None:
+        self.rows = rows[blocks]
+        start, n = (int(blocks[0]) if len(blocks) else 0), len(blocks)
+        neighbours = bool((blocks == torch.arange(start, start + n)).all())
+        self.selection = (slice(start, start + n) if neighbours else blocks), self.rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _apart(rows: Tensor, group: int) -> tuple[_Side, _Side]:
+    """Blocks of other rows and of `group`; kept with `rows`, which most uses share."""
+    known = numbers(rows).apart
+    if group not in known:
+        inside = rows == group
+        known[group] = tuple(_Side(rows, mask.nonzero().flatten()) for mask in (~inside, inside))
+    return known[group]
+
+
+def _matrices(uses: Sequence[Use]) -> list[MatrixUse]:
+    return [
+        use.matrices() if isinstance(use, ConvolutionUse) else cast(MatrixUse, use) for use in uses
+    ]

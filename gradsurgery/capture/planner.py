@@ -1,0 +1,58 @@
+"""Which way to the Gramian of one parameter costs least, from counted work.
+
+With N tokens in all, T in each of n blocks, and a plane [H, W]:
+
+    factored  the products of tokens, N^2 / 2 (H + W) multiplications
+    direct    each block's plane, N H W, and the products of the planes, n^2 / 2 H W
+
+Where many samples are summed into one row, the multiplications for its plane cost nothing: the
+update needs them anyway. What remains to be paid is moving the plane, and its products with the
+other rows, by the plane or by its tokens.
+"""
+
+import os
+from typing import NamedTuple
+
+from gradsurgery.errors import InputError
+
+PATHS = ("factored", "direct")
+KEEP = 48  # multiplications in the time a value of a kept plane takes to be written and read
+
+
+class Work(NamedTuple):
+    """What there is to multiply for one parameter."""
+
+    height: int
+    width: int
+    tokens: int  # of one block, all uses together
+    blocks: int  # of rows of their own
+    group: int  # blocks of the summed row
+
+
+class Plan(NamedTuple):
+    path: str  # "factored" or "direct"
+    cross: str  # where the summed row's products come from: "none", "plane" or "tokens"
+    multiplications: float
+
+
+def plan(work: Work, products: bool = True) -> Plan:
+    """The cheapest way; GRADSURGERY_PATH=factored|direct forces one.
+
+    `products`: every use is a product of tokens, as that of an embedding is not.
+    """
+    h, w, t = work.height, work.width, work.tokens
+    own, summed = work.blocks * t, work.group * t
+    keep = KEEP * h * w if work.group else 0
+    options = [Plan("direct", "plane", (own + (work.blocks + 1) ** 2 / 2) * h * w + keep)]
+    if work.group:
+        options.append(Plan("factored", "plane", own**2 / 2 * (h + w) + own * h * w + keep))
+        options.append(Plan("factored", "tokens", (own / 2 + summed) * own * (h + w) + keep))
+    options.append(Plan("factored", "none", (own + summed) ** 2 / 2 * (h + w)))
+    if not products:
+        return options[0]
+    forced = os.environ.get("GRADSURGERY_PATH", "")
+    if forced and forced not in PATHS:
+        raise InputError(f"GRADSURGERY_PATH={forced}: must be one of {', '.join(PATHS)}")
+    return min(
+        (p for p in options if not forced or p.path == forced), key=lambda p: p.multiplications
+    )

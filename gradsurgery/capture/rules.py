@@ -1,0 +1,385 @@
+"""How the operations of autograd's graph carry samples: the layout of their inputs' gradients.
+
+A rule gets a node, the layouts and shapes of its outputs and the shapes of its inputs, and says for
+each input: a Layout; SHARED where several rows meet in one element, as they do in a parameter;
+COUPLED where the operation computes across samples; OPAQUE where nothing is known. An operation
+without a rule is asked itself: see probe.py.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.modules._functions import BackwardHookFunction
+
+from gradsurgery.capture.layout import Axis, Layout, compress, constant, listed
+
+SHARED = "shared"
+COUPLED = "coupled"
+OPAQUE = "opaque"
+Shape = tuple[int, ...]
+Answer = Layout | str | None  # None: ask the operation
+Rule = Callable[[Any, dict[int, Layout], Sequence[Shape], Sequence[Shape | None]], list[Answer]]
+
+RULES: dict[str, Rule] = {}
+POINTWISE = (
+    "Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy"
+    " BinaryCrossEntropyWithLogits Celu Ceil Clamp ClampMax ClampMin Clone"
+    " Copysign CopyBackwards Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expand Expm1"
+    " Fill Floor Fmax Fmin Fmod Frac FusedDropout Gelu Hardshrink Hardsigmoid Hardswish Hardtanh"
+    " HuberLoss Hypot LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp Logaddexp2"
+    " Logit MaskedFill Maximum Minimum Mish MseLoss Mul NanToNum NativeDropout Neg Pow PreluKernel"
+    " Rad2Deg Reciprocal Relu Remainder Round RreluWithNoise Rsqrt Rsub Sgn Sigmoid Sign Silu Sin"
+    " Sinc Sinh SmoothL1Loss SoftMarginLoss Softplus Softshrink SpecialEntr Sqrt Sub Tan Tanh"
+    " Threshold ToCopy Trunc Where Xlogy"
+)
+ELEMENTWISE = {*POINTWISE.split(), "Addmv", "Baddbmm", "Addmm"}
+ACROSS = {"Softmax", "LogSoftmax", "SafeSoftmax", "Cumsum", "Cumprod", "Logcumsumexp"}
+# rules that know of more outputs than the first
+MANY = {"BackwardHookFunction", "Split", "UnsafeSplit", "SplitWithSizes", "UnsafeSplitWithSizes",
+        "Unbind"}  # fmt: skip
+
+
+def rule(names: str, **options: Any) -> Callable[[Callable], Callable]:
+    """Register a rule for autograd nodes, named without their `Backward0`."""
+
+    def register(function: Callable) -> Callable:
+        for name in names.split():
+            RULES[name] = (lambda *args, f=function: f(*args, **options)) if options else function
+        return function
+
+    return register
+
+
+def base_name(node: Any) -> str:
+    """AddBackward0 -> Add; torch::autograd::CopySlices -> CopySlices.
+
+    A torch.autograd.Function keeps its name: one called Mul is not torch's.
+    """
+    name = node.name().rpartition("::")[2]
+    if hasattr(node, "apply") and type(node) is not BackwardHookFunction._backward_cls:
+        return name
+    head, found, tail = name.rpartition("Backward")
+    return head if found and (not tail or tail.isdigit()) else name
+
+
+def wrap(dim: int, ndim: int) -> int:
+    """A dimension as autograd saved it: negative ones come as unsigned numbers."""
+    dim = dim - (1 << 64) if dim >= 1 << 63 else dim
+    return dim + ndim if dim < 0 else dim
+
+
+def keep(layout: Layout, out: Shape, shape: Shape, dims: Sequence[int] | None = None) -> Answer:
+    """Samples stay in their dimension, which must be one of `dims`."""
+    axis = layout.axis(out)
+    if layout.constant:
+        return layout
+    if axis is None or (dims is not None and axis.dim not in dims):
+        return None
+    return move(layout, axis, out, shape, axis.dim)
+
+
+def move(layout: Layout, axis: Axis, out: Shape, shape: Shape, dim: int) -> Answer:
+    if dim >= len(shape) or shape[dim] != out[axis.dim]:
+        return None
+    return layout.at(shape, dim, axis)
+
+
+def broadcast(layout: Layout, out: Shape, shape: Shape) -> Answer:
+    if layout.constant or shape == out:
+        return layout
+    axis = layout.axis(out)
+    if axis is None:
+        return None
+    dim = axis.dim - (len(out) - len(shape))
+    if dim < 0 or (shape[dim] == 1 and out[axis.dim] != 1):
+        return SHARED
+    return move(layout, axis, out, shape, dim)
+
+
+@rule(POINTWISE)
+def pointwise(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    return [None if s is None else broadcast(outs[0], shapes[0], s) for s in ins]
+
+
+@rule("View UnsafeView ReshapeAlias Squeeze Unsqueeze")
+def view(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, (shape,) = outs[0], ins
+    return [layout if layout.constant or layout.axis(shape) else compress(layout.elements(shape))]
+
+
+@rule("T Transpose Permute")
+def permute(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, out, (shape,) = outs[0], shapes[0], ins
+    axis = layout.axis(out)
+    if layout.constant or axis is None:
+        return [layout if layout.constant else None]
+    order = list(range(len(out)))
+    name = base_name(node)
+    if name == "Permute":
+        order = [wrap(d, len(out)) for d in node._saved_dims]
+    elif len(out) > 1:
+        a, b = (0, 1) if name == "T" else (node._saved_dim0, node._saved_dim1)
+        a, b = wrap(a, len(out)), wrap(b, len(out))
+        order[a], order[b] = order[b], order[a]
+    return [move(layout, axis, out, shape, order[axis.dim])]
+
+
+@rule("Repeat")
+def repeat(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, out, (shape,) = outs[0], shapes[0], ins
+    axis = layout.axis(out)
+    if layout.constant or axis is None:
+        return [layout if layout.constant else None]
+    dim = axis.dim - (len(out) - len(shape))
+    if dim < 0 or shape[dim] % (axis.inner * len(layout.rows)):
+        return [SHARED]
+    return [layout.at(shape, dim, axis)]
+
+
+@rule("BackwardHookFunction")
+def same(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    """Output k is input k."""
+    return [outs.get(k, constant(-1)) for k in range(len(ins))]
+
+
+# reductions and what works along one dimension
+
+
+@rule("Sum Nansum Mean Amax Amin Max Min Var Std Norm LinalgVectorNorm Logsumexp Prod")
+def reduced(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, out, shape = outs[0], shapes[0], ins[0]
+    if layout.constant:
+        return [layout, *[None] * (len(ins) - 1)]
+    axis, dims = layout.axis(out), getattr(node, "_saved_dim", None)
+    if axis is None or dims is None:
+        return [None] * len(ins)
+    dims = {wrap(d, len(shape)) for d in (dims if isinstance(dims, tuple) else (dims,))}
+    kept = [d for d in range(len(shape)) if d not in dims]
+    dim = axis.dim if len(out) == len(shape) else kept[axis.dim]
+    return [move(layout, axis, out, shape, dim), *[None] * (len(ins) - 1)]
+
+
+@rule("Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Sort Flip Roll Glu Gather Unfold")
+@rule("IndexSelect Topk")
+def along(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    """Samples lie in another dimension than the operation's own, and stay there."""
+    layout, out, shape = outs[0], shapes[0], ins[0]
+    saved = ("_saved_dim", "_saved_dims", "_saved_dimension")
+    own = next((getattr(node, a) for a in saved if hasattr(node, a)), ())
+    own = own if isinstance(own, tuple) else (own,)
+    if not own:
+        return [None] * len(ins)
+    own = {wrap(d, len(shape)) for d in own}
+    axis = layout.axis(out)
+    if axis is not None and axis.dim in own and base_name(node) in ACROSS:
+        return [COUPLED if _several(layout) else None]
+    others = [d for d in range(len(shape)) if d not in own]
+    return [keep(layout, out, shape, others), *[None] * (len(ins) - 1)]
+
+
+def _several(layout: Layout) -> bool:
+    """Samples of more than one row."""
+    return len(layout.rows[layout.rows >= 0].unique()) > 1
+
+
+@rule("NllLoss NllLoss2D")
+def nll(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, out, shape = outs[0], shapes[0], ins[0]
+    axis = layout.axis(out)
+    if layout.constant or axis is None:
+        return [layout if layout.constant else None]
+    return [move(layout, axis, out, shape, axis.dim if axis.dim == 0 else axis.dim + 1)]
+
+
+# operations whose last dimensions are their own
+
+
+@rule("MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D AdaptiveMaxPool2D Im2Col", own=2)
+@rule("MaxPool3DWithIndices AvgPool3D AdaptiveAvgPool3D AdaptiveMaxPool3D PixelShuffle", own=3)
+@rule("PixelUnshuffle", own=3)
+@rule("UpsampleNearest1D UpsampleLinear1D UpsampleNearestExact1D", own=1)
+@rule("UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D UpsampleNearestExact2D", own=2)
+@rule("UpsampleNearest3D UpsampleTrilinear3D UpsampleNearestExact3D", own=3)
+@rule("ReflectionPad1D ReplicationPad1D", own=1)
+@rule("ReflectionPad2D ReplicationPad2D", own=2)
+@rule("ReflectionPad3D ReplicationPad3D", own=3)
+@rule("Tril Triu", own=2)
+def leading(node: Any, outs: dict, shapes: Sequence, ins: Sequence, own: int) -> list[Answer]:
+    shape = ins[0]
+    answer = keep(outs[0], shapes[0], shape, range(len(shapes[0]) - own))
+    return [answer, *[None] * (len(ins) - 1)]
+
+
+@rule("NativeLayerNorm FusedRmsNorm")
+def layer_norm(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, out = outs[0], shapes[0]
+    own = len(node._saved_normalized_shape)
+    if layout.constant:
+        return [layout] * len(ins)
+    axis = layout.axis(out)
+    if axis is None or axis.dim >= len(out) - own:
+        return [None] * len(ins)
+    return [layout, *[SHARED] * (len(ins) - 1)]
+
+
+@rule("NativeGroupNorm Convolution")
+def first(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    """Samples lie in the first dimension; weight and bias are shared."""
+    layout = outs[0]
+    if layout.constant:
+        return [layout] * len(ins)
+    answer = None if ins[0] is None else keep(layout, shapes[0], ins[0], (0,))
+    axis = layout.axis(shapes[0])
+    shared = SHARED if axis is not None and axis.dim == 0 else None
+    return [answer, *[shared] * (len(ins) - 1)]
+
+
+@rule("NativeBatchNorm CudnnBatchNorm")
+def batch_norm(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, out = outs[0], shapes[0]
+    if layout.constant:
+        return [layout] * len(ins)
+    axis = layout.axis(out)
+    if axis is None:
+        return [None] * len(ins)
+    if axis.dim == 1:  # each channel is of one sample, as instance norm has it
+        return [layout, *[None if s is None else Layout(axis.inner, layout.rows) for s in ins[1:]]]
+    x = layout if not node._saved_training else COUPLED if _several(layout) else None
+    return [x, *[SHARED] * (len(ins) - 1)]
+
+
+@rule(
+    "ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention"
+    " ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention"
+)
+def attention(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    heads = [keep(outs[0], shapes[0], s, (0, 1)) if s is not None else None for s in ins[:3]]
+    return heads + [None] * (len(ins) - 3)
+
+
+# products
+
+
+@rule("Mm", first=0)
+@rule("Addmm", first=1)
+@rule("Bmm", first=0)
+@rule("Baddbmm", first=1)
+@rule("Mv", first=0)
+@rule("Addmv", first=1)
+def product(node: Any, outs: dict, shapes: Sequence, ins: Sequence, first: int) -> list[Answer]:
+    layout, out = outs[0], shapes[0]
+    if layout.constant:
+        return [layout] * len(ins)
+    axis = layout.axis(out)
+    if axis is None:
+        return [None] * len(ins)
+    a, b = ins[first], ins[first + 1]
+    batch = 1 if "bmm" in base_name(node).lower() else 0
+    answers: list[Answer] = [None if s is None else broadcast(layout, out, s) for s in ins[:first]]
+    if axis.dim < batch:
+        sides = [None if s is None else move(layout, axis, out, s, 0) for s in (a, b)]
+    elif axis.dim == batch:  # rows of the product are rows of its first factor
+        sides = [None if a is None else move(layout, axis, out, a, batch), SHARED]
+    else:
+        sides = [SHARED, None if b is None else move(layout, axis, out, b, batch + 1)]
+    return answers + sides
+
+
+@rule("Embedding EmbeddingBag")
+def embedding(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    if outs[0].constant:
+        return [outs[0]] * len(ins)
+    return [SHARED, *[None] * (len(ins) - 1)]
+
+
+# operations that pick and join
+
+
+@rule("Slice Select")
+def pick(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, out, (shape,) = outs[0], shapes[0], ins
+    dim = wrap(node._saved_dim, len(shape))
+    picked = torch.full((shape[dim],), -1)
+    selects = base_name(node) == "Select"
+    if selects:
+        index = wrap(node._saved_index, shape[dim])
+    else:
+        start, end = (_signed(getattr(node, f"_saved_{a}")) for a in ("start", "end"))
+        index = slice(start, end, node._saved_step)
+    if layout.constant:
+        picked[index] = layout.rows
+        return [listed(picked, shape, dim)]
+    axis = layout.axis(out)
+    if axis is None:
+        return [None]
+    if selects:
+        return [move(layout, axis, out, shape, axis.dim + (axis.dim >= dim))]
+    if axis.dim != dim:
+        return [move(layout, axis, out, shape, axis.dim)]
+    if shape == out:
+        return [layout]
+    picked[index] = layout.along(out)
+    return [listed(picked, shape, dim)]
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+@rule("Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Unbind")
+def split(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    (shape,) = ins
+    dim = wrap(node._saved_dim, len(shape))
+    unbinds = base_name(node) == "Unbind"
+    first = next(iter(outs.values()))
+    if not first.constant:
+        out = shapes[next(iter(outs))]
+        axis = first.axis(out)
+        if axis is None:
+            return [None]
+        home = axis.dim + (unbinds and axis.dim >= dim)
+        if home != dim:
+            home = move(first, axis, out, shape, home)
+            return [home if all(o.same(first) for o in outs.values()) else None]
+    parts, none = [], torch.tensor([-1])
+    for k, out in enumerate(shapes):
+        size = 1 if unbinds else out[dim]
+        layout = outs.get(k)
+        if layout is None or layout.constant:
+            parts.append((none if layout is None else layout.rows).expand(size))
+            continue
+        axis = layout.axis(out)
+        if unbinds or axis is None or axis.dim != dim:
+            return [None]
+        parts.append(layout.along(out))
+    return [listed(torch.cat(parts), shape, dim)]
+
+
+@rule("Cat Stack")
+def join(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    layout, out = outs[0], shapes[0]
+    if layout.constant:
+        return [layout] * len(ins)
+    axis = layout.axis(out)
+    dim = wrap(node._saved_dim, len(out))
+    if axis is None:
+        return [None] * len(ins)
+    stacks = base_name(node) == "Stack"
+    if axis.dim != dim:
+        home = axis.dim - (stacks and axis.dim > dim)
+        return [None if s is None else move(layout, axis, out, s, home) for s in ins]
+    rows = layout.along(out)
+    if stacks:
+        return [constant(int(row)) for row in rows]
+    if any(s is None or len(s) != len(out) for s in ins):
+        return [None] * len(ins)
+    parts = rows.split([s[dim] for s in ins])
+    return [listed(part, s, dim) for part, s in zip(parts, ins, strict=True)]
+
+
+@rule("ConstantPadNd")
+def pad(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
+    (shape,) = ins
+    padded = len(node._saved_pad) // 2
+    return [keep(outs[0], shapes[0], shape, range(len(shape) - padded))]

@@ -1,0 +1,278 @@
+"""The walk through autograd's graph that finds where parameters meet samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.capture.layout import Layout, merge
+from gradsurgery.capture.probe import probe
+from gradsurgery.capture.rules import COUPLED, MANY, OPAQUE, RULES, base_name
+from gradsurgery.capture.views import Place, resolve, shape_of
+from gradsurgery.errors import InputError
+
+
+@dataclass
+class Meeting:
+    """An operation `node` whose input k is shared by the rows that its outputs belong to.
+
+    `whole`: the rows of the input's elements where this meeting alone does not mix them.
+    """
+
+    node: Any
+    k: int
+    outs: dict[int, Layout]
+    whole: Layout | None = None
+
+
+@dataclass
+class Leaf:
+    """A parameter, or a tensor computed from parameters alone, and where it meets samples."""
+
+    place: Place
+    shape: tuple[int, ...]
+    meetings: list[Meeting]
+    coupled: bool = False  # rows meet in it without being summed in a parameter
+    opaque: bool = False  # nothing is known of the rows in it
+
+
+class Mixing(NamedTuple):
+    """Operations that have rows meet."""
+
+    operations: str
+    why: str  # COUPLED or OPAQUE
+
+
+class Direct(NamedTuple):
+    """A parameter whose every element belongs to one row."""
+
+    parameter: nn.Parameter
+    place: Place
+    layout: Layout
+    meetings: list[Meeting]
+
+
+@dataclass
+class Trace:
+    """What a walk found."""
+
+    leaves: list[Leaf] = field(default_factory=list)
+    direct: list[Direct] = field(default_factory=list)
+    # why some parameters have no rows of their own: which parameters
+    mixed: dict[Mixing, list[nn.Parameter]] = field(default_factory=dict)
+
+    @property
+    def scattered(self) -> bool:
+        """Rows meet a leaf from several dimensions at once: no junction knows that."""
+        return any(
+            layout.axis(shape_of((meeting.node, nr))) is None and not layout.constant
+            for leaf in self.leaves
+            for meeting in leaf.meetings
+            for nr, layout in meeting.outs.items()
+        )
+
+
+def roots(losses: Tensor) -> Place:
+    edge = torch.autograd.graph.get_gradient_edge(losses)
+    return edge.node, edge.output_nr
+
+
+def ordered(root: Any) -> list[Any]:
+    """All nodes under `root`, each before the nodes it gets its inputs from."""
+    done: set[Any] = set()
+    order: list[Any] = []
+    stack: list[tuple[Any, Any]] = [(root, None)]
+    entered: set[Any] = set()
+    while stack:
+        node, children = stack[-1]
+        if children is None:
+            entered.add(node)
+            children = iter(node.next_functions)
+            stack[-1] = (node, children)
+        for child, _ in children:
+            if child is not None and child not in entered:
+                stack.append((child, None))
+                break
+        else:
+            stack.pop()
+            if node not in done:
+                done.add(node)
+                order.append(node)
+    order.reverse()
+    return order
+
+
+def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], count: int) -> Trace:
+    """Follow `layout`, that of the losses, down to the parameters.
+
+    Parameters below an operation that couples samples are left to `Trace.mixed`.
+    """
+    wanted = {id(p) for p in parameters}
+    order = ordered(place[0])
+    useful: set[Any] = set()
+    for node in reversed(order):
+        variable = getattr(node, "variable", None)
+        if (variable is not None and id(variable) in wanted) or any(
+            child in useful for child, _ in node.next_functions
+        ):
+            useful.add(node)
+
+    found = Trace()
+    arrivals: dict[Place, list[tuple[Meeting | None, Layout | str]]] = {place: [(None, layout)]}
+    sampled: set[Any] = set()
+    for node in order:
+        if node.name() == "CheckpointFunctionBackward":
+            raise InputError(
+                "torch.utils.checkpoint with use_reentrant=True hides what it computes from "
+                "autograd's graph; use use_reentrant=False"
+            )
+        if node not in useful:
+            continue
+        if any(meta.is_nested_tensor for meta in node._input_metadata):
+            raise InputError(f"{node.name()}: nested tensors have no layout; use padded ones")
+        variable = getattr(node, "variable", None)
+        count_out = 1 if variable is not None else len(node._input_metadata)
+        outs: dict[int, Layout] = {}
+        came: list[Meeting] = []
+        for nr in range(count_out):
+            arrived = arrivals.pop((node, nr), None)
+            if arrived is None:
+                continue
+            shape = shape_of((node, nr))
+            came = [meeting for meeting, _ in arrived if meeting is not None]
+            whole = _agreed([answer for _, answer in arrived], shape)
+            if whole is not None and not (whole.constant and _own(arrived, (node, nr))):
+                outs[nr] = whole
+            else:
+                answers = [answer for _, answer in arrived]
+                # parts of samples that meet again: unless it is a parameter used row by row
+                crossed = all(isinstance(a, Layout) for a in answers) and not all(
+                    a.constant for a in answers if isinstance(a, Layout)
+                )
+                coupled = variable is None and (COUPLED in answers or crossed)
+                opaque = OPAQUE in answers
+                found.leaves.append(Leaf((node, nr), shape, came, coupled or opaque, opaque))
+        if not outs:
+            continue
+        if variable is not None:
+            found.direct.append(Direct(variable, (node, 0), outs[0], came))
+            continue
+        sampled.add(node)
+        ins = [
+            shape_of((child, nr)) if child in useful else None for child, nr in node.next_functions
+        ]
+        for k, answer in enumerate(answers_of(node, outs, ins, count)):
+            if isinstance(answer, Layout) and answer.empty:
+                continue
+            if ins[k] is not None and answer is not None:
+                child, nr = node.next_functions[k]
+                meeting = Meeting(node, k, outs, answer if isinstance(answer, Layout) else None)
+                arrivals.setdefault((child, nr), []).append((meeting, answer))
+    _set_apart_coupled(found, sampled)
+    _share_direct(found)
+    return found
+
+
+def _own(arrived: list[tuple[Meeting | None, Layout | str]], place: Place) -> bool:
+    """A view of a parameter, met by one row only: the meeting has it as any other has."""
+    return resolve(place) is not None and all(
+        meeting is not None and all(layout.constant for layout in meeting.outs.values())
+        for meeting, _ in arrived
+    )
+
+
+def _agreed(answers: list[Layout | str], shape: tuple[int, ...]) -> Layout | None:
+    whole: Layout | None = None
+    for answer in answers:
+        if not isinstance(answer, Layout):
+            return None
+        whole = answer if whole is None else merge(whole, answer, shape)
+        if whole is None:
+            return None
+    return whole
+
+
+def answers_of(
+    node: Any, outs: dict[int, Layout], ins: list[tuple[int, ...] | None], count: int
+) -> list[Layout | str | None]:
+    """Rule first; the operation itself where there is none or it does not know."""
+    name = base_name(node)
+    rule = RULES.get(name) if set(outs) == {0} or name in MANY else None
+    answers: list[Layout | str | None] = [None] * len(ins)
+    if rule is not None:
+        shapes = [tuple(meta.shape) for meta in node._input_metadata]
+        answers = (list(rule(node, outs, shapes, ins)) + answers)[: len(ins)]
+    if any(s is not None and a is None for s, a in zip(ins, answers, strict=True)):
+        asked = _asked(node, outs, ins, count)
+        answers = [b if a is None else a for a, b in zip(answers, asked, strict=True)]
+    return answers
+
+
+def _asked(
+    node: Any, outs: dict[int, Layout], ins: list[tuple[int, ...] | None], count: int
+) -> list[Layout | str | None]:
+    try:
+        return probe(node, outs, ins, count)
+    except InputError:
+        raise
+    except Exception as error:
+        if misused(error) is not None:
+            raise
+        return [OPAQUE] * len(ins)
+
+
+def misused(error: Exception) -> str | None:
+    """What an error of autograd says about how the graph was used; None for any other error."""
+    text = str(error)
+    if "second time" in text or "have already been freed" in text:
+        return (
+            "the graph of losses was freed by an earlier backward pass: give that one "
+            "retain_graph=True, or compute the losses again"
+        )
+    if "donated" in text:
+        return f"losses: a compiled forward pass has to be run inside the tape: {text}"
+    if "modified by an inplace operation" in text:
+        return f"losses: a tensor that their gradients need was modified in place: {text}"
+    return None
+
+
+def under(place: Place) -> tuple[set[Any], list[nn.Parameter]]:
+    """The nodes and the parameters that a tensor was computed from."""
+    seen: set[Any] = set()
+    found: list[nn.Parameter] = []
+    stack = [place[0]]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        stack.extend(child for child, _ in node.next_functions)
+    return seen, found
+
+
+def _set_apart_coupled(found: Trace, sampled: set[Any]) -> None:
+    """A tensor that rows share, computed from what belongs to single rows, couples the rows."""
+    kept = []
+    for leaf in found.leaves:
+        nodes, parameters = under(leaf.place)
+        if not leaf.coupled and nodes.isdisjoint(sampled):
+            kept.append(leaf)
+            continue
+        operations = sorted({meeting.node.name() for meeting in leaf.meetings})
+        why = OPAQUE if leaf.opaque else COUPLED
+        found.mixed.setdefault(Mixing(", ".join(operations), why), []).extend(parameters)
+    found.leaves = kept
+
+
+def _share_direct(found: Trace) -> None:
+    """A parameter that a leaf is computed from too is met like any other, use by use."""
+    below = {node for leaf in found.leaves for node in under(leaf.place)[0]}
+    for direct in [d for d in found.direct if d.place[0] in below]:
+        found.direct.remove(direct)
+        shape = tuple(direct.parameter.shape)
+        found.leaves.append(Leaf(direct.place, shape, direct.meetings))

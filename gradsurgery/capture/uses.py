@@ -1,0 +1,269 @@
+"""What one meeting of a parameter with samples keeps: enough to form each block's gradient.
+
+A use has n blocks, each the part of one row: G_k, k = 0 .. n-1. They are seen as planes [H, W],
+H the first dimension of the parameter, W all others. No use stores its planes, unless they are
+smaller than activations.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Numbers(NamedTuple):
+    """Which rows some blocks belong to."""
+
+    ids: Tensor  # [R] those that occur, sorted
+    where: Tensor  # [n] the place in `ids` of each block
+    distinct: bool  # every block has a row of its own, in order
+    apart: dict  # by one row: its blocks and the others
+
+
+_NUMBERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def numbers(rows: Tensor) -> Numbers:
+    """Kept with `rows`, which most uses of a Jacobian share."""
+    known = _NUMBERS.get(rows)
+    if known is None:
+        ids, index = rows.unique(return_inverse=True)
+        distinct = torch.equal(index, torch.arange(len(ids)))
+        known = _NUMBERS[rows] = Numbers(ids, index, distinct, {})
+    return known
+
+
+class Use:
+    """Blocks of gradients. `rows` [n] says which row of the Jacobian each belongs to."""
+
+    plane: tuple[int, int]
+    rows: Tensor
+    grain = 1  # planes are cut along H into multiples of this
+    tensors: tuple[str, ...] = ()  # attributes with leading dimension n
+
+    def select(self, blocks: Tensor | slice, rows: Tensor | None = None) -> "Use":
+        """The use with some of its blocks only, of `rows`; views where it is a slice."""
+        part = object.__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        part.rows = self.rows[blocks] if rows is None else rows
+        for name in self.tensors:
+            tensor = getattr(self, name)
+            inside = blocks if isinstance(blocks, slice) else blocks.to(tensor.device)
+            part.__dict__[name] = tensor[inside]
+        return part
+
+    def wide(self) -> "Use":
+        """The use with 16-bit values as float32, to be computed with."""
+        if not any(t.dtype in HALVES for t in self.values):
+            return self
+        part = object.__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        for name in self.tensors:
+            part.__dict__[name] = wide(getattr(self, name))
+        return part
+
+    @property
+    def n(self) -> int:
+        return len(self.rows)
+
+    @property
+    def values(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.tensors]
+
+    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+        """out[index[k]] += G_k[lo:hi]; out [R, hi - lo, W]."""
+        raise NotImplementedError
+
+    def write_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+        """The same into memory that holds nothing yet."""
+        self.add_rows(out.zero_(), index, lo, hi)
+
+    def combine(self, weights: Tensor, out: Tensor) -> None:
+        """out += sum_k weights[k] G_k; out [H, W]."""
+        raise NotImplementedError
+
+    def products(self, vector: Tensor) -> Tensor:
+        """<G_k, vector>, [n] float64; vector [H, W]."""
+        raise NotImplementedError
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALVES else tensor
+
+
+def scatter(out: Tensor, index: Tensor, blocks: Tensor) -> None:
+    """out[index[k]] += blocks[k]."""
+    if _is_range(index, len(out)):
+        out += blocks
+    else:
+        out.index_add_(0, index.to(out.device), blocks.to(out.dtype))
+
+
+class RowsUse(Use):
+    """Blocks that exist, [n, *shape]: of biases, scales, norms."""
+
+    tensors = ("blocks",)
+
+    def __init__(self, blocks: Tensor, rows: Tensor) -> None:
+        self.blocks, self.rows = blocks, rows
+        self.plane = plane_of(blocks.shape[1:])
+
+    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+        scatter(out, index, self.blocks.reshape(self.n, *self.plane)[:, lo:hi])
+
+    @property
+    def flat(self) -> Tensor:
+        return self.blocks.reshape(self.n, math.prod(self.plane))
+
+    def combine(self, weights: Tensor, out: Tensor) -> None:
+        out += (weights.to(out.dtype) @ self.flat.to(out.dtype)).view(out.shape)
+
+    def products(self, vector: Tensor) -> Tensor:
+        return (self.flat @ vector.reshape(-1).to(self.blocks.dtype)).double()
+
+    def viewed(self, plane: tuple[int, int]) -> "RowsUse":
+        return RowsUse(self.blocks.reshape(self.n, *plane), self.rows)
+
+    def transposed(self) -> "RowsUse":
+        return RowsUse(self.blocks.mT, self.rows)
+
+
+def plane_of(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)
+
+
+class MatrixUse(Use):
+    """G_k = left_k^T right_k over the tokens of block k: linear layers.
+
+    left [n, T, a], right [n, T, b]; or [n, g, T, .] for g matrices, one below the other.
+    """
+
+    tensors = ("left", "right")
+
+    def __init__(self, left: Tensor, right: Tensor, rows: Tensor) -> None:
+        self.left, self.right, self.rows = left.detach(), right.detach(), rows
+        self.grain = left.shape[-1] if left.dim() == 4 else 1
+        self.plane = (math.prod(left.shape[1:-2]) * left.shape[-1], right.shape[-1])
+
+    @property
+    def tokens(self) -> int:
+        return self.left.shape[-2]
+
+    def transposed(self) -> "MatrixUse":
+        return MatrixUse(self.right, self.left, self.rows)
+
+    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+        if self.left.dim() == 4:
+            part = slice(lo // self.grain, hi // self.grain)
+            planes = self.left[:, part].mT @ self.right[:, part]
+            scatter(out, index, planes.view(self.n, hi - lo, -1))
+        elif _is_range(index, len(out)):
+            out.baddbmm_(self.left[..., lo:hi].mT, self.right)
+        else:
+            scatter(out, index, self.left[..., lo:hi].mT @ self.right)
+
+    def write_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+        if self.left.dim() == 3 and _is_range(index, len(out)):
+            torch.bmm(self.left[..., lo:hi].mT, self.right, out=out)
+        else:
+            super().write_rows(out, index, lo, hi)
+
+    def combine(self, weights: Tensor, out: Tensor) -> None:
+        left, right = self.left, self.right
+        weights = weights.to(left.dtype).view([-1] + [1] * (left.dim() - 1))
+        if left.shape[-1] <= right.shape[-1]:
+            left = left * weights
+        else:
+            right = right * weights
+        if left.dim() == 4:
+            out += (left.mT @ right).sum(0).view_as(out)
+        elif left.dtype == out.dtype:
+            out.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
+        else:
+            out += left.flatten(0, 1).mT @ right.flatten(0, 1)
+
+    def products(self, vector: Tensor) -> Tensor:
+        vector = vector.to(self.left.dtype)
+        if self.left.dim() == 3:  # one product for all blocks
+            moved = (self.left.flatten(0, 1) @ vector).view_as(self.right)
+        else:
+            moved = self.left @ vector.view(-1, self.left.shape[-1], self.right.shape[-1])
+        return (moved * self.right).flatten(1).sum(1, dtype=torch.float64)
+
+
+def _is_range(index: Tensor, size: int) -> bool:
+    return len(index) == size and numbers(index).distinct
+
+
+class EmbeddingUse(Use):
+    """Row indices[k, t] of G_k gets grads[k, t]: embeddings, and rows picked from a parameter.
+
+    indices [n, T], where -1 marks a token without gradient; grads [n, T, *rest].
+    """
+
+    tensors = ("indices", "grads")
+
+    def __init__(self, indices: Tensor, grads: Tensor, rows: Tensor, size: int) -> None:
+        self.indices, self.grads, self.rows = indices, grads.flatten(2), rows
+        self.plane = (size, self.grads.shape[2])
+
+    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+        inside = (self.indices >= lo) & (self.indices < hi)
+        block, _ = where = inside.nonzero(as_tuple=True)
+        place = index.to(block.device)[block] * (hi - lo) + self.indices[where] - lo
+        out.view(-1, self.plane[1]).index_add_(0, place, self.grads[where].to(out.dtype))
+
+    def combine(self, weights: Tensor, out: Tensor) -> None:
+        inside = self.indices >= 0
+        scale = weights.to(out.dtype)[:, None].expand_as(self.indices)[inside]
+        grads = self.grads[inside].to(out.dtype)
+        out.index_add_(0, self.indices[inside], grads * scale[:, None])
+
+    def products(self, vector: Tensor) -> Tensor:
+        inside = self.indices >= 0
+        picked = vector[self.indices.clamp(min=0)].to(self.grads.dtype)
+        sums = (picked * self.grads).flatten(2).sum(2, dtype=torch.float64)
+        return (sums * inside).sum(1)
+
+    def compact(self, numbers: Tensor) -> "EmbeddingUse":
+        """The same over the rows `numbers` [u], sorted, of the parameter alone."""
+        where = torch.searchsorted(numbers, self.indices.clamp(min=0))
+        indices = torch.where(self.indices >= 0, where, -1)
+        return EmbeddingUse(indices, self.grads, self.rows, len(numbers))
+
+
+class Within(Use):
+    """A use of rows start .. start + inner's of a taller parameter."""
+
+    def __init__(self, inner: Use, start: int, height: int) -> None:
+        self.inner, self.start, self.rows = inner, start, inner.rows
+        self.plane = (height, inner.plane[1])
+
+    def select(self, blocks: Tensor | slice, rows: Tensor | None = None) -> "Within":
+        return Within(self.inner.select(blocks, rows), self.start, self.plane[0])
+
+    def wide(self) -> "Within":
+        return Within(self.inner.wide(), self.start, self.plane[0])
+
+    @property
+    def values(self) -> list[Tensor]:
+        return self.inner.values
+
+    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+        first, last = max(lo, self.start), min(hi, self.start + self.inner.plane[0])
+        if first < last:
+            part = out.new_zeros(len(out), last - first, out.shape[2])
+            self.inner.add_rows(part, index, first - self.start, last - self.start)
+            out[:, first - lo : last - lo] += part
+
+    def combine(self, weights: Tensor, out: Tensor) -> None:
+        self.inner.combine(weights, out[self.start : self.start + self.inner.plane[0]])
+
+    def products(self, vector: Tensor) -> Tensor:
+        return self.inner.products(vector[self.start : self.start + self.inner.plane[0]])

@@ -1,0 +1,65 @@
+"""Tensors that are parameters seen another way."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from gradsurgery.capture.rules import base_name, wrap
+
+Place = tuple[Any, int]  # (node, output): a tensor of the forward pass, and its gradient
+VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"}
+COPIES = {"Clone", "ToCopy", "Alias"}
+SPLITS = {"Split", "UnsafeSplit", "SplitWithSizes", "UnsafeSplitWithSizes"}
+
+
+class Simple(NamedTuple):
+    """A leaf that is a parameter, its transpose, a view of it or some of its first rows."""
+
+    parameter: nn.Parameter
+    transposed: bool
+    start: int  # first row
+    height: int | None  # of the parameter, where the leaf has some of its rows only
+
+
+def resolve(place: Place) -> Simple | None:
+    """How a leaf comes from one parameter; None if its values are not the parameter's own."""
+    (node, nr), transposed, viewed, start, height = place, False, False, 0, None
+    while True:
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            return Simple(variable, transposed, start, height)
+        name = base_name(node)
+        following = [(child, k) for child, k in node.next_functions if child is not None]
+        if len(following) != 1:
+            return None
+        shape = tuple(node._input_metadata[nr].shape)
+        if name in VIEWS:
+            viewed = True
+        elif name in ("T", "Transpose") and len(shape) == 2:
+            if viewed or transposed or height is not None:
+                return None
+            transposed = name == "T" or {wrap(node._saved_dim0, 2), wrap(node._saved_dim1, 2)} == {
+                0,
+                1,
+            }
+        elif name in SPLITS or name == "Slice":
+            above = shape_of(following[0])
+            if viewed or height is not None or wrap(node._saved_dim, len(shape)) != 0:
+                return None
+            if name == "Slice":
+                start, step = node._saved_start, node._saved_step
+                start = wrap(start, above[0])
+                if step != 1:
+                    return None
+            else:
+                start = sum(node._input_metadata[k].shape[0] for k in range(nr))
+            height = above[0]
+        elif name not in COPIES:
+            return None
+        node, nr = following[0]
+
+
+def shape_of(place: Place) -> tuple[int, ...]:
+    node, nr = place
+    variable = getattr(node, "variable", None)
+    return tuple(variable.shape if variable is not None else node._input_metadata[nr].shape)

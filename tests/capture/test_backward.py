@@ -1,0 +1,69 @@
+"""combine="backward": weighted sums of rows by a backward pass of the kept graph."""
+
+import pytest
+import torch
+from torch import nn
+
+import gradsurgery as gs
+from tests.models import batch, classification, make, mlp
+
+GROUPS = torch.tensor([0, 0, 1, 2, -1])
+
+
+def both(name="attention", groups=None):
+    model, data, loss = make(name)
+    jacobians = []
+    for combine in ("stored", "backward"):
+        with gs.tape(model) as tape:
+            losses = loss(model, data)
+        jacobians.append(tape.jacobian(losses, groups, combine=combine))
+    return model, *jacobians
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn in eval", "attention", "tied attention", "partial"])
+@pytest.mark.parametrize("groups", [None, GROUPS])
+def test_it_gives_what_the_stored_pairs_give(name, groups):
+    model, stored, backward = both(name, groups)
+    torch.testing.assert_close(backward.gramian(), stored.gramian(), rtol=1e-12, atol=1e-14)
+    weights = torch.randn(stored.m).double()
+    per_tensor = torch.randn(2, stored.m).double()[torch.randint(2, (len(stored.names),))]
+    for w in (weights, per_tensor):
+        for a, b in zip(backward.combine(w), stored.combine(w), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    backward.backward(weights)
+    for p, expected in zip(model.parameters(), stored.combine(weights), strict=False):
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_it_keeps_no_pairs_and_says_so():
+    _, _, jacobian = both("mlp")
+    for call in (
+        jacobian.materialize,
+        lambda: jacobian.products([torch.ones_like(p) for p in jacobian.parameters]),
+        lambda: jacobian.gramian(metric=[torch.ones_like(p) for p in jacobian.parameters]),
+        lambda: gs.concat([jacobian, jacobian]),
+    ):
+        with pytest.raises(gs.InputError, match="combine='stored'"):
+            call()
+
+
+def test_hooks_on_parameters_see_the_update():
+    # a sharded or distributed model reduces gradients in such hooks
+    model, seen = mlp(), []
+    with gs.tape(model) as tape:
+        losses = classification(model, batch(3))
+    jacobian = tape.jacobian(losses, combine="backward")
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    weights = torch.tensor([1.0, -2.0, 0.5]).double()
+    jacobian.backward(weights)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], model[0].weight.grad)
+
+
+def test_a_wrong_mode_is_named():
+    model = nn.Linear(2, 1)
+    with gs.tape(model) as tape:
+        losses = model(torch.randn(3, 2))[:, 0]
+    with pytest.raises(gs.InputError, match="combine must be 'stored' or 'backward', got 'later'"):
+        tape.jacobian(losses, combine="later")

@@ -1,0 +1,150 @@
+"""Every rule against the operation itself, asked with gradients whose rows are known."""
+
+import math
+
+import pytest
+import torch
+
+from gradsurgery.capture.fallback import one_by_one, spread
+from gradsurgery.capture.junctions import JUNCTIONS, prepare
+from gradsurgery.capture.layout import Layout, compress, constant
+from gradsurgery.capture.leaves import dense_rows
+from gradsurgery.capture.probe import probe
+from gradsurgery.capture.rules import COUPLED, ELEMENTWISE, MANY, RULES, SHARED, base_name
+from gradsurgery.capture.trace import Meeting
+from gradsurgery.capture.views import shape_of
+from tests.capture import operations
+from tests.capture.operations import CASES
+
+ONLY_CUDA = {
+    "CudnnBatchNorm",
+    "FusedDropout",
+    "FusedRmsNorm",
+    "ScaledDotProductCudnnAttention",
+    "ScaledDotProductEfficientAttention",
+    "ScaledDotProductFlashAttention",
+}
+
+ROWS = 24  # the most that a layout here tells apart
+
+
+def built(name):
+    """The node of each case, the shapes of its outputs and of its inputs."""
+    for k, case in enumerate(CASES[name]):
+        operations.GENERATOR.manual_seed(k)
+        result = case()
+        first = result if isinstance(result, torch.Tensor) else result[0]
+        node = first.grad_fn
+        assert base_name(node) == name
+        outs = [tuple(meta.shape) for meta in node._input_metadata]
+        ins = [None if c is None else shape_of((c, nr)) for c, nr in node.next_functions]
+        yield node, outs, ins, result  # which keeps the graph
+
+
+def layouts(shape):
+    """Samples in every dimension that can hold them, alone, with others inside or outside."""
+    yield constant(1)
+    for dim, size in enumerate(shape):
+        below = math.prod(shape[dim + 1 :])
+        for outer in range(1, size + 1):
+            for inner in range(1, size + 1):
+                n, rest = divmod(size, outer * inner)
+                if rest or n < 2:
+                    continue
+                rows = torch.arange(n)
+                yield Layout(below * inner, rows)
+                if inner > 1 or outer > 1:
+                    continue
+                yield Layout(below * inner, rows.flip(0) + 1)
+                if n > 2:
+                    yield Layout(below * inner, rows // 2)
+                    yield Layout(below * inner, rows.where(rows != 1, -1))
+    numel = math.prod(shape)
+    yield compress((torch.arange(numel) % 5 - 1).view(shape))  # from no dimension
+
+
+def given(outs, name):
+    """The layouts of all outputs at once: equal ones, and some of them alone."""
+    for layout in layouts(outs[0]):
+        yield {0: layout}
+    if name in MANY:
+        for k, shape in enumerate(outs):
+            for layout in layouts(shape):
+                yield {k: layout}
+        for many in zip(*map(layouts, outs), strict=False):
+            yield dict(enumerate(many))
+
+
+def compare(rule, asked, shape):
+    """A rule may give an element that no loss depends on to any row."""
+    if rule == COUPLED:
+        assert asked == SHARED
+    elif isinstance(rule, Layout):
+        assert isinstance(asked, Layout), f"{rule}, but rows meet"
+        said, seen = rule.elements(shape), asked.elements(shape)
+        assert torch.equal(said[seen >= 0], seen[seen >= 0])
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) & set(RULES)))
+def test_rule(name, monkeypatch):
+    monkeypatch.setattr(
+        "gradsurgery.capture.probe.compress", lambda elements: Layout(1, elements.flatten())
+    )
+    answered = shared = 0
+    for node, shapes, ins, _graph in built(name):
+        for outs in given(shapes, name):
+            rule = (RULES[name](node, outs, shapes, ins) + [None] * len(ins))[: len(ins)]
+            asked = probe(node, outs, ins, ROWS)
+            for shape, r, a in zip(ins, rule, asked, strict=True):
+                if shape is None or r is None:
+                    continue
+                compare(r, a, shape)
+                answered += isinstance(r, Layout) and not r.constant
+                shared += r == SHARED == a
+    assert answered or shared, "the rule never had an answer"
+
+
+def test_every_rule_has_a_case():
+    assert set(RULES) - set(CASES) == ONLY_CUDA
+    assert set(JUNCTIONS) - set(CASES) == ONLY_CUDA & set(JUNCTIONS)
+
+
+def meetings(name):
+    """Every input that rows share, with the gradients of the outputs."""
+    for node, shapes, ins, _graph in built(name):
+        out = shapes[0]
+        if name not in JUNCTIONS and all(shape == out for shape in ins):
+            continue  # each element meets one
+        for layout in layouts(out):
+            outs = {0: layout}
+            for k, answer in enumerate(probe(node, outs, ins, ROWS)):
+                shape = ins[k]
+                if shape is None:
+                    continue
+                if answer == SHARED:
+                    yield Meeting(node, k, outs), out, shape
+                elif layout.constant and isinstance(answer, Layout):
+                    yield Meeting(node, k, outs, answer), out, shape
+
+
+@pytest.mark.parametrize("name", sorted(({*JUNCTIONS} | ELEMENTWISE) & {*CASES}))
+def test_junction(name):
+    """What a meeting keeps gives each row's gradient, as the operation's own backward does."""
+    kept = met = 0
+    for meeting, out, shape in meetings(name):
+        grad = torch.randn(out, dtype=torch.float64)
+        grads = [grad, *[None] * (len(meeting.node._input_metadata) - 1)]
+        met += 1
+        finish = prepare(meeting, shape)
+        use = spread(meeting, grads, shape) if finish is None else finish(grad)
+        if use is None:
+            continue
+        kept += 1
+        known = (use.rows >= 0).nonzero().flatten()
+        actual = dense_rows([use.select(known)], ROWS).reshape(ROWS, *shape)
+        expected = torch.zeros(ROWS, *shape, dtype=torch.float64)
+        one = one_by_one(meeting, grads, shape)
+        for row, block in zip(one.rows.tolist(), one.blocks, strict=True):
+            expected[row] = block
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    assert kept or name not in JUNCTIONS, f"none of {met} meetings was kept"

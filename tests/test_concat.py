@@ -1,0 +1,107 @@
+"""gs.concat: rows of several Jacobians as one, stored or captured, never both."""
+
+import copy
+
+import pytest
+import torch
+
+import gradsurgery as gs
+from tests.models import MODELS, make
+
+
+def dense():
+    return gs.DenseJacobian({"w": torch.randn(3, 2, 2).double(), "b": torch.randn(3).double()})
+
+
+def captured(model, batch, loss, groups=None):
+    with gs.tape(model) as tape:
+        losses = loss(model, batch)
+    return tape.jacobian(losses, groups)
+
+
+def test_concat_stacks_rows_in_order():
+    model, batch, loss = make("mlp")
+    first = gs.DenseJacobian.from_model(model, batch, loss, rows="mean")
+    second = gs.DenseJacobian.from_model(model, batch, loss)
+    both = gs.concat([first, second])
+    assert both.m == 6
+    assert both.names == first.names
+    assert both.parameters == first.parameters
+    assert torch.equal(both.materialize(), torch.cat([first.materialize(), second.materialize()]))
+    assert torch.equal(both.losses, torch.cat([first.losses, second.losses]))
+
+
+@pytest.mark.parametrize(
+    "other,message",
+    [
+        (
+            {"w": torch.ones(1, 3)},
+            r"jacobians\[1\] is over \['w'\], jacobians\[0\] over \['w', 'b'\]",
+        ),
+        ({"v": torch.ones(1, 2, 2), "b": torch.ones(1)}, r"jacobians\[1\] is over"),
+        (
+            {"w": torch.ones(1, 4), "b": torch.ones(1)},
+            r"jacobians\[1\] has rows of \[4\] for w, jacobians\[0\] of \[2, 2\]",
+        ),
+        ({"w": torch.ones(1, 2, 2), "b": torch.ones(1)}, r"jacobians\[1\] is torch.float32"),
+    ],
+)
+def test_concat_refuses_other_columns(other, message):
+    with pytest.raises(gs.InputError, match=message):
+        gs.concat([dense(), gs.DenseJacobian(other)])
+
+
+def test_concat_refuses_nothing():
+    with pytest.raises(gs.InputError, match="jacobians is an empty sequence"):
+        gs.concat([])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_captured_rows_of_several_passes_are_those_of_one(name):
+    model, batch, loss = make(name)
+    other, last = make(name, size=3)[1], make(name, size=2)[1]
+    mean = torch.zeros(3, dtype=torch.int64)
+    parts = [captured(model, *part) for part in ((batch, loss), (other, loss, mean), (last, loss))]
+    whole = gs.concat(parts)
+    assert (whole.m, whole.names, whole.sizes) == (8, parts[0].names, parts[0].sizes)
+    rows = torch.cat([part.materialize() for part in parts])
+    torch.testing.assert_close(whole.losses, torch.cat([part.losses for part in parts]))
+    torch.testing.assert_close(whole.materialize(), rows)
+    torch.testing.assert_close(whole.gramian(), rows @ rows.mT)
+    weights = torch.randn(8).double()
+    update = torch.cat([u.flatten() for u in whole.combine(weights)])
+    torch.testing.assert_close(update, weights @ rows)
+    whole.backward(weights)
+    for parameter, part in zip(whole.parameters, update.split(whole.sizes), strict=True):
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad.flatten(), part)
+    # the parts are still of use
+    torch.testing.assert_close(parts[1].materialize(), rows[5:6])
+
+
+def test_captured_rows_keep_their_parameters_apart():
+    model, batch, loss = make("mlp")
+    twin = copy.deepcopy(model)
+    with pytest.raises(gs.InputError, match=r"jacobians\[1\] is of other parameters than"):
+        gs.concat([captured(model, batch, loss), captured(twin, batch, loss)])
+    whole = captured(model, batch, loss)
+    model[0].requires_grad_(False)
+    with pytest.raises(gs.InputError, match=r"jacobians\[1\] is over \['2.weight', '2.bias'\]"):
+        gs.concat([whole, captured(model, batch, loss)])
+
+
+def test_kinds_do_not_mix():
+    model, batch, loss = make("mlp")
+    stored, recorded = gs.DenseJacobian.from_model(model, batch, loss), captured(model, batch, loss)
+    for pair, message in (
+        (
+            [stored, recorded],
+            r"jacobians\[1\] is a FactoredJacobian, jacobians\[0\] a DenseJacobian",
+        ),
+        (
+            [recorded, stored],
+            r"jacobians\[1\] is a DenseJacobian, jacobians\[0\] a FactoredJacobian",
+        ),
+    ):
+        with pytest.raises(gs.InputError, match=message):
+            gs.concat(pair)
