@@ -50,14 +50,19 @@ class Plane:
                     into.append(use.select(blocks, rows))
         return own, summed
 
-    def zeros(self) -> Tensor:
-        return wide(self.parameter.detach()).new_zeros(self.uses[0].plane)
+    def _combined(self, uses: Sequence[Use], weights: Tensor) -> Tensor:
+        """[H, W]; fresh memory costs most when it is first written, so it is written once."""
+        out = wide(self.parameter.detach()).new_empty(self.uses[0].plane)
+        for k, use in enumerate(uses):
+            use = use.wide()
+            (use.combine if k else use.write)(weights[use.rows.to(weights.device)], out)
+        return out
 
     def group_plane(self) -> Tensor:
         if self.kept is None:
-            self.kept = self.zeros()
-            for use in self.parts[1]:
-                use.wide().combine(self.kept.new_ones(use.n), self.kept)
+            assert self.group is not None
+            ones = torch.ones(self.group + 1, device=self.parameter.device)
+            self.kept = self._combined(self.parts[1], ones)
         return self.kept
 
     def _group(self) -> tuple[int, Tensor] | None:
@@ -83,12 +88,12 @@ class Plane:
     def update(self, weights: Tensor, consume: bool) -> Tensor:
         """w^T J, [*p.shape]; `consume` gives the kept plane away."""
         if self.kept is None:
-            out, uses = self.zeros(), self.uses
+            out = self._combined(self.uses, weights)
         else:
-            out, uses = (self.kept if consume else self.kept.clone()), self.parts[0]
+            out = self.kept if consume else self.kept.clone()
             out *= weights[self.group].to(out.dtype)
-        for use in uses:
-            use.wide().combine(weights[use.rows.to(weights.device)], out)
+            for use in self.parts[0]:
+                use.wide().combine(weights[use.rows.to(weights.device)], out)
         if consume:
             self.kept = None
         return out.view(self.parameter.shape).to(self.parameter.dtype)

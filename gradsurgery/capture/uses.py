@@ -85,6 +85,10 @@ class Use:
         """out += sum_k weights[k] G_k; out [H, W]."""
         raise NotImplementedError
 
+    def write(self, weights: Tensor, out: Tensor) -> None:
+        """The same into memory that holds nothing yet."""
+        self.combine(weights, out.zero_())
+
     def products(self, vector: Tensor) -> Tensor:
         """<G_k, vector>, [n] float64; vector [H, W]."""
         raise NotImplementedError
@@ -174,19 +178,22 @@ class MatrixUse(Use):
         else:
             super().write_rows(out, index, lo, hi)
 
-    def combine(self, weights: Tensor, out: Tensor) -> None:
+    def combine(self, weights: Tensor, out: Tensor, beta: int = 1) -> None:
         left, right = self.left, self.right
         weights = weights.to(left.dtype).view([-1] + [1] * (left.dim() - 1))
         if left.shape[-1] <= right.shape[-1]:
             left = left * weights
         else:
             right = right * weights
-        if left.dim() == 4:
-            out += (left.mT @ right).sum(0).view_as(out)
-        elif left.dtype == out.dtype:
-            out.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1))
-        else:
-            out += left.flatten(0, 1).mT @ right.flatten(0, 1)
+        if left.dim() == 3 and left.dtype == out.dtype:
+            out.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1), beta=beta)
+            return
+        planes = left.mT @ right if left.dim() == 4 else left.flatten(0, 1).mT @ right.flatten(0, 1)
+        planes = planes.sum(0).view_as(out) if left.dim() == 4 else planes
+        out.copy_(planes) if beta == 0 else out.add_(planes)
+
+    def write(self, weights: Tensor, out: Tensor) -> None:
+        self.combine(weights, out, beta=0)  # what is in `out` is not read, be it NaN
 
     def products(self, vector: Tensor) -> Tensor:
         vector = vector.to(self.left.dtype)
