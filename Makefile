@@ -100,7 +100,7 @@ $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/native
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(pip) 'gradsurgery[dev]'
+	$(pip) 'gradsurgery[dev,hf]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/dev
