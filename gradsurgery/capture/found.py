@@ -3,12 +3,13 @@
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils.checkpoint import GraphExecGroup
 
 from gradsurgery.capture.fallback import one_by_one, spread
 from gradsurgery.capture.junctions import prepare
@@ -174,7 +175,7 @@ class Found:
                 self._whole(rows, int(distinct), retain_graph)
             return
         leaves = [leaf for leaf in found.leaves if not self._is_rowwise(leaf.place)]
-        with GraphExecGroup():  # what a checkpoint recomputes, it recomputes once for all
+        with _recomputed_once():
             finishes = {
                 id(meeting): prepare(meeting, leaf.shape)
                 for leaf in leaves
@@ -285,6 +286,12 @@ class Found:
         self.warned.append(
             f"{names}: {'; '.join(why)}, so the rows are got by a backward pass each and stored"
         )
+
+
+def _recomputed_once() -> AbstractContextManager:
+    """What a checkpoint recomputes, it recomputes once for all reads inside, where torch can."""
+    group = getattr(torch.utils.checkpoint, "GraphExecGroup", None)
+    return nullcontext() if group is None else group()
 
 
 def _alike(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use] | None:
