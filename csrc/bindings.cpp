@@ -12,6 +12,7 @@
 #include "launchers.h"
 #include "orthonormalize.h"
 #include "pairs.h"
+#include "planes.h"
 #include "weighting.h"
 
 #ifdef GRADSURGERY_CUDA_VERSION
@@ -95,6 +96,35 @@ void token_pairs_cpu(const Tensor& left, const Tensor& right,
   GRADSURGERY_SELECT(token_pairs)(first, second ? &*second : nullptr, gram, threads);
 }
 
+void plane_gramian_cpu(const std::vector<Tensor>& left, const std::vector<Tensor>& right,
+                       const std::vector<Tensor>& rows, std::int64_t count,
+                       const std::optional<Tensor>& kept, const Tensor& out, int threads) {
+  check(!left.empty() && left.size() == right.size() && left.size() == rows.size(),
+        "left, right and rows must be as many, one at least");
+  Planes planes{{}, count, kept, left[0].size(-1), right[0].size(-1), left[0].dtype};
+  for (std::size_t k = 0; k < left.size(); ++k) {
+    const Tokens tokens{left[k], right[k]};
+    check_tokens(tokens, "left and right", k == 0 ? tokens : planes.parts[0].tokens);
+    check(rows[k].ndim == 1 && rows[k].size(0) == tokens.blocks() && rows[k].is_contiguous() &&
+              rows[k].device == Device::cpu,
+          "rows must be a contiguous [", tokens.blocks(), "] on the CPU, got ",
+          rows[k].shape_text());
+    planes.parts.push_back({tokens, rows[k].data_as<std::int64_t>()});
+    for (std::int64_t i = 0; i < tokens.blocks(); ++i) {
+      const std::int64_t row = planes.parts[k].rows[i];
+      check(row >= 0 && row < count, "rows must be from 0 to ", count - 1, ", got ", row);
+    }
+  }
+  check(!kept ||
+            (kept->ndim == 2 && kept->size(0) == planes.height && kept->size(1) == planes.width &&
+             kept->dtype == planes.dtype && kept->device == Device::cpu),
+        "kept must be [", planes.height, ", ", planes.width, "] ", name(planes.dtype),
+        " on the CPU, got ", kept ? kept->shape_text() : "");
+  double* gram = matrix(out, planes.rows(), planes.rows(), "out");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(plane_gramian)(std::move(planes), gram, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -147,6 +177,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       py::arg("margin"), py::arg("rtol"));
   module.def("token_pairs_cpu", &token_pairs_cpu, py::arg("left"), py::arg("right"),
              py::arg("other_left"), py::arg("other_right"), py::arg("out"), py::arg("threads"));
+  module.def("plane_gramian_cpu", &plane_gramian_cpu, py::arg("left"), py::arg("right"),
+             py::arg("rows"), py::arg("count"), py::arg("kept"), py::arg("out"),
+             py::arg("threads"));
 
 #if GRADSURGERY_HAS_CUDA
   // launches only: short enough to keep the interpreter's lock

@@ -1,7 +1,5 @@
 #include "gramian.h"
 
-#include <cmath>
-
 #include "products.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
@@ -32,29 +30,7 @@ void gramian_in(const Rows& rows, double* out, int threads) {
     std::int64_t begin = share(rows.n, t, threads), end = share(rows.n, t + 1, threads);
     accumulate<T>(rows, begin, end, t == 0 ? out : parts.data() + (t - 1) * m * m);
   }
-  for (std::int64_t i = 0; i < m; ++i) {
-    for (std::int64_t j = 0; j <= i; ++j) {
-      double value = out[i * m + j];
-      for (int t = 1; t < threads; ++t) {
-        value += parts[((t - 1) * m + i) * m + j];
-      }
-      out[i * m + j] = out[j * m + i] = value;
-    }
-  }
-}
-
-// Over so few columns the rounding of float32 sums does not average out to 1e-7 of the norms.
-constexpr std::int64_t few_columns = 1 << 15;
-
-// Products of values below 1e-17 lose digits in float32, and a sum above 3e38 is none.
-bool in_range(const Rows& rows, const double* out) {
-  for (std::int64_t i = 0; i < rows.m; ++i) {
-    double square = out[i * rows.m + i];
-    if (!(square >= 1e-34 * static_cast<double>(rows.n) && square < INFINITY)) {
-      return false;
-    }
-  }
-  return true;
+  add_parts(parts, m, threads, out);
 }
 
 }  // namespace
@@ -64,7 +40,7 @@ void gramian(const Rows& rows, double* out, bool precise, int threads) {
   precise = precise || rows.dtype == Dtype::float64 || rows.n <= few_columns;
   if (!precise) {
     gramian_in<float>(rows, out, threads);
-    precise = !in_range(rows, out);
+    precise = !in_range(rows.m, rows.n, out);
   }
   if (precise) {
     gramian_in<double>(rows, out, threads);

@@ -1,28 +1,14 @@
 #include "pairs.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <utility>
 #include <vector>
 
-#include "simd.h"
+#include "workspace.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
 
 namespace {
-
-// A register tile is the products of `tile_rows` tokens, read one by one, with up to `tile_panels`
-// panels of other tokens, a vector each: tile_rows * tile_panels accumulators.
-#if defined(__AVX512F__)
-constexpr int tile_panels = 3;
-template <typename T>
-constexpr int tile_rows = 8;
-#else
-constexpr int tile_panels = vector_bytes == 32 ? 3 : 2;
-template <typename T>
-constexpr int tile_rows = std::min(lanes<T>, 4);
-#endif
 
 // Values of a token multiplied at a time: longer float32 sums would round more, shorter ones be
 // read and written more often.
@@ -34,17 +20,6 @@ constexpr std::int64_t square = 384;
 
 template <typename T>
 constexpr std::int64_t panel_size = chunk * lanes<T>;
-
-template <typename T>
-using Values = std::unique_ptr<T[], void (*)(T*)>;
-
-// without a value, on a cache line
-template <typename T>
-Values<T> allocate(std::int64_t count) {
-  constexpr std::align_val_t line{64};
-  return {static_cast<T*>(::operator new(sizeof(T) * std::max<std::int64_t>(count, 1), line)),
-          [](T* values) { ::operator delete(values, line); }};
-}
 
 // One step of a transpose: swaps the upper right and lower left squares of side `half` in every
 // square of twice the side.
@@ -151,23 +126,6 @@ struct Tile {
   std::int64_t row, column, panels;
   std::int64_t row_panel, column_panel;  // where they are packed
 };
-
-constexpr std::int64_t round_up(std::int64_t n, std::int64_t grain) {
-  return (n + grain - 1) / grain * grain;
-}
-
-// Memory that a thread keeps from call to call, at most 2 MiB of float32 and 4 of float64: fresh
-// pages would cost as much as the products of a hundred tokens.
-template <typename T>
-T* workspace(std::int64_t count) {
-  thread_local Values<T> values = allocate<T>(0);
-  thread_local std::int64_t size = 0;
-  if (count > size) {
-    values = allocate<T>(count);
-    size = count;
-  }
-  return values.get();
-}
 
 template <typename T>
 class Pairs {

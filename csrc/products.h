@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "simd.h"
 
@@ -174,5 +175,33 @@ class Products {
   std::vector<Tile> tiles_;
   std::vector<Vector<T>> partial_;
 };
+
+// The lower triangles that threads other than the first made, [threads - 1, m, m], added to `out`
+// in their order, and its upper triangle.
+inline void add_parts(const std::vector<double>& parts, std::int64_t m, int threads, double* out) {
+  for (std::int64_t i = 0; i < m; ++i) {
+    for (std::int64_t j = 0; j <= i; ++j) {
+      double value = out[i * m + j];
+      for (int t = 1; t < threads; ++t) {
+        value += parts[((t - 1) * m + i) * m + j];
+      }
+      out[i * m + j] = out[j * m + i] = value;
+    }
+  }
+}
+
+// Over so few columns the rounding of float32 sums does not average out to 1e-7 of the norms.
+constexpr std::int64_t few_columns = 1 << 15;
+
+// Products of values below 1e-17 lose digits in float32, and a sum above 3e38 is none.
+inline bool in_range(std::int64_t m, std::int64_t n, const double* out) {
+  for (std::int64_t i = 0; i < m; ++i) {
+    double square = out[i * m + i];
+    if (!(square >= 1e-34 * static_cast<double>(n) && square < INFINITY)) {
+      return false;
+    }
+  }
+  return true;
+}
 
 }  // namespace gradsurgery::GRADSURGERY_ISA
