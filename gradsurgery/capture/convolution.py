@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradsurgery.capture.uses import MatrixUse, Use, plane_of, scatter
+from gradsurgery.capture.uses import MatrixUse, Use, plane_of, scale, scatter
 
 PATCHES = 128  # positions from which patches, k times the input, cost more than they save
 
@@ -103,11 +103,12 @@ class ConvolutionUse(Use):
             part = self.kernel_grad(self.inputs[k], grads, weight).flatten(1)
             scatter(out, index[k : k + 1], (part[lo:hi] if whole else part).unsqueeze(0))
 
-    def combine(self, weights: Tensor, out: Tensor) -> None:
-        scale = weights.to(self.grads.dtype).view(-1, *[1] * (self.grads.dim() - 1))
-        grads = (self.grads * scale).flatten(0, 1)
+    def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
+        each = weights.to(self.grads.dtype).view(-1, *[1] * (self.grads.dim() - 1))
+        grads = (self.grads * each).flatten(0, 1)
         weight = grads.new_empty(self.shape)
-        out += self.kernel_grad(self.inputs.flatten(0, 1), grads, weight).reshape(out.shape)
+        planes = self.kernel_grad(self.inputs.flatten(0, 1), grads, weight)
+        scale(out, beta).add_(planes.reshape(out.shape))
 
     def products(self, vector: Tensor) -> Tensor:
         g = self.geometry

@@ -1,16 +1,19 @@
 """FactoredJacobian: rows of a model, never stored."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
+from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Plane
-from gradsurgery.capture.uses import RowsUse, Use
+from gradsurgery.capture.uses import RowsUse, Use, joined
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check
+from gradsurgery.ops.combine import combine_unchecked
 
 
 class Graph(NamedTuple):
@@ -73,18 +76,25 @@ class FactoredJacobian:
         self.sizes = [p.numel() for p in parameters]
         self._place = {id(p): k for k, p in enumerate(parameters)}
         self._uses, self._derived = uses, list(derived)
-        group = _largest(uses)
-        self._planes = [
-            Plane(p, mine, group) if mine else None
-            for p, mine in zip(parameters, uses, strict=True)
-        ]
         self._versions = [(t, t._version) for mine in uses for use in mine for t in use.values]
-        self._gramians: list[Tensor | None] | None = None
-        self._graph = graph
+        self._gramians: list[Tensor | None] | None = None  # of each parameter
+        self._gramian: Tensor | None = None  # of the model
+        self._graph, self._released = graph, False
         if graph is not None:
             self._gramians = self._compute(None)
-            self._uses, self._derived, self._versions = [[] for _ in uses], [], []
-            self._planes = [None] * len(uses)
+            self._drop()
+
+    @cached_property
+    def _planes(self) -> list[Plane | None]:
+        group = _largest(self._uses)
+        return [
+            Plane(p, mine, group) if mine else None
+            for p, mine in zip(self.parameters, self._uses, strict=True)
+        ]
+
+    def _drop(self) -> None:
+        self._uses, self._derived, self._versions = [[] for _ in self._uses], [], []
+        self._planes = [None] * len(self._uses)
 
     @classmethod
     def concat(cls, jacobians: "Sequence[FactoredJacobian]") -> "FactoredJacobian":
@@ -122,26 +132,57 @@ class FactoredJacobian:
         if metric is not None:
             self._need_pairs("metric")
             grams = self._compute(metric)
+        elif per == "model":
+            if self._gramian is None:
+                known = self._gramians
+                self._gramian = self._of_model() if known is None else self._sum(known)
+            return self._gramian.clone()
         else:
             if self._gramians is None:
                 self._gramians = self._compute(None)
             grams = self._gramians
-        device = self.parameters[0].device
         if per == "tensor":
-            zero = torch.zeros(self.m, self.m, dtype=torch.float64, device=device)
+            zero = self._zeros()
             return torch.stack([zero if g is None else g for g in grams])
         return self._sum(grams)
 
-    def _sum(self, grams: Sequence[Tensor | None]) -> Tensor:
+    def _zeros(self) -> Tensor:
         device = self.parameters[0].device
-        total = torch.zeros(self.m, self.m, dtype=torch.float64, device=device)
+        return torch.zeros(self.m, self.m, dtype=torch.float64, device=device)
+
+    def _sum(self, grams: Sequence[Tensor | None]) -> Tensor:
+        total = self._zeros()
         for gram in grams:
             if gram is not None:
                 total += gram
         return total
 
+    def _of_model(self) -> Tensor:
+        """The Gramian over all parameters; small ones, whose rows exist, in one call."""
+        self._check_usable()
+        total = self._zeros()
+        with torch.no_grad(), unmixed(self.parameters[0]):
+            through = self._through_derived()
+            exist: dict[tuple, list[list[RowsUse]]] = {}
+            for k, plane in enumerate(self._planes):
+                if k in through:
+                    plane = Plane(self.parameters[k], [*through.pop(k), *self._uses[k]], None)
+                if plane is None:
+                    continue
+                uses = plane.rows
+                # blocks of one row are added up by themselves where they are many
+                if uses and sum(use.n for use in uses) <= 2 * self.m:
+                    exist.setdefault(_key(uses), []).append(uses)
+                else:
+                    total += plane.gramian(self.m, None)
+            for planes in exist.values():
+                total += existing(planes, self.m)
+        if not bool(total.diagonal().isfinite().all()):
+            self._raise_not_finite(self._compute(None))
+        return total
+
     def _compute(self, metric: Sequence[Tensor] | None) -> list[Tensor | None]:
-        self._check_unchanged()
+        self._check_usable()
         grams: list[Tensor | None] = [None] * len(self.parameters)
         with torch.no_grad(), unmixed(self.parameters[0]):
             through = self._through_derived()
@@ -171,7 +212,9 @@ class FactoredJacobian:
                 raise NonFiniteError(f"losses: row {bad[0]} is not finite: its gradient of {name}")
         raise NonFiniteError("losses: the squared norm of a row overflows float64")
 
-    def _check_unchanged(self) -> None:
+    def _check_usable(self) -> None:
+        if self._released:
+            raise InputError("this Jacobian was released by backward(weights, release=True)")
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise InputError(
@@ -194,14 +237,30 @@ class FactoredJacobian:
         if self._graph is not None:
             raise InputError(f"{what} needs tape.jacobian(losses, combine='stored'): no pairs kept")
 
-    def _updates(self, weights: Tensor, consume: bool) -> Iterator[tuple[int, Tensor]]:
+    def _updates(
+        self, weights: Tensor, add: bool, release: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
         """w^T J per parameter that the losses depend on; one may come several times."""
-        self._check_unchanged()
+        self._check_usable()
         if self._graph is not None:
             yield from self._graph.combine(weights, self.parameters)
+        exist: dict[tuple, list[int]] = {}
         for k, plane in enumerate(self._planes):
-            if plane is not None:
-                yield k, plane.update(weights[k], consume)
+            if plane is None:
+                continue
+            uses = plane.rows
+            if uses and uses[0].blocks.dtype == self.parameters[k].dtype:
+                exist.setdefault(_key(uses), []).append(k)
+                continue
+            yield k, plane.update(weights[k], add, release)
+            if release:
+                self._planes[k], self._uses[k] = None, []
+        for ks in exist.values():
+            parts = list(zip(*(cast(list[RowsUse], self._uses[k]) for k in ks), strict=True))
+            rows = joined(*(part[0].rows for part in parts)).to(weights.device)
+            mine = (weights[:1] if weights.stride(0) == 0 else weights[ks])[:, rows]
+            sums = combine_unchecked([[use.flat for use in part] for part in parts], mine)
+            yield from ((k, s.view_as(self.parameters[k])) for k, s in zip(ks, sums, strict=True))
         for derived in self._derived:
             ks = [self._place[id(p)] for p in derived.parameters]
             known: list[tuple[Tensor, list[Tensor | None]]] = []
@@ -222,24 +281,34 @@ class FactoredJacobian:
                 updates[k] += grad
         return updates
 
-    def backward(self, weights: Tensor) -> None:
+    def backward(self, weights: Tensor, *, release: bool = False) -> None:
         """Add w^T J to the parameters' `.grad`, as `Tensor.backward` would.
 
         A parameter that no loss depends on is left without.
+
+        Args:
+            weights: [m], or [L, m] per parameter.
+            release: free what the Jacobian holds as soon as it is used. Nothing can be asked of it
+                afterwards, but less memory is taken, and time.
         """
+        weights = self._weights(weights)
+        self._check_usable()
         if self._graph is not None:
-            self._graph.backward(self._weights(weights), self.parameters)
-            return
-        with torch.no_grad(), unmixed(self.parameters[0]):
-            for k, grad in self._updates(self._weights(weights), True):
-                parameter = self.parameters[k]
-                if parameter.grad is None:
-                    parameter.grad = grad
-                else:
-                    parameter.grad += grad
-                hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-                for hook in list(hooks.values()):
-                    hook(parameter)
+            self._graph.backward(weights, self.parameters)
+        else:
+            with torch.no_grad(), unmixed(self.parameters[0]):
+                for k, grad in self._updates(weights, True, release):
+                    parameter = self.parameters[k]
+                    if parameter.grad is None:
+                        parameter.grad = grad
+                    else:
+                        parameter.grad += grad
+                    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+                    for hook in list(hooks.values()):
+                        hook(parameter)
+        if release:
+            self._graph, self._released = None, True
+            self._drop()
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64.
@@ -248,7 +317,7 @@ class FactoredJacobian:
             vectors: one tensor [*p.shape] per parameter.
         """
         self._need_pairs("products")
-        self._check_unchanged()
+        self._check_usable()
         device = self.parameters[0].device
         out = torch.zeros(len(self.parameters), self.m, dtype=torch.float64, device=device)
         with torch.no_grad(), unmixed(self.parameters[0]):
@@ -274,6 +343,11 @@ class FactoredJacobian:
                 if parts:
                     rows[k] += dense_rows(parts, self.m).flatten(1)
         return torch.cat(rows, dim=1)
+
+
+def _key(uses: Sequence[RowsUse]) -> tuple:
+    """What rows of several parameters must have in common to be taken in one call."""
+    return uses[0].blocks.dtype, *(id(use.rows) for use in uses)
 
 
 class _Moved:

@@ -163,10 +163,11 @@ class Found:
             retain_graph=retain_graph,
             allow_unused=True,
         )
+        own = torch.tensor([row])
         for k, grad in enumerate(grads):
             if grad is not None:
                 grad = grad.to_dense() if grad.layout != torch.strided else grad
-                self._add(k, RowsUse(grad.unsqueeze(0), torch.tensor([row])))
+                self._add(k, RowsUse(grad.unsqueeze(0), own))
 
     def _pass(self, rows: Tensor, found: Trace, retain_graph: bool) -> None:
         distinct = rows[rows >= 0].unique()

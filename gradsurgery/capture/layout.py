@@ -28,18 +28,15 @@ class Layout:
     element.
     """
 
-    __slots__ = ("rows", "stride")
+    __slots__ = ("constant", "count", "rows", "stride")
 
     def __init__(self, stride: int, rows: Tensor) -> None:
         self.stride, self.rows = stride, rows
+        self.count = rows.shape[0]
+        self.constant = self.count == 1  # all of the tensor belongs to one row
 
     def __repr__(self) -> str:
         return f"Layout(stride={self.stride}, rows={self.rows.tolist()})"
-
-    @property
-    def constant(self) -> bool:
-        """All of the tensor belongs to one row."""
-        return len(self.rows) == 1
 
     @property
     def empty(self) -> bool:
@@ -48,7 +45,7 @@ class Layout:
 
     def axis(self, shape: Sequence[int]) -> Axis | None:
         """The one dimension that the row depends on; None if it depends on several, or none."""
-        n, suffix = len(self.rows), 1
+        n, suffix = self.count, 1
         if n == 1:
             return None
         for dim in range(len(shape) - 1, -1, -1):
@@ -73,7 +70,7 @@ class Layout:
     def elements(self, shape: Sequence[int]) -> Tensor:
         """The row of every element, [*shape]."""
         numbers = torch.arange(math.prod(shape))
-        return self.rows[numbers // self.stride % len(self.rows)].view(tuple(shape))
+        return self.rows[numbers // self.stride % self.count].view(tuple(shape))
 
     def same(self, other: "Layout") -> bool:
         if self is other:

@@ -6,16 +6,17 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers
-from gradsurgery.ops.gramian import gramian_unchecked
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, joined, numbers
+from gradsurgery.ops.gramian import gramian_of_parts, gramian_unchecked
 from gradsurgery.ops.pairs import token_pairs
+from gradsurgery.ops.planes import plane_gramian
 
 CHUNK = 1 << 21  # values of all rows' slices formed at a time: they stay in the cache
 
 
 def to_rows(blocks: Tensor, rows: Tensor, m: int) -> Tensor:
     """Sums [n, n] over the blocks of each row, [m, m]."""
-    if len(rows) == m and numbers(rows).distinct:
+    if rows.shape[0] == m and numbers(rows).distinct:
         return blocks
     rows = rows.to(blocks.device)
     half = blocks.new_zeros(m, len(rows)).index_add_(0, rows, blocks)
@@ -28,32 +29,34 @@ def numbered(uses: Sequence[Use]) -> tuple[Tensor, list[Tensor]]:
         return torch.zeros(0, dtype=torch.int64), []
     if all(use.rows is uses[0].rows for use in uses):
         known = numbers(uses[0].rows)
-        return known.ids, [known.where] * len(uses)
+        ids = uses[0].rows if known.distinct else known.ids  # whose numbers are known
+        return ids, [known.where] * len(uses)
     ids = torch.cat([use.rows for use in uses]).unique()
     return ids, [torch.searchsorted(ids, use.rows) for use in uses]
 
 
 def direct(
-    uses: Sequence[Use], m: int, group: tuple[int, Tensor] | None, metric: Tensor | None
+    uses: Sequence[Use], m: int, group: tuple[Tensor, Tensor] | None, metric: Tensor | None
 ) -> Tensor:
     """Forms slices of all rows' planes, multiplies them, drops them.
 
-    `group`: a row that sums many samples, and its plane [H, W].
+    `group`: a row that sums many samples, [1], and its plane [H, W].
     """
-    like = group[1] if group is not None else uses[0].values[-1]
-    height, width = group[1].shape if group is not None else uses[0].plane
-    if height < width and metric is None and all(_turns(use) for use in uses):
-        # slices of few long rows are slower to form
-        uses = [use.transposed() for use in uses if isinstance(use, MatrixUse)]
-        group = None if group is None else (group[0], group[1].mT)
-        height, width = width, height
     ids, index = numbered(uses)
-    count = len(ids) + (group is not None)
-    grain = max([use.grain for use in uses], default=1)
-    step = max(1, CHUNK // max(1, count * width * grain)) * grain
+    rows = ids if group is None else joined(ids, group[0])
+    kept = None if group is None else group[1]
+    matrices = [use for use in uses if isinstance(use, MatrixUse) and use.left.dim() == 3]
+    if metric is None and 0 < len(matrices) == len(uses):
+        left, right = [use.left for use in matrices], [use.right for use in matrices]
+        return to_rows(plane_gramian(left, right, index, len(ids), kept), rows, m)
+    like = uses[0].values[-1] if kept is None else kept
+    height, width = uses[0].plane if kept is None else kept.shape
+    count = len(rows)
     total = torch.zeros(count, count, dtype=torch.float64, device=like.device)
     if height == 0 or width == 0 or count == 0:
         return torch.zeros(m, m, dtype=torch.float64, device=like.device)
+    grain = max([use.grain for use in uses], default=1)
+    step = max(1, CHUNK // max(1, count * width * grain)) * grain
     buffer = like.new_empty(count * min(step, height) * width)
     for lo in range(0, height, step):
         hi = min(lo + step, height)
@@ -61,29 +64,24 @@ def direct(
         own = out[: len(ids)]
         for k, (use, where) in enumerate(zip(uses, index, strict=True)):
             (use.add_rows if k else use.write_rows)(own, where, lo, hi)
-        if group is not None:
-            out[-1] = group[1][lo:hi]
+        if kept is not None:
+            out[-1] = kept[lo:hi]
         if metric is not None:
             out *= metric[lo:hi].sqrt()
         total += gramian_unchecked([out.view(count, -1)])
-    rows = ids if group is None else torch.cat([ids, torch.tensor([group[0]])])
     return to_rows(total, rows, m)
-
-
-def _turns(use: Use) -> bool:
-    return isinstance(use, MatrixUse) and use.left.dim() == 3
 
 
 def factored(
     uses: Sequence[MatrixUse],
     m: int,
-    group: tuple[int, Tensor] | None = None,
+    group: tuple[Tensor, Tensor] | None = None,
     summed: Sequence[MatrixUse] = (),
 ) -> Tensor:
     """Products of tokens on either side of the plane: <G_i, G_j> = sum_tu (l_t l_u) (r_t r_u).
 
-    `group`: a row that sums many samples, and its plane [H, W]; its products with the others come
-    from the plane, or from the tokens of `summed` where they are given.
+    `group`: a row that sums many samples, [1], and its plane [H, W]; its products with the others
+    come from the plane, or from the tokens of `summed` where they are given.
     """
     uses = merged(uses)
     n = sum(use.n for use in uses)
@@ -110,8 +108,8 @@ def factored(
                 cross += use.products(group[1])
         total[-1, :-1] = total[:-1, -1]
         total[-1, -1] = gramian_unchecked([group[1].reshape(1, -1)])[0, 0]
-        rows.append(torch.tensor([group[0]]))
-    return to_rows(total, torch.cat(rows), m)
+        rows.append(group[0])
+    return to_rows(total, joined(*rows), m)
 
 
 def merged(uses: Sequence[MatrixUse]) -> list[MatrixUse]:
@@ -131,11 +129,23 @@ def merged(uses: Sequence[MatrixUse]) -> list[MatrixUse]:
     ]
 
 
+def alike(uses: Sequence[RowsUse]) -> bool:
+    """Whether a kernel takes them as they are."""
+    return all(use.blocks.dtype == uses[0].blocks.dtype for use in uses)
+
+
+def existing(planes: Sequence[Sequence[RowsUse]], m: int) -> Tensor:
+    """Rows of several parameters that came in the same parts."""
+    parts = list(zip(*planes, strict=True))
+    gram = gramian_of_parts([[use.flat for use in part] for part in parts])
+    return to_rows(gram, joined(*(part[0].rows for part in parts)), m)
+
+
 def stored(uses: Sequence[RowsUse], m: int, metric: Tensor | None) -> Tensor:
     """Rows that exist anyway."""
+    if metric is None and sum(use.n for use in uses) <= 2 * m and alike(uses):
+        return existing([uses], m)
     ids, index = numbered(uses)
-    if len(uses) == 1 and metric is None and len(ids) == uses[0].n:
-        return to_rows(gramian_unchecked([uses[0].flat]), uses[0].rows, m)
     blocks = uses[0].blocks.new_zeros(len(ids), *uses[0].plane)
     for use, where in zip(uses, index, strict=True):
         use.add_rows(blocks, where, 0, use.plane[0])
@@ -145,7 +155,7 @@ def stored(uses: Sequence[RowsUse], m: int, metric: Tensor | None) -> Tensor:
 
 
 def embedded(
-    uses: Sequence[EmbeddingUse], m: int, group: tuple[int, Tensor] | None, metric: Tensor | None
+    uses: Sequence[EmbeddingUse], m: int, group: tuple[Tensor, Tensor] | None, metric: Tensor | None
 ) -> Tensor:
     """Only over the rows of the parameter that some token picked."""
     numbers = torch.cat([use.indices.flatten() for use in uses]).unique()
@@ -157,5 +167,6 @@ def embedded(
     total = direct(compact, m, picked, None if metric is None else metric[numbers])
     # what the summed row has elsewhere meets no other row
     whole = group[1] if metric is None else group[1] * metric.sqrt()
-    total[group[0], group[0]] = gramian_unchecked([whole.reshape(1, -1)])[0, 0]
+    row = int(group[0])
+    total[row, row] = gramian_unchecked([whole.reshape(1, -1)])[0, 0]
     return total

@@ -8,38 +8,48 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.convolution import ConvolutionUse
-from gradsurgery.capture.paths import direct, embedded, factored, stored
+from gradsurgery.capture.paths import alike, direct, embedded, factored, stored
 from gradsurgery.capture.planner import Plan, Work, plan
-from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, wide
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, scale, wide
 
 
 class Plane:
     """A parameter and all that it did to the samples.
 
     Where many samples are summed into one row, `group`, that row's gradient is formed once, as an
-    ordinary weight gradient, and ends in `.grad`.
+    ordinary weight gradient, and ends in `.grad`. Where it came as such, from a backward pass of
+    its own, it is the plane that is kept.
     """
 
     def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
-        self.parameter, self.uses, self.group = parameter, uses, group
+        self.parameter, self.uses = parameter, uses
+        self.whole = _whole(uses)
+        self.group = group if self.whole is None else int(self.whole.rows)
         self.kept: Tensor | None = None  # [H, W], the row `group`
         self.plan = None if all(isinstance(use, RowsUse) for use in uses) else self._plan()
 
     def _plan(self) -> Plan:
         tokens, own, summed = [], 0, 0
         for use in self.uses:
+            if use is self.whole:
+                continue
             tokens.append(use.tokens if isinstance(use, (MatrixUse, ConvolutionUse)) else 1)
             inside = len(_apart(use.rows, self.group)[1]) if self.group is not None else 0
             summed += inside * tokens[-1]
             own += (use.n - inside) * tokens[-1]
         longest = max(1, *tokens)
-        products = all(isinstance(use, (MatrixUse, ConvolutionUse)) for use in self.uses)
-        work = Work(*self.uses[0].plane, longest, -(-own // longest), -(-summed // longest))
+        products = all(
+            isinstance(use, (MatrixUse, ConvolutionUse)) or use is self.whole for use in self.uses
+        )
+        blocks = -(-own // longest), -(-summed // longest)
+        work = Work(*self.uses[0].plane, longest, *blocks, kept=self.whole is not None)
         return plan(work, products)
 
     @cached_property
     def parts(self) -> tuple[list[Use], list[Use]]:
         """The blocks of other rows, and those of the row whose plane is kept."""
+        if self.whole is not None:
+            return [use for use in self.uses if use is not self.whole], [self.whole]
         if self.plan is None or self.plan.cross == "none" or self.group is None:
             return self.uses, []
         own, summed = [], []
@@ -54,21 +64,28 @@ class Plane:
         """[H, W]; fresh memory costs most when it is first written, so it is written once."""
         out = wide(self.parameter.detach()).new_empty(self.uses[0].plane)
         for k, use in enumerate(uses):
-            use = use.wide()
-            (use.combine if k else use.write)(weights[use.rows.to(weights.device)], out)
+            use.wide().combine(weights[use.rows.to(weights.device)], out, beta=1 if k else 0)
         return out
 
     def group_plane(self) -> Tensor:
+        if self.kept is None and self.whole is not None:
+            self.kept = wide(self.whole.blocks).view(self.whole.plane)
         if self.kept is None:
             assert self.group is not None
             ones = torch.ones(self.group + 1, device=self.parameter.device)
             self.kept = self._combined(self.parts[1], ones)
         return self.kept
 
-    def _group(self) -> tuple[int, Tensor] | None:
+    def _group(self) -> tuple[Tensor, Tensor] | None:
         if self.group is None or not self.parts[1]:
             return None
-        return self.group, self.group_plane()
+        return numbers(self.parts[1][0].rows).ids, self.group_plane()
+
+    @property
+    def rows(self) -> list[RowsUse]:
+        """The rows, where they exist and a kernel takes them as they are."""
+        uses = [use for use in self.uses if isinstance(use, RowsUse)]
+        return uses if len(uses) == len(self.uses) and alike(uses) else []
 
     def gramian(self, m: int, metric: Tensor | None) -> Tensor:
         """[m, m] float64."""
@@ -80,23 +97,46 @@ class Plane:
         if self.plan.path == "factored" and metric is None:
             tokens = summed if self.plan.cross == "tokens" else ()
             return factored(_matrices(own), m, self._group(), _matrices(tokens))
-        if all(isinstance(use, EmbeddingUse) for use in self.uses):
+        if all(isinstance(use, EmbeddingUse) for use in own):
             return embedded([cast(EmbeddingUse, use) for use in own], m, self._group(), metric)
         own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
         return direct(own, m, self._group(), metric)
 
-    def update(self, weights: Tensor, consume: bool) -> Tensor:
-        """w^T J, [*p.shape]; `consume` gives the kept plane away."""
+    def update(self, weights: Tensor, add: bool, release: bool) -> Tensor:
+        """w^T J, [*p.shape]. To `add` it to `.grad` is to give the kept plane away.
+
+        `release`: what a backward pass made may be given away too: no row is asked for again.
+        """
+        if self.plan is not None and self.whole is not None:
+            self.group_plane()
         if self.kept is None:
             out = self._combined(self.uses, weights)
         else:
-            out = self.kept if consume else self.kept.clone()
-            out *= weights[self.group].to(out.dtype)
+            mine = self.whole is None or self.kept.dtype != self.whole.blocks.dtype
+            give = release or (add and mine)
+            out = self.kept if give else self.kept.clone()
+            beta: float = 1
+            if out.is_cuda:
+                out *= weights[self.group].to(out.dtype)  # without waiting for the weight
+            else:
+                beta = float(weights[self.group])
             for use in self.parts[0]:
-                use.wide().combine(weights[use.rows.to(weights.device)], out)
-        if consume:
-            self.kept = None
+                use.wide().combine(weights[use.rows.to(weights.device)], out, beta)
+                beta = 1
+            scale(out, beta)
+            if give:
+                self.kept = None
         return out.view(self.parameter.shape).to(self.parameter.dtype)
+
+
+def _whole(uses: Sequence[Use]) -> RowsUse | None:
+    """A row that exists beside rows that do not."""
+    found = [use for use in uses if isinstance(use, RowsUse)]
+    if len(found) != 1 or found[0].n != 1 or len(uses) == 1:
+        return None
+    row = found[0].rows
+    beside = [use for use in uses if use is not found[0]]
+    return None if any(bool((use.rows == row).any()) for use in beside) else found[0]
 
 
 class _Side:

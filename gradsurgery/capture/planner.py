@@ -26,7 +26,8 @@ class Work(NamedTuple):
     width: int
     tokens: int  # of one block, all uses together
     blocks: int  # of rows of their own
-    group: int  # blocks of the summed row
+    group: int = 0  # blocks of the summed row
+    kept: bool = False  # the summed row's plane exists
 
 
 class Plan(NamedTuple):
@@ -44,10 +45,12 @@ def plan(work: Work, products: bool = True) -> Plan:
     own, summed = work.blocks * t, work.group * t
     keep = KEEP * h * w if work.group else 0
     options = [Plan("direct", "plane", (own + (work.blocks + 1) ** 2 / 2) * h * w + keep)]
-    if work.group:
+    if work.group or work.kept:
         options.append(Plan("factored", "plane", own**2 / 2 * (h + w) + own * h * w + keep))
+    if work.group:
         options.append(Plan("factored", "tokens", (own / 2 + summed) * own * (h + w) + keep))
-    options.append(Plan("factored", "none", (own + summed) ** 2 / 2 * (h + w)))
+    if not work.kept:
+        options.append(Plan("factored", "none", (own + summed) ** 2 / 2 * (h + w)))
     if not products:
         return options[0]
     forced = os.environ.get("GRADSURGERY_PATH", "")

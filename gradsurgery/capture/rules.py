@@ -132,7 +132,7 @@ def repeat(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answe
     if layout.constant or axis is None:
         return [layout if layout.constant else None]
     dim = axis.dim - (len(out) - len(shape))
-    if dim < 0 or shape[dim] % (axis.inner * len(layout.rows)):
+    if dim < 0 or shape[dim] % (axis.inner * layout.count):
         return [SHARED]
     return [layout.at(shape, dim, axis)]
 

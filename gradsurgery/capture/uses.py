@@ -21,6 +21,7 @@ class Numbers(NamedTuple):
     where: Tensor  # [n] the place in `ids` of each block
     distinct: bool  # every block has a row of its own, in order
     apart: dict  # by one row: its blocks and the others
+    joined: dict  # by other rows: these and those
 
 
 _NUMBERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -32,8 +33,19 @@ def numbers(rows: Tensor) -> Numbers:
     if known is None:
         ids, index = rows.unique(return_inverse=True)
         distinct = torch.equal(index, torch.arange(len(ids)))
-        known = _NUMBERS[rows] = Numbers(ids, index, distinct, {})
+        known = _NUMBERS[rows] = Numbers(ids, index, distinct, {}, {})
     return known
+
+
+def joined(*rows: Tensor) -> Tensor:
+    """Rows one after another; kept with the first of them, as their numbers are with it."""
+    if len(rows) == 1:
+        return rows[0]
+    known = numbers(rows[0]).joined
+    key = tuple(map(id, rows[1:]))
+    if key not in known:
+        known[key] = torch.cat(rows), rows[1:]  # these live, or their ids would be others'
+    return known[key][0]
 
 
 class Use:
@@ -67,7 +79,7 @@ class Use:
 
     @property
     def n(self) -> int:
-        return len(self.rows)
+        return self.rows.shape[0]
 
     @property
     def values(self) -> list[Tensor]:
@@ -81,13 +93,9 @@ class Use:
         """The same into memory that holds nothing yet."""
         self.add_rows(out.zero_(), index, lo, hi)
 
-    def combine(self, weights: Tensor, out: Tensor) -> None:
-        """out += sum_k weights[k] G_k; out [H, W]."""
+    def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
+        """out = beta out + sum_k weights[k] G_k; out [H, W], which is not read if beta is 0."""
         raise NotImplementedError
-
-    def write(self, weights: Tensor, out: Tensor) -> None:
-        """The same into memory that holds nothing yet."""
-        self.combine(weights, out.zero_())
 
     def products(self, vector: Tensor) -> Tensor:
         """<G_k, vector>, [n] float64; vector [H, W]."""
@@ -95,6 +103,11 @@ class Use:
 
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+def scale(out: Tensor, beta: float) -> Tensor:
+    """out *= beta, whatever is in `out` if that is 0."""
+    return out.zero_() if beta == 0 else out if beta == 1 else out.mul_(beta)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -125,7 +138,8 @@ class RowsUse(Use):
     def flat(self) -> Tensor:
         return self.blocks.reshape(self.n, math.prod(self.plane))
 
-    def combine(self, weights: Tensor, out: Tensor) -> None:
+    def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
+        scale(out, beta)
         out += (weights.to(out.dtype) @ self.flat.to(out.dtype)).view(out.shape)
 
     def products(self, vector: Tensor) -> Tensor:
@@ -178,7 +192,7 @@ class MatrixUse(Use):
         else:
             super().write_rows(out, index, lo, hi)
 
-    def combine(self, weights: Tensor, out: Tensor, beta: int = 1) -> None:
+    def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
         left, right = self.left, self.right
         weights = weights.to(left.dtype).view([-1] + [1] * (left.dim() - 1))
         if left.shape[-1] <= right.shape[-1]:
@@ -190,10 +204,7 @@ class MatrixUse(Use):
             return
         planes = left.mT @ right if left.dim() == 4 else left.flatten(0, 1).mT @ right.flatten(0, 1)
         planes = planes.sum(0).view_as(out) if left.dim() == 4 else planes
-        out.copy_(planes) if beta == 0 else out.add_(planes)
-
-    def write(self, weights: Tensor, out: Tensor) -> None:
-        self.combine(weights, out, beta=0)  # what is in `out` is not read, be it NaN
+        out.copy_(planes) if beta == 0 else scale(out, beta).add_(planes)
 
     def products(self, vector: Tensor) -> Tensor:
         vector = vector.to(self.left.dtype)
@@ -226,11 +237,11 @@ class EmbeddingUse(Use):
         place = index.to(block.device)[block] * (hi - lo) + self.indices[where] - lo
         out.view(-1, self.plane[1]).index_add_(0, place, self.grads[where].to(out.dtype))
 
-    def combine(self, weights: Tensor, out: Tensor) -> None:
+    def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
         inside = self.indices >= 0
-        scale = weights.to(out.dtype)[:, None].expand_as(self.indices)[inside]
+        weights = weights.to(out.dtype)[:, None].expand_as(self.indices)[inside]
         grads = self.grads[inside].to(out.dtype)
-        out.index_add_(0, self.indices[inside], grads * scale[:, None])
+        scale(out, beta).index_add_(0, self.indices[inside], grads * weights[:, None])
 
     def products(self, vector: Tensor) -> Tensor:
         inside = self.indices >= 0
@@ -269,8 +280,9 @@ class Within(Use):
             self.inner.add_rows(part, index, first - self.start, last - self.start)
             out[:, first - lo : last - lo] += part
 
-    def combine(self, weights: Tensor, out: Tensor) -> None:
-        self.inner.combine(weights, out[self.start : self.start + self.inner.plane[0]])
+    def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
+        inner = scale(out, beta)[self.start : self.start + self.inner.plane[0]]
+        self.inner.combine(weights, inner)
 
     def products(self, vector: Tensor) -> Tensor:
         return self.inner.products(vector[self.start : self.start + self.inner.plane[0]])

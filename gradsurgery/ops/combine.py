@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
-from gradsurgery.ops._backend import _C, register, runs_cuda
+from gradsurgery.ops._backend import _C, choose, register, runs_cuda
 from gradsurgery.ops._inputs import Rows, as_blocks, check, flat, raise_not_finite
 
 CHUNK = 1 << 20  # columns the reference converts to float64 at a time
@@ -66,6 +66,26 @@ def combine_native(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
         for block, w, out in zip(blocks, weights, outs, strict=True):
             finite &= combine_into([[block]], w[None], [[out]])
     return _checked(update, finite, rows, weights)
+
+
+def combine_unchecked(parts: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tensor]:
+    """wᵀ J over the rows of all parts, one below the other; a part is L blocks [m_s, n_k].
+
+    Weights [1, m] for all blocks, or [L, m]. What is not finite propagates.
+    """
+    weights, first = weights.double(), parts[0]
+    if choose("combine", IMPLEMENTATIONS, first[0].device.type) is combine_reference:
+        rows = [torch.cat(blocks).double() for blocks in zip(*parts, strict=True)]
+        every = weights.expand(len(rows), -1)
+        sums = [w @ r for w, r in zip(every, rows, strict=True)]
+        return [s.to(block.dtype) for s, block in zip(sums, first, strict=True)]
+    sums = [block.new_empty(1, block.shape[1]) for block in first]
+    if len(weights) == 1:
+        combine_into(parts, weights, [sums])
+    else:
+        for k, (w, out) in enumerate(zip(weights, sums, strict=True)):
+            combine_into([[part[k]] for part in parts], w[None], [[out]])
+    return sums
 
 
 def combine_into(
@@ -127,14 +147,16 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple:
     return d_rows, d_weights if weights.dim() == 2 else d_weights.sum(0)
 
 
+IMPLEMENTATIONS = {
+    ("torch", "any"): combine_reference,
+    ("native", "cpu"): combine_native,
+    ("native", "cuda"): combine_native,
+}
+
 register(
     "combine",
     "(Tensor[] rows, Tensor weights) -> Tensor[]",
-    {
-        ("torch", "any"): combine_reference,
-        ("native", "cpu"): combine_native,
-        ("native", "cuda"): combine_native,
-    },
+    IMPLEMENTATIONS,
     device_of=lambda rows, _: rows[0].device,
     fake=_fake,
     backward=_backward,

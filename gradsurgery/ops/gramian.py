@@ -68,9 +68,14 @@ def gramian_native(
 
 def gramian_unchecked(blocks: Sequence[Tensor], precise: bool = False) -> Tensor:
     """[m, m] over blocks [m, n_k], where the caller looks for what is not finite."""
-    if choose("gramian", IMPLEMENTATIONS, blocks[0].device.type) is gramian_native:
-        return gramian_of([blocks], precise)
-    wide = [block.double() for block in blocks]
+    return gramian_of_parts([blocks], precise)
+
+
+def gramian_of_parts(parts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
+    """The same over the rows of all parts, one below the other; a part is blocks [m_s, n_k]."""
+    if choose("gramian", IMPLEMENTATIONS, parts[0][0].device.type) is gramian_native:
+        return gramian_of(parts, precise)
+    wide = [torch.cat(blocks).double() for blocks in zip(*parts, strict=True)]
     return torch.stack([block @ block.mT for block in wide]).sum(0)
 
 
