@@ -228,7 +228,7 @@ def tokens(batch: Any) -> int:
     Of integers each is one; of numbers, those of the longest dimension of a sample go together.
     """
     return max(
-        leaf.numel() // (max(1, *leaf.shape[1:]) if leaf.is_floating_point() else 1)
+        leaf.numel() // (max((1, *leaf.shape[1:])) if leaf.is_floating_point() else 1)
         for leaf in pytree.tree_leaves(batch)
     )
 
