@@ -136,11 +136,12 @@ class Found:
 
     def _spread(self, leaves: Sequence[Leaf]) -> None:
         """A tensor has all the parameters it is computed from got one by one, or none."""
+        if not self.rowwise:
+            return
         mine = [
-            {self.place[id(p)] for p in under(leaf.place)[1] if id(p) in self.place}
-            for leaf in leaves
+            {self.place[id(p)] for p in leaf.below[1] if id(p) in self.place} for leaf in leaves
         ]
-        more = bool(self.rowwise)
+        more = True
         while more:
             more = False
             for ks in mine:
@@ -175,7 +176,7 @@ class Found:
             if len(distinct):
                 self._whole(rows, int(distinct), retain_graph)
             return
-        leaves = [leaf for leaf in found.leaves if not self._is_rowwise(leaf.place)]
+        leaves = [leaf for leaf in found.leaves if not self._is_rowwise(leaf)]
         with _recomputed_once():
             finishes = {
                 id(meeting): prepare(meeting, leaf.shape)
@@ -210,9 +211,10 @@ class Found:
                 if made:
                     self._place(leaf, made)
 
-    def _is_rowwise(self, place: Place) -> bool:
-        _, parameters = under(place)
-        return any(self.place.get(id(p)) in self.rowwise for p in parameters)
+    def _is_rowwise(self, leaf: Leaf) -> bool:
+        return bool(self.rowwise) and any(
+            self.place.get(id(p)) in self.rowwise for p in leaf.below[1]
+        )
 
     def _uses_of(
         self, leaf: Leaf, finishes: dict, places: dict[Place, int], grads: list
@@ -238,9 +240,8 @@ class Found:
         return made
 
     def _slow(self, leaf: Leaf, meeting: Meeting) -> None:
-        _, parameters = under(leaf.place)
         names = {
-            self.owner.names[self.place[id(p)]]: None for p in parameters if id(p) in self.place
+            self.owner.names[self.place[id(p)]]: None for p in leaf.below[1] if id(p) in self.place
         }
         self.slow.setdefault(meeting.node.name(), {}).update(names)
 
@@ -267,8 +268,7 @@ class Found:
             turned = [oriented(use, simple) for use in made]
             if self._add(self.place[id(simple.parameter)], *turned):
                 return
-        _, parameters = under(leaf.place)
-        derived = Derived([p for p in parameters if id(p) in self.place])
+        derived = Derived([p for p in leaf.below[1] if id(p) in self.place])
         derived.leaves.append((leaf, made))
         self.derived.append(derived)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,11 @@ class Leaf:
     meetings: list[Meeting]
     coupled: bool = False  # rows meet in it without being summed in a parameter
     opaque: bool = False  # nothing is known of the rows in it
+
+    @cached_property
+    def below(self) -> tuple[set[Any], list[nn.Parameter]]:
+        """The nodes and the parameters that it is computed from, itself included."""
+        return under(self.place)
 
 
 class Mixing(NamedTuple):
@@ -79,29 +85,25 @@ def roots(losses: Tensor) -> Place:
     return edge.node, edge.output_nr
 
 
-def ordered(root: Any) -> list[Any]:
-    """All nodes under `root`, each before the nodes it gets its inputs from."""
-    done: set[Any] = set()
-    order: list[Any] = []
-    stack: list[tuple[Any, Any]] = [(root, None)]
-    entered: set[Any] = set()
+def ordered(root: Any) -> dict[Any, Sequence[Place]]:
+    """All nodes under `root`, each before the nodes it gets its inputs from; and these."""
+    order: list[tuple[Any, Sequence[Place]]] = []
+    following = root.next_functions  # each time it is asked for, it is made anew
+    stack = [(root, following, iter(following))]
+    entered = {root}
     while stack:
-        node, children = stack[-1]
-        if children is None:
-            entered.add(node)
-            children = iter(node.next_functions)
-            stack[-1] = (node, children)
+        node, following, children = stack[-1]
         for child, _ in children:
             if child is not None and child not in entered:
-                stack.append((child, None))
+                entered.add(child)
+                beneath = child.next_functions
+                stack.append((child, beneath, iter(beneath)))
                 break
         else:
             stack.pop()
-            if node not in done:
-                done.add(node)
-                order.append(node)
+            order.append((node, following))
     order.reverse()
-    return order
+    return dict(order)
 
 
 def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], count: int) -> Trace:
@@ -112,17 +114,31 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
     wanted = {id(p) for p in parameters}
     order = ordered(place[0])
     useful: set[Any] = set()
-    for node in reversed(order):
-        variable = getattr(node, "variable", None)
-        if (variable is not None and id(variable) in wanted) or any(
-            child in useful for child, _ in node.next_functions
-        ):
+    variables: dict[Any, Tensor] = {}  # nodes that accumulate
+    for node, following in reversed(order.items()):
+        if not following:
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                variables[node] = variable
+                if id(variable) in wanted:
+                    useful.add(node)
+        elif any(child in useful for child, _ in following):
             useful.add(node)
 
     found = Trace()
     arrivals: dict[Place, list[tuple[Meeting | None, Layout | str]]] = {place: [(None, layout)]}
     sampled: set[Any] = set()
-    for node in order:
+    shapes: dict[Any, Sequence[tuple[int, ...]]] = {}
+    for node in useful:
+        variable = variables.get(node)
+        if variable is not None:
+            shapes[node] = [tuple(variable.shape)]
+            continue
+        metas = node._input_metadata
+        if any(meta.is_nested_tensor for meta in metas):
+            raise InputError(f"{node.name()}: nested tensors have no layout; use padded ones")
+        shapes[node] = [tuple(meta.shape) for meta in metas]
+    for node, following in order.items():
         if node.name() == "CheckpointFunctionBackward":
             raise InputError(
                 "torch.utils.checkpoint with use_reentrant=True hides what it computes from "
@@ -130,17 +146,13 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
             )
         if node not in useful:
             continue
-        if any(meta.is_nested_tensor for meta in node._input_metadata):
-            raise InputError(f"{node.name()}: nested tensors have no layout; use padded ones")
-        variable = getattr(node, "variable", None)
-        count_out = 1 if variable is not None else len(node._input_metadata)
+        variable = variables.get(node)
         outs: dict[int, Layout] = {}
         came: list[Meeting] = []
-        for nr in range(count_out):
+        for nr, shape in enumerate(shapes[node]):
             arrived = arrivals.pop((node, nr), None)
             if arrived is None:
                 continue
-            shape = shape_of((node, nr))
             came = [meeting for meeting, _ in arrived if meeting is not None]
             whole = _agreed([answer for _, answer in arrived], shape)
             if whole is not None and not (whole.constant and _own(arrived, (node, nr))):
@@ -160,14 +172,12 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
             found.direct.append(Direct(variable, (node, 0), outs[0], came))
             continue
         sampled.add(node)
-        ins = [
-            shape_of((child, nr)) if child in useful else None for child, nr in node.next_functions
-        ]
-        for k, answer in enumerate(answers_of(node, outs, ins, count)):
+        ins = [shapes[child][nr] if child in useful else None for child, nr in following]
+        for k, answer in enumerate(answers_of(node, outs, shapes[node], ins, count)):
             if isinstance(answer, Layout) and answer.empty:
                 continue
             if ins[k] is not None and answer is not None:
-                child, nr = node.next_functions[k]
+                child, nr = following[k]
                 meeting = Meeting(node, k, outs, answer if isinstance(answer, Layout) else None)
                 arrivals.setdefault((child, nr), []).append((meeting, answer))
     _set_apart_coupled(found, sampled)
@@ -195,14 +205,17 @@ def _agreed(answers: list[Layout | str], shape: tuple[int, ...]) -> Layout | Non
 
 
 def answers_of(
-    node: Any, outs: dict[int, Layout], ins: list[tuple[int, ...] | None], count: int
+    node: Any,
+    outs: dict[int, Layout],
+    shapes: Sequence[tuple[int, ...]],
+    ins: list[tuple[int, ...] | None],
+    count: int,
 ) -> list[Layout | str | None]:
     """Rule first; the operation itself where there is none or it does not know."""
     name = base_name(node)
     rule = RULES.get(name) if set(outs) == {0} or name in MANY else None
     answers: list[Layout | str | None] = [None] * len(ins)
     if rule is not None:
-        shapes = [tuple(meta.shape) for meta in node._input_metadata]
         answers = (list(rule(node, outs, shapes, ins)) + answers)[: len(ins)]
     if any(s is not None and a is None for s, a in zip(ins, answers, strict=True)):
         asked = _asked(node, outs, ins, count)
@@ -259,7 +272,7 @@ def _set_apart_coupled(found: Trace, sampled: set[Any]) -> None:
     """A tensor that rows share, computed from what belongs to single rows, couples the rows."""
     kept = []
     for leaf in found.leaves:
-        nodes, parameters = under(leaf.place)
+        nodes, parameters = leaf.below
         if not leaf.coupled and nodes.isdisjoint(sampled):
             kept.append(leaf)
             continue
@@ -271,7 +284,7 @@ def _set_apart_coupled(found: Trace, sampled: set[Any]) -> None:
 
 def _share_direct(found: Trace) -> None:
     """A parameter that a leaf is computed from too is met like any other, use by use."""
-    below = {node for leaf in found.leaves for node in under(leaf.place)[0]}
+    below = {node for leaf in found.leaves for node in leaf.below[0]}
     for direct in [d for d in found.direct if d.place[0] in below]:
         found.direct.remove(direct)
         shape = tuple(direct.parameter.shape)
