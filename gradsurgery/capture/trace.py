@@ -114,7 +114,7 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
     wanted = {id(p) for p in parameters}
     order = ordered(place[0])
     useful: set[Any] = set()
-    variables: dict[Any, Tensor] = {}  # nodes that accumulate
+    variables: dict[Any, nn.Parameter] = {}  # nodes that accumulate
     for node, following in reversed(order.items()):
         if not following:
             variable = getattr(node, "variable", None)
