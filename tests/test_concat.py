@@ -79,6 +79,40 @@ def test_captured_rows_of_several_passes_are_those_of_one(name):
     torch.testing.assert_close(parts[1].materialize(), rows[5:6])
 
 
+@pytest.mark.parametrize("path", ["direct", "factored"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_of_a_pass_of_its_own_beside_rows_of_another(name, path, monkeypatch):
+    # the plane of the one is kept, and what is asked for first does not change it for the next
+    monkeypatch.setenv("GRADSURGERY_PATH", path)
+    model, batch, loss = make(name)
+    mean = torch.zeros(5, dtype=torch.int64)
+    other = make(name, size=4)[1]
+    parts = [captured(model, batch, loss, mean), captured(model, other, loss)]
+    both = gs.concat(parts)
+    rows = torch.cat([part.materialize() for part in parts])
+    metric = [torch.rand_like(p) + 0.5 for p in both.parameters]
+    scaled = rows * torch.cat([m.flatten() for m in metric]).sqrt()
+    weights = torch.randn(5).double()
+    for _ in range(2):
+        torch.testing.assert_close(both.gramian(), rows @ rows.mT)
+        torch.testing.assert_close(both.gramian(metric=metric), scaled @ scaled.mT)
+        update = torch.cat([u.flatten() for u in both.combine(weights)])
+        torch.testing.assert_close(update, weights @ rows)
+        model.zero_grad()
+        both.backward(weights)
+        torch.testing.assert_close(gradient(both), weights @ rows)
+        torch.testing.assert_close(both.materialize(), rows)
+        torch.testing.assert_close(both.gramian(per="tensor").sum(0), rows @ rows.mT)
+    model.zero_grad()
+    both.backward(weights, release=True)
+    torch.testing.assert_close(gradient(both), weights @ rows)
+
+
+def gradient(jacobian):
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in jacobian.parameters]
+    return torch.cat([grad.flatten() for grad in grads])
+
+
 def test_captured_rows_keep_their_parameters_apart():
     model, batch, loss = make("mlp")
     twin = copy.deepcopy(model)

@@ -15,6 +15,8 @@ from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check
 from gradsurgery.ops.combine import combine_unchecked
 
+RELEASED = "this Jacobian was released by backward(weights, release=True)"
+
 
 class Graph(NamedTuple):
     """The losses with their graph, and the row of each."""
@@ -214,7 +216,7 @@ class FactoredJacobian:
 
     def _check_usable(self) -> None:
         if self._released:
-            raise InputError("this Jacobian was released by backward(weights, release=True)")
+            raise InputError(RELEASED)
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise InputError(
@@ -234,6 +236,8 @@ class FactoredJacobian:
         return weights.detach().to(self.parameters[0].device).expand(count, m)
 
     def _need_pairs(self, what: str) -> None:
+        if self._released:
+            raise InputError(RELEASED)
         if self._graph is not None:
             raise InputError(f"{what} needs tape.jacobian(losses, combine='stored'): no pairs kept")
 

@@ -67,3 +67,30 @@ def test_a_wrong_mode_is_named():
         losses = model(torch.randn(3, 2))[:, 0]
     with pytest.raises(gs.InputError, match="combine must be 'stored' or 'backward', got 'later'"):
         tape.jacobian(losses, combine="later")
+
+
+@pytest.mark.parametrize("combine", ["stored", "backward"])
+@pytest.mark.parametrize("name", ["mlp", "attention", "tied attention", "partial"])
+def test_released_it_adds_the_same_and_is_gone(name, combine):
+    model, data, loss = make(name)
+    with gs.tape(model) as tape:
+        losses = loss(model, data)
+    jacobian = tape.jacobian(losses, GROUPS, combine=combine)
+    weights = torch.randn(jacobian.m).double()
+    expected = jacobian.combine(weights)
+    gram = jacobian.gramian()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    jacobian.backward(weights, release=True)
+    for p, update in zip(jacobian.parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, 1 + update, rtol=1e-10, atol=1e-12)
+    for call in (
+        lambda: jacobian.backward(weights),
+        lambda: jacobian.combine(weights),
+        jacobian.materialize,
+        lambda: jacobian.products(expected),
+        lambda: gs.concat([jacobian, jacobian]),
+    ):
+        with pytest.raises(gs.InputError, match=r"released by backward\(weights, release=True\)"):
+            call()
+    assert torch.equal(jacobian.gramian(), gram), "what is known stays known"
