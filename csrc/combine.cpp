@@ -25,8 +25,16 @@ void weighted_sums(Sums<Sum, T, To>& s, std::int64_t j) {
   constexpr int step = lanes<Sum>;
   constexpr int value_bytes = R > 1 ? 4 : sizeof(T);  // several outs read mostly float32 as float64
   const std::int64_t ahead = j * s.next_bytes;
-  Vector<Sum> acc[R * V] = {};
+  Vector<Sum> acc[R * V] = {}, total[R * V] = {};
   for (std::int64_t i = 0; i < s.m; ++i) {
+    // sums of sums round less than one long sum; rows of other types are rounded more than that
+    if (std::is_same_v<T, double> && i > 0 && i % 8 == 0) {
+#pragma GCC unroll 64
+      for (int k = 0; k < R * V; ++k) {
+        total[k] += acc[k];
+        acc[k] = Vector<Sum>{};
+      }
+    }
     const T* row = s.rows[i] + j;
     Vector<Sum> x[V];
 #pragma GCC unroll 16
@@ -51,7 +59,7 @@ void weighted_sums(Sums<Sum, T, To>& s, std::int64_t j) {
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      finite += store_rounded(s.outs[r] + j + v * step, acc[r * V + v]) * 0;
+      finite += store_rounded(s.outs[r] + j + v * step, total[r * V + v] + acc[r * V + v]) * 0;
     }
   }
   s.finite = finite;

@@ -75,6 +75,25 @@ std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double
       }
     }
   }
+  if (static_cast<double>(m) * inverse < 1e8) {
+    return rank;
+  }
+  // Rows that cancel so far have lost digits in the first pass, which that product does not know
+  // of: R = Q rowsᵀ.
+  Rows both = q;
+  both.m = 2 * m;
+  for (std::size_t k = 0; k < both.blocks.size(); ++k) {
+    both.blocks[k].rows.insert(both.blocks[k].rows.end(), rows.blocks[k].rows.begin(),
+                               rows.blocks[k].rows.end());
+  }
+  std::vector<double> products(4 * m * m);
+  gramian(both, products.data(), true, threads);
+  for (std::int64_t i = 0; i < m; ++i) {
+    const double* product = products.data() + i * 2 * m;
+    for (std::int64_t j = i; j < m && product[i] > 0; ++j) {
+      factor[i * m + j] = product[m + j] / product[i];
+    }
+  }
   return rank;
 }
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsurgery as gs
+from gradsurgery.ops import _backend
 from tests.conftest import ROUNDOFF
 from tests.inputs import (
     LAYOUTS,
@@ -93,7 +94,10 @@ def test_is_so_up_to_condition_1e6(m, n, condition, dtype, impl):
     rows = with_condition(m, n, condition).to(dtype)
     q, r, rank = gs.orthonormalize(rows, return_rank=True)
     assert rank.item() == m
-    check(rows, q, r, rank)
+    # LAPACK fuses multiply and add. Without, every product of sums that cancel is rounded too:
+    # 4.2 to 5 times MKL's error on a Xeon, where the other instruction sets reach 3.5 to 3.9
+    fused = impl != "native" or _backend._C.isa() != "baseline"
+    check(rows, q, r, rank, allowance=4.0 if fused else 5.0)
 
 
 @pytest.mark.parametrize("m,angle", [(12, 0.8), (16, 0.8), (16, 1.0), (32, 1.2), (48, 1.3)])
