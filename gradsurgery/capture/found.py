@@ -17,7 +17,7 @@ from gradsurgery.capture.layout import Layout, compress
 from gradsurgery.capture.leaves import Derived, oriented, vjps
 from gradsurgery.capture.rules import OPAQUE, base_name
 from gradsurgery.capture.trace import Leaf, Meeting, Mixing, Trace, roots, trace, under
-from gradsurgery.capture.uses import RowsUse, Use, plane_of
+from gradsurgery.capture.uses import RowsUse, Use, numbers, occurring, plane_of
 from gradsurgery.capture.views import Place, resolve, shape_of
 from gradsurgery.errors import InputError
 
@@ -37,7 +37,7 @@ class Found:
         self.slow: dict[str, dict[str, None]] = {}  # operations without a rule: names
 
     def run(self, rows: Tensor, retain_graph: bool) -> None:
-        distinct = rows[rows >= 0].unique()
+        distinct = occurring(rows)
         if len(distinct) == 1:
             self._whole(rows, int(distinct), retain_graph)
             return
@@ -80,10 +80,10 @@ class Found:
                 self._add(k, RowsUse(none.detach(), torch.zeros(0, dtype=torch.int64)))
 
     def _trace(self, rows: Tensor) -> Trace:
-        distinct = rows[rows >= 0].unique()
-        if len(distinct) == 1:
+        distinct = occurring(rows)
+        if len(distinct) <= 1:
             return Trace()
-        count = int(rows.max()) + 1
+        count = int(distinct[-1]) + 1
         layout = compress(rows.view(self.losses.shape))
         return trace(roots(self.losses), layout, self.owner.parameters, count)
 
@@ -171,7 +171,7 @@ class Found:
                 self._add(k, RowsUse(grad.unsqueeze(0), own))
 
     def _pass(self, rows: Tensor, found: Trace, retain_graph: bool) -> None:
-        distinct = rows[rows >= 0].unique()
+        distinct = occurring(rows)
         if len(distinct) <= 1:
             if len(distinct):
                 self._whole(rows, int(distinct), retain_graph)
@@ -235,8 +235,9 @@ class Found:
                     use = one_by_one(meeting, mine, leaf.shape)
                     if meeting.whole is None:
                         self._slow(leaf, meeting)
-            kept = use.rows >= 0
-            made.append(use if bool(kept.all()) else use.select(kept.nonzero().flatten()))
+            if numbers(use.rows).some_none:
+                use = use.select((use.rows >= 0).nonzero().flatten())
+            made.append(use)
         return made
 
     def _slow(self, leaf: Leaf, meeting: Meeting) -> None:
@@ -250,8 +251,7 @@ class Found:
         if grad is None:
             return
         elements = layout.elements(tuple(parameter.shape)).to(grad.device)
-        rows = layout.rows.unique()
-        rows = rows[rows >= 0]
+        rows = occurring(layout.rows)
         blocks = torch.stack([grad.masked_fill(elements != row, 0) for row in rows.tolist()])
         self._add(self.place[id(parameter)], RowsUse(blocks, rows))
 
@@ -276,7 +276,7 @@ class Found:
         """Exact rows of some parameters, by a backward pass per row."""
         ks = sorted(self.rowwise)
         parameters = [self.owner.parameters[k] for k in ks]
-        ids = rows[rows >= 0].unique()
+        ids = occurring(rows)
         vectors = (rows == ids[:, None]).to(self.losses.dtype).to(self.losses.device)
         vectors = vectors.view(len(ids), *self.losses.shape)
         grads = vjps([self.losses], parameters, [vectors], True)

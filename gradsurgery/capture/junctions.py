@@ -59,6 +59,8 @@ def blocks(tensor: Tensor, axis: Axis | None, dim: int = 0) -> Tensor:
     """
     if axis is None:
         return tensor.unsqueeze(0)
+    if dim == 0 and axis.outer == 1:
+        return tensor.unflatten(0, (-1, axis.inner))
     split = tensor.unflatten(dim, (axis.outer, -1, axis.inner)).movedim(dim + 1, 0)
     return split.flatten(dim + 1, dim + 2)
 

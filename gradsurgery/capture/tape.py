@@ -12,7 +12,7 @@ from gradsurgery.capture.factored import FactoredJacobian, Graph
 from gradsurgery.capture.found import Found
 from gradsurgery.capture.leaves import unmixed
 from gradsurgery.capture.trace import misused
-from gradsurgery.capture.uses import Use
+from gradsurgery.capture.uses import Use, numbers
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import trainable
 from gradsurgery.ops._inputs import DTYPES, check
@@ -54,10 +54,12 @@ class Tape:
             f"combine must be 'stored' or 'backward', got {combine!r}",
         )
         rows = self._rows(losses, groups)
-        m = int(rows.max()) + 1 if rows.numel() else 0
-        flat = losses.detach().flatten()
-        kept = rows >= 0
-        summed = flat.new_zeros(m).index_add_(0, rows[kept].to(flat.device), flat[kept])
+        known = numbers(rows)
+        m = int(known.ids[-1]) + 1 if rows.numel() else 0
+        flat, into = losses.detach().flatten(), rows
+        if known.some_none:
+            flat, into = flat[rows >= 0], rows[rows >= 0]
+        summed = flat.new_zeros(m).index_add_(0, into.to(flat.device), flat)
         uses: list[list[Use]] = [[] for _ in self.parameters]
         found = Found(self, losses, uses)
         if m > 0:
@@ -94,7 +96,8 @@ class Tape:
             groups.shape == losses.shape,
             f"groups must be {list(losses.shape)} like losses, got {list(groups.shape)}",
         )
-        check(bool((groups >= -1).all()), f"groups must be -1 or rows, got {int(groups.min())}")
+        lowest = int(groups.min()) if groups.numel() else 0
+        check(lowest >= -1, f"groups must be -1 or rows, got {lowest}")
         return groups.detach().flatten().cpu()
 
 

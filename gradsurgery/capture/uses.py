@@ -17,9 +17,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 class Numbers(NamedTuple):
     """Which rows some blocks belong to."""
 
-    ids: Tensor  # [R] those that occur, sorted
+    ids: Tensor  # [R] those that occur, sorted; -1 first, where some blocks belong to none
     where: Tensor  # [n] the place in `ids` of each block
     distinct: bool  # every block has a row of its own, in order
+    some_none: bool  # -1 occurs
     apart: dict  # by one row: its blocks and the others
     joined: dict  # by other rows: these and those
 
@@ -33,8 +34,15 @@ def numbers(rows: Tensor) -> Numbers:
     if known is None:
         ids, index = rows.unique(return_inverse=True)
         distinct = torch.equal(index, torch.arange(len(ids)))
-        known = _NUMBERS[rows] = Numbers(ids, index, distinct, {}, {})
+        some_none = len(ids) > 0 and int(ids[0]) < 0
+        known = _NUMBERS[rows] = Numbers(ids, index, distinct, some_none, {}, {})
     return known
+
+
+def occurring(rows: Tensor) -> Tensor:
+    """The rows that occur, sorted."""
+    known = numbers(rows)
+    return known.ids[1:] if known.some_none else known.ids
 
 
 def joined(*rows: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def plane_gramian_reference(
             planes[-1] = kept[lo:hi]
         wide = planes.flatten(1).double()
         out += wide @ wide.mT
-    return out
+    return out.tril() + out.tril(-1).mT  # a BLAS need not make it symmetric
 
 
 def plane_gramian_native(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -118,16 +119,17 @@ class OrthoGrad:
         select = self._select(jacobian.m, forget, None)
         if self.granularity == "model":
             grams = jacobian.gramian(metric=metric)[None]
-            groups = torch.zeros(len(jacobian.names), dtype=torch.int64)
+            groups = [0] * len(jacobian.names)
         else:
             groups = self._groups(jacobian.names)
             per_tensor = jacobian.gramian(per="tensor", metric=metric)
-            grams = per_tensor.new_zeros(int(groups.max()) + 1, *per_tensor.shape[1:])
-            grams.index_add_(0, groups.to(grams.device), per_tensor)
+            grams = per_tensor.new_zeros(max(groups) + 1, *per_tensor.shape[1:])
+            grams.index_add_(0, torch.tensor(groups, device=grams.device), per_tensor)
         select = select.to(grams.device)
         coefficients, rank, gram = self._project(grams, select)
-        frozen = self._small(jacobian, groups, select.shape[0] - 1)
-        exempt = (frozen & (self.small_tensors == "leave"))[:, None].to(grams.device)
+        frozen = _small(jacobian.sizes, groups, select.shape[0] - 1)
+        leave = [small and self.small_tensors == "leave" for small in frozen]
+        exempt = torch.tensor(leave, device=grams.device)[:, None]
         coefficients = torch.where(exempt, 0, coefficients)
         for _ in range(self.refine):
             refined = self._refined(jacobian, coefficients, grams, groups, select, metric)
@@ -139,9 +141,7 @@ class OrthoGrad:
         whole = gram[:, 0, 0].sum()
         weights = self._mix(coefficients, select)
         return Solution(
-            weights=weights[0]
-            if self.granularity == "model"
-            else weights[groups.to(weights.device)],
+            weights=weights[0] if self.granularity == "model" else weights[groups],
             gramian=grams.sum(0),
             rank=rank,
             kept_norm=torch.where(whole > 0, kept / whole, 0).sqrt(),
@@ -150,26 +150,23 @@ class OrthoGrad:
 
     def _select(self, m: int, forget: Index, device: torch.device | None) -> Tensor:
         """[1 + k, m]: the mean forget row and the rows to be orthogonal to, as averages of rows."""
-        mask = torch.zeros(m, dtype=torch.bool)
         if isinstance(forget, Tensor) and forget.dtype == torch.bool:
             check(forget.shape == (m,), f"forget must be a mask [{m}], got {list(forget.shape)}")
-            mask = forget.cpu()
+            chosen = set(forget.nonzero().flatten().tolist())
         elif isinstance(forget, slice):
-            mask[forget] = True
+            chosen = set(range(m)[forget])
         else:
-            for i in _indices(forget):
+            indices = _indices(forget)
+            for i in indices:
                 check(-m <= i < m, f"forget={i} is out of range for {m} rows")
-                mask[i] = True
-        count = int(mask.sum())
+            chosen = {i % m for i in indices}
+        count = len(chosen)
         check(0 < count < m, f"forget selects {count} of {m} rows; need a forget and a retain row")
-        eye = torch.eye(m, dtype=torch.float64)
-        retain = eye[~mask] if self.retain == "samples" else eye[~mask].mean(0, keepdim=True)
-        return torch.cat([eye[mask].mean(0, keepdim=True), retain]).to(device)
+        return _averages(m, frozenset(chosen), self.retain == "mean").to(device)
 
     def _project(self, gramian: Tensor, select: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gram = select @ gramian.double() @ select.mT
-        products = gram[..., 1:, 0].contiguous()
-        c, rank, _ = projection_weights(gram[..., 1:, 1:].contiguous(), products, rtol=self.rtol)
+        c, rank, _ = projection_weights(gram[..., 1:, 1:], gram[..., 1:, 0], rtol=self.rtol)
         return c, rank, gram
 
     def _mix(self, coefficients: Tensor, select: Tensor) -> Tensor:
@@ -178,40 +175,52 @@ class OrthoGrad:
         forget = torch.full_like(coefficients[..., :1], self.alpha - 1)
         return torch.cat([forget, retain], dim=-1) @ select
 
-    def _groups(self, names: list[str]) -> Tensor:
-        """[L]: the group of each tensor."""
+    def _groups(self, names: list[str]) -> list[int]:
+        """The group of each tensor."""
         if self.granularity == "tensor":
-            return torch.arange(len(names))
+            return list(range(len(names)))
         modules = [name.rpartition(".")[0] for name in names]
         order = {module: g for g, module in enumerate(dict.fromkeys(modules))}
-        return torch.tensor([order[module] for module in modules])
-
-    def _small(self, jacobian: Jacobian, groups: Tensor, k: int) -> Tensor:
-        """[g]: groups with no more values than there are rows to be orthogonal to."""
-        sizes = torch.zeros(int(groups.max()) + 1, dtype=torch.int64)
-        sizes.index_add_(0, groups, torch.tensor(jacobian.sizes))
-        return sizes <= k
+        return [order[module] for module in modules]
 
     def _refined(
         self,
         jacobian: Jacobian,
         coefficients: Tensor,
         grams: Tensor,
-        groups: Tensor,
+        groups: list[int],
         select: Tensor,
         metric: Sequence[Tensor] | None,
     ) -> Tensor:
         """c + K⁺ J g⊥, with g⊥ formed and multiplied rather than predicted."""
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1) @ select
-        perp = jacobian.combine(parts[groups.to(parts.device)])
+        perp = jacobian.combine(parts[groups])
         if metric is not None:
             perp = [p * weight for p, weight in zip(perp, metric, strict=True)]
         rest = torch.zeros_like(parts)
-        rest.index_add_(0, groups.to(rest.device), jacobian.products(perp).to(rest.device))
+        into = torch.tensor(groups, device=rest.device)
+        rest.index_add_(0, into, jacobian.products(perp).to(rest.device))
         gram = select @ grams @ select.mT
-        products = (rest @ select.mT)[:, 1:].contiguous()
-        correction, *_ = projection_weights(gram[:, 1:, 1:].contiguous(), products, rtol=self.rtol)
+        products = (rest @ select.mT)[:, 1:]
+        correction, *_ = projection_weights(gram[:, 1:, 1:], products, rtol=self.rtol)
         return coefficients + correction
+
+
+@lru_cache(maxsize=64)
+def _averages(m: int, forget: frozenset[int], mean: bool) -> Tensor:
+    """[1 + k, m]: the mean of the rows `forget`, and each other row or their mean."""
+    mask = torch.tensor([i in forget for i in range(m)])
+    eye = torch.eye(m, dtype=torch.float64)
+    retain = eye[~mask].mean(0, keepdim=True) if mean else eye[~mask]
+    return torch.cat([eye[mask].mean(0, keepdim=True), retain])
+
+
+def _small(sizes: Sequence[int], groups: Sequence[int], k: int) -> list[bool]:
+    """[g]: groups with no more values than there are rows to be orthogonal to."""
+    totals = [0] * (max(groups) + 1)
+    for size, g in zip(sizes, groups, strict=True):
+        totals[g] += size
+    return [total <= k for total in totals]
 
 
 def _indices(forget: int | Sequence[int] | Tensor) -> list[int]:
