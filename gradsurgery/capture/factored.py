@@ -246,6 +246,8 @@ class FactoredJacobian:
     ) -> Iterator[tuple[int, Tensor]]:
         """w^T J per parameter that the losses depend on; one may come several times."""
         self._check_usable()
+        if release:  # from now on, whatever raises; and versions hold what is to be freed
+            self._released, self._versions = True, []
         if self._graph is not None:
             yield from self._graph.combine(weights, self.parameters)
         exist: dict[tuple, list[int]] = {}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import gradsurgery as gs
+from gradsurgery.capture.memory import Live
 from tests.models import batch, classification, make, mlp
 
 GROUPS = torch.tensor([0, 0, 1, 2, -1])
@@ -94,3 +95,41 @@ def test_released_it_adds_the_same_and_is_gone(name, combine):
         with pytest.raises(gs.InputError, match=r"released by backward\(weights, release=True\)"):
             call()
     assert torch.equal(jacobian.gramian(), gram), "what is known stays known"
+
+
+def test_released_it_frees_pairs_as_it_goes():
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    x = torch.randn(8, 32, 64)
+    size = 4 * 64 * 64
+    peaks = {}
+    for release in (False, True):
+        model.zero_grad()
+        with Live() as live:
+            with gs.tape(model) as tape:
+                losses = model(x).square().mean((1, 2))
+            jacobian = tape.jacobian(losses)
+            weights = jacobian.gramian().sum(0)
+            del losses
+            live.peak = live.now
+            before = live.now
+            jacobian.backward(weights, release=release)
+            peaks[release] = live.peak - before
+    assert peaks[False] >= 12 * size, "a gradient each, beside all pairs and one scaled side"
+    assert peaks[True] < 6 * size, "each in the place of its pair, beside one scaled side"
+
+
+def test_released_it_stays_so_where_a_hook_raises():
+    model, data, loss = make("mlp")
+    with gs.tape(model) as tape:
+        losses = loss(model, data)
+    jacobian = tape.jacobian(losses)
+    weights = torch.ones(jacobian.m)
+
+    def refuse(_):
+        raise RuntimeError("no")
+
+    jacobian.parameters[-1].register_post_accumulate_grad_hook(refuse)
+    with pytest.raises(RuntimeError, match="no"):
+        jacobian.backward(weights, release=True)
+    with pytest.raises(gs.InputError, match="released"):
+        jacobian.backward(weights)
