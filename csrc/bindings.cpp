@@ -12,6 +12,7 @@
 #include "launchers.h"
 #include "orthonormalize.h"
 #include "pairs.h"
+#include "plane_sum.h"
 #include "planes.h"
 #include "weighting.h"
 
@@ -125,6 +126,24 @@ void plane_gramian_cpu(const std::vector<Tensor>& left, const std::vector<Tensor
   GRADSURGERY_SELECT(plane_gramian)(std::move(planes), gram, threads);
 }
 
+void plane_sum_cpu(const Tensor& left, const Tensor& right, const Tensor& weights, double beta,
+                   const Tensor& out, int threads) {
+  const Tokens tokens{left, right};
+  check_tokens(tokens, "left and right", tokens);
+  check(weights.ndim == 1 && weights.size(0) == tokens.blocks() && weights.is_contiguous() &&
+            weights.device == Device::cpu,
+        "weights must be a contiguous [", tokens.blocks(), "] on the CPU, got ",
+        weights.shape_text());
+  check(out.ndim == 2 && out.size(0) == left.size(2) && out.size(1) == right.size(2) &&
+            out.dtype == left.dtype && out.device == Device::cpu &&
+            (out.stride(0) == 1 || out.stride(1) == 1),
+        "out must be [", left.size(2), ", ", right.size(2), "] ", name(left.dtype),
+        " on the CPU with a stride of 1, got ", out.shape_text(), " ", name(out.dtype));
+  const double* w = weights.data_as<double>();
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(plane_sum)(tokens, w, beta, out, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -180,6 +199,8 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("plane_gramian_cpu", &plane_gramian_cpu, py::arg("left"), py::arg("right"),
              py::arg("rows"), py::arg("count"), py::arg("kept"), py::arg("out"),
              py::arg("threads"));
+  module.def("plane_sum_cpu", &plane_sum_cpu, py::arg("left"), py::arg("right"), py::arg("weights"),
+             py::arg("beta"), py::arg("out"), py::arg("threads"));
 
 #if GRADSURGERY_HAS_CUDA
   // launches only: short enough to keep the interpreter's lock

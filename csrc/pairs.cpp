@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "register_tile.h"
 #include "workspace.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {

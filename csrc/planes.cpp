@@ -4,14 +4,16 @@
 #include <vector>
 
 #include "products.h"
+#include "register_tile.h"
 #include "workspace.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
 
 namespace {
 
-// Most tokens multiplied at a time: a panel of them fits the first-level cache.
-constexpr std::int64_t chunk = 128;
+// Most tokens multiplied at a time: the fewer parts a block has, the fewer sums are read and
+// written.
+constexpr std::int64_t chunk = 256;
 
 // Bytes of the tiles of all rows: they stay in the second-level cache until they are multiplied.
 constexpr std::int64_t tiles_bytes = 768 << 10;
@@ -45,41 +47,6 @@ void pack(const Side<T>& side, std::int64_t length, std::int64_t count, T* to) {
   }
 }
 
-// out [tile_rows, panels * lanes], its rows `stride` apart, (+)= sum_t a_t b_tᵀ; tokens are
-// tile_rows values apart in a. Meanwhile a line of each token that comes next is prefetched.
-template <typename T, int panels>
-void multiply(const T* a, const T* b, std::int64_t b_stride, std::int64_t length, T* out,
-              std::int64_t stride, bool add, const T* next, std::int64_t next_stride) {
-  constexpr int rows = tile_rows<T>;
-  Vector<T> sums[rows * panels] = {};
-  for (std::int64_t t = 0; t < length; ++t) {
-    __builtin_prefetch(next, 0, 2);
-    next += next_stride;
-    Vector<T> x[panels];
-#pragma GCC unroll 4
-    for (int c = 0; c < panels; ++c) {
-      x[c] = load(b + c * lanes<T>);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-      for (int c = 0; c < panels; ++c) {
-        sums[r * panels + c] += x[c] * a[r];
-      }
-    }
-    a += rows;
-    b += b_stride;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int c = 0; c < panels; ++c) {
-      T* to = out + r * stride + c * lanes<T>;
-      store(to, add ? load(to) + sums[r * panels + c] : sums[r * panels + c]);
-    }
-  }
-}
-
 // Lines that come next: hardware does not foresee where a tile of tokens goes on, nor soon enough
 // how far away a panel begins.
 template <typename T>
@@ -94,7 +61,7 @@ struct Ahead {
 // A panel's products for `high` rows.
 template <typename T, int panels>
 void multiply_rows(const T* a, const T* b, std::int64_t b_stride, std::int64_t length,
-                   std::int64_t high, T* out, std::int64_t stride, bool add, Ahead<T>& ahead) {
+                   std::int64_t high, T* out, std::int64_t stride, T beta, Ahead<T>& ahead) {
   constexpr std::int64_t line = Ahead<T>::line;
   constexpr int lines = panels * lanes<T> / line;  // of a token of the next panel
   for (std::int64_t h = 0; h < high; h += tile_rows<T>) {
@@ -109,7 +76,7 @@ void multiply_rows(const T* a, const T* b, std::int64_t b_stride, std::int64_t l
         ahead.values -= line;
       }
     }
-    multiply<T, panels>(a + h * length, b, b_stride, length, out + h * stride, stride, add, next,
+    multiply<T, panels>(a + h * length, b, b_stride, length, out + h * stride, stride, beta, next,
                         next_stride);
   }
 }
@@ -250,8 +217,8 @@ class Tiles {
           at_stride = y.stride;
         }
         by_panels[grain / lanes<T> - 1](a, at, at_stride, piece.length, high,
-                                        tiles + piece.row * size + w, stride, written[piece.row],
-                                        ahead);
+                                        tiles + piece.row * size + w, stride,
+                                        T{written[piece.row] ? 1.0f : 0.0f}, ahead);
       }
       written[piece.row] = true;
     }

@@ -1,4 +1,4 @@
-// What the kernels over tokens share: the size of a register tile, and memory to pack into.
+// Memory that the kernels over tokens pack into.
 #pragma once
 
 #include <algorithm>
@@ -8,18 +8,6 @@
 #include "simd.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
-
-// A register tile is the products of `tile_rows` values, read one by one, with up to `tile_panels`
-// panels of others, a vector each: tile_rows * tile_panels accumulators.
-#if defined(__AVX512F__)
-constexpr int tile_panels = 3;
-template <typename T>
-constexpr int tile_rows = 8;
-#else
-constexpr int tile_panels = vector_bytes == 32 ? 3 : 2;
-template <typename T>
-constexpr int tile_rows = std::min(lanes<T>, 4);
-#endif
 
 constexpr std::int64_t round_up(std::int64_t n, std::int64_t grain) {
   return (n + grain - 1) / grain * grain;

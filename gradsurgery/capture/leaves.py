@@ -60,9 +60,9 @@ class Derived:
         """w^T J per parameter."""
         grads = []
         for leaf, uses in self.leaves:
-            out = uses[0].values[-1].new_zeros(uses[0].plane)
+            out = uses[0].wide().values[-1].new_zeros(uses[0].plane)
             for use in uses:
-                use.combine(weights[use.rows.to(weights.device)], out)
+                use.wide().combine(weights[use.rows.to(weights.device)], out)
             grads.append(out.view(leaf.shape))
         return self._back([leaf for leaf, _ in self.leaves], grads, False)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gradsurgery.ops.plane_sum import plane_sum
+
 
 class Numbers(NamedTuple):
     """Which rows some blocks belong to."""
@@ -202,17 +204,16 @@ class MatrixUse(Use):
 
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
         left, right = self.left, self.right
-        weights = weights.to(left.dtype).view([-1] + [1] * (left.dim() - 1))
-        if left.shape[-1] <= right.shape[-1]:
-            left = left * weights
-        else:
-            right = right * weights
         if left.dim() == 3 and left.dtype == out.dtype:
-            out.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1), beta=beta)
+            plane_sum(left, right, weights, out, beta)
             return
-        planes = left.mT @ right if left.dim() == 4 else left.flatten(0, 1).mT @ right.flatten(0, 1)
-        planes = planes.sum(0).view_as(out) if left.dim() == 4 else planes
-        out.copy_(planes) if beta == 0 else scale(out, beta).add_(planes)
+        if left.dim() == 3:
+            part = torch.empty_like(out, dtype=left.dtype)
+            plane_sum(left, right, weights, part)
+        else:
+            left = left * weights.to(left.dtype).view(-1, 1, 1, 1)
+            part = (left.mT @ right).sum(0).view_as(out)
+        scale(out, beta).add_(part)
 
     def products(self, vector: Tensor) -> Tensor:
         vector = vector.to(self.left.dtype)

@@ -1,0 +1,44 @@
+"""Weighted sum of weight gradients from the tokens each is a sum over."""
+
+import torch
+from torch import Tensor
+
+from gradsurgery.ops._backend import _C, choose, runs_cuda
+
+
+def plane_sum(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float = 0) -> None:
+    """out = beta out + Σ_i weights_i G_i, G_i = Σ_t left_it right_itᵀ, in place.
+
+    Args:
+        left, right: [n, T, a] and [n, T, b], float32 or float64.
+        weights: [n], any dtype.
+        out: [a, b] in the dtype of the tokens, one of its strides 1. It is not read if beta is 0.
+    """
+    choose("plane_sum", IMPLEMENTATIONS, left.device.type)(left, right, weights, out, beta)
+
+
+def plane_sum_reference(
+    left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
+) -> None:
+    weights = weights.to(left.dtype)[:, None, None]
+    if left.shape[-1] <= right.shape[-1]:
+        left = left * weights
+    else:
+        right = right * weights
+    out.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1), beta=beta)
+
+
+def plane_sum_native(
+    left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
+) -> None:
+    if runs_cuda(left):  # of a test build
+        plane_sum_reference(left, right, weights, out, beta)
+        return
+    weights = weights.double().contiguous()
+    _C.plane_sum_cpu(left, right, weights, beta, out, torch.get_num_threads())
+
+
+IMPLEMENTATIONS = {
+    ("torch", "any"): plane_sum_reference,
+    ("native", "cpu"): plane_sum_native,
+}
