@@ -284,11 +284,9 @@ def batch_size(batch: Any, name: str = "batch") -> int:
     leaves = pytree.tree_leaves(batch)
     check(len(leaves) > 0, f"{name} holds no tensor")
     for leaf in leaves:
-        check(
-            isinstance(leaf, Tensor) and leaf.dim() >= 1,
-            f"{name} must hold tensors with a leading batch dimension, got "
-            + (f"a tensor of shape {list(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)),
-        )
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            got = "a tensor of shape []" if isinstance(leaf, Tensor) else repr(leaf)
+            raise InputError(f"{name} must hold tensors with a leading batch dimension, got {got}")
     sizes = sorted({leaf.shape[0] for leaf in leaves})
     check(len(sizes) == 1, f"{name} holds tensors of different batch sizes: {sizes}")
     check(sizes[0] > 0, f"{name} is empty")

@@ -232,7 +232,8 @@ class FactoredJacobian:
             tuple(weights.shape) in ((m,), (count, m)),
             f"weights must be [{m}] or [{count}, {m}], got {list(weights.shape)}",
         )
-        check(bool(weights.isfinite().all()), f"weights must be finite, got {weights.tolist()}")
+        if not bool(weights.isfinite().all()):
+            raise InputError(f"weights must be finite, got {weights.tolist()}")
         return weights.detach().to(self.parameters[0].device).expand(count, m)
 
     def _need_pairs(self, what: str) -> None:

@@ -73,11 +73,13 @@ class Found:
     def _reach_all(self) -> None:
         """Parameters in the graph get a gradient, though it be zero, as from a backward pass."""
         made = {self.place[id(p)] for derived in self.derived for p in derived.parameters}
+        unused = {k for k, uses in enumerate(self.uses) if not uses} - made
+        if not unused:
+            return
         _, parameters = under(roots(self.losses))
-        for k in {self.place[id(p)] for p in parameters if id(p) in self.place} - made:
-            if not self.uses[k]:
-                none = self.owner.parameters[k].new_zeros(0, *self.owner.parameters[k].shape)
-                self._add(k, RowsUse(none.detach(), torch.zeros(0, dtype=torch.int64)))
+        for k in {self.place[id(p)] for p in parameters if id(p) in self.place} & unused:
+            none = self.owner.parameters[k].new_zeros(0, *self.owner.parameters[k].shape)
+            self._add(k, RowsUse(none.detach(), torch.zeros(0, dtype=torch.int64)))
 
     def _trace(self, rows: Tensor) -> Trace:
         distinct = occurring(rows)

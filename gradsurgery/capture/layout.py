@@ -129,6 +129,8 @@ def compress(elements: Tensor) -> Layout:
     shape = elements.shape
     if elements.numel() == 0:
         return constant(0)
+    if elements.dim() == 1:
+        return listed(elements, shape, 0)
     for dim in range(elements.dim()):
         flat = elements.movedim(dim, 0).reshape(shape[dim], -1)
         rows = flat.amax(1) if flat.numel() else flat.new_full((shape[dim],), -1)

@@ -1,7 +1,7 @@
 """From the tensors that met samples back to the parameters they were computed from."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -101,11 +101,10 @@ def vjps(
         ]
 
 
-@contextmanager
-def unmixed(like: Tensor) -> Iterator[None]:
+def unmixed(like: Tensor) -> AbstractContextManager:
     """Every tensor is computed with in its own dtype, inside a user's autocast too."""
-    with torch.autocast(like.device.type, enabled=False):
-        yield
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def dense_rows(uses: Sequence[Use], m: int) -> Tensor:

@@ -124,10 +124,8 @@ def tape(
     check(coupled in ("refuse", "exact"), f"coupled must be 'refuse' or 'exact', got {coupled!r}")
     named = trainable(model, parameters)
     for name, parameter in named.items():
-        check(
-            parameter.dtype in DTYPES,
-            f"parameter {name} must be floating point, got {parameter.dtype}",
-        )
+        if parameter.dtype not in DTYPES:
+            raise InputError(f"parameter {name} must be floating point, got {parameter.dtype}")
     recorder = Tape(model, named, coupled)
     # whoever compiled a model has imported the compiler; nobody else should wait for that
     compiles = "torch._dynamo" in sys.modules

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from gradsurgery.ops.plane_sum import plane_sum
 
@@ -27,17 +26,15 @@ class Numbers(NamedTuple):
     joined: dict  # by other rows: these and those
 
 
-_NUMBERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def numbers(rows: Tensor) -> Numbers:
     """Kept with `rows`, which most uses of a Jacobian share."""
-    known = _NUMBERS.get(rows)
+    known = getattr(rows, "_numbers", None)
     if known is None:
         ids, index = rows.unique(return_inverse=True)
         distinct = torch.equal(index, torch.arange(len(ids)))
         some_none = len(ids) > 0 and int(ids[0]) < 0
-        known = _NUMBERS[rows] = Numbers(ids, index, distinct, some_none, {}, {})
+        known = Numbers(ids, index, distinct, some_none, {}, {})
+        setattr(rows, "_numbers", known)  # noqa: B010
     return known
 
 

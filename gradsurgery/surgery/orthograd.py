@@ -128,12 +128,12 @@ class OrthoGrad:
         select = select.to(grams.device)
         coefficients, rank, gram = self._project(grams, select)
         frozen = _small(jacobian.sizes, groups, select.shape[0] - 1)
-        leave = [small and self.small_tensors == "leave" for small in frozen]
-        exempt = torch.tensor(leave, device=grams.device)[:, None]
-        coefficients = torch.where(exempt, 0, coefficients)
+        exempt = [g for g, small in enumerate(frozen) if small and self.small_tensors == "leave"]
+        if exempt:
+            coefficients[exempt] = 0
         for _ in range(self.refine):
-            refined = self._refined(jacobian, coefficients, grams, groups, select, metric)
-            coefficients = torch.where(exempt, coefficients, refined)
+            coefficients = self._refined(jacobian, coefficients, grams, groups, select, metric)
+            coefficients[exempt] = 0
 
         # |g⊥|² = (1, -c) K (1, -c)ᵀ, group by group
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1)
