@@ -117,14 +117,18 @@ class Surgeon:
         gram = solution.gramian
         norms = gram.diagonal().sqrt()
         scale = norms[0] * norms[1:]
-        cosines = torch.where(scale > 0, gram[0, 1:] / scale, 0).clamp(-1, 1).cpu()
+        cosines = torch.where(scale > 0, gram[0, 1:] / scale, 0).clamp(-1, 1)
+        kept = forget_losses, retain_losses, solution.rank
+        means = [values.to(gram.device).double().mean() for values in kept]
+        seen = torch.stack([*means, (cosines > 0).double().mean(), solution.kept_norm]).tolist()
+        forget_loss, retain_loss, rank, conflict_rate, kept_norm = seen
         return StepInfo(
-            forget_loss=forget_losses.double().mean().item(),
-            retain_loss=retain_losses.double().mean().item(),
-            cosines=cosines,
-            conflict_rate=(cosines > 0).double().mean().item(),
-            kept_norm=solution.kept_norm.item(),
-            rank=solution.rank.double().mean().item(),
+            forget_loss=forget_loss,
+            retain_loss=retain_loss,
+            cosines=cosines.cpu(),
+            conflict_rate=conflict_rate,
+            kept_norm=kept_norm,
+            rank=rank,
             frozen=solution.frozen,
             seconds=time.perf_counter() - start,
         )

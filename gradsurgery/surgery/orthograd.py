@@ -137,7 +137,7 @@ class OrthoGrad:
 
         # |g⊥|² = (1, -c) K (1, -c)ᵀ, group by group
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1)
-        kept = ((parts.unsqueeze(1) @ gram).squeeze(1) * parts).sum().clamp(min=0)
+        kept = (parts.unsqueeze(1) @ gram @ parts.unsqueeze(2)).sum().clamp(min=0)
         whole = gram[:, 0, 0].sum()
         weights = self._mix(coefficients, select)
         return Solution(
