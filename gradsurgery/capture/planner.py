@@ -17,8 +17,8 @@ from gradsurgery.errors import InputError
 
 PATHS = ("factored", "direct")
 # multiplications in the time that a kept plane costs a value: to be written, multiplied with itself
-# and read, and two products of fewer tokens where one would do. Measured: 48 (Zen 4 and 5), 100 (Xeon).
-# The larger: a plane kept beside the pairs takes memory, too
+# and read, and two products of fewer tokens where one would do. Measured: 48 (Zen 4 and 5), 100
+# (Xeon). The larger: a plane kept beside the pairs takes memory, too
 KEEP = 96
 
 
