@@ -16,6 +16,7 @@ from gradsurgery.capture.paths import CHUNK
 from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.trace import Leaf
 from gradsurgery.capture.uses import HALVES, MatrixUse, numbers
+from gradsurgery.ops._backend import native_available
 
 
 class Live(TorchDispatchMode):
@@ -138,7 +139,13 @@ def _adding(plane: Plane) -> int:
     planes = 0 if p.grad is None and p.dtype not in HALVES else 1
     if plane.plan is None:
         planes += 1
-    sides = sum(min(t.numel() for t in use.values) for use in plane.uses if len(use.values) > 1)
+    # one side is scaled in a copy; the CPU's kernel for products of tokens makes none
+    kernel = p.is_cpu and native_available("cpu")
+    sides = sum(
+        min(t.numel() for t in use.values)
+        for use in plane.uses
+        if len(use.values) > 1 and not (kernel and isinstance(use, MatrixUse))
+    )
     return _copies(plane) + (planes * p.numel() + sides) * _value(p)
 
 

@@ -1,14 +1,11 @@
 """Which implementation runs, and that each instruction set computes the same."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import gradsurgery as gs
 from gradsurgery.ops import _backend
+from tests.ops import instruction_sets
 
 REFERENCE = ("torch", "any")
 
@@ -186,20 +183,9 @@ for name, make in {
 
 
 @pytest.mark.skipif(not _backend.native_available("cpu"), reason="the native module is not built")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@instruction_sets.each
 @pytest.mark.parametrize(
     "code", [EVERY_OPERATOR, GRAMIAN_IN_FLOAT32], ids=["operators", "gramian in float32"]
 )
 def test_every_instruction_set_agrees_with_float64(code, isa):
-    if isa not in _backend._C.isas:
-        pytest.skip(f"not built for {isa}")
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PREAMBLE + code + "print(*failures, sep='\\n')"],
-        env={**os.environ, "GRADSURGERY_CPU": isa, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    if "this processor has" in result.stderr:
-        pytest.skip(result.stderr.strip().rpartition("\n")[2])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == ""
+    instruction_sets.prints_nothing(isa, PREAMBLE + code + "print(*failures, sep='\\n')")

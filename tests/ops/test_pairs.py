@@ -1,9 +1,5 @@
 """Inner products of sums of outer products, from their factors."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +8,7 @@ from hypothesis import strategies as st
 import gradsurgery as gs
 from gradsurgery.ops import _backend, pairs
 from gradsurgery.ops.pairs import token_pairs
+from tests.ops import instruction_sets
 
 # |K_ij - <G_i, G_j>| / sum_tu |left_t| |left_u| |right_t| |right_u|, largest
 LIMITS = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -269,18 +266,6 @@ for dtype, limit in LIMITS.items():
 
 
 @native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@instruction_sets.each
 def test_every_instruction_set(isa):
-    if isa not in _backend._C.isas:
-        pytest.skip(f"not built for {isa}")
-    environment = {"GRADSURGERY_CPU": isa, "GRADSURGERY_BACKEND": "native"}
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", EVERY_SHAPE],
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    if "this processor has" in result.stderr:
-        pytest.skip(result.stderr.strip().rpartition("\n")[2])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == ""
+    instruction_sets.prints_nothing(isa, EVERY_SHAPE)

@@ -1,9 +1,5 @@
 """The weighted sum of weight gradients, from their tokens."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +8,7 @@ from hypothesis import strategies as st
 import gradsurgery as gs
 from gradsurgery.ops import _backend
 from gradsurgery.ops.plane_sum import plane_sum
+from tests.ops import instruction_sets
 from tests.ops.test_pairs import LAYOUTS, native, tokens
 
 # |out_ab - exact| over the sum of what was added up, largest
@@ -164,18 +161,6 @@ for dtype, limit in LIMITS.items():
 
 
 @native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@instruction_sets.each
 def test_every_instruction_set(isa):
-    if isa not in _backend._C.isas:
-        pytest.skip(f"not built for {isa}")
-    environment = {"GRADSURGERY_CPU": isa, "GRADSURGERY_BACKEND": "native"}
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", EVERY_SHAPE],
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    if "this processor has" in result.stderr:
-        pytest.skip(result.stderr.strip().rpartition("\n")[2])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == ""
+    instruction_sets.prints_nothing(isa, EVERY_SHAPE)
