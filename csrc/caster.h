@@ -74,6 +74,9 @@ inline Tensor view(py::handle object) {
   if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(owner.tensor_type.ptr()))) {
     fail("expected a torch.Tensor, got ", Py_TYPE(object.ptr())->tp_name);
   }
+  // its memory holds the negated values, and DLPack does not say so
+  check(!py::cast<bool>(object.attr("is_neg")()),
+        "expected values as they are in memory, got a negated view: call resolve_neg()");
   dlpack::Tensor borrowed;
   if (owner.api->borrow(object.ptr(), &borrowed) != 0) {
     py::error_already_set error;  // sparse, meta, conjugated, ...; the first line says which
@@ -86,7 +89,7 @@ inline Tensor view(py::handle object) {
   tensor.ndim = borrowed.ndim;
   for (int i = 0; i < borrowed.ndim; ++i) {
     tensor.shape[i] = borrowed.shape[i];
-    tensor.strides[i] = borrowed.strides[i];
+    tensor.strides[i] = borrowed.shape[i] > 1 ? borrowed.strides[i] : 1;
   }
   tensor.dtype = to_dtype(borrowed.dtype, object);
   tensor.data = static_cast<char*>(borrowed.data) + borrowed.byte_offset;

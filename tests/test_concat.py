@@ -139,3 +139,48 @@ def test_kinds_do_not_mix():
     ):
         with pytest.raises(gs.InputError, match=message):
             gs.concat(pair)
+
+
+def test_rows_given_away_are_gone_from_their_parent():
+    """The whole row of a pass of its own ends in `.grad`: who else holds it must not use it."""
+    model, batch, loss = make("mlp")
+    one = torch.zeros(len(batch[1]), dtype=torch.int64)
+    first, second = captured(model, batch, loss, one), captured(model, batch, loss)
+    both = gs.concat([first, second])
+    both.gramian()
+    both.backward(torch.randn(both.m).double(), release=True)
+    for use in (first.gramian, first.materialize, lambda: first.combine(torch.ones(1))):
+        with pytest.raises(gs.InputError, match="modified in place"):
+            use()
+
+
+def test_a_gradient_that_two_parameters_share_is_given_away_once():
+    a, b = (torch.nn.Parameter(torch.randn(5, 3).double()) for _ in range(2))
+    model = torch.nn.ParameterList([a, b])
+    x = torch.randn(4, 6, 5).double()
+    with gs.tape(model) as tape:
+        whole = (x[0] @ (a + b)).square().sum()
+    with gs.tape(model) as other:
+        each = (x[1:] @ a).square().sum((1, 2)) + (x[1:] @ b).tanh().sum((1, 2))
+    both = gs.concat([tape.jacobian(whole), other.jacobian(each)])
+    weights = torch.tensor([2.0, -1, 0.5, 3]).double()
+    expected = both.combine(weights)
+    both.gramian()
+    both.backward(weights, release=True)
+    for p, update in zip((a, b), expected, strict=True):
+        torch.testing.assert_close(p.grad, update)
+
+
+def test_a_whole_row_that_is_one_expanded_value():
+    linear = torch.nn.Linear(1, 1).double()
+    x = torch.randn(4, 6, 1).double()
+    with gs.tape(linear) as tape:
+        whole = linear.weight.sum() * 2
+    with gs.tape(linear) as other:
+        each = linear(x).square().mean((1, 2))
+    both = gs.concat([tape.jacobian(whole), other.jacobian(each)])
+    rows = both.materialize()
+    torch.testing.assert_close(both.gramian(), rows @ rows.mT)
+    weights = torch.arange(5.0).double()
+    both.backward(weights)
+    torch.testing.assert_close(linear.weight.grad.flatten(), weights @ rows[:, :1])

@@ -194,3 +194,19 @@ def test_one_part_that_depends_on_no_parameter_is_refused():
 def test_refuses_rows_of_no_kind():
     with pytest.raises(gs.InputError, match="rows must be 'captured' or 'stored', got 'dense'"):
         gs.Surgeon(mlp(), torch.optim.SGD(mlp().parameters()), gs.OrthoGrad(), rows="dense")
+
+
+def test_convolutions_of_channels_last():
+    """Whose gradients lie in memory as the images do."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 5, 3)).double()
+
+    def loss(model, batch):
+        return model(batch[0]).flatten(1).square().mean(1)
+
+    forget, retain = ((torch.randn(4, 3, 8, 8).double(),) for _ in range(2))
+    rule = gs.OrthoGrad()
+    expected = steps(model, rule, forget, retain, loss, rows="stored")
+    turned = model.to(memory_format=torch.channels_last)
+    forget, retain = ((x.to(memory_format=torch.channels_last),) for (x,) in (forget, retain))
+    for together in (True, False):
+        assert_same(steps(turned, rule, forget, retain, loss, together=together), expected)

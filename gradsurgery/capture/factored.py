@@ -247,8 +247,8 @@ class FactoredJacobian:
     ) -> Iterator[tuple[int, Tensor]]:
         """w^T J per parameter that the losses depend on; one may come several times."""
         self._check_usable()
-        if release:  # from now on, whatever raises; and versions hold what is to be freed
-            self._released, self._versions = True, []
+        if release:
+            self._versions = []  # which hold what is to be freed
         if self._graph is not None:
             yield from self._graph.combine(weights, self.parameters)
         exist: dict[tuple, list[int]] = {}
@@ -300,22 +300,27 @@ class FactoredJacobian:
         """
         weights = self._weights(weights)
         self._check_usable()
-        if self._graph is not None:
-            self._graph.backward(weights, self.parameters)
-        else:
-            with torch.no_grad(), unmixed(self.parameters[0]):
-                for k, grad in self._updates(weights, True, release):
-                    parameter = self.parameters[k]
-                    if parameter.grad is None:
-                        parameter.grad = grad
-                    else:
-                        parameter.grad += grad
-                    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-                    for hook in list(hooks.values()):
-                        hook(parameter)
-        if release:
-            self._graph, self._released = None, True
-            self._drop()
+        try:
+            if self._graph is not None:
+                self._graph.backward(weights, self.parameters)
+            else:
+                self._add(weights, release)
+        finally:  # what a hook interrupts is not half there
+            if release:
+                self._graph, self._released = None, True
+                self._drop()
+
+    def _add(self, weights: Tensor, release: bool) -> None:
+        with torch.no_grad(), unmixed(self.parameters[0]):
+            for k, grad in self._updates(weights, True, release):
+                parameter = self.parameters[k]
+                if parameter.grad is None:
+                    parameter.grad = grad
+                else:
+                    parameter.grad += grad
+                hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+                for hook in list(hooks.values()):
+                    hook(parameter)
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64.
@@ -342,6 +347,7 @@ class FactoredJacobian:
     def materialize(self) -> Tensor:
         """The rows as one matrix, [m, n]: for tests and small models."""
         self._need_pairs("materialize")
+        self._check_usable()
         rows = [p.new_zeros(self.m, p.numel()) for p in self.parameters]
         with torch.no_grad(), unmixed(self.parameters[0]):
             through = self._through_derived()

@@ -167,10 +167,15 @@ class Found:
             allow_unused=True,
         )
         own = torch.tensor([row])
+        known: set[int] = set()
         for k, grad in enumerate(grads):
-            if grad is not None:
-                grad = grad.to_dense() if grad.layout != torch.strided else grad
-                self._add(k, RowsUse(grad.unsqueeze(0), own))
+            if grad is None:
+                continue
+            grad = grad.to_dense() if grad.layout != torch.strided else grad
+            place = grad.untyped_storage()._cdata
+            grad = grad.clone() if place in known else grad  # each may end in a `.grad` of its own
+            known.add(place)
+            self._add(k, RowsUse(grad.unsqueeze(0), own))
 
     def _pass(self, rows: Tensor, found: Trace, retain_graph: bool) -> None:
         distinct = occurring(rows)

@@ -69,7 +69,7 @@ class Plane:
 
     def group_plane(self) -> Tensor:
         if self.kept is None and self.whole is not None:
-            self.kept = wide(self.whole.blocks).view(self.whole.plane).contiguous()
+            self.kept = wide(self.whole.blocks).reshape(self.whole.plane).contiguous()
         if self.kept is None:
             assert self.group is not None
             ones = torch.ones(self.group + 1, device=self.parameter.device)

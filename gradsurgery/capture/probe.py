@@ -63,6 +63,8 @@ def probe(
         shape = tuple(meta.shape)
         numbers = layout.elements(shape).to(meta.device)
         grad = torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0
+        if meta.dtype.is_complex:
+            grad = torch.complex(grad, grad.flip(-1) if grad.dim() else 3 * grad)
         grads.append((grad.to(meta.dtype).to(meta.device)).masked_fill(numbers < 0, 0))
         ids.append(numbers)
     with torch.no_grad():

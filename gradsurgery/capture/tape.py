@@ -98,7 +98,7 @@ class Tape:
         )
         lowest = int(groups.min()) if groups.numel() else 0
         check(lowest >= -1, f"groups must be -1 or rows, got {lowest}")
-        return groups.detach().flatten().cpu()
+        return groups.detach().flatten().cpu().clone()  # whoever made them may go on writing
 
 
 @contextmanager

@@ -135,7 +135,7 @@ class RowsUse(Use):
     tensors = ("blocks",)
 
     def __init__(self, blocks: Tensor, rows: Tensor) -> None:
-        self.blocks, self.rows = blocks, rows
+        self.blocks, self.rows = blocks.resolve_neg(), rows
         self.plane = plane_of(blocks.shape[1:])
 
     def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
@@ -172,7 +172,8 @@ class MatrixUse(Use):
     tensors = ("left", "right")
 
     def __init__(self, left: Tensor, right: Tensor, rows: Tensor) -> None:
-        self.left, self.right, self.rows = left.detach(), right.detach(), rows
+        self.left, self.right = left.detach().resolve_neg(), right.detach().resolve_neg()
+        self.rows = rows
         self.grain = left.shape[-1] if left.dim() == 4 else 1
         self.plane = (math.prod(left.shape[1:-2]) * left.shape[-1], right.shape[-1])
 

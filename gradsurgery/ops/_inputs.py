@@ -105,7 +105,9 @@ def _check_tensors(tensors: list[Tensor], name: str) -> None:
 
 def flat(blocks: Sequence[Tensor]) -> list[Tensor]:
     """Each block as [m, n_k]; a view wherever strides allow one."""
-    return [block.reshape(block.shape[0], block.shape[1:].numel()) for block in blocks]
+    return [
+        block.resolve_neg().reshape(block.shape[0], block.shape[1:].numel()) for block in blocks
+    ]
 
 
 def check_finite(diagonal: Tensor, blocks: Sequence[Tensor], name: str) -> None:

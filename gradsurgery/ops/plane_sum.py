@@ -36,6 +36,7 @@ def plane_sum_native(
         return
     weights = weights.double().contiguous()
     _C.plane_sum_cpu(left, right, weights, beta, out, torch.get_num_threads())
+    torch.autograd.graph.increment_version(out)  # as torch's own in-place operations do
 
 
 IMPLEMENTATIONS = {

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -130,10 +129,10 @@ class OrthoGrad:
         frozen = _small(jacobian.sizes, groups, select.shape[0] - 1)
         exempt = [g for g, small in enumerate(frozen) if small and self.small_tensors == "leave"]
         if exempt:
-            coefficients[exempt] = 0
+            coefficients = _without(coefficients, exempt)
         for _ in range(self.refine):
             coefficients = self._refined(jacobian, coefficients, grams, groups, select, metric)
-            coefficients[exempt] = 0
+            coefficients = _without(coefficients, exempt)
 
         # |g⊥|² = (1, -c) K (1, -c)ᵀ, group by group
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1)
@@ -162,7 +161,14 @@ class OrthoGrad:
             chosen = {i % m for i in indices}
         count = len(chosen)
         check(0 < count < m, f"forget selects {count} of {m} rows; need a forget and a retain row")
-        return _averages(m, frozenset(chosen), self.retain == "mean").to(device)
+        retain = [i for i in range(m) if i not in chosen]
+        select = torch.zeros(2 if self.retain == "mean" else 1 + len(retain), m).double()
+        select[0, sorted(chosen)] = 1 / count
+        if self.retain == "mean":
+            select[1, retain] = 1 / len(retain)
+        else:
+            select[range(1, 1 + len(retain)), retain] = 1
+        return select.to(device)
 
     def _project(self, gramian: Tensor, select: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gram = select @ gramian.double() @ select.mT
@@ -206,13 +212,11 @@ class OrthoGrad:
         return coefficients + correction
 
 
-@lru_cache(maxsize=64)
-def _averages(m: int, forget: frozenset[int], mean: bool) -> Tensor:
-    """[1 + k, m]: the mean of the rows `forget`, and each other row or their mean."""
-    mask = torch.tensor([i in forget for i in range(m)])
-    eye = torch.eye(m, dtype=torch.float64)
-    retain = eye[~mask].mean(0, keepdim=True) if mean else eye[~mask]
-    return torch.cat([eye[mask].mean(0, keepdim=True), retain])
+def _without(coefficients: Tensor, groups: Sequence[int]) -> Tensor:
+    """Zero for these groups; [g, k]."""
+    out = torch.zeros(len(coefficients), 1, dtype=torch.bool)
+    out[groups] = True
+    return coefficients.masked_fill(out.to(coefficients.device), 0)
 
 
 def _small(sizes: Sequence[int], groups: Sequence[int], k: int) -> list[bool]:

@@ -118,11 +118,12 @@ def test_released_it_frees_pairs_as_it_goes():
     assert peaks[True] < 6 * size, "each in the place of its pair"
 
 
-def test_released_it_stays_so_where_a_hook_raises():
+@pytest.mark.parametrize("combine", ["stored", "backward"])
+def test_released_it_stays_so_where_a_hook_raises(combine):
     model, data, loss = make("mlp")
     with gs.tape(model) as tape:
         losses = loss(model, data)
-    jacobian = tape.jacobian(losses)
+    jacobian = tape.jacobian(losses, combine=combine)
     weights = torch.ones(jacobian.m)
 
     def refuse(_):

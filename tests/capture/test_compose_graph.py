@@ -318,6 +318,25 @@ def test_complex_values():
     agrees(model, lambda: energy(model(X)))
 
 
+def test_complex_parts():
+    """Of each part alone, through an operation that has no rule."""
+    real, imaginary = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+
+    def forward():
+        z = torch.complex(real(X), imaginary(X))
+        return (z.conj() * (1 + 2j)).real.sum(1)
+
+    agrees(nn.ModuleList([real, imaginary]), forward)
+
+
+def test_negated_views():
+    """Memory that holds the values with the other sign."""
+    model = nn.Linear(5, 3).double()
+    x = torch.complex(batch(), batch(seed=2)).conj().imag
+    assert x.is_neg()
+    agrees(model, lambda: energy(model(x)))
+
+
 def test_complex_matrix():
     model = Complex().double()
 

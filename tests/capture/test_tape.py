@@ -168,9 +168,24 @@ def test_modified_afterwards():
     jacobian = tape.jacobian(losses)
     with torch.no_grad():
         kept[0].zero_()
-    for use in (jacobian.gramian, lambda: jacobian.combine(torch.ones(BATCH))):
+    for use in (
+        jacobian.gramian,
+        lambda: jacobian.combine(torch.ones(BATCH)),
+        jacobian.materialize,
+    ):
         with pytest.raises(gs.InputError, match="of the forward pass was modified in place"):
             use()
+
+
+@pytest.mark.parametrize("shape", [(BATCH,), (BATCH, 1)])
+def test_groups_modified_afterwards(shape):
+    """Rows are those that the groups named, whatever is written into them later."""
+    model, groups = mlp(), torch.arange(BATCH).view(shape) // 2
+    tape, losses = recorded(model)
+    expected = tape.jacobian(losses.view(shape), groups.clone(), retain_graph=True).materialize()
+    jacobian = tape.jacobian(losses.view(shape), groups)
+    groups.zero_()
+    torch.testing.assert_close(jacobian.materialize(), expected)
 
 
 def test_stepped_before_it_is_used():

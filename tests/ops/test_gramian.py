@@ -281,3 +281,12 @@ def test_compiles_into_one_graph(backend, impl):
     blocks = blocks_of([(3, 5), (3,)])
     compiled = torch.compile(lambda *b: 2 * gs.gramian(b), fullgraph=True, backend=backend)
     assert torch.equal(compiled(*blocks), 2 * gs.gramian(blocks))
+
+
+def test_negated_views(impl):
+    # memory that holds the values with the other sign
+    rows = torch.complex(torch.randn(5, 40), torch.randn(5, 40)).conj().imag
+    assert rows.is_neg()
+    more = torch.randn(5, 30)
+    assert error(gs.gramian(rows), rows) <= FLOAT32
+    assert error(gs.gramian([rows, more]), torch.cat([rows, more], dim=1)) <= FLOAT32

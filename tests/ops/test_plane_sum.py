@@ -92,6 +92,13 @@ def test_writes_planes_that_lie_otherwise(n, t, a, b, impl, dtype):
     assert torch.equal(part, rim), "nothing beside it is written"
 
 
+def test_it_is_noticed(impl):
+    left, right, weights, out = case(5, 4, 20, 30)
+    version = out._version
+    plane_sum(left, right, weights, out)
+    assert out._version > version
+
+
 def test_what_is_there_is_not_read_without_beta(impl):
     left, right, weights, out = case(5, 4, 20, 30)
     out.fill_(float("nan"))
@@ -132,6 +139,7 @@ def test_the_kernel_checks_what_it_is_given():
         ((left, right, weights, 0, out.mT), r"out must be \[9, 8\] float32"),
         ((left, right, weights, 0, out.double()), r"out must be \[9, 8\] float32"),
         ((left, right, weights, 0, torch.zeros(18, 16)[::2, ::2]), "with a stride of 1"),
+        ((left, right._neg_view(), weights, 0, out), r"negated view: call resolve_neg\(\)"),
     ]:
         with pytest.raises(gs.InputError, match=message):
             _backend._C.plane_sum_cpu(*arguments, 2)

@@ -370,3 +370,21 @@ def test_rows_and_gramian_are_untouched(impl):
         )
     assert torch.equal(rows, before[0])
     assert torch.equal(gramian, before[1])
+
+
+def test_leaving_small_tensors_out_is_differentiable():
+    rows = [torch.randn(4, 6, 3).double(), torch.randn(4, 2).double()]
+    for row in rows:
+        row.requires_grad_()
+    for refine in (0, 1):
+        rule = OrthoGrad(granularity="tensor", small_tensors="leave", refine=refine)
+        sum(u.square().sum() for u in rule(rows)).backward()
+    assert all(row.grad.isfinite().all() for row in rows)
+
+
+def test_a_step_under_inference_mode_leaves_no_trace():
+    a = torch.randn(5, 7).double()
+    with torch.inference_mode():
+        OrthoGrad().weights(a @ a.mT)
+    b = a.clone().requires_grad_()
+    OrthoGrad().weights(b @ b.mT).sum().backward()
