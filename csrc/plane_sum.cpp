@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <utility>
-#include <vector>
 
 #include "register_tile.h"
 #include "workspace.h"
@@ -91,8 +90,8 @@ class Sum {
       pack<panel, true>(y, length, left, wide, scales, b);
       const std::int64_t next = gather(t + chunk, x, y, scales);
       multiply_block(a, b, length, out, high, wide, t == 0 ? beta_ : T{1},
-                     {next > 0 ? x.tokens[0] + top * x.step : nullptr, x.step,
-                      next > 0 ? y.tokens[0] + left * y.step : nullptr, y.step});
+                     next > 0 ? x.tokens[0] + top * x.step : nullptr,
+                     next > 0 ? y.tokens[0] + left * y.step : nullptr);
       length = next;
       t += chunk;
     } while (t < length_);
@@ -125,16 +124,10 @@ class Sum {
     return length;
   }
 
-  // Where the tokens that come next begin.
-  struct Next {
-    const T* left;
-    std::int64_t left_step;
-    const T* right;
-    std::int64_t right_step;
-  };
-
+  // out [high, wide] = beta out + the products of what is packed. Meanwhile the sides of the tokens
+  // that come next, if there are any, are prefetched.
   void multiply_block(const T* a, const T* b, std::int64_t length, T* out, std::int64_t high,
-                      std::int64_t wide, T beta, const Next& next) const {
+                      std::int64_t wide, T beta, const T* next_left, const T* next_right) const {
     constexpr std::int64_t rows = tile_rows<T>;
     // lines of a token, to be prefetched evenly over the tiles
     const std::int64_t left_lines = parts(high, line), lines = left_lines + parts(wide, line);
@@ -159,12 +152,12 @@ class Sum {
         const T* ahead = a;  // what is in cache costs nothing
         std::int64_t ahead_stride = 0;
         const std::int64_t at = tile * lines / tiles;
-        if (next.left != nullptr && at != (tile + 1) * lines / tiles) {
+        if (next_left != nullptr && at != (tile + 1) * lines / tiles) {
           if (at < left_lines) {
-            ahead = next.left + at * line * next.left_step;
+            ahead = next_left + at * line * left.stride(2);
             ahead_stride = left.stride(blocks ? 0 : 1);
           } else {
-            ahead = next.right + (at - left_lines) * line * next.right_step;
+            ahead = next_right + (at - left_lines) * line * right.stride(2);
             ahead_stride = right.stride(blocks ? 0 : 1);
           }
         }

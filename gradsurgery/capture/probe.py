@@ -64,7 +64,8 @@ def probe(
         numbers = layout.elements(shape).to(meta.device)
         grad = torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0
         if meta.dtype.is_complex:
-            grad = torch.complex(grad, grad.flip(-1) if grad.dim() else 3 * grad)
+            other = torch.randn(shape, generator=generator, dtype=torch.float64) + 3.0
+            grad = torch.complex(grad, other)  # or an operation on one part would seem to pass none
         grads.append((grad.to(meta.dtype).to(meta.device)).masked_fill(numbers < 0, 0))
         ids.append(numbers)
     with torch.no_grad():

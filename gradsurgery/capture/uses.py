@@ -28,13 +28,13 @@ class Numbers(NamedTuple):
 
 def numbers(rows: Tensor) -> Numbers:
     """Kept with `rows`, which most uses of a Jacobian share."""
-    known = getattr(rows, "_numbers", None)
+    known = vars(rows).get("_numbers")
     if known is None:
         ids, index = rows.unique(return_inverse=True)
         distinct = torch.equal(index, torch.arange(len(ids)))
         some_none = len(ids) > 0 and int(ids[0]) < 0
         known = Numbers(ids, index, distinct, some_none, {}, {})
-        setattr(rows, "_numbers", known)  # noqa: B010
+        vars(rows)["_numbers"] = known
     return known
 
 
