@@ -7,7 +7,7 @@ pip := $(bin)/python -m pip install --quiet --disable-pip-version-check -c const
 native := CMakeLists.txt setup.py $(wildcard csrc/*)
 formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/emulated_cuda/*.h)
 
-.PHONY: demo test lint format types bench sanitize emulate clean
+.PHONY: demo test lint format types bench sanitize emulate interpret clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -73,6 +73,10 @@ emulate: $(VENV)/dev
 	cd build/emulate/tree && ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	    LD_PRELOAD="`$(CXX) -print-file-name=libasan.so` `$(CXX) -print-file-name=libstdc++.so`" \
 	    $(abspath $(bin)/python) -m pytest -p no:cacheprovider tests/test_cuda_kernels.py $(ARGS)
+
+# Triton's kernels, statement by statement on the CPU; `make test` compiles them for GPUs
+interpret: $(VENV)/dev
+	TRITON_INTERPRET=1 $(bin)/python -m pytest -p no:cacheprovider tests/kernels $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info gradsurgery/_C*.so $(VENV)/native

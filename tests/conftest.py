@@ -1,7 +1,9 @@
 """What every test shares: tolerances, implementations, seeds, memory that shows it is unwritten."""
 
+import os
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -32,7 +34,15 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=["torch", "native"])
+# `make interpret`: Triton's kernels on the CPU, and nothing compiled
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+if INTERPRETED:
+    numpy.seterr(all="ignore")  # a GPU does not warn of what is not finite
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["torch", "native"])
 def impl(request, monkeypatch):
     """Each implementation of an operator in turn, forced."""
     if request.param == "native" and not _backend.native_available("cpu"):

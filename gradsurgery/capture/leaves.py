@@ -12,6 +12,7 @@ from gradsurgery.capture.trace import Leaf, misused
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, plane_of
 from gradsurgery.capture.views import Simple
 from gradsurgery.errors import InputError
+from gradsurgery.ops._inputs import wide
 
 
 def oriented(use: Use, simple: Simple) -> Use | None:
@@ -60,7 +61,7 @@ class Derived:
         """w^T J per parameter."""
         grads = []
         for leaf, uses in self.leaves:
-            out = uses[0].wide().values[-1].new_zeros(uses[0].plane)
+            out = wide(uses[0].values[-1][:0]).new_zeros(uses[0].plane)
             for use in uses:
                 use.wide().combine(weights[use.rows.to(weights.device)], out)
             grads.append(out.view(leaf.shape))
@@ -109,8 +110,7 @@ def unmixed(like: Tensor) -> AbstractContextManager:
 
 def dense_rows(uses: Sequence[Use], m: int) -> Tensor:
     """[m, H, W]: the rows themselves."""
-    first = uses[0].wide()
-    out = first.values[-1].new_zeros(m, *first.plane)
+    out = wide(uses[0].values[-1][:0]).new_zeros(m, *uses[0].plane)
     for use in uses:
         use = use.wide()
         use.add_rows(out, use.rows, 0, use.plane[0])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, joined, numbers
+from gradsurgery.ops._inputs import wide
 from gradsurgery.ops.gramian import gramian_of_parts, gramian_unchecked
 from gradsurgery.ops.pairs import token_pairs
 from gradsurgery.ops.planes import plane_gramian
@@ -49,7 +50,7 @@ def direct(
     if metric is None and 0 < len(matrices) == len(uses):
         left, right = [use.left for use in matrices], [use.right for use in matrices]
         return to_rows(plane_gramian(left, right, index, len(ids), kept), rows, m)
-    like = uses[0].values[-1] if kept is None else kept
+    like = wide((uses[0].values[-1] if kept is None else kept)[:0])
     height, width = uses[0].plane if kept is None else kept.shape
     count = len(rows)
     total = torch.zeros(count, count, dtype=torch.float64, device=like.device)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.paths import alike, direct, embedded, factored, stored
 from gradsurgery.capture.planner import Plan, Work, plan
-from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, scale, wide
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, scale
+from gradsurgery.ops._inputs import wide
 
 
 class Plane:
@@ -42,7 +43,8 @@ class Plane:
             isinstance(use, (MatrixUse, ConvolutionUse)) or use is self.whole for use in self.uses
         )
         blocks = -(-own // longest), -(-summed // longest)
-        work = Work(*self.uses[0].plane, longest, *blocks, kept=self.whole is not None)
+        device = self.parameter.device.type
+        work = Work(*self.uses[0].plane, longest, *blocks, self.whole is not None, device)
         return plan(work, products)
 
     @cached_property

@@ -17,9 +17,13 @@ from gradsurgery.errors import InputError
 
 PATHS = ("factored", "direct")
 # multiplications in the time that a kept plane costs a value: to be written, multiplied with itself
-# and read, and two products of fewer tokens where one would do. Measured: 48 (Zen 4 and 5), 100
-# (Xeon). The larger: a plane kept beside the pairs takes memory, too
-KEEP = 96
+# and read, and two products of fewer tokens where one would do. On a CPU, measured: 48 (Zen 4 and
+# 5), 100 (Xeon). The larger: a plane kept beside the pairs takes memory, too. On a GPU, counted for
+# an H200, not yet measured: 8 bytes at 4 TB/s, and 3.25e14 multiplications a second
+KEEP = {"cpu": 96, "cuda": 650}
+# the same of a plane that is formed and dropped. A CPU does so in its registers and its inner
+# cache; a GPU writes and reads it, 4 bytes at the 5.5 TB/s of its cache, counted as above
+FORM = {"cpu": 0, "cuda": 240}
 
 
 class Work(NamedTuple):
@@ -31,6 +35,7 @@ class Work(NamedTuple):
     blocks: int  # of rows of their own
     group: int = 0  # blocks of the summed row
     kept: bool = False  # the summed row's plane exists
+    device: str = "cpu"  # torch's type of it
 
 
 class Plan(NamedTuple):
@@ -46,8 +51,9 @@ def plan(work: Work, products: bool = True) -> Plan:
     """
     h, w, t = work.height, work.width, work.tokens
     own, summed = work.blocks * t, work.group * t
-    keep = KEEP * h * w if work.group else 0
-    options = [Plan("direct", "plane", (own + (work.blocks + 1) ** 2 / 2) * h * w + keep)]
+    keep = KEEP.get(work.device, 0) * h * w if work.group else 0
+    form = FORM.get(work.device, 0) * work.blocks
+    options = [Plan("direct", "plane", (own + form + (work.blocks + 1) ** 2 / 2) * h * w + keep)]
     if work.group or work.kept:
         options.append(Plan("factored", "plane", own**2 / 2 * (h + w) + own * h * w + keep))
     if work.group:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurgery.ops.plane_sum import plane_sum
+from gradsurgery.ops._backend import choose
+from gradsurgery.ops._inputs import wide
+from gradsurgery.ops.plane_sum import IMPLEMENTATIONS, plane_sum, plane_sum_triton
 
 
 class Numbers(NamedTuple):
@@ -117,10 +119,6 @@ def scale(out: Tensor, beta: float) -> Tensor:
     return out.zero_() if beta == 0 else out if beta == 1 else out.mul_(beta)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in HALVES else tensor
-
-
 def scatter(out: Tensor, index: Tensor, blocks: Tensor) -> None:
     """out[index[k]] += blocks[k]."""
     if _is_range(index, len(out)):
@@ -181,45 +179,55 @@ class MatrixUse(Use):
     def tokens(self) -> int:
         return self.left.shape[-2]
 
+    def wide(self) -> Use:
+        kernel = choose("plane_sum", IMPLEMENTATIONS, self.left.device.type)
+        return (
+            self if kernel is plane_sum_triton else super().wide()
+        )  # it takes 16 bits as they are
+
     def transposed(self) -> "MatrixUse":
         return MatrixUse(self.right, self.left, self.rows)
 
     def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
-        if self.left.dim() == 4:
+        left, right = wide(self.left), wide(self.right)
+        if left.dim() == 4:
             part = slice(lo // self.grain, hi // self.grain)
-            planes = self.left[:, part].mT @ self.right[:, part]
+            planes = left[:, part].mT @ right[:, part]
             scatter(out, index, planes.view(self.n, hi - lo, -1))
         elif _is_range(index, len(out)):
-            out.baddbmm_(self.left[..., lo:hi].mT, self.right)
+            out.baddbmm_(left[..., lo:hi].mT, right)
         else:
-            scatter(out, index, self.left[..., lo:hi].mT @ self.right)
+            scatter(out, index, left[..., lo:hi].mT @ right)
 
     def write_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
         if self.left.dim() == 3 and _is_range(index, len(out)):
-            torch.bmm(self.left[..., lo:hi].mT, self.right, out=out)
+            torch.bmm(wide(self.left[..., lo:hi]).mT, wide(self.right), out=out)
         else:
             super().write_rows(out, index, lo, hi)
 
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
         left, right = self.left, self.right
-        if left.dim() == 3 and left.dtype == out.dtype:
+        computed = wide(left[:0]).dtype
+        if left.dim() == 3 and computed == out.dtype:
             plane_sum(left, right, weights, out, beta)
             return
         if left.dim() == 3:
-            part = torch.empty_like(out, dtype=left.dtype)
+            part = torch.empty_like(out, dtype=computed)
             plane_sum(left, right, weights, part)
         else:
+            left, right = wide(left), wide(right)
             left = left * weights.to(left.dtype).view(-1, 1, 1, 1)
             part = (left.mT @ right).sum(0).view_as(out)
         scale(out, beta).add_(part)
 
     def products(self, vector: Tensor) -> Tensor:
-        vector = vector.to(self.left.dtype)
-        if self.left.dim() == 3:  # one product for all blocks
-            moved = (self.left.flatten(0, 1) @ vector).view_as(self.right)
+        left, right = wide(self.left), wide(self.right)
+        vector = vector.to(left.dtype)
+        if left.dim() == 3:  # one product for all blocks
+            moved = (left.flatten(0, 1) @ vector).view_as(right)
         else:
-            moved = self.left @ vector.view(-1, self.left.shape[-1], self.right.shape[-1])
-        return (moved * self.right).flatten(1).sum(1, dtype=torch.float64)
+            moved = left @ vector.view(-1, left.shape[-1], right.shape[-1])
+        return (moved * right).flatten(1).sum(1, dtype=torch.float64)
 
 
 def _is_range(index: Tensor, size: int) -> bool:

@@ -1,5 +1,6 @@
 """Which implementation of an operator runs, and how it is registered with torch."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ try:
 except ImportError:  # a source tree that was never built: plain torch serves every operator
     _C = None
 
+TRITON = importlib.util.find_spec("triton") is not None  # torch brings it on Linux
 LIBRARY = torch.library.Library("gradsurgery", "DEF")
 BACKENDS = ("torch", "native", "triton")
 
@@ -23,20 +25,47 @@ def choose(name: str, implementations: Implementations, device: str) -> Callable
 
     GRADSURGERY_BACKEND forces one, and then its absence is an error.
     """
-    forced = os.environ.get("GRADSURGERY_BACKEND", "")
-    if forced and forced not in BACKENDS:
-        raise InputError(f"GRADSURGERY_BACKEND={forced}: must be one of {', '.join(BACKENDS)}")
-    for backend in (forced,) if forced else ("native", "triton", "torch"):
-        key = ("torch", "any") if backend == "torch" else (backend, device)
-        if key in implementations and (backend != "native" or native_available(device)):
+    forced, usable = _backends(device)
+    for backend in usable:
+        key = KEYS.get(backend) or (backend, device)
+        if key in implementations:
             return implementations[key]
     raise InputError(
         f"GRADSURGERY_BACKEND={forced}: {name} has no {forced} implementation for {device} here"
     )
 
 
+# Triton's kernels are the GPU's, also where its interpreter runs them
+KEYS = {"torch": ("torch", "any"), "triton": ("triton", "cuda")}
+
+
+def _backends(device: str) -> tuple[str, list[str]]:
+    """The one that is forced, and those that can run on this type of device, best first."""
+    forced = os.environ.get("GRADSURGERY_BACKEND", "")
+    if forced and forced not in BACKENDS:
+        raise InputError(f"GRADSURGERY_BACKEND={forced}: must be one of {', '.join(BACKENDS)}")
+    usable = []
+    if forced in ("", "native") and native_available(device):
+        usable.append("native")
+    if forced == "triton" or (not forced and device == "cuda"):
+        usable += ["triton"] * triton_available(device)
+    if forced in ("", "torch"):
+        usable.append("torch")
+    return forced, usable
+
+
 def native_available(device: str) -> bool:
     return _C is not None and (device != "cuda" or _C.cuda_version is not None)
+
+
+def triton_available(device: str) -> bool:
+    """Its interpreter serves any device, slowly."""
+    return TRITON and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether the kernels for this tensor are Triton's."""
+    return _backends(tensor.device.type)[1][:1] == ["triton"]
 
 
 def runs_cuda(tensor: torch.Tensor) -> bool:

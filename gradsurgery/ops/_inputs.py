@@ -110,6 +110,11 @@ def flat(blocks: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """16-bit values as float32, to be computed with."""
+    return tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_floating_point() else tensor
+
+
 def check_finite(diagonal: Tensor, blocks: Sequence[Tensor], name: str) -> None:
     """Raise, naming row and tensor, where a Gramian's diagonal [..., m] is not finite.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
-from gradsurgery.ops._backend import _C, choose, register, runs_cuda
+from gradsurgery.ops._backend import _C, choose, register, runs_cuda, runs_triton
 from gradsurgery.ops._inputs import Rows, as_blocks, check, flat, raise_not_finite
 
 CHUNK = 1 << 20  # columns the reference converts to float64 at a time
@@ -104,6 +104,11 @@ def combine_into(
     True, for want of a host sync: what is not finite propagates.
     """
     weights = weights.contiguous()
+    if runs_triton(weights):
+        from gradsurgery.kernels import combine as kernels
+
+        kernels.combine_into(sources, weights, outs, cross, gram)
+        return True
     if runs_cuda(weights):
         products = cross is not None or gram is not None
         scratch = weights.new_empty(_C.gramian_scratch(sum(weights.shape))) if products else None
@@ -151,6 +156,7 @@ IMPLEMENTATIONS = {
     ("torch", "any"): combine_reference,
     ("native", "cpu"): combine_native,
     ("native", "cuda"): combine_native,
+    ("triton", "cuda"): combine_native,
 }
 
 register(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, choose, register, runs_cuda
+from gradsurgery.ops._backend import _C, choose, register, runs_cuda, runs_triton
 from gradsurgery.ops._inputs import Rows, as_blocks, check, check_finite, flat
 
 CHUNK = 1 << 20  # columns the reference converts to float64 at a time
@@ -73,14 +73,21 @@ def gramian_unchecked(blocks: Sequence[Tensor], precise: bool = False) -> Tensor
 
 def gramian_of_parts(parts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
     """The same over the rows of all parts, one below the other; a part is blocks [m_s, n_k]."""
-    if choose("gramian", IMPLEMENTATIONS, parts[0][0].device.type) is gramian_native:
+    if choose("gramian", IMPLEMENTATIONS, parts[0][0].device.type) is not gramian_reference:
         return gramian_of(parts, precise)
     wide = [torch.cat(blocks).double() for blocks in zip(*parts, strict=True)]
     return torch.stack([block @ block.mT for block in wide]).sum(0)
 
 
 def gramian_of(sources: Sequence[Sequence[Tensor]], precise: bool) -> Tensor:
-    """[m, m] over the rows of all sources; a source is the blocks [m_s, n_k] of some rows."""
+    """[m, m] over the rows of all sources; a source is the blocks [m_s, n_k] of some rows.
+
+    By the kernels for their device: C++, CUDA C++ or Triton.
+    """
+    if runs_triton(sources[0][0]):
+        from gradsurgery.kernels.gramian import gramian
+
+        return gramian(sources, precise)
     m = sum(source[0].shape[0] for source in sources)
     out = sources[0][0].new_empty(m, m, dtype=torch.float64)
     if runs_cuda(out):
@@ -118,6 +125,7 @@ IMPLEMENTATIONS = {
     ("torch", "any"): gramian_reference,
     ("native", "cpu"): gramian_native,
     ("native", "cuda"): gramian_native,
+    ("triton", "cuda"): gramian_native,
 }
 
 register(

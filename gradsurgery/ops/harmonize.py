@@ -187,6 +187,7 @@ register(
         ("torch", "any"): harmonize_reference,
         ("native", "cpu"): harmonize_native,
         ("native", "cuda"): harmonize_native,
+        ("triton", "cuda"): harmonize_native,
     },
     device_of=lambda forget, *_: forget[0].device,
     fake=_fake,

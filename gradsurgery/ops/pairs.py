@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, choose, runs_cuda
+from gradsurgery.ops._inputs import wide
 
 TILE = 128  # tokens the reference multiplies with all later ones at a time
 
@@ -24,13 +25,14 @@ def token_pairs(
 
     Args:
         left, right: [n, T, a] and [n, T, b], or [n, g, T, .] for g matrices, one below the other.
+            Or left [n, T] int64, the row of G_i that token right_it is added to; -1 for none.
         other_left, other_right: the same of G', with any n' and T'. By default G itself.
 
     Returns:
         [n, n'] float64; symmetric where there is no other. The products over a and b are summed in
-        the dtype of the arguments, float32 or float64, and K in float64.
+        the dtype of the arguments, of 16-bit ones in float32, and K in float64.
     """
-    implementation = choose("token_pairs", IMPLEMENTATIONS, left.device.type)
+    implementation = choose("token_pairs", IMPLEMENTATIONS, right.device.type)
     return implementation(left, right, other_left, other_right)
 
 
@@ -38,22 +40,32 @@ def token_pairs_reference(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
 ) -> Tensor:
     symmetric = other_left is None or other_right is None
+    left, right = wide(left), wide(right)
     if other_left is None or other_right is None:
         other_left, other_right = left, right
-    n, tokens = len(left), left.shape[-2]
-    out = left.new_zeros(n, len(other_left), dtype=torch.float64)
-    if tokens == 0 or other_left.shape[-2] == 0:
+    other_left, other_right = wide(other_left), wide(other_right)
+    n, tokens, k, others = len(right), right.shape[-2], len(other_right), other_right.shape[-2]
+    out = right.new_zeros(n, k, dtype=torch.float64)
+    if tokens == 0 or others == 0:
         return out
     step = max(1, TILE // tokens)
     for lo in range(0, n, step):
         hi, start = min(lo + step, n), lo if symmetric else 0
-        pairs = _tokens(left[lo:hi]) @ _tokens(other_left[start:]).mT
-        pairs *= _tokens(right[lo:hi]) @ _tokens(other_right[start:]).mT
+        pairs = _tokens(right[lo:hi]) @ _tokens(other_right[start:]).mT
+        pairs *= _products(left[lo:hi], other_left[start:])
         if pairs.dim() == 3:
             pairs = pairs.sum(0)
-        blocks = pairs.view(hi - lo, tokens, len(other_left) - start, other_left.shape[-2])
+        blocks = pairs.view(hi - lo, tokens, k - start, others)
         out[lo:hi, start:] = blocks.sum(3).sum(1, dtype=torch.float64)
     return out.triu() + out.triu(1).mT if symmetric else out
+
+
+def _products(left: Tensor, other: Tensor) -> Tensor:
+    """Of all tokens of the left sides; of two rows, whether they are the same."""
+    if left.is_floating_point():
+        return _tokens(left) @ _tokens(other).mT
+    ids = left.flatten()[:, None]
+    return (ids == other.flatten()) & (ids >= 0)
 
 
 def _tokens(side: Tensor) -> Tensor:
@@ -64,9 +76,12 @@ def _tokens(side: Tensor) -> Tensor:
 def token_pairs_native(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
 ) -> Tensor:
-    if runs_cuda(left):  # of a test build
+    if runs_cuda(right) or not left.is_floating_point():  # a test build; and no user on a CPU
         return token_pairs_reference(left, right, other_left, other_right)
-    other = None if other_left is None or other_right is None else (other_left, other_right)
+    left, right = wide(left), wide(right)
+    other = None
+    if other_left is not None and other_right is not None:
+        other = wide(other_left), wide(other_right)
     second = left if other is None else other[0]
     pairs = left.shape[0] * left.shape[-2] * second.shape[0] * second.shape[-2]
     if pairs <= FEW_PAIRS and left.shape[-1] + right.shape[-1] >= MANY_VALUES:
@@ -74,7 +89,7 @@ def token_pairs_native(
     out = left.new_zeros(len(left), len(second), dtype=torch.float64)
     threads = torch.get_num_threads()
     if left.dim() == 3:
-        _C.token_pairs_cpu(left, right, other_left, other_right, out, threads)
+        _C.token_pairs_cpu(left, right, *(other or (None, None)), out, threads)
         return out
     for g in range(left.shape[1]):
         part = (None, None) if other is None else (other[0][:, g], other[1][:, g])
@@ -82,7 +97,16 @@ def token_pairs_native(
     return out
 
 
+def token_pairs_triton(
+    left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
+) -> Tensor:
+    from gradsurgery.kernels import pairs as kernels
+
+    return kernels.token_pairs(left, right, other_left, other_right)
+
+
 IMPLEMENTATIONS = {
     ("torch", "any"): token_pairs_reference,
     ("native", "cpu"): token_pairs_native,
+    ("triton", "cuda"): token_pairs_triton,
 }

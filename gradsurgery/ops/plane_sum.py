@@ -4,15 +4,17 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, choose, runs_cuda
+from gradsurgery.ops._inputs import wide
 
 
 def plane_sum(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float = 0) -> None:
     """out = beta out + Σ_i weights_i G_i, G_i = Σ_t left_it right_itᵀ, in place.
 
     Args:
-        left, right: [n, T, a] and [n, T, b], float32 or float64.
+        left, right: [n, T, a] and [n, T, b].
         weights: [n], any dtype.
-        out: [a, b] in the dtype of the tokens, one of its strides 1. It is not read if beta is 0.
+        out: [a, b] in the dtype of the tokens, float32 for 16-bit ones, one of its strides 1. It is
+            not read if beta is 0.
     """
     choose("plane_sum", IMPLEMENTATIONS, left.device.type)(left, right, weights, out, beta)
 
@@ -20,6 +22,7 @@ def plane_sum(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: f
 def plane_sum_reference(
     left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
 ) -> None:
+    left, right = wide(left), wide(right)
     weights = weights.to(left.dtype)[:, None, None]
     if left.shape[-1] <= right.shape[-1]:
         left = left * weights
@@ -34,12 +37,22 @@ def plane_sum_native(
     if runs_cuda(left):  # of a test build
         plane_sum_reference(left, right, weights, out, beta)
         return
-    weights = weights.double().contiguous()
+    left, right, weights = wide(left), wide(right), weights.double().contiguous()
     _C.plane_sum_cpu(left, right, weights, beta, out, torch.get_num_threads())
     torch.autograd.graph.increment_version(out)  # as torch's own in-place operations do
+
+
+def plane_sum_triton(
+    left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
+) -> None:
+    from gradsurgery.kernels import plane_sum as kernels
+
+    kernels.plane_sum(left, right, weights, out, beta)
+    torch.autograd.graph.increment_version(out)
 
 
 IMPLEMENTATIONS = {
     ("torch", "any"): plane_sum_reference,
     ("native", "cpu"): plane_sum_native,
+    ("triton", "cuda"): plane_sum_triton,
 }

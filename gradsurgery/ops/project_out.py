@@ -258,6 +258,7 @@ register(
         ("torch", "any"): project_out_reference,
         ("native", "cpu"): project_out_native,
         ("native", "cuda"): project_out_native,
+        ("triton", "cuda"): project_out_native,
     },
     device_of=lambda grad, *_: grad[0].device,
     fake=_fake,

@@ -160,6 +160,7 @@ register(
         ("torch", "any"): projection_weights_reference,
         ("native", "cpu"): projection_weights_native,
         ("native", "cuda"): projection_weights_native,
+        ("triton", "cuda"): projection_weights_reference,  # waits for nothing either
     },
     device_of=lambda gramian, *_: gramian.device,
     fake=_fake,

@@ -1,0 +1,99 @@
+"""Weighted sum of weight gradients: out = beta out + Σ_i w_i Σ_t left_it right_itᵀ.
+
+One matrix product over all tokens; the weights are applied to the left tokens on their way from
+memory to the tensor cores, rounded to the tokens' dtype as the tokens themselves were.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradsurgery.kernels.tiles import Tile, cdiv, large, multiply, narrow, options, precision, small
+
+
+@triton.jit
+def plane_sum_kernel(
+    left,  # [n, T, a]
+    right,  # [n, T, b]
+    weights,  # [n] float64
+    out,  # [a, b]
+    strides,  # (block, token) of left and of right, (row, column) of out
+    count,  # n T
+    tokens,  # T
+    height,  # a
+    width,  # b
+    beta,  # [] float64
+    ADD: tl.constexpr,  # out is read
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    down, across = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
+    i, j = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, 8)
+    row = i.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = j.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.float64 if left.dtype.element_ty == tl.float64 else tl.float32
+    to = out + row[:, None] * strides[2][0] + column[None, :] * strides[2][1]
+    mask = (row < height)[:, None] & (column < width)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), sums)
+    for k in range(0, count, DEPTH):
+        at = k + tl.arange(0, DEPTH)
+        block, token = (at // tokens).to(tl.int64), (at % tokens).to(tl.int64)
+        inside = at < count
+        x = tl.load(
+            left + (block * strides[0][0] + token * strides[0][1])[None, :] + row[:, None],
+            mask=inside[None, :] & (row < height)[:, None],
+            other=0,
+        )
+        y = tl.load(
+            right + (block * strides[1][0] + token * strides[1][1])[:, None] + column[None, :],
+            mask=inside[:, None] & (column < width)[None, :],
+            other=0,
+        )
+        weight = tl.load(weights + block, mask=inside, other=0).to(sums)
+        x = narrow(x.to(sums) * weight[None, :], x.dtype)
+        total = multiply(x, y, total, PRECISION)
+    if ADD:
+        total += tl.load(beta).to(sums) * tl.load(to, mask=mask, other=0).to(sums)
+    tl.store(to, narrow(total, out.dtype.element_ty), mask=mask)
+
+
+def plane_sum(
+    left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float | Tensor
+) -> None:
+    """As `gradsurgery.ops.plane_sum.plane_sum`."""
+    left, right = (s if s.stride(-1) == 1 else s.contiguous() for s in (left, right))
+    (n, tokens, height), width = left.shape, right.shape[-1]
+    if out.numel() == 0:
+        return
+    weights = weights.double().contiguous()
+    add = isinstance(beta, Tensor) or beta != 0
+    beta = beta.double() if isinstance(beta, Tensor) else weights.new_full((), beta)
+    tile = tile_of(height, width, left.dtype, add)
+    plane_sum_kernel[(cdiv(height, tile.rows) * cdiv(width, tile.columns),)](
+        left,
+        right,
+        weights,
+        out,
+        (left.stride()[:2], right.stride()[:2], out.stride()),
+        n * tokens,
+        max(tokens, 1),
+        height,
+        width,
+        beta,
+        add,
+        tile.rows,
+        tile.columns,
+        tile.depth,
+        precision(left.dtype),
+        **options(tile.warps, tile.stages),
+    )
+
+
+def tile_of(height: int, width: int, dtype: torch.dtype, add: bool) -> Tile:
+    tile = large(dtype)
+    if cdiv(height, tile.rows) * cdiv(width, tile.columns) < 64:
+        return small(dtype)
+    return tile._replace(columns=min(tile.columns, 64)) if add else tile  # registers

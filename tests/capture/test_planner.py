@@ -1,0 +1,47 @@
+"""Which path is taken, by count: the examples are counted by hand."""
+
+import pytest
+
+from gradsurgery.capture.planner import Work, plan
+from gradsurgery.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "work,path,multiplications",
+    [
+        # 16 blocks of 32 tokens, 384 x 1536. Factored: 512^2 / 2 (384 + 1536)
+        (Work(384, 1536, 32, 16), "factored", 251_658_240),
+        # of 1024 tokens. Direct: (16384 + 17^2 / 2) 384 1536; factored would be 1024 times the above
+        (Work(384, 1536, 1024, 16), "direct", (16384 + 144.5) * 384 * 1536),
+        # a GPU writes each plane and reads it, 240 multiplications a value, 16 times
+        (Work(4096, 4096, 512, 16, device="cuda"), "direct", (8192 + 3840 + 144.5) * 4096**2),
+        # 300 tokens are more than 16 blocks of 4096 x 4096 pay for in pairs, but for those writes
+        (Work(4096, 4096, 300, 16), "direct", (4800 + 144.5) * 4096**2),
+        (Work(4096, 4096, 300, 16, device="cuda"), "factored", 4800**2 / 2 * 8192),
+        # a device nobody counted for
+        (Work(4096, 4096, 300, 16, device="xpu"), "direct", (4800 + 144.5) * 4096**2),
+    ],
+)
+def test_the_cheaper_path(work, path, multiplications):
+    found = plan(work)
+    assert (found.path, found.cross) == (path, "none" if path == "factored" else "plane")
+    assert found.multiplications == multiplications
+
+
+def test_a_summed_row_of_few_tokens_is_not_kept():
+    # 16 samples beside 16 summed, 16 tokens each: all pairs, 512^2 / 2 (768 + 3072)
+    found = plan(Work(768, 3072, 16, 16, group=16))
+    assert found == ("factored", "none", 512**2 / 2 * 3840)
+
+
+def test_a_row_that_exists_is_met_as_a_plane():
+    found = plan(Work(768, 3072, 16, 16, kept=True))
+    assert (found.path, found.cross) == ("factored", "plane")
+
+
+def test_the_variable_forces_a_path(monkeypatch):
+    monkeypatch.setenv("GRADSURGERY_PATH", "direct")
+    assert plan(Work(384, 1536, 32, 16)).path == "direct"
+    monkeypatch.setenv("GRADSURGERY_PATH", "fused")
+    with pytest.raises(InputError, match="GRADSURGERY_PATH=fused: must be one of factored, direct"):
+        plan(Work(384, 1536, 32, 16))

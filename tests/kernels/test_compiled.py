@@ -1,0 +1,241 @@
+"""Triton's kernels, compiled ahead of time for every GPU generation: they fit, and do not spill.
+
+The launches are those of the host code, for tensors that have shapes and no memory.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.conftest import INTERPRETED
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from gradsurgery.kernels import combine, gramian, pairs, plane_sum, planes  # noqa: E402
+from gradsurgery.ops.planes import BUFFER  # noqa: E402
+
+# shared memory of a block in bytes, and matrix instructions of tiles with 64 rows
+CHIPS = {80: (163 << 10, "mma.sync"), 90: (227 << 10, "wgmma"), 100: (227 << 10, "tcgen05.mma")}
+# bytes of a thread: ptxas parks a few constants of a loop where one more block of threads then fits
+PARKED = 32
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+    torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
+class Launch(NamedTuple):
+    kernel: object
+    grid: tuple
+    signature: dict
+    constants: dict
+    attributes: dict
+    options: dict
+
+    def constant(self, name):
+        names = [parameter.name for parameter in self.kernel.params]
+        return self.constants.get((names.index(name),)) if name in names else None
+
+
+class Recorder:
+    """Stands where a kernel stands, and notes how it is launched."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append(self.launch(grid, args, options))
+
+    def launch(self, grid, args, options):
+        signature, constants, attributes = {}, {}, {}
+        for k, (parameter, value) in enumerate(zip(self.kernel.params, args, strict=True)):
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[k,] = "constexpr", value
+            else:
+                signature[parameter.name] = self.type_of(value, (k,), constants, attributes)
+        return Launch(self.kernel, grid, signature, constants, attributes, options)
+
+    def type_of(self, value, path, constants, attributes):
+        """As Triton specializes: ones are constants, multiples of 16 and aligned memory known."""
+        if isinstance(value, tuple):
+            parts = enumerate(value)
+            return tuple(self.type_of(v, (*path, k), constants, attributes) for k, v in parts)
+        if isinstance(value, torch.Tensor):
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return TYPES[value.dtype]
+        if value == 1:
+            constants[path] = 1
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """All launches of a call, of every kernel."""
+    recorders = []
+    for module, name in (
+        (pairs, "pairs_kernel"),
+        (planes, "planes_kernel"),
+        (plane_sum, "plane_sum_kernel"),
+        (gramian, "gramian_kernel"),
+        (combine, "combine_kernel"),
+    ):
+        recorders.append(Recorder(getattr(module, name)))
+        monkeypatch.setattr(module, name, recorders[-1])
+
+    def of(call):
+        call()
+        return [launch for recorder in recorders for launch in recorder.launches]
+
+    return of
+
+
+def compile_for(launch, chip):
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    target = GPUTarget("cuda", chip, 32)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def spilled(compiled, folder):
+    """Bytes of a thread's values that are kept in memory for want of registers."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [tool, "-res-usage", binary]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return max(int(count) for count in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
+
+
+def meta(*shape, dtype):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def tokens(n, t, a, b, dtype):
+    return meta(n, t, a, dtype=dtype), meta(n, t, b, dtype=dtype)
+
+
+def rows(m, n, dtype):
+    return [[meta(m, n, dtype=dtype)], [meta(1, n, dtype=dtype)]]
+
+
+def weights(*shape):
+    return meta(*shape, dtype=torch.float64)
+
+
+LARGE = torch.bfloat16, torch.float32, torch.float64
+CALLS = {
+    # samples that fill tiles, that share one, and with one token; odd widths; few of all
+    "pairs": [
+        lambda d: pairs.token_pairs(*tokens(16, 1024, 4096, 4096, d)),
+        lambda d: pairs.token_pairs(*tokens(256, 16, 4096, 1024, d)),
+        lambda d: pairs.token_pairs(*tokens(4096, 1, 2048, 2048, d)),
+        lambda d: pairs.token_pairs(*tokens(9, 13, 1001, 77, d)),
+        lambda d: pairs.token_pairs(*tokens(16, 1000, 4095, 77, d)),
+        lambda d: pairs.token_pairs(*tokens(16, 64, 768, 768, d), *tokens(1, 900, 768, 768, d)),
+    ],
+    "pairs of picked rows": [
+        lambda d: pairs.token_pairs(meta(32, 256, dtype=torch.int64), meta(32, 256, 2048, dtype=d)),
+        lambda d: pairs.token_pairs(meta(3, 5, dtype=torch.int64), meta(3, 5, 7, dtype=d)),
+    ],
+    "planes": [
+        lambda d, m=m, kept=kept, side=side: planes.plane_gramian(
+            meta(2000, side, dtype=d), meta(2000, side, dtype=d), meta(m + 1, dtype=torch.int64),
+            meta(side, side, dtype=d) if kept else None,
+        )
+        for m in (16, 32, 63) for kept in (False, True) for side in (2048, 251)
+    ],
+    "plane_sum": [
+        lambda d, beta=beta, a=a, b=b: plane_sum.plane_sum(
+            *tokens(32, 256, a, b, d), weights(32), meta(a, b, dtype=d), beta
+        )
+        for beta in (0.0, 0.5) for a, b in ((8192, 2048), (512, 512), (2047, 8191), (16, 4096))
+    ],
+    "gramian": [
+        lambda d, m=m, n=n, precise=precise: gramian.gramian(rows(m, n, d), precise)
+        for m in (7, 31, 63, 255) for n in (1 << 22, (1 << 20) + 3) for precise in (False, True)
+    ],
+    "combine": [
+        lambda d, p=p: combine.combine_into(
+            rows(16, 1 << 22, d), weights(p, 17), [[meta(p, 1 << 22, dtype=d)]]
+        )
+        for p in (1, 2, 3, 4)
+    ],
+}  # fmt: skip
+
+
+def distinct(launches):
+    return {
+        str((x.kernel, x.signature, x.constants, x.attributes, x.options)): x for x in launches
+    }.values()
+
+
+@pytest.mark.parametrize("dtype", LARGE, ids=["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", CALLS)
+def test_fits_and_does_not_spill(name, chip, dtype, launches, tmp_path):
+    shared, instruction = CHIPS[chip]
+    failures = []
+    for k, launch in enumerate(distinct(launches(lambda: [call(dtype) for call in CALLS[name]]))):
+        compiled = compile_for(launch, chip)
+        lost = spilled(compiled, tmp_path)
+        if lost > PARKED or compiled.metadata.shared > shared:
+            failures.append((k, launch.constants, launch.options, lost, compiled.metadata.shared))
+        code = compiled.asm["ptx"]
+        if dtype == torch.float64 or launch.constant("PRECISE"):
+            continue  # a version may or may not know instructions for float64
+        if name.startswith("pairs") or name == "plane_sum":
+            assert instruction in code, f"{launch.constants} without {instruction}"
+        elif name != "combine":
+            assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", code)
+    assert not failures, "\n".join(map(str, failures))
+
+
+def test_float16_is_compiled_as_bfloat16_is(launches, tmp_path):
+    calls = [CALLS[name][0] for name in CALLS]
+    for launch in distinct(launches(lambda: [call(torch.float16) for call in calls])):
+        assert spilled(compile_for(launch, 90), tmp_path) <= PARKED
+
+
+def test_grids_are_in_range(launches):
+    huge = [
+        lambda d: pairs.token_pairs(*tokens(100_000, 1, 8, 8, d)),
+        lambda d: pairs.token_pairs(meta(4, 512, 90, 8, dtype=d), meta(4, 512, 90, 8, dtype=d)),
+        lambda d: plane_sum.plane_sum(
+            *tokens(2, 2, 1 << 20, 1 << 17, d), weights(2), meta(1 << 20, 1 << 17, dtype=d), 0.0
+        ),
+        lambda d: gramian.gramian([[meta(3000, 1 << 33, dtype=d)]]),
+        lambda d: combine.combine_into(
+            rows(2, 1 << 33, d), weights(1, 3), [[meta(1, 1 << 33, dtype=d)]]
+        ),
+        lambda d: planes.plane_gramian(
+            meta(1 << 22, 1 << 16, dtype=d), meta(1 << 22, 1 << 16, dtype=d),
+            meta(65, dtype=torch.int64), None,
+        ),
+    ]  # fmt: skip
+    for launch in launches(lambda: [call(torch.bfloat16) for call in huge]):
+        grid = (*launch.grid, 1, 1)[:3]
+        assert 0 < grid[0] < 2**31, launch
+        assert 0 < grid[1] < 2**16, launch
+        assert 0 < grid[2] < 2**16, launch
+
+
+@pytest.mark.parametrize("m", [1, 16, 17, 64])
+@pytest.mark.parametrize("dtype", LARGE, ids=["bfloat16", "float32", "float64"])
+def test_tiles_of_planes_stay_in_the_cache(m, dtype, launches):
+    sides = meta(4096, 4096, dtype=dtype), meta(4096, 4096, dtype=dtype)
+    call = lambda: planes.plane_gramian(*sides, meta(m + 1, dtype=torch.int64), None)  # noqa: E731
+    (launch,) = launches(call)
+    _, high, wide = planes.tile_of(m, dtype, dtype)[:3]
+    assert launch.grid[0] * m * high * wide * dtype.itemsize <= BUFFER
+    assert launch.grid[0] >= 64

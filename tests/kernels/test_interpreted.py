@@ -1,0 +1,313 @@
+"""What Triton's kernels compute, in its interpreter: run by `make interpret`."""
+
+import pytest
+import torch
+
+import gradsurgery as gs
+from gradsurgery.errors import InputError
+from gradsurgery.ops.combine import combine_into
+from gradsurgery.ops.gramian import gramian_of
+from gradsurgery.ops.pairs import token_pairs, token_pairs_reference
+from gradsurgery.ops.plane_sum import plane_sum
+from gradsurgery.ops.planes import plane_gramian, plane_gramian_reference
+from tests.conftest import INTERPRETED, ROUNDOFF
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make interpret")
+
+# of the largest |error| / (|g_i| |g_j|)
+LIMITS = {
+    torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch):
+    monkeypatch.setenv("GRADSURGERY_BACKEND", "triton")
+
+
+def randn(*shape, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype)
+
+
+def relative(gram, exact, left=None, right=None):
+    """To the norms of the rows on either side, whose squares are on `exact`'s diagonal."""
+    left = exact.diagonal() if left is None else left
+    right = left if right is None else right
+    scale = left.sqrt()[:, None] * right.sqrt()
+    return ((gram - exact).abs() / scale.clamp(min=1e-300)).max().item() if gram.numel() else 0.0
+
+
+def planes_of(left, right):
+    return (left.double().mT @ right.double()).flatten(1)
+
+
+# n, T, a, b: one token, fewer and more than a tile, samples that share a tile and that fill many
+TOKENS = [
+    (1, 1, 1, 1), (3, 1, 40, 5), (70, 1, 9, 33), (5, 3, 7, 70), (2, 65, 17, 20), (3, 64, 8, 130),
+    (17, 16, 20, 3), (1, 200, 5, 5), (0, 4, 3, 3), (4, 0, 3, 3), (3, 2, 0, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("n,t,a,b", TOKENS)
+def test_token_pairs(n, t, a, b, dtype):
+    left, right = randn(n, t, a, dtype=dtype), randn(n, t, b, dtype=dtype)
+    out, planes = token_pairs(left, right), planes_of(left, right)
+    assert torch.equal(out, out.mT)
+    assert relative(out, planes @ planes.mT) <= LIMITS[dtype]
+    more = randn(4, 5, a, dtype=dtype), randn(4, 5, b, dtype=dtype)
+    others = planes_of(*more)
+    squares = planes.square().sum(1), others.square().sum(1)
+    cross = token_pairs(left, right, *more)
+    assert relative(cross, planes @ others.mT, *squares) <= LIMITS[dtype]
+
+
+def test_token_pairs_of_many_matrices(dtype):
+    left, right = randn(3, 4, 5, 6, dtype=dtype), randn(3, 4, 5, 7, dtype=dtype)
+    planes = (left.double().mT @ right.double()).flatten(1)
+    assert relative(token_pairs(left, right), planes @ planes.mT) <= LIMITS[dtype]
+
+
+def test_token_pairs_by_hand():
+    # G_0 = 1·2 + 3·1 = 5 and G_1 = -1·4 + 2·1 = -2, as 1 x 1 matrices
+    left, right = (
+        torch.tensor([[[1.0], [3]], [[-1], [2]]]),
+        torch.tensor([[[2.0], [1]], [[4], [1]]]),
+    )
+    assert token_pairs(left, right).tolist() == [[25, -10], [-10, 4]]
+
+
+@pytest.mark.parametrize("n,t,b", [(1, 1, 1), (5, 9, 20), (3, 70, 4), (40, 2, 3)])
+def test_token_pairs_of_picked_rows(n, t, b, dtype):
+    ids, right = torch.randint(-1, 6, (n, t)), randn(n, t, b, dtype=dtype)
+    left = (ids[..., None] == torch.arange(6)).to(dtype)
+    planes = planes_of(left, right)
+    out = token_pairs(ids, right)
+    assert relative(out, planes @ planes.mT) <= LIMITS[dtype]
+    other, more = torch.randint(-1, 6, (2, 3)), randn(2, 3, b, dtype=dtype)
+    exact = planes @ planes_of((other[..., None] == torch.arange(6)).to(dtype), more).mT
+    assert (token_pairs(ids, right, other, more) - exact).abs().max() <= 1e-5
+    torch.testing.assert_close(
+        out, token_pairs_reference(ids, right.double()), atol=1e-4, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("scales", [(1e-15, 1e-15), (1e13, 1e13), (1e-17, 1e10)])
+def test_token_pairs_out_of_float32s_range(scales):
+    left, right = randn(4, 3, 20, scale=scales[0]), randn(4, 3, 30, scale=scales[1])
+    planes = planes_of(left, right)
+    assert relative(token_pairs(left, right), planes @ planes.mT) <= 1e-6
+
+
+def test_token_pairs_of_rows_of_very_different_size():
+    left, right = randn(6, 3, 20), randn(6, 3, 30)
+    left[1] *= 1e-12
+    right[1] *= 1e-12
+    right[2] *= 1e12
+    planes = planes_of(left, right)
+    assert relative(token_pairs(left, right), planes @ planes.mT) <= 1e-6
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_token_pairs_not_finite_stay_in_their_row(bad):
+    left, right = randn(21, 3, 20), randn(21, 3, 30)
+    left[17, 1, 4] = bad
+    out, rest = token_pairs(left, right), [i for i in range(21) if i != 17]
+    assert not out[17].isfinite().any()
+    planes = planes_of(left[rest], right[rest])
+    assert relative(out[rest][:, rest], planes @ planes.mT) <= 1e-6
+
+
+def test_token_pairs_past_2_to_the_31():
+    # values 2^31 apart in memory that is never written, and so takes none
+    far = torch.empty(2**32 + 64, dtype=torch.bfloat16).as_strided((3, 2, 8), (2**31, 8, 1))
+    near = randn(3, 2, 8, dtype=torch.bfloat16)
+    far.copy_(near)
+    assert torch.equal(token_pairs(far, near), token_pairs(near, near))
+    out, expected = torch.zeros(8, 8), torch.zeros(8, 8)
+    plane_sum(far, near, torch.ones(3), out)
+    plane_sum(near, near, torch.ones(3), expected)
+    assert torch.equal(out, expected)
+    rows = far[:, 0]
+    assert torch.equal(gramian_of([[rows]], False), gramian_of([[near[:, 0]]], False))
+
+
+@pytest.mark.parametrize("n,t,a,b", TOKENS)
+@pytest.mark.parametrize("kept", [False, True], ids=["", "kept"])
+def test_plane_gramian(n, t, a, b, kept, dtype):
+    left, right = randn(n, t, a, dtype=dtype), randn(n, t, b, dtype=dtype)
+    plane = randn(a, b, dtype=dtype) if kept else None
+    out = plane_gramian([left], [right], [torch.arange(n)], n, plane)
+    exact = plane_gramian_reference(
+        [left.double()], [right.double()], [torch.arange(n)], n, plane.double() if kept else None
+    )
+    assert torch.equal(out, out.mT)
+    assert relative(out, exact) <= LIMITS[dtype]
+
+
+# tokens of the rows: alike but for one, so different that padding would not pay, none, many rows
+LENGTHS = [[3, 4, 4], [1, 30, 2, 0, 1], [0, 0, 50, 1], [1] * 20 + [40], [1] * 70]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("kept", [False, True], ids=["", "kept"])
+def test_plane_gramian_of_rows_of_any_length(lengths, kept, dtype):
+    # a row's tokens in two blocks, the rows in no order
+    left = [randn(1, (t + k) // 2, 9, dtype=dtype) for k in range(2) for t in lengths]
+    right = [randn(1, x.shape[1], 70, dtype=dtype) for x in left]
+    index = [torch.tensor([r]) for _ in range(2) for r in range(len(lengths))]
+    plane = randn(9, 70, dtype=dtype) if kept else None
+    out = plane_gramian(left[::-1], right[::-1], index[::-1], len(lengths), plane)
+    exact = plane_gramian_reference(
+        [x.double() for x in left], [y.double() for y in right], index, len(lengths),
+        plane.double() if kept else None,
+    )  # fmt: skip
+    assert relative(out, exact) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 40, 1, 2]], ids=["chunks", "tiles"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_large_planes_are_rounded_to_16_bits(lengths, dtype):
+    left, right = randn(sum(lengths), 300, dtype=dtype), randn(sum(lengths), 260, dtype=dtype)
+    index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    given = [left[:, None]], [right[:, None]], [index], len(lengths)
+    exact = plane_gramian_reference([left[:, None].double()], [right[:, None].double()], *given[2:])
+    out = plane_gramian(*given)
+    longer = [i for i, t in enumerate(lengths) if t > 1]
+    assert relative(out, exact) <= 2e-4
+    assert relative(out[longer][:, longer], exact[longer][:, longer]) <= 1e-4
+
+
+@pytest.mark.parametrize("n,t,a,b", TOKENS)
+@pytest.mark.parametrize("beta", [0, -0.3])
+def test_plane_sum(n, t, a, b, beta, dtype):
+    left, right, weights = randn(n, t, a, dtype=dtype), randn(n, t, b, dtype=dtype), torch.randn(n)
+    out_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    out = randn(a, b, dtype=out_dtype) if beta else torch.full((a, b), torch.nan, dtype=out_dtype)
+    before = out.double().clone()
+    plane_sum(left, right, weights, out, beta)
+    scaled = left.double() * weights.double()[:, None, None]
+    exact = (scaled.mT @ right.double()).sum(0) + (beta * before if beta else 0)
+    size = (scaled.abs().mT @ right.double().abs()).sum(0) + (
+        abs(beta) * before.abs() if beta else 0
+    )
+    # each weighted token is rounded as the tokens were
+    bound = (ROUNDOFF[dtype] + 10 * ROUNDOFF[out_dtype]) * size + 1e-300
+    bound += 1e-5 if dtype == torch.float16 else 0  # subnormal
+    assert ((out.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_plane_sum_of_a_scalar_weight_on_the_device(transposed):
+    from gradsurgery.kernels.plane_sum import plane_sum as kernel
+
+    left, right = randn(3, 2, 5), randn(3, 2, 4)
+    out = torch.ones(4, 5).mT if transposed else torch.ones(5, 4)
+    kernel(left, right, torch.ones(3), out, torch.tensor(2.0))
+    torch.testing.assert_close(out, (left.mT @ right).sum(0) + 2)
+
+
+@pytest.mark.parametrize("m,n", [(1, 1), (5, 300), (16, 33), (17, 100), (40, 65), (70, 20), (3, 0)])
+@pytest.mark.parametrize("precise", [False, True], ids=["", "precise"])
+def test_gramian(m, n, precise, dtype, monkeypatch):
+    monkeypatch.setattr("gradsurgery.kernels.gramian.FEW_COLUMNS", 0)
+    rows = randn(m, n, dtype=dtype)
+    out, exact = gramian_of([[rows]], precise), rows.double() @ rows.double().mT
+    assert torch.equal(out, out.mT)
+    assert relative(out, exact) <= (1e-14 if precise else LIMITS[dtype])
+
+
+def test_gramian_of_blocks_and_sources(dtype, monkeypatch):
+    monkeypatch.setattr("gradsurgery.kernels.gramian.FEW_COLUMNS", 0)
+    widths = [1, 0, 70, 7]
+    sources = [[randn(m, n, dtype=dtype) for n in widths] for m in (3, 1, 18)]
+    sources[2][2] = sources[2][2].mT.contiguous().mT
+    rows = torch.cat([torch.cat([b.double() for b in source], 1) for source in sources])
+    assert relative(gramian_of(sources, False), rows @ rows.mT) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_gramian_leaves_the_range_of_float32(scale, monkeypatch):
+    monkeypatch.setattr("gradsurgery.kernels.gramian.FEW_COLUMNS", 0)
+    rows = randn(3, 300, scale=scale)
+    assert relative(gramian_of([[rows]], False), rows.double() @ rows.double().mT) <= 1e-14
+
+
+@pytest.mark.parametrize(
+    "m,n,p", [(1, 1, 1), (3, 600, 1), (9, 100, 2), (5, 70, 3), (4, 20, 9), (0, 5, 2)]
+)
+def test_combine(m, n, p, dtype):
+    rows, weights = randn(m, n, dtype=dtype), randn(p, m, dtype=torch.float64)
+    out = rows.new_empty(p, n)
+    cross, gram = weights.new_empty(p, m), weights.new_empty(p, p)
+    combine_into([[rows]], weights, [[out]], cross, gram)
+    exact = weights @ rows.double()
+    bound = ROUNDOFF[dtype] * exact.abs() * (1 + 1e-6) + 1e-15 * (
+        weights.abs() @ rows.double().abs()
+    )
+    bound += 1e-7 if dtype == torch.float16 else 0
+    assert ((out.double() - exact).abs() <= bound).all()
+    torch.testing.assert_close(gram, out.double() @ out.double().mT, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cross, out.double() @ rows.double().mT, rtol=1e-12, atol=1e-12)
+
+
+def test_combine_writes_over_its_rows():
+    rows, weights = randn(6, 700), randn(4, 6, dtype=torch.float64)
+    exact = weights @ rows.double()
+    combine_into([[rows]], weights, [[rows[2:]]])
+    torch.testing.assert_close(rows[2:].double(), exact, rtol=1e-6, atol=1e-6)
+    with pytest.raises(InputError, match="outs that are rows must be four at most"):
+        combine_into([[rows]], randn(5, 6, dtype=torch.float64), [[rows[1:]]])
+
+
+def test_operators_built_on_them():
+    rows, grad = [torch.randn(5, 40), torch.randn(5, 3, 7)], [torch.randn(40), torch.randn(3, 7)]
+    flat = torch.cat([block.flatten(1) for block in rows], 1).double()
+    g = torch.cat([t.flatten() for t in grad]).double()
+    torch.testing.assert_close(gs.gramian(rows), flat @ flat.mT, rtol=1e-6, atol=1e-5)
+    update = torch.cat([u.flatten() for u in gs.combine(rows, torch.arange(5.0))])
+    torch.testing.assert_close(
+        update.double(), torch.arange(5.0).double() @ flat, rtol=1e-6, atol=1e-5
+    )
+    perp = torch.cat([t.flatten() for t in gs.project_out(grad, rows)]).double()
+    q = torch.linalg.qr(flat.mT).Q
+    torch.testing.assert_close(perp, g - q @ (q.mT @ g), rtol=1e-5, atol=1e-5)
+    # f = (1, 1) and r = (-2, 0): f loses its component against r
+    f, r = gs.harmonize(torch.tensor([1.0, 1.0]), torch.tensor([-2.0, 0.0]))
+    assert f.tolist() == [0, 1]
+    assert r.tolist() == [-2, 0]
+
+
+class Net(torch.nn.Module):
+    """Every kind of use that a kernel serves: linear, tied embedding, convolution, bias, norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(11, 12)
+        self.norm = torch.nn.LayerNorm(12)
+        self.linear = torch.nn.Linear(12, 20)
+        self.conv = torch.nn.Conv1d(20, 12, 3, padding=1)
+
+    def forward(self, ids):
+        x = self.norm(self.embed(ids))
+        x = self.conv(torch.tanh(self.linear(x)).mT).mT
+        return x @ self.embed.weight.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("path", ["factored", "direct"])
+@pytest.mark.parametrize("groups", [None, torch.tensor([0, 0, 0, 1, 2])], ids=["rows", "group"])
+def test_a_captured_model(path, groups, dtype, monkeypatch):
+    monkeypatch.setenv("GRADSURGERY_PATH", path)
+    net, ids = Net().to(dtype), torch.randint(0, 11, (5, 6))
+    with gs.tape(net) as tape:
+        losses = net(ids).float().log_softmax(-1)[..., 0].mean(1)
+    jacobian = tape.jacobian(losses, groups=groups)
+    rows = jacobian.materialize().double()
+    gram = jacobian.gramian()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # the rows themselves are rounded
+    assert relative(gram, rows @ rows.mT) <= tolerance
+    weights = torch.arange(1.0, jacobian.m + 1)
+    jacobian.backward(weights)
+    update = torch.cat([p.grad.flatten() for p in net.parameters()]).double()
+    expected = weights.double() @ rows
+    assert (update - expected).norm() <= tolerance * expected.norm()
