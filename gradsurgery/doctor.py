@@ -9,7 +9,11 @@ from types import ModuleType
 
 import torch
 
+import gradsurgery.ops.pairs
+import gradsurgery.ops.plane_sum
+import gradsurgery.ops.planes  # noqa: F401  operators of the capture, which list themselves
 from gradsurgery.errors import InputError
+from gradsurgery.ops._backend import OPERATORS, key_of, native_available, triton_available
 
 
 def main() -> None:
@@ -30,8 +34,27 @@ def report() -> str:
         "devices": ", ".join(_devices()),
         "threads": f"{torch.get_num_threads()} (torch.get_num_threads)",
     }
+    facts |= {name: _serving(name) for name in OPERATORS}
     width = max(len(name) for name in facts)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+
+
+def _serving(name: str) -> str:
+    """Which implementation of an operator serves a CPU and a CUDA tensor, and why none better."""
+    served = []
+    for device, label in (("cpu", "CPU"), ("cuda", "CUDA")):
+        try:
+            backend = key_of(name, OPERATORS[name], device)[0]
+        except InputError:  # GRADSURGERY_BACKEND names one it has not
+            backend = f"none, {os.environ['GRADSURGERY_BACKEND']} is forced"
+        missing = []
+        if backend in ("triton", "torch") and not os.environ.get("GRADSURGERY_BACKEND"):
+            built = native_available(device)
+            missing.append("no native kernel" if built else f"no native {label} kernels built")
+            if device == "cuda" and backend == "torch":
+                missing.append("none in Triton" if triton_available(device) else "Triton absent")
+        served.append(f"{label}: {backend}" + (f" ({', '.join(missing)})" if missing else ""))
+    return "; ".join(served)
 
 
 def _load_native() -> tuple[ModuleType | None, str]:

@@ -139,11 +139,11 @@ class Surgeon:
         """Row 0 the mean forget loss's, the retain rows after it; forget and retain losses."""
         mean = self.rule.retain == "mean"
         b, k = batch_size(forget), batch_size(retain)
-        one, each = torch.zeros(b, dtype=torch.int64), torch.arange(k)
+        one, each = torch.zeros(b, dtype=torch.int64, device="cpu"), torch.arange(k, device="cpu")
         groups = one, torch.zeros_like(each) if mean else each
         shares = (
-            torch.full((b,), 1 / b, dtype=torch.float64),
-            torch.full((k,), 1 / k if mean else 1.0, dtype=torch.float64),
+            torch.full((b,), 1 / b, dtype=torch.float64, device="cpu"),
+            torch.full((k,), 1 / k if mean else 1.0, dtype=torch.float64, device="cpu"),
         )
         whole = joined(forget, retain) if self._one_pass(forget, retain) else None
         if whole is not None:

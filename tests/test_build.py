@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gradsurgery import _C, doctor
+from gradsurgery.ops import _backend
 
 CSRC = Path(__file__).parent.parent / "csrc"
 
@@ -29,6 +30,22 @@ def test_doctor_says_what_runs():
         assert fact in report
     for name in ("backend torch", "backend native", "backend triton", "threads", "cuda kernels"):
         assert re.search(rf"^{name} +\S", report, re.MULTILINE)
+
+
+def test_doctor_says_which_kernel_serves_each_operator_and_why(monkeypatch):
+    monkeypatch.setattr(_backend, "TRITON", True)
+    monkeypatch.setattr(_backend, "native_available", lambda device: device == "cpu")
+    monkeypatch.setattr(doctor, "native_available", lambda device: device == "cpu")
+    lines = dict(line.split(maxsplit=1) for line in doctor.report().splitlines())
+    missing = "no native CUDA kernels built"
+    assert lines["gramian"] == f"CPU: native; CUDA: triton ({missing})"
+    assert lines["orthonormalize"] == f"CPU: native; CUDA: torch ({missing}, none in Triton)"
+    monkeypatch.setattr(_backend, "TRITON", False)
+    lines = dict(line.split(maxsplit=1) for line in doctor.report().splitlines())
+    assert lines["token_pairs"] == f"CPU: native; CUDA: torch ({missing}, Triton absent)"
+    monkeypatch.setenv("GRADSURGERY_BACKEND", "native")
+    lines = dict(line.split(maxsplit=1) for line in doctor.report().splitlines())
+    assert lines["plane_sum"] == "CPU: native; CUDA: none, native is forced"
 
 
 def test_doctor_survives_a_missing_module():

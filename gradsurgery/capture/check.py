@@ -113,7 +113,7 @@ def check(
     result = {"samples": size, "rows": m, "shapes": shapes, "frozen": frozen}
 
     def run(samples: int) -> FactoredJacobian:
-        one = torch.zeros(samples, dtype=torch.int64) if m == 1 else None
+        one = torch.zeros(samples, dtype=torch.int64, device="cpu") if m == 1 else None
         with tape(model) as recorder:
             return _watched(recorder, _losses(model, _some(batch, samples), loss), one)[0]
 
@@ -157,7 +157,7 @@ def check(
 
 def _rows(groups: Tensor | None, size: int) -> Tensor:
     if groups is None:
-        return torch.arange(size)
+        return torch.arange(size, device="cpu")
     require(isinstance(groups, Tensor), f"groups must be a Tensor, got {type(groups).__name__}")
     require(groups.dtype == torch.int64, f"groups must be int64, got {groups.dtype}")
     got = list(groups.shape)
@@ -297,7 +297,7 @@ def _refused(
 def _at(jacobian: FactoredJacobian, rows: Tensor, m: int) -> FactoredJacobian:
     """What two samples' Jacobian would be for samples of these rows; without memory."""
     like = [p.detach().to("meta") for p in jacobian.parameters]
-    one = torch.tensor([0])
+    one = torch.tensor([0], device="cpu")
     if m == 1:
         reached = [
             bool(mine) or any(p is q for part in jacobian._derived for q in part.parameters)
@@ -320,7 +320,9 @@ def _scaled(use: Use, rows: Tensor, known: dict[tuple[int, int], Tensor]) -> Use
     counts = int((use.rows == 0).sum()), int((use.rows == 1).sum())
     if counts not in known:
         samples = (rows >= 0).nonzero().flatten()
-        known[counts] = rows[samples].repeat_interleave(torch.tensor(counts)[samples % 2])
+        known[counts] = rows[samples].repeat_interleave(
+            torch.tensor(counts, device="cpu")[samples % 2]
+        )
     part = copy.copy(use)
     part.rows = known[counts]
     for name in use.tensors:

@@ -203,7 +203,7 @@ class FactoredJacobian:
         found: dict[int, list[Use]] = {}
         for derived in self._derived:
             for parameter, rows in zip(derived.parameters, derived.rows(self.m), strict=True):
-                use = RowsUse(rows, torch.arange(self.m))
+                use = RowsUse(rows, torch.arange(self.m, device="cpu"))
                 found.setdefault(self._place[id(parameter)], []).append(use)
         return found
 

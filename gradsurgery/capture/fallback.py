@@ -57,5 +57,5 @@ def one_by_one(meeting: Meeting, grads: Sequence[Tensor | None], shape: Shape) -
                 part = call(meeting.node, masked)[meeting.k]
                 found.append(like.new_zeros(shape) if part is None else part.clone())
     if not found:
-        return RowsUse(like.new_zeros(0, *shape), torch.zeros(0, dtype=torch.int64))
-    return RowsUse(torch.stack(found), torch.tensor(rows))
+        return RowsUse(like.new_zeros(0, *shape), torch.zeros(0, dtype=torch.int64, device="cpu"))
+    return RowsUse(torch.stack(found), torch.tensor(rows, device="cpu"))

@@ -79,7 +79,7 @@ class Found:
         _, parameters = under(roots(self.losses))
         for k in {self.place[id(p)] for p in parameters if id(p) in self.place} & unused:
             none = self.owner.parameters[k].new_zeros(0, *self.owner.parameters[k].shape)
-            self._add(k, RowsUse(none.detach(), torch.zeros(0, dtype=torch.int64)))
+            self._add(k, RowsUse(none.detach(), torch.zeros(0, dtype=torch.int64, device="cpu")))
 
     def _trace(self, rows: Tensor) -> Trace:
         distinct = occurring(rows)
@@ -93,7 +93,7 @@ class Found:
         """Rows in passes that do not meet: one per trailing index, or per tensor joined."""
         shape = self.losses.shape
         if len(shape) > 1:
-            numbers = torch.arange(rows.numel()) % shape[1:].numel()
+            numbers = torch.arange(rows.numel(), device="cpu") % shape[1:].numel()
             return [torch.where(numbers == k, rows, -1) for k in range(shape[1:].numel())]
         node = self.losses.grad_fn
         if node is None or base_name(node) not in ("Stack", "Cat"):
@@ -166,7 +166,7 @@ class Found:
             retain_graph=retain_graph,
             allow_unused=True,
         )
-        own = torch.tensor([row])
+        own = torch.tensor([row], device="cpu")
         known: set[int] = set()
         for k, grad in enumerate(grads):
             if grad is None:

@@ -69,7 +69,7 @@ class Layout:
 
     def elements(self, shape: Sequence[int]) -> Tensor:
         """The row of every element, [*shape]."""
-        numbers = torch.arange(math.prod(shape))
+        numbers = torch.arange(math.prod(shape), device="cpu")
         return self.rows[numbers // self.stride % self.count].view(tuple(shape))
 
     def same(self, other: "Layout") -> bool:
@@ -81,7 +81,7 @@ class Layout:
 
 
 def constant(row: int) -> Layout:
-    return Layout(1, torch.tensor([row]))
+    return Layout(1, torch.tensor([row], device="cpu"))
 
 
 def listed(rows: Tensor, shape: Sequence[int], dim: int) -> Layout:

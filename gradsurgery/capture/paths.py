@@ -27,7 +27,7 @@ def to_rows(blocks: Tensor, rows: Tensor, m: int) -> Tensor:
 def numbered(uses: Sequence[Use]) -> tuple[Tensor, list[Tensor]]:
     """The rows that occur, sorted [R], and where in them each use's blocks belong."""
     if not uses:
-        return torch.zeros(0, dtype=torch.int64), []
+        return torch.zeros(0, dtype=torch.int64, device="cpu"), []
     if all(use.rows is uses[0].rows for use in uses):
         known = numbers(uses[0].rows)
         ids = uses[0].rows if known.distinct else known.ids  # whose numbers are known

@@ -147,7 +147,7 @@ class _Side:
     def __init__(self, rows: Tensor, blocks: Tensor) -> None:
         self.rows = rows[blocks]
         start, n = (int(blocks[0]) if len(blocks) else 0), len(blocks)
-        neighbours = bool((blocks == torch.arange(start, start + n)).all())
+        neighbours = bool((blocks == torch.arange(start, start + n, device="cpu")).all())
         self.selection = (slice(start, start + n) if neighbours else blocks), self.rows
 
     def __len__(self) -> int:

@@ -71,7 +71,10 @@ def probe(
     with torch.no_grad():
         whole = [None if g is None else g.detach().clone() for g in call(node, grads)]
         known = [None if g is None else g.isfinite() for g in whole]
-        rows = [torch.zeros(() if g is None else g.shape, dtype=torch.int64) for g in whole]
+        rows = [
+            torch.zeros(() if g is None else g.shape, dtype=torch.int64, device="cpu")
+            for g in whole
+        ]
         separate = [g is not None for g in whole]
         for bit in range(max(1, math.ceil(math.log2(max(count, 2))))):
             masked = [

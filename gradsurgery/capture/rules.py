@@ -300,7 +300,7 @@ def embedding(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[An
 def pick(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out, (shape,) = outs[0], shapes[0], ins
     dim = wrap(node._saved_dim, len(shape))
-    picked = torch.full((shape[dim],), -1)
+    picked = torch.full((shape[dim],), -1, device="cpu")
     selects = base_name(node) == "Select"
     if selects:
         index = wrap(node._saved_index, shape[dim])
@@ -342,7 +342,7 @@ def split(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer
         if home != dim:
             home = move(first, axis, out, shape, home)
             return [home if all(o.same(first) for o in outs.values()) else None]
-    parts, none = [], torch.tensor([-1])
+    parts, none = [], torch.tensor([-1], device="cpu")
     for k, out in enumerate(shapes):
         size = 1 if unbinds else out[dim]
         layout = outs.get(k)

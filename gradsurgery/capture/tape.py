@@ -89,7 +89,7 @@ class Tape:
             "torch.no_grad, or every parameter is frozen",
         )
         if groups is None:
-            return torch.arange(losses.numel())
+            return torch.arange(losses.numel(), device="cpu")
         check(isinstance(groups, Tensor), f"groups must be a Tensor, got {type(groups).__name__}")
         check(groups.dtype == torch.int64, f"groups must be int64, got {groups.dtype}")
         check(

@@ -33,7 +33,7 @@ def numbers(rows: Tensor) -> Numbers:
     known = vars(rows).get("_numbers")
     if known is None:
         ids, index = rows.unique(return_inverse=True)
-        distinct = torch.equal(index, torch.arange(len(ids)))
+        distinct = torch.equal(index, torch.arange(len(ids), device="cpu"))
         some_none = len(ids) > 0 and int(ids[0]) < 0
         known = Numbers(ids, index, distinct, some_none, {}, {})
         vars(rows)["_numbers"] = known
@@ -180,10 +180,11 @@ class MatrixUse(Use):
         return self.left.shape[-2]
 
     def wide(self) -> Use:
-        kernel = choose("plane_sum", IMPLEMENTATIONS, self.left.device.type)
-        return (
-            self if kernel is plane_sum_triton else super().wide()
-        )  # it takes 16 bits as they are
+        if self.left.dtype in HALVES:
+            kernel = choose("plane_sum", IMPLEMENTATIONS, self.left.device.type)
+            if kernel is plane_sum_triton:  # takes 16 bits as they are
+                return self
+        return super().wide()
 
     def transposed(self) -> "MatrixUse":
         return MatrixUse(self.right, self.left, self.rows)

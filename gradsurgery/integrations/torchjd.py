@@ -64,7 +64,7 @@ class Engine:
             )
             coupled = "refuse"
             if dim % output.dim() > 0:  # samples first, rows in the order they came
-                rows = torch.arange(output.numel()).view(output.shape).movedim(dim, 0)
+                rows = torch.arange(output.numel(), device="cpu").view(output.shape).movedim(dim, 0)
                 output = output.movedim(dim, 0)
         tape = Tape(self._model, trainable(self._model), coupled)
         jacobian = tape.jacobian(output, rows, retain_graph=True)

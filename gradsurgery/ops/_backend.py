@@ -18,6 +18,11 @@ LIBRARY = torch.library.Library("gradsurgery", "DEF")
 BACKENDS = ("torch", "native", "triton")
 
 Implementations = dict[tuple[str, str], Callable]
+OPERATORS: dict[str, Implementations] = {}
+
+
+# Triton's kernels are the GPU's, also where its interpreter runs them
+KEYS = {"torch": ("torch", "any"), "triton": ("triton", "cuda")}
 
 
 def choose(name: str, implementations: Implementations, device: str) -> Callable:
@@ -25,18 +30,18 @@ def choose(name: str, implementations: Implementations, device: str) -> Callable
 
     GRADSURGERY_BACKEND forces one, and then its absence is an error.
     """
+    return implementations[key_of(name, implementations, device)]
+
+
+def key_of(name: str, implementations: Implementations, device: str) -> tuple[str, str]:
     forced, usable = _backends(device)
     for backend in usable:
         key = KEYS.get(backend) or (backend, device)
         if key in implementations:
-            return implementations[key]
+            return key
     raise InputError(
         f"GRADSURGERY_BACKEND={forced}: {name} has no {forced} implementation for {device} here"
     )
-
-
-# Triton's kernels are the GPU's, also where its interpreter runs them
-KEYS = {"torch": ("torch", "any"), "triton": ("triton", "cuda")}
 
 
 def _backends(device: str) -> tuple[str, list[str]]:
@@ -65,6 +70,8 @@ def triton_available(device: str) -> bool:
 
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether the kernels for this tensor are Triton's."""
+    if not tensor.is_cuda and os.environ.get("GRADSURGERY_BACKEND") != "triton":
+        return False
     return _backends(tensor.device.type)[1][:1] == ["triton"]
 
 
@@ -90,6 +97,7 @@ def register(
 
     `define` and `impl` rather than `custom_op`: a third of the cost of a call.
     """
+    OPERATORS[name] = implementations
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
     def kernel(*args: object) -> object:

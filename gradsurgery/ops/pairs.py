@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, choose, runs_cuda
+from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
 from gradsurgery.ops._inputs import wide
 
 TILE = 128  # tokens the reference multiplies with all later ones at a time
@@ -110,3 +110,4 @@ IMPLEMENTATIONS = {
     ("native", "cpu"): token_pairs_native,
     ("triton", "cuda"): token_pairs_triton,
 }
+OPERATORS["token_pairs"] = IMPLEMENTATIONS

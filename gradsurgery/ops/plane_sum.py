@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, choose, runs_cuda
+from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
 from gradsurgery.ops._inputs import wide
 
 
@@ -56,3 +56,4 @@ IMPLEMENTATIONS = {
     ("native", "cpu"): plane_sum_native,
     ("triton", "cuda"): plane_sum_triton,
 }
+OPERATORS["plane_sum"] = IMPLEMENTATIONS

@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, choose, runs_cuda
+from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
 from gradsurgery.ops._inputs import wide
 from gradsurgery.ops.gramian import gramian_unchecked
 
@@ -103,7 +103,7 @@ def plane_gramian_triton(
         return plane_gramian_chunked(padded(x, lengths), padded(y, lengths), kept)
     from gradsurgery.kernels import planes as kernels
 
-    offsets = torch.tensor([0, *accumulate(lengths)]).to(x.device)
+    offsets = torch.tensor([0, *accumulate(lengths)], device="cpu").to(x.device)
     return kernels.plane_gramian(x, y, offsets, kept)
 
 
@@ -150,7 +150,7 @@ def padded(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     longest = max(lengths, default=0)
     if longest * len(lengths) == len(tokens):
         return tokens.view(len(lengths), longest, tokens.shape[-1])
-    inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    inside = torch.arange(longest, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
     out = tokens.new_zeros(len(lengths), longest, tokens.shape[-1])
     out[inside.to(tokens.device)] = tokens
     return out
@@ -161,3 +161,4 @@ IMPLEMENTATIONS = {
     ("native", "cpu"): plane_gramian_native,
     ("triton", "cuda"): plane_gramian_triton,
 }
+OPERATORS["plane_gramian"] = IMPLEMENTATIONS

@@ -162,7 +162,8 @@ class OrthoGrad:
         count = len(chosen)
         check(0 < count < m, f"forget selects {count} of {m} rows; need a forget and a retain row")
         retain = [i for i in range(m) if i not in chosen]
-        select = torch.zeros(2 if self.retain == "mean" else 1 + len(retain), m).double()
+        rows = 2 if self.retain == "mean" else 1 + len(retain)
+        select = torch.zeros(rows, m, dtype=torch.float64, device="cpu")
         select[0, sorted(chosen)] = 1 / count
         if self.retain == "mean":
             select[1, retain] = 1 / len(retain)
@@ -214,7 +215,7 @@ class OrthoGrad:
 
 def _without(coefficients: Tensor, groups: Sequence[int]) -> Tensor:
     """Zero for these groups; [g, k]."""
-    out = torch.zeros(len(coefficients), 1, dtype=torch.bool)
+    out = torch.zeros(len(coefficients), 1, dtype=torch.bool, device="cpu")
     out[groups] = True
     return coefficients.masked_fill(out.to(coefficients.device), 0)
 

@@ -348,3 +348,29 @@ def test_no_row_kept():
     with gs.tape(model) as tape:
         losses = entropy(model(X))
     assert tape.jacobian(losses, torch.full((BATCH,), -1)).m == 0
+
+
+@pytest.mark.parametrize("rows", ["captured", "stored"])
+def test_a_default_device_that_is_not_the_models(rows):
+    # as with torch.set_default_device("cuda"); what is made on the meta device holds no values
+    model, groups = mlp(middle=[nn.LayerNorm(7)]), torch.arange(BATCH) // 2
+    plain, elsewhere = copy.deepcopy(model), copy.deepcopy(model)
+    x, y = X, labels()
+
+    def run(model):
+        with gs.tape(model) as tape:
+            losses = entropy(model(x), y)
+        gram = tape.jacobian(losses, groups).gramian()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(), rows=rows)
+        halves = (x[:2], y[:2]), (x[2:], y[2:])
+        surgeon.step(
+            forget=halves[0], retain=halves[1], loss=lambda model, b: entropy(model(b[0]), b[1])
+        )
+        return gram
+
+    expected = run(plain)
+    with torch.device("meta"):
+        assert torch.equal(run(elsewhere), expected)
+    for p, q in zip(plain.parameters(), elsewhere.parameters(), strict=True):
+        assert torch.equal(p, q)

@@ -11,7 +11,7 @@ from gradsurgery.errors import InputError
     [
         # 16 blocks of 32 tokens, 384 x 1536. Factored: 512^2 / 2 (384 + 1536)
         (Work(384, 1536, 32, 16), "factored", 251_658_240),
-        # of 1024 tokens. Direct: (16384 + 17^2 / 2) 384 1536; factored would be 1024 times the above
+        # of 1024 tokens. Direct: (16384 + 17^2 / 2) 384 1536; factored: 1024 times the above
         (Work(384, 1536, 1024, 16), "direct", (16384 + 144.5) * 384 * 1536),
         # a GPU writes each plane and reads it, 240 multiplications a value, 16 times
         (Work(4096, 4096, 512, 16, device="cuda"), "direct", (8192 + 3840 + 144.5) * 4096**2),

@@ -18,6 +18,10 @@ def native():
     return "native"
 
 
+def triton():
+    return "triton"
+
+
 @pytest.fixture
 def chosen(monkeypatch):
     """What runs for a forced backend, with or without the native module."""
@@ -38,6 +42,31 @@ def test_native_runs_where_it_is_built(chosen):
     assert chosen("", built=False) == "reference"
     assert chosen("", device="xpu") == "reference"
     assert chosen("", implementations={REFERENCE: reference}) == "reference"
+
+
+def test_triton_serves_a_gpu_where_no_native_kernel_does(chosen, monkeypatch):
+    every = {REFERENCE: reference, ("native", "cuda"): native, ("triton", "cuda"): triton}
+    without = {REFERENCE: reference, ("native", "cpu"): native, ("triton", "cuda"): triton}
+    for found in (True, False):
+        monkeypatch.setattr(_backend, "TRITON", found)
+        assert chosen("", implementations=every, device="cuda") == "native"
+        second = "triton" if found else "reference"
+        assert chosen("", built=False, implementations=every, device="cuda") == second
+        assert chosen("", implementations=without, device="cuda") == second
+        assert chosen("", implementations=without, device="cpu") == "native"
+    with pytest.raises(gs.InputError, match="op has no triton implementation for cuda"):
+        chosen("triton", implementations=every, device="cuda")
+
+
+def test_triton_serves_a_cpu_in_its_interpreter_and_by_force_alone(chosen, monkeypatch):
+    given = {REFERENCE: reference, ("triton", "cuda"): triton}
+    monkeypatch.setattr(_backend, "TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert chosen("", implementations=given) == "reference"
+    assert chosen("triton", implementations=given) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(gs.InputError, match="op has no triton implementation for cpu"):
+        chosen("triton", implementations=given)
 
 
 def test_a_forced_backend_runs(chosen):

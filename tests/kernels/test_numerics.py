@@ -1,4 +1,4 @@
-"""What Triton's kernels compute, in its interpreter: run by `make interpret`."""
+"""What Triton's kernels compute: in its interpreter, by `make interpret`, or on a GPU."""
 
 import pytest
 import torch
@@ -12,7 +12,11 @@ from gradsurgery.ops.plane_sum import plane_sum
 from gradsurgery.ops.planes import plane_gramian, plane_gramian_reference
 from tests.conftest import INTERPRETED, ROUNDOFF
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: make interpret")
+DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="needs a GPU, or the interpreter: make interpret"
+)
 
 # of the largest |error| / (|g_i| |g_j|)
 LIMITS = {
@@ -23,6 +27,8 @@ LIMITS = {
 @pytest.fixture(autouse=True)
 def triton(monkeypatch):
     monkeypatch.setenv("GRADSURGERY_BACKEND", "triton")
+    with torch.device(DEVICE):
+        yield
 
 
 def randn(*shape, dtype=torch.float32, scale=1.0):
