@@ -7,7 +7,7 @@ pip := $(bin)/python -m pip install --quiet --disable-pip-version-check -c const
 native := CMakeLists.txt setup.py $(wildcard csrc/*)
 formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/emulated_cuda/*.h)
 
-.PHONY: demo test lint format types bench sanitize emulate interpret clean
+.PHONY: demo test lint format types bench sanitize emulate interpret gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -77,6 +77,16 @@ emulate: $(VENV)/dev
 # Triton's kernels, statement by statement on the CPU; `make test` compiles them for GPUs
 interpret: $(VENV)/dev
 	TRITON_INTERPRET=1 $(bin)/python -m pytest -p no:cacheprovider tests/kernels $(ARGS)
+
+# on a machine with a GPU, with the packages that its Python has: nothing is installed
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m gradsurgery doctor
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests/kernels tests/test_cuda_kernels.py
+	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -p no:cacheprovider \
+	        tests/test_cuda_kernels.py -k 'matches_float64 and float32' || exit 1; done; fi
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf build dist *.egg-info gradsurgery/_C*.so $(VENV)/native

@@ -1,0 +1,249 @@
+"""What the kernels do on a GPU, beside what it can do: `make gpu` runs the tests, then this.
+
+Writes benchmarks/results/<gpu>/<date>.json and prints a table. Every time is the median of
+repetitions measured with device events; every ratio is of times in this run.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gradsurgery as gs
+from gradsurgery.ops.gramian import gramian_of
+from gradsurgery.ops.pairs import token_pairs
+from gradsurgery.ops.plane_sum import plane_sum
+from gradsurgery.ops.planes import plane_gramian
+from gradsurgery.ops.weighting import projection_weights
+
+SECONDS = 0.4  # of repetitions, after the first calls, which compile
+HALVES = (torch.bfloat16, torch.float32)
+
+
+class Bench:
+    """Times calls on one device and collects rows of the table."""
+
+    def __init__(self, device: str, scale: int) -> None:
+        self.device, self.scale = torch.device(device), scale
+        self.rows: list[dict[str, Any]] = []
+
+    def size(self, count: int) -> int:
+        return max(1, count // self.scale)
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=dtype)
+
+    def time(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Median seconds of a call, and half of the range that holds half of them."""
+        for _ in range(3):
+            call()
+        start, found = time.perf_counter(), []
+        while len(found) < 5 or (time.perf_counter() - start < SECONDS and len(found) < 200):
+            found.append(self._once(call))
+        low, middle, high = statistics.quantiles(found, n=4)
+        return middle, (high - low) / 2
+
+    def _once(self, call: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def add(self, name: str, call: Callable[[], object], **more: Any) -> float:
+        seconds, spread = self.time(call)
+        self.rows.append({"work": name, "seconds": seconds, "spread": spread, **more})
+        print(f"{name:<58} {seconds * 1e3:9.3f} ms ± {spread * 1e3:.3f}", flush=True)
+        return seconds
+
+
+def error(gram: Tensor, rows: Tensor) -> float:
+    """Largest, of some rows' products, in units of their norms."""
+    exact = torch.stack([(row.double() * rows[0].double()).sum() for row in rows[:4]])
+    norms = torch.stack([row.double().norm() for row in rows[:4]])
+    return float(((gram[:4, 0] - exact).abs() / (norms * norms[0])).max())
+
+
+def copy_rate(bench: Bench, total: int) -> float:
+    """Bytes read and written a second."""
+    source = bench.randn(total // 4)
+    target = torch.empty_like(source)
+    name = "copy, device to device"
+    return 2 * total / bench.add(name, lambda: target.copy_(source), bytes=2 * total)
+
+
+def existing_rows(bench: Bench) -> None:
+    """Read once: the floor is the device's own copy."""
+    total = bench.size(4 << 30)  # bytes
+    rate = copy_rate(bench, total)
+    for dtype in HALVES:
+        for m in (2, 8, 16):
+            rows = bench.randn(m, total // (m * dtype.itemsize), dtype=dtype)
+            grad, weights = bench.randn(rows.shape[1], dtype=dtype), bench.randn(m).double()
+            read = rows.numel() * dtype.itemsize
+            name = f"({m}, {rows.shape[1]:.1e}) {str(dtype).removeprefix('torch.')}"
+            calls = {
+                f"gramian {name}": (lambda: gramian_of([[rows]], False), read),
+                f"combine {name}": (lambda: gs.combine(rows, weights), read * (1 + 1 / m)),
+                f"project_out {name}": (lambda: gs.project_out(grad, rows), read * (2 + 3 / m)),
+            }
+            for label, (call, moved) in calls.items():
+                seconds = bench.add(label, call, bytes=moved, target="0.80 of the copy's rate")
+                bench.rows[-1]["of_copy"] = moved / seconds / rate
+            bench.rows[-3]["error"] = error(gramian_of([[rows]], False), rows)
+    rows = bench.randn(64, bench.size(1 << 24))
+    ours = bench.add("gramian (64, 1.7e7) float32", lambda: gramian_of([[rows]], False))
+    bench.rows[-1]["error"] = error(gramian_of([[rows]], False), rows)
+    plain = bench.add("torch.matmul(J, J.T) of the same", lambda: rows @ rows.mT)
+    bench.rows[-1]["error"] = error((rows @ rows.mT).double(), rows)
+    bench.rows[-2] |= {"speedup": plain / ours, "target": "3 x torch.matmul"}
+    rows, grad = bench.randn(32, bench.size(10**8)), bench.randn(bench.size(10**8))
+    ours = bench.add("project_out (32, 1e8) float32", lambda: gs.project_out(grad, rows))
+    qr = bench.add("torch.linalg.qr of the same", lambda: torch.linalg.qr(rows.mT))
+    bench.rows[-2] |= {"speedup": qr / ours, "target": "50 x torch.linalg.qr"}
+
+
+def planes(bench: Bench) -> None:
+    """The Gramian of one layer's per-sample gradients, in bfloat16."""
+    b, side = 16, bench.size(4096)
+    index = torch.arange(b, device="cpu")
+    for tokens in (64, 256, 1024):
+        left, right = (bench.randn(b, tokens, side, dtype=torch.bfloat16) for _ in range(2))
+        label = f"B=16, {side} x {side}, T={tokens} bfloat16"
+        form = bench.add(f"form per-sample gradients, {label}", lambda: left.mT @ right)
+
+        def stored(left: Tensor = left, right: Tensor = right) -> Tensor:
+            rows = (left.mT @ right).flatten(1)
+            return rows @ rows.mT
+
+        both = bench.add(f"form and multiply them, {label}", stored)
+        direct = bench.add(
+            f"plane_gramian, {label}", lambda: plane_gramian([left], [right], [index], b)
+        )
+        bench.rows[-1] |= {"of_forming": direct / form, "of_both": direct / both}
+        pairs = bench.add(f"token_pairs, {label}", lambda: token_pairs(left, right))
+        bench.rows[-1] |= {"of_forming": pairs / form, "of_both": pairs / both}
+        bench.rows[-1]["target"] = (
+            "best of both: 0.6 of forming and multiplying, T=1024: 1.35 of forming"
+        )
+        weights, out = bench.randn(b), bench.randn(side, side)
+        ours = bench.add(f"plane_sum, {label}", lambda: plane_sum(left, right, weights, out))
+        plain = bench.add(
+            f"torch.matmul of all tokens, {label}",
+            lambda: left.flatten(0, 1).mT @ right.flatten(0, 1),
+        )
+        bench.rows[-2]["of_matmul"] = ours / plain
+
+
+def solves(bench: Bench) -> None:
+    rows = bench.randn(256, 32, 40).double()
+    gram, products = rows @ rows.mT, rows @ bench.randn(40).double()
+    bench.add("projection_weights, 256 of 32 x 32", lambda: projection_weights(gram, products))
+    bench.rows[-1]["target"] = "1 ms"
+
+
+def steps(bench: Bench) -> None:
+    """OrthoGrad beside a plain step, on a model of the shape of Llama 3.2 1B."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    full = bench.scale == 1
+    config = LlamaConfig(
+        hidden_size=bench.size(2048),
+        intermediate_size=bench.size(8192),
+        vocab_size=bench.size(128_256),
+        num_hidden_layers=16 if full else 2,
+        num_attention_heads=32 if full else 2,
+        num_key_value_heads=8 if full else 2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(bench.device, torch.bfloat16).train()
+    length = bench.size(256)
+    ids = torch.randint(0, config.vocab_size, (32, length), device=bench.device)
+
+    def loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
+        logits = model(batch).logits[:, :-1].float()
+        each = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        return each.view(len(batch), -1).mean(1)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad())
+
+    def plain() -> None:
+        optimizer.zero_grad()
+        loss(model, ids).mean().backward()
+        optimizer.step()
+
+    def ours() -> None:
+        surgeon.step(forget=ids[:16], retain=ids[16:], loss=loss)
+
+    label = f"Llama 3.2 1B's shape, bfloat16, 16 + 16 of {length}"
+    times, peaks = [], []
+    for name, call in (("plain step", plain), ("OrthoGrad step", ours)):
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        times.append(bench.add(f"{name}, {label}", call))
+        peaks.append(torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 0)
+        bench.rows[-1]["peak_bytes"] = peaks[-1]
+    bench.rows[-1] |= {"of_plain": times[1] / times[0], "target": "1.20 of time, 1.25 of memory"}
+    if peaks[0]:
+        bench.rows[-1]["memory_of_plain"] = peaks[1] / peaks[0]
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": name, "torch": torch.__version__, "cuda": torch.version.cuda,
+        "triton": __import__("triton").__version__, "commit": git.stdout.strip() or "unknown",
+        "date": date.today().isoformat(),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = ["work", "ms", "measured", "target"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        known = {"work", "seconds", "spread", "bytes", "target", "peak_bytes"}
+        measured = ", ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in known)
+        cells = [row["work"], f"{row['seconds'] * 1e3:.3f}", measured, row.get("target", "")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--scale", type=int, default=1, help="divides sizes: a trial of the script")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    bench = Bench(options.device, options.scale)
+    found = facts(bench.device)
+    folder = options.out / found["device"].replace(" ", "-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{found['date']}.json"
+    for part in (existing_rows, planes, solves, steps):
+        part(bench)
+        path.write_text(
+            json.dumps({**found, "rows": bench.rows}, indent=1)
+        )  # what a limit cuts off is kept
+    (folder / "table.md").write_text(table(bench.rows) + "\n")
+    print(table(bench.rows))
+
+
+if __name__ == "__main__":
+    main()
