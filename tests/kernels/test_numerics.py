@@ -123,18 +123,20 @@ def test_token_pairs_not_finite_stay_in_their_row(bad):
     assert relative(out[rest][:, rest], planes @ planes.mT) <= 1e-6
 
 
-def test_token_pairs_past_2_to_the_31():
-    # values 2^31 apart in memory that is never written, and so takes none
-    far = torch.empty(2**32 + 64, dtype=torch.bfloat16).as_strided((3, 2, 8), (2**31, 8, 1))
-    near = randn(3, 2, 8, dtype=torch.bfloat16)
+def test_memory_past_2_to_the_31():
+    # a stride that is a 32-bit number, times a block, is none; memory never written takes none
+    far = torch.empty(2**32 + 64, dtype=torch.bfloat16).as_strided((5, 2, 8), (2**30, 8, 1))
+    near = randn(5, 2, 8, dtype=torch.bfloat16)
     far.copy_(near)
     assert torch.equal(token_pairs(far, near), token_pairs(near, near))
     out, expected = torch.zeros(8, 8), torch.zeros(8, 8)
-    plane_sum(far, near, torch.ones(3), out)
-    plane_sum(near, near, torch.ones(3), expected)
+    plane_sum(far, near, torch.ones(5), out)
+    plane_sum(near, near, torch.ones(5), expected)
     assert torch.equal(out, expected)
-    rows = far[:, 0]
-    assert torch.equal(gramian_of([[rows]], False), gramian_of([[near[:, 0]]], False))
+    assert torch.equal(gramian_of([[far[:, 0]]], False), gramian_of([[near[:, 0]]], False))
+    update, weights = near.new_empty(1, 8), torch.ones(1, 5, dtype=torch.float64)
+    combine_into([[far[:, 0]]], weights, [[update]])
+    assert (update.double() - near[:, 0].double().sum(0)).abs().max() <= 2e-2
 
 
 @pytest.mark.parametrize("n,t,a,b", TOKENS)
