@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradsurgery.errors import InputError
 from gradsurgery.kernels.gramian import gramian
-from gradsurgery.kernels.tiles import cdiv, narrow, options
+from gradsurgery.kernels.tiles import cdiv, narrow, on, options
 
 OUTS = 4  # rows of W in one pass
 COLUMNS = 512  # of a program
@@ -63,19 +63,20 @@ def combine_into(
             continue
         for start in range(0, len(every), OUTS):
             some = tuple(every[start : start + OUTS])
-            combine_kernel[(cdiv(columns, COLUMNS),)](
-                blocks,
-                tuple(block.stride() for block in blocks),
-                tuple(block.shape[0] for block in blocks),
-                columns,
-                weights[start:],
-                m,
-                some,
-                tuple(out.stride(0) for out in some),
-                triton.next_power_of_2(len(some)),
-                COLUMNS,
-                **options(4, 3),
-            )
+            with on(weights):
+                combine_kernel[(cdiv(columns, COLUMNS),)](
+                    blocks,
+                    tuple(block.stride() for block in blocks),
+                    tuple(block.shape[0] for block in blocks),
+                    columns,
+                    weights[start:],
+                    m,
+                    some,
+                    tuple(out.stride(0) for out in some),
+                    triton.next_power_of_2(len(some)),
+                    COLUMNS,
+                    **options(4, 3),
+                )
     if cross is not None or gram is not None:
         products = gramian([*sources, *outs])
         if cross is not None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsurgery.kernels.tiles import cdiv, multiply, options, precision
+from gradsurgery.kernels.tiles import cdiv, multiply, on, options, precision
 
 PROGRAMS = 1024  # per launch at most; the same on every GPU, and so are the sums
 FEW_COLUMNS = 1 << 14  # take no longer in float64, and float32 sums of few average nothing out
@@ -113,21 +113,22 @@ def _sum(sources: Sequence[Sequence[Tensor]], m: int, precise: bool, repeat: Ten
     for blocks in zip(*sources, strict=True):
         blocks = tuple(block if block.stride(1) == 1 else block.contiguous() for block in blocks)
         if blocks[0].shape[1] and m:
-            gramian_kernel[(shares, tiles, tiles)](
-                blocks,
-                tuple(block.stride(0) for block in blocks),
-                tuple(block.shape[0] for block in blocks),
-                blocks[0].shape[1],
-                parts,
-                repeat,
-                tiles == 1,
-                rows,
-                depth,
-                RUN,
-                precision(first.dtype),
-                precise,
-                **options(warps, 4),
-            )
+            with on(first):
+                gramian_kernel[(shares, tiles, tiles)](
+                    blocks,
+                    tuple(block.stride(0) for block in blocks),
+                    tuple(block.shape[0] for block in blocks),
+                    blocks[0].shape[1],
+                    parts,
+                    repeat,
+                    tiles == 1,
+                    rows,
+                    depth,
+                    RUN,
+                    precision(first.dtype),
+                    precise,
+                    **options(warps, 4),
+                )
     out = parts.sum(0).transpose(1, 2).reshape(tiles * rows, tiles * rows)[:m, :m]
     return out.tril() + out.tril(-1).mT
 

@@ -15,8 +15,10 @@ from gradsurgery.kernels.tiles import (
     Tile,
     cdiv,
     large,
-    magnitudes,
+    largest_of,
+    on,
     options,
+    power_of_two,
     precision,
     products,
     small,
@@ -72,12 +74,13 @@ def pairs_kernel(
     x = sides[1] + block * strides[1][0] + g * strides[1][1] + token * strides[1][2]
     y = sides[3] + other * strides[3][0] + g * strides[3][1] + other_token * strides[3][2]
     second = products(x[:, None], y[None, :], inside, other_inside, widths[1], DEPTH, PRECISION)
-    # to the sums of float64: a row divided by its largest value cannot leave float32's range
+    # rows divided by their largest value: products stay in float32's range, but for those of
+    # gradients whose norms are 1e19 times apart, which may vanish
     scale = tl.full((M,), 1, tl.float64)
     if IDS:
         pairs = tl.where(first, second, 0.0)
     else:
-        first_size, second_size = magnitudes(first), magnitudes(second)
+        first_size, second_size = power_of_two(largest_of(first)), power_of_two(largest_of(second))
         pairs = (first / first_size[:, None]) * (second / second_size[:, None])
         scale = first_size.to(tl.float64) * second_size.to(tl.float64)
     sums = tl.sum(tl.reshape(pairs, (ROWS, TOKENS, OTHER_ROWS, OTHER_TOKENS)), axis=3)
@@ -95,8 +98,7 @@ def token_pairs(
 ) -> Tensor:
     """As `gradsurgery.ops.pairs.token_pairs`."""
     symmetric = other_left is None or other_right is None
-    sides = [left, right, left if other_left is None else other_left]
-    sides.append(right if other_right is None else other_right)
+    sides = [left, right, left, right] if symmetric else [left, right, other_left, other_right]
     ids = not left.is_floating_point()
     # [n, g, T, .]; of ids [n, g, T]
     grouped = right.dim() == 4
@@ -116,19 +118,20 @@ def token_pairs(
     parts = right.new_zeros(
         g, down, across, other_down, other_across, rows, other_rows, dtype=torch.float64
     )
-    pairs_kernel[(down * across * other_down * other_across, g)](
-        tuple(sides),
-        tuple(side.stride()[:3] for side in sides),
-        (n, tokens, k, other_tokens),
-        (1 if ids else sides[0].shape[-1], b),
-        parts,
-        symmetric,
-        ids,
-        *shape,
-        tile.depth,
-        precision(right.dtype),
-        **options(tile.warps, tile.stages),
-    )
+    with on(right):
+        pairs_kernel[(down * across * other_down * other_across, g)](
+            tuple(sides),
+            tuple(side.stride()[:3] for side in sides),
+            (n, tokens, k, other_tokens),
+            (1 if ids else sides[0].shape[-1], b),
+            parts,
+            symmetric,
+            ids,
+            *shape,
+            tile.depth,
+            precision(right.dtype),
+            **options(tile.warps, tile.stages),
+        )
     out = parts.sum((0, 2, 4)).transpose(1, 2).reshape(down * rows, other_down * other_rows)
     out = out[:n, :k]
     return out + out.mT if symmetric else out.contiguous()

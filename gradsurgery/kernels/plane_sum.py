@@ -1,7 +1,8 @@
 """Weighted sum of weight gradients: out = beta out + Σ_i w_i Σ_t left_it right_itᵀ.
 
 One matrix product over all tokens; the weights are applied to the left tokens on their way from
-memory to the tensor cores, rounded to the tokens' dtype as the tokens themselves were.
+memory to the tensor cores, rounded to the tokens' dtype as the tokens themselves were. float16
+tokens, whose range weights would leave, become tf32: as many bits, and float32's range.
 """
 
 import torch
@@ -9,7 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsurgery.kernels.tiles import Tile, cdiv, large, multiply, narrow, options, precision, small
+from gradsurgery.kernels.tiles import (
+    Tile,
+    cdiv,
+    large,
+    multiply,
+    narrow,
+    on,
+    options,
+    precision,
+    small,
+)
 
 
 @triton.jit
@@ -53,7 +64,10 @@ def plane_sum_kernel(
             other=0,
         )
         weight = tl.load(weights + block, mask=inside, other=0).to(sums)
-        x = narrow(x.to(sums) * weight[None, :], x.dtype)
+        if x.dtype == tl.float16:
+            x, y = x.to(tl.float32) * weight[None, :], y.to(tl.float32)
+        else:
+            x = narrow(x.to(sums) * weight[None, :], x.dtype)
         total = multiply(x, y, total, PRECISION)
     if ADD:
         total += tl.load(beta).to(sums) * tl.load(to, mask=mask, other=0).to(sums)
@@ -71,25 +85,27 @@ def plane_sum(
     weights = weights.double().contiguous()
     add = isinstance(beta, Tensor) or beta != 0
     beta = beta.double() if isinstance(beta, Tensor) else weights.new_full((), beta)
-    tile = tile_of(height, width, left.dtype, add)
-    plane_sum_kernel[(cdiv(height, tile.rows) * cdiv(width, tile.columns),)](
-        left,
-        right,
-        weights,
-        out,
-        (left.stride()[:2], right.stride()[:2], out.stride()),
-        n * tokens,
-        max(tokens, 1),
-        height,
-        width,
-        beta,
-        add,
-        tile.rows,
-        tile.columns,
-        tile.depth,
-        precision(left.dtype),
-        **options(tile.warps, tile.stages),
-    )
+    computed = torch.float32 if left.dtype == torch.float16 else left.dtype
+    tile = tile_of(height, width, computed, add)
+    with on(left):
+        plane_sum_kernel[(cdiv(height, tile.rows) * cdiv(width, tile.columns),)](
+            left,
+            right,
+            weights,
+            out,
+            (left.stride()[:2], right.stride()[:2], out.stride()),
+            n * tokens,
+            max(tokens, 1),
+            height,
+            width,
+            beta,
+            add,
+            tile.rows,
+            tile.columns,
+            tile.depth,
+            precision(left.dtype) if computed == left.dtype else "tf32",
+            **options(tile.warps, tile.stages),
+        )
 
 
 def tile_of(height: int, width: int, dtype: torch.dtype, add: bool) -> Tile:

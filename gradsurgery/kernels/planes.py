@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradsurgery.kernels.tiles import cdiv, multiply, narrow, options, precision
+from gradsurgery.kernels.tiles import (
+    cdiv,
+    largest_of,
+    multiply,
+    narrow,
+    on,
+    options,
+    power_of_two,
+    precision,
+)
 from gradsurgery.ops.planes import BUFFER, SMALL
 
 PROGRAMS = 256
@@ -76,12 +85,21 @@ def planes_kernel(
             )
             tl.store(to, narrow(plane.to(sums), buffer.dtype.element_ty))
         tl.debug_barrier()  # the whole tile is written
+        # of values near one in every row, float32 holds the products, whatever the rows' scale
+        largest = tl.zeros((ROWS,), tl.float32)
+        for k in range(0, SIZE, DEPTH):
+            at = line[:, None] * SIZE + k + tl.arange(0, DEPTH)[None, :]
+            x = tl.load(mine + at, mask=(line < m)[:, None], other=0)
+            largest = tl.maximum(largest, largest_of(x))
+        scale = power_of_two(largest)
         part = tl.zeros((ROWS, ROWS), sums)
         for k in range(0, SIZE, DEPTH):
             at = line[:, None] * SIZE + k + tl.arange(0, DEPTH)[None, :]
             x = tl.load(mine + at, mask=(line < m)[:, None], other=0)
+            x = narrow(x.to(sums) / scale[:, None].to(sums), x.dtype)
             part = multiply(x, tl.trans(x), part, BUFFER_PRECISION)
-        total += part.to(tl.float64)
+        scale64 = scale.to(tl.float64)
+        total += part.to(tl.float64) * scale64[:, None] * scale64[None, :]
         tl.debug_barrier()  # and read, before the next one
     at = (program * ROWS + line[:, None]) * ROWS + line[None, :]
     tl.store(parts + at, total)
@@ -100,34 +118,36 @@ def plane_gramian(left: Tensor, right: Tensor, offsets: Tensor, kept: Tensor | N
     m = count + (kept is not None)
     if m == 0 or height == 0 or width == 0:
         return left.new_zeros(m, m, dtype=torch.float64)
-    small = left.element_size() == 2 and height * width < SMALL
-    stored = torch.float32 if small else left.dtype
+    short = left.dtype == torch.float16  # of range: planes leave it
+    small = left.dtype == torch.bfloat16 and height * width < SMALL
+    stored = torch.float32 if short or small else left.dtype
     rows, high, wide, tokens, depth = tile_of(m, left.dtype, stored)
     size = m * high * wide * stored.itemsize
     tiles = cdiv(height, high) * cdiv(width, wide)
     programs = max(1, min(tiles, PROGRAMS, BUFFER // size))
     parts = left.new_empty(programs, rows, rows, dtype=torch.float64)
-    planes_kernel[(programs,)](
-        left,
-        right,
-        left if kept is None else kept,
-        offsets,
-        left.new_empty(programs * m * high * wide, dtype=stored),
-        parts,
-        count,
-        height,
-        width,
-        (left.stride(0), right.stride(0), (0, 0) if kept is None else kept.stride()),
-        kept is not None,
-        rows,
-        high,
-        wide,
-        tokens,
-        depth,
-        precision(left.dtype),
-        precision(stored),
-        **options(8, 3),
-    )
+    with on(left):
+        planes_kernel[(programs,)](
+            left,
+            right,
+            left if kept is None else kept,
+            offsets,
+            left.new_empty(programs * m * high * wide, dtype=stored),
+            parts,
+            count,
+            height,
+            width,
+            (left.stride(0), right.stride(0), (0, 0) if kept is None else kept.stride()),
+            kept is not None,
+            rows,
+            high,
+            wide,
+            tokens,
+            depth,
+            precision(left.dtype),
+            precision(stored),
+            **options(8, 3),
+        )
     out = parts.sum(0)[:m, :m]
     return out.tril() + out.tril(-1).mT
 

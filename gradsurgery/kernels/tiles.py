@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 class Tile(NamedTuple):
@@ -40,7 +41,12 @@ def precision(dtype: torch.dtype) -> str:
     """How tensor cores multiply: float32 by three products of tf32, unless torch may use one."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def on(tensor: Tensor) -> torch.cuda.device_of:
+    """Launches go to the device of a tensor, whatever the current one is."""
+    return torch.cuda.device_of(tensor)
 
 
 def cdiv(count: int, size: int) -> int:
@@ -55,6 +61,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def multiply(left, right, total, PRECISION: tl.constexpr):
     """total + left right"""
+    tl.static_assert(left.dtype == right.dtype)
     if INTERPRETED and left.dtype == tl.bfloat16:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
@@ -94,9 +101,14 @@ def products(
 
 
 @triton.jit
-def magnitudes(tile):
-    """A power of two near the largest finite value of each row, [M, N] -> [M]."""
-    size = tl.abs(tile).to(tl.float32)
-    largest = tl.max(tl.where(size < float("inf"), size, 0.0), axis=1)
-    exponent = tl.floor(tl.log2(tl.where(largest > 0, largest, 1.0)))
+def largest_of(tile):
+    """The largest finite size in each row, [M, N] -> [M]."""
+    size = tl.abs(tile.to(tl.float32))
+    return tl.max(tl.where(size < float("inf"), size, 0.0), axis=1)
+
+
+@triton.jit
+def power_of_two(size):
+    """One near a size, to divide by without rounding; 1 of zero."""
+    exponent = tl.floor(tl.log2(tl.where(size > 0, size, 1.0)))
     return tl.exp2(tl.minimum(tl.maximum(exponent, -126.0), 126.0))

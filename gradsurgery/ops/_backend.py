@@ -1,5 +1,6 @@
 """Which implementation of an operator runs, and how it is registered with torch."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -13,7 +14,8 @@ try:
 except ImportError:  # a source tree that was never built: plain torch serves every operator
     _C = None
 
-TRITON = importlib.util.find_spec("triton") is not None  # torch brings it on Linux
+# torch brings it on Linux; its precisions and its float64 are those of NVIDIA's GPUs
+TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None
 LIBRARY = torch.library.Library("gradsurgery", "DEF")
 BACKENDS = ("torch", "native", "triton")
 
@@ -65,7 +67,15 @@ def native_available(device: str) -> bool:
 
 def triton_available(device: str) -> bool:
     """Its interpreter serves any device, slowly."""
-    return TRITON and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    if device == "cuda":
+        return TRITON and _capable()
+    return TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _capable() -> bool:
+    """Whether the GPU, where there is one, is of a kind that the kernels are compiled for."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

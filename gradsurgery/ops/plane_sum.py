@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import wide
+from gradsurgery.ops._inputs import alike, wide
 
 
 def plane_sum(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float = 0) -> None:
@@ -47,7 +47,7 @@ def plane_sum_triton(
 ) -> None:
     from gradsurgery.kernels import plane_sum as kernels
 
-    kernels.plane_sum(left, right, weights, out, beta)
+    kernels.plane_sum(*alike(left, right), weights, out, beta)
     torch.autograd.graph.increment_version(out)
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import wide
+from gradsurgery.ops._inputs import alike, wide
 from gradsurgery.ops.gramian import gramian_unchecked
 
 CHUNK = 1 << 21  # values of all rows' slices that the reference forms at a time
 BUFFER = 32 << 20  # bytes of them on a GPU: an H200 caches 50 MiB
-# Of planes of fewer values, 16-bit ones would cost accuracy: each rounding is 2^-9 of a value, in
+# Of planes of fewer values, bfloat16 ones would cost accuracy: each rounding is 2^-9 of a value, in
 # the products of two planes some 2^-9 / sqrt(values) of the norms
 SMALL = 1 << 16
 # Padded to the longest row, a token costs 2 flops a value at 650 TFLOP/s, 3.1 fs; the kernel that
@@ -42,8 +42,8 @@ def plane_gramian(
     Returns:
         [m, m] float64, m = count or, with `kept`, count + 1. Planes are formed in the dtype of
         their tokens, 16-bit ones in float32, and multiplied as by `gramian`. A GPU rounds large
-        planes of 16-bit tokens to 16 bits in between: in bfloat16 some 1e-5 of the norms, 2e-4
-        where a row has a single token, whose values are few and round alike.
+        planes of bfloat16 tokens to 16 bits in between: some 1e-5 of the norms, 4e-4 where rows
+        have few tokens or equal values, which round alike.
     """
     device = left[0].device.type
     return choose("plane_gramian", IMPLEMENTATIONS, device)(left, right, rows, count, kept)
@@ -96,31 +96,41 @@ def plane_gramian_triton(
     count: int,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Slices of the planes by matrix products of all rows at once, or tiles of them by a kernel."""
+    """Slices of the planes by matrix products, or tiles of them by a kernel."""
     x, y, lengths = by_row(left, right, rows, count)
     longest = max(lengths, default=0)
     if count + (kept is not None) > MOST_ROWS or longest * count <= PADDING * len(x):
-        return plane_gramian_chunked(padded(x, lengths), padded(y, lengths), kept)
+        return plane_gramian_chunked(x, y, lengths, kept)
     from gradsurgery.kernels import planes as kernels
 
     offsets = torch.tensor([0, *accumulate(lengths)], device="cpu").to(x.device)
     return kernels.plane_gramian(x, y, offsets, kept)
 
 
-def plane_gramian_chunked(left: Tensor, right: Tensor, kept: Tensor | None) -> Tensor:
-    """The same of tokens [n, T, a] and [n, T, b], a row each; no slice leaves a GPU's cache."""
-    n, _, height = left.shape
-    width = right.shape[-1]
-    if height * width < SMALL:
+def plane_gramian_chunked(
+    left: Tensor, right: Tensor, lengths: Sequence[int], kept: Tensor | None
+) -> Tensor:
+    """Of [N, a] and [N, b], the tokens of row after row; no slice leaves a GPU's cache."""
+    n, height, width = len(lengths), left.shape[-1], right.shape[-1]
+    if left.dtype == torch.float16 or height * width < SMALL:  # planes leave float16's range
         left, right = wide(left), wide(right)
     m = n + (kept is not None)
     out = left.new_zeros(m, m, dtype=torch.float64)
     step = max(1, min(height, BUFFER // max(1, m * width * left.element_size())))
     buffer = left.new_empty(m * step * width)
+    if max(lengths, default=0) * n <= PADDING * len(left):
+        parts = [(slice(0, n), padded(left, lengths), padded(right, lengths))]
+    else:  # a row at a time
+        ends = list(accumulate(lengths))
+        parts = [
+            (slice(r, r + 1), left[None, end - t : end], right[None, end - t : end])
+            for r, (t, end) in enumerate(zip(lengths, ends, strict=True))
+        ]
     for lo in range(0, height, step):
         hi = min(lo + step, height)
         planes = buffer[: m * (hi - lo) * width].view(m, hi - lo, width)
-        torch.bmm(left[..., lo:hi].mT, right, out=planes[:n])
+        for which, x, y in parts:
+            torch.bmm(x[..., lo:hi].mT, y, out=planes[which])
         if kept is not None:
             planes[-1] = kept[lo:hi]
         out += gramian_unchecked([planes.flatten(1)])
@@ -139,6 +149,7 @@ def by_row(
         else side[0].flatten(0, 1)
         for side in (left, right)
     ]  # fmt: skip
+    sides = alike(*sides)
     if bool((which[1:] < which[:-1]).any()):
         order = which.argsort(stable=True).to(sides[0].device)
         sides = [side[order] for side in sides]
@@ -151,9 +162,9 @@ def padded(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     if longest * len(lengths) == len(tokens):
         return tokens.view(len(lengths), longest, tokens.shape[-1])
     inside = torch.arange(longest, device="cpu") < torch.tensor(lengths, device="cpu")[:, None]
-    out = tokens.new_zeros(len(lengths), longest, tokens.shape[-1])
-    out[inside.to(tokens.device)] = tokens
-    return out
+    places = inside.flatten().nonzero().flatten().to(tokens.device)
+    out = tokens.new_zeros(len(lengths) * longest, tokens.shape[-1])
+    return out.index_copy_(0, places, tokens).view(len(lengths), longest, -1)
 
 
 IMPLEMENTATIONS = {

@@ -153,7 +153,7 @@ def test_plane_gramian(n, t, a, b, kept, dtype):
 
 
 # tokens of the rows: alike but for one, so different that padding would not pay, none, many rows
-LENGTHS = [[3, 4, 4], [1, 30, 2, 0, 1], [0, 0, 50, 1], [1] * 20 + [40], [1] * 70]
+LENGTHS = [[3, 4, 4], [1, 30, 2, 0, 1], [0, 0, 50, 1], [1] * 20 + [40], [1] * 70, [1] * 65 + [300]]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -172,16 +172,65 @@ def test_plane_gramian_of_rows_of_any_length(lengths, kept, dtype):
     assert relative(out, exact) <= LIMITS[dtype]
 
 
-@pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 40, 1, 2]], ids=["chunks", "tiles"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_large_planes_are_rounded_to_16_bits(lengths, dtype):
-    left, right = randn(sum(lengths), 300, dtype=dtype), randn(sum(lengths), 260, dtype=dtype)
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [1, 20, 1, 1]], ids=str)
+@pytest.mark.parametrize(
+    "dtype,size",
+    [(torch.float32, 1e-12), (torch.float32, 1e10), (torch.bfloat16, 1e-12),
+     (torch.bfloat16, 1e10), (torch.float16, 300.0), (torch.float16, 3e-5)],
+    ids=str,
+)  # fmt: skip
+def test_plane_gramian_of_any_scale(lengths, dtype, size):
+    count = sum(lengths)
+    left, right = (randn(count, 1, 20, dtype=dtype, scale=size) for _ in range(2))
     index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    given = [left[:, None]], [right[:, None]], [index], len(lengths)
-    exact = plane_gramian_reference([left[:, None].double()], [right[:, None].double()], *given[2:])
-    out = plane_gramian(*given)
+    kept = randn(20, 20, dtype=torch.float32, scale=size**2)
+    out = plane_gramian([left], [right], [index], len(lengths), kept)
+    exact = plane_gramian_reference(
+        [left.double()], [right.double()], [index], len(lengths), kept.double()
+    )
+    assert relative(out, exact) <= 1e-6
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [1, 30]], ids=["chunks", "tiles"])
+def test_large_float16_planes_keep_their_range(lengths):
+    left = randn(sum(lengths), 1, 300, dtype=torch.float16, scale=300)
+    right = randn(sum(lengths), 1, 260, dtype=torch.float16, scale=300)
+    index = torch.arange(2).repeat_interleave(torch.tensor(lengths))
+    out = plane_gramian([left], [right], [index], 2)
+    exact = plane_gramian_reference([left.double()], [right.double()], [index], 2)
+    assert relative(out, exact) <= 1e-6
+
+
+def test_tokens_of_several_dtypes():
+    # as of a layer called once under autocast and once outside
+    first = randn(3, 2, 20, dtype=torch.bfloat16), randn(3, 2, 30, dtype=torch.bfloat16)
+    second = randn(4, 5, 20), randn(4, 5, 30)
+    planes, others = planes_of(*first), planes_of(*second)
+    squares = planes.square().sum(1), others.square().sum(1)
+    exact = planes @ others.mT
+    assert relative(token_pairs(*first, *second), exact, *squares) <= 1e-6
+    assert relative(token_pairs(*second, *first), exact.mT, *squares[::-1]) <= 1e-6
+    mixed = first[0], randn(3, 2, 30)
+    expected = planes_of(*mixed)
+    assert relative(token_pairs(*mixed), expected @ expected.mT) <= 1e-6
+    out = torch.empty(20, 30)
+    plane_sum(*mixed, torch.ones(3), out)
+    assert (out.double() - expected.sum(0).view(20, 30)).norm() <= 1e-5 * expected.norm()
+    every = torch.cat([planes, others])
+    rows = [torch.arange(3), torch.arange(3, 7)]
+    out = plane_gramian([first[0], second[0]], [first[1], second[1]], rows, 7)
+    assert relative(out, every @ every.mT) <= 1e-6
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [2, 40, 1, 2]], ids=["chunks", "tiles"])
+def test_large_bfloat16_planes_are_rounded(lengths):
+    left = randn(sum(lengths), 1, 300, dtype=torch.bfloat16)
+    right = randn(sum(lengths), 1, 260, dtype=torch.bfloat16)
+    index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    out = plane_gramian([left], [right], [index], len(lengths))
+    exact = plane_gramian_reference([left.double()], [right.double()], [index], len(lengths))
     longer = [i for i, t in enumerate(lengths) if t > 1]
-    assert relative(out, exact) <= 2e-4
+    assert relative(out, exact) <= 4e-4
     assert relative(out[longer][:, longer], exact[longer][:, longer]) <= 1e-4
 
 
@@ -200,8 +249,17 @@ def test_plane_sum(n, t, a, b, beta, dtype):
     )
     # each weighted token is rounded as the tokens were
     bound = (ROUNDOFF[dtype] + 10 * ROUNDOFF[out_dtype]) * size + 1e-300
-    bound += 1e-5 if dtype == torch.float16 else 0  # subnormal
     assert ((out.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("size,weight", [(1e-4, 1e-4), (1e3, 100.0)])
+def test_plane_sum_of_weights_that_leave_float16s_range(size, weight):
+    left = randn(4, 3, 20, dtype=torch.float16, scale=size)
+    right = randn(4, 3, 30, dtype=torch.float16, scale=size)
+    out = torch.empty(20, 30)
+    plane_sum(left, right, torch.full((4,), weight), out)
+    exact = weight * (left.double().mT @ right.double()).sum(0)
+    assert (out.double() - exact).norm() <= 1e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
