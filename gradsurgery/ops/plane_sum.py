@@ -47,7 +47,8 @@ def plane_sum_triton(
 ) -> None:
     from gradsurgery.kernels import plane_sum as kernels
 
-    kernels.plane_sum(*alike(left, right), weights, out, beta)
+    left, right = alike(left, right)
+    kernels.plane_sum(left, right, weights, out, beta)
     torch.autograd.graph.increment_version(out)
 
 
