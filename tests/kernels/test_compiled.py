@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from gradsurgery.kernels import combine, gramian, pairs, plane_sum, planes  # noqa: E402
+from gradsurgery.kernels.tiles import precision  # noqa: E402
 from gradsurgery.ops.planes import BUFFER  # noqa: E402
 
 # shared memory of a block in bytes, and matrix instructions of tiles with 64 rows
@@ -205,6 +206,24 @@ def test_float16_fits_too(launches, tmp_path):
     calls = [CALLS[name][0] for name in CALLS] + CALLS["plane_sum"]
     for launch in distinct(launches(lambda: [call(torch.float16) for call in calls])):
         assert spilled(compile_for(launch, 90), tmp_path) <= PARKED
+
+
+@pytest.mark.parametrize("setting", ["legacy", "newer"])
+def test_tf32_is_taken_where_torch_allows_it(setting):
+    before = torch.backends.cuda.matmul.fp32_precision
+    assert precision(torch.float32) == "tf32x3"
+    try:
+        if setting == "legacy":
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert precision(torch.float32) == "tf32"
+        assert precision(torch.bfloat16) == "ieee"
+    finally:
+        if setting == "legacy":
+            torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert precision(torch.float32) == "tf32x3"
 
 
 def test_grids_are_in_range(launches):

@@ -58,6 +58,19 @@ def test_triton_serves_a_gpu_where_no_native_kernel_does(chosen, monkeypatch):
         chosen("triton", implementations=every, device="cuda")
 
 
+@pytest.mark.parametrize("capability,serves", [((7, 5), "reference"), ((9, 0), "triton")])
+def test_triton_leaves_old_gpus_to_torch(chosen, monkeypatch, capability, serves):
+    monkeypatch.setattr(_backend, "TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    _backend._capable.cache_clear()
+    given = {REFERENCE: reference, ("triton", "cuda"): triton}
+    try:
+        assert chosen("", implementations=given, device="cuda") == serves
+    finally:
+        _backend._capable.cache_clear()
+
+
 def test_triton_serves_a_cpu_in_its_interpreter_and_by_force_alone(chosen, monkeypatch):
     given = {REFERENCE: reference, ("triton", "cuda"): triton}
     monkeypatch.setattr(_backend, "TRITON", True)
