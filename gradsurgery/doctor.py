@@ -9,9 +9,6 @@ from types import ModuleType
 
 import torch
 
-import gradsurgery.ops.pairs
-import gradsurgery.ops.plane_sum
-import gradsurgery.ops.planes  # noqa: F401  operators of the capture, which list themselves
 from gradsurgery.errors import InputError
 from gradsurgery.ops._backend import OPERATORS, key_of, native_available, triton_available
 

@@ -23,6 +23,7 @@ from gradsurgery.kernels.tiles import (
     products,
     small,
 )
+from gradsurgery.ops._inputs import alike
 
 
 @triton.jit
@@ -100,6 +101,11 @@ def token_pairs(
     symmetric = other_left is None or other_right is None
     sides = [left, right, left, right] if symmetric else [left, right, other_left, other_right]
     ids = not left.is_floating_point()
+    if ids:
+        sides[1::2] = alike(*sides[1::2])
+    else:
+        sides = alike(*sides)
+    right = sides[1]
     # [n, g, T, .]; of ids [n, g, T]
     grouped = right.dim() == 4
     sides = [side if grouped else side.unsqueeze(1) for side in sides]

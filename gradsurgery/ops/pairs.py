@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import alike, wide
+from gradsurgery.ops._inputs import wide
 
 TILE = 128  # tokens the reference multiplies with all later ones at a time
 
@@ -102,13 +102,7 @@ def token_pairs_triton(
 ) -> Tensor:
     from gradsurgery.kernels import pairs as kernels
 
-    if other_left is None or other_right is None:
-        right, *sides = alike(right, *[left] * left.is_floating_point())
-        return kernels.token_pairs(sides[0] if sides else left, right)
-    if not left.is_floating_point():
-        right, other_right = alike(right, other_right)
-        return kernels.token_pairs(left, right, other_left, other_right)
-    return kernels.token_pairs(*alike(left, right, other_left, other_right))
+    return kernels.token_pairs(left, right, other_left, other_right)
 
 
 IMPLEMENTATIONS = {

@@ -16,6 +16,7 @@ from tests.conftest import INTERPRETED
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
+# these import Triton: only once it is known to be there
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -253,8 +254,8 @@ def test_grids_are_in_range(launches):
 @pytest.mark.parametrize("dtype", LARGE, ids=["bfloat16", "float32", "float64"])
 def test_tiles_of_planes_stay_in_the_cache(m, dtype, launches):
     sides = meta(4096, 4096, dtype=dtype), meta(4096, 4096, dtype=dtype)
-    call = lambda: planes.plane_gramian(*sides, meta(m + 1, dtype=torch.int64), None)  # noqa: E731
-    (launch,) = launches(call)
+    offsets = meta(m + 1, dtype=torch.int64)
+    (launch,) = launches(lambda: planes.plane_gramian(*sides, offsets, None))
     _, high, wide = planes.tile_of(m, dtype, dtype)[:3]
     assert launch.grid[0] * m * high * wide * dtype.itemsize <= BUFFER
     assert launch.grid[0] >= 64
