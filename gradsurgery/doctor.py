@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 from gradsurgery.errors import InputError
+from gradsurgery.ops import _backend
 from gradsurgery.ops._backend import OPERATORS, key_of, native_available, triton_available
 
 
@@ -49,7 +50,10 @@ def _serving(name: str) -> str:
             built = native_available(device)
             missing.append("no native kernel" if built else f"no native {label} kernels built")
             if device == "cuda" and backend == "torch":
-                missing.append("none in Triton" if triton_available(device) else "Triton absent")
+                if triton_available(device):
+                    missing.append("none in Triton")
+                else:
+                    missing.append("GPU below sm_80" if _backend.TRITON else "Triton absent")
         served.append(f"{label}: {backend}" + (f" ({', '.join(missing)})" if missing else ""))
     return "; ".join(served)
 

@@ -98,8 +98,7 @@ def plane_gramian_triton(
 ) -> Tensor:
     """Slices of the planes by matrix products, or tiles of them by a kernel."""
     x, y, lengths = by_row(left, right, rows, count)
-    longest = max(lengths, default=0)
-    if count + (kept is not None) > MOST_ROWS or longest * count <= PADDING * len(x):
+    if count + (kept is not None) > MOST_ROWS or _pads(lengths):
         return plane_gramian_chunked(x, y, lengths, kept)
     from gradsurgery.kernels import planes as kernels
 
@@ -118,7 +117,7 @@ def plane_gramian_chunked(
     out = left.new_zeros(m, m, dtype=torch.float64)
     step = max(1, min(height, BUFFER // max(1, m * width * left.element_size())))
     buffer = left.new_empty(m * step * width)
-    if max(lengths, default=0) * n <= PADDING * len(left):
+    if _pads(lengths):
         parts = [(slice(0, n), padded(left, lengths), padded(right, lengths))]
     else:  # a row at a time
         ends = list(accumulate(lengths))
@@ -135,6 +134,11 @@ def plane_gramian_chunked(
             planes[-1] = kept[lo:hi]
         out += gramian_unchecked([planes.flatten(1)])
     return out
+
+
+def _pads(lengths: Sequence[int]) -> bool:
+    """Whether rows are nearly enough alike in length."""
+    return max(lengths, default=0) * len(lengths) <= PADDING * sum(lengths)
 
 
 def by_row(
