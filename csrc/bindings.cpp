@@ -144,6 +144,92 @@ void plane_sum_cpu(const Tensor& left, const Tensor& right, const Tensor& weight
   GRADSURGERY_SELECT(plane_sum)(tokens, w, beta, out, threads);
 }
 
+// [..., m, m] float64 on the CPU as a batch of matrices.
+struct Gramians {
+  const double* values;
+  std::int64_t batch, m;
+};
+
+double* contiguous(const Tensor& tensor, std::int64_t size, const char* what) {
+  check(tensor.numel() == size && tensor.is_contiguous() && tensor.device == Device::cpu, what,
+        " must be ", size, " contiguous values on the CPU, got ", tensor.shape_text());
+  return tensor.data_as<double>();
+}
+
+Gramians gramians(const Tensor& gramian) {
+  check(gramian.ndim >= 2 && gramian.size(-1) == gramian.size(-2),
+        "gramian must be [..., m, m], got ", gramian.shape_text());
+  Gramians out{nullptr, 1, gramian.size(-1)};
+  for (int i = 0; i + 2 < gramian.ndim; ++i) {
+    out.batch *= gramian.size(i);
+  }
+  out.values = contiguous(gramian, out.batch * out.m * out.m, "gramian");
+  return out;
+}
+
+void projection_weights_cpu(const Tensor& gramian, const Tensor& products,
+                            const Tensor& coefficients, const Tensor& rank, const Tensor& margin,
+                            double rtol, int threads) {
+  const auto [gram, batch, m] = gramians(gramian);
+  const double* k = contiguous(products, batch * m, "products");
+  double* c = contiguous(coefficients, batch * m, "coefficients");
+  double* margins = contiguous(margin, batch, "margin");
+  check(rank.numel() == batch && rank.is_contiguous() && rank.device == Device::cpu,
+        "rank must be ", batch, " contiguous values on the CPU, got ", rank.shape_text());
+  std::int64_t* ranks = rank.data_as<std::int64_t>();
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(projection_weights)(gram, k, c, ranks, margins, batch, m, rtol, threads);
+}
+
+void cone_weights_cpu(const Tensor& gramian, const Tensor& products, const Tensor& coefficients,
+                      const Tensor& residual, double rtol, double noise, int threads) {
+  const auto [gram, batch, m] = gramians(gramian);
+  const std::int64_t count = residual.numel(), vectors = batch > 0 ? count / batch : 0;
+  const double* b = contiguous(products, count * m, "products");
+  double* x = contiguous(coefficients, count * m, "coefficients");
+  double* missed = contiguous(residual, batch * vectors, "residual");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(cone_weights)(gram, b, x, missed, batch, vectors, m, rtol, noise, threads);
+}
+
+void conflict_averse_weights_cpu(const Tensor& gramian, const Tensor& weights, double c,
+                                 double rtol, double noise, int threads) {
+  const auto [gram, batch, m] = gramians(gramian);
+  double* w = contiguous(weights, batch * m, "weights");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(conflict_averse_weights)(gram, w, batch, m, c, rtol, noise, threads);
+}
+
+void pairwise_weights_cpu(const Tensor& gramian, const Tensor& order,
+                          const std::optional<Tensor>& targets, const Tensor& coefficients,
+                          double beta, int threads) {
+  const auto [gram, batch, m] = gramians(gramian);
+  const std::int64_t size = batch * m * m;
+  check(order.numel() == size && order.is_contiguous() && order.device == Device::cpu,
+        "order must be ", size, " contiguous values on the CPU, got ", order.shape_text());
+  const std::int64_t* visits = order.data_as<std::int64_t>();
+  double* cosines = targets ? contiguous(*targets, size, "targets") : nullptr;
+  double* v = contiguous(coefficients, size, "coefficients");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(pairwise_weights)(gram, visits, cosines, v, batch, m, beta, threads);
+}
+
+void bargaining_weights_cpu(const Tensor& gramian, const Tensor& weights, double power, double rtol,
+                            int threads) {
+  const auto [gram, batch, m] = gramians(gramian);
+  double* w = contiguous(weights, batch * m, "weights");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(bargaining_weights)(gram, w, batch, m, power, rtol, threads);
+}
+
+void eigen_cpu(const Tensor& gramian, const Tensor& values, const Tensor& vectors, int threads) {
+  const auto [gram, batch, m] = gramians(gramian);
+  double* lambda = contiguous(values, batch * m, "values");
+  double* v = contiguous(vectors, batch * m * m, "vectors");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(eigen)(gram, lambda, v, batch, m, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -182,18 +268,21 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
       },
       py::arg("rows"), py::arg("q"), py::arg("factor"), py::arg("norms"), py::arg("rank"),
       py::arg("rtol"), py::arg("threads"));
-  module.def(
-      "projection_weights_cpu",
-      [](const Tensor& gramian, const Tensor& products, const Tensor& coefficients,
-         const Tensor& rank, const Tensor& margin, double rtol) {
-        const std::int64_t m = gramian.size(-1);
-        py::gil_scoped_release release;
-        GRADSURGERY_SELECT(projection_weights)
-        (gramian.data_as<double>(), products.data_as<double>(), coefficients.data_as<double>(),
-         rank.data_as<std::int64_t>(), margin.data_as<double>(), margin.numel(), m, rtol);
-      },
-      py::arg("gramian"), py::arg("products"), py::arg("coefficients"), py::arg("rank"),
-      py::arg("margin"), py::arg("rtol"));
+  module.def("projection_weights_cpu", &projection_weights_cpu, py::arg("gramian"),
+             py::arg("products"), py::arg("coefficients"), py::arg("rank"), py::arg("margin"),
+             py::arg("rtol"), py::arg("threads"));
+  module.def("cone_weights_cpu", &cone_weights_cpu, py::arg("gramian"), py::arg("products"),
+             py::arg("coefficients"), py::arg("residual"), py::arg("rtol"), py::arg("noise"),
+             py::arg("threads"));
+  module.def("conflict_averse_weights_cpu", &conflict_averse_weights_cpu, py::arg("gramian"),
+             py::arg("weights"), py::arg("c"), py::arg("rtol"), py::arg("noise"),
+             py::arg("threads"));
+  module.def("pairwise_weights_cpu", &pairwise_weights_cpu, py::arg("gramian"), py::arg("order"),
+             py::arg("targets"), py::arg("coefficients"), py::arg("beta"), py::arg("threads"));
+  module.def("bargaining_weights_cpu", &bargaining_weights_cpu, py::arg("gramian"),
+             py::arg("weights"), py::arg("power"), py::arg("rtol"), py::arg("threads"));
+  module.def("eigen_cpu", &eigen_cpu, py::arg("gramian"), py::arg("values"), py::arg("vectors"),
+             py::arg("threads"));
   module.def("token_pairs_cpu", &token_pairs_cpu, py::arg("left"), py::arg("right"),
              py::arg("other_left"), py::arg("other_right"), py::arg("out"), py::arg("threads"));
   module.def("plane_gramian_cpu", &plane_gramian_cpu, py::arg("left"), py::arg("right"),
@@ -205,7 +294,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
 #if GRADSURGERY_HAS_CUDA
   // launches only: short enough to keep the interpreter's lock
   module.def("gramian_scratch", &gramian_scratch, py::arg("m"));
-  module.def("projection_weights_scratch", &projection_weights_scratch, py::arg("batch"),
+  module.def("weighting_scratch", &weighting_scratch, py::arg("problem"), py::arg("count"),
              py::arg("m"));
   module.def("orthonormalize_scratch", &orthonormalize_scratch, py::arg("batch"), py::arg("m"));
   module.def("gramian_cuda", &gramian_cuda, py::arg("sources"), py::arg("out"), py::arg("scratch"),
@@ -218,6 +307,18 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("projection_weights_cuda", &projection_weights_cuda, py::arg("gramian"),
              py::arg("products"), py::arg("coefficients"), py::arg("rank"), py::arg("margin"),
              py::arg("scratch"), py::arg("rtol"));
+  module.def("cone_weights_cuda", &cone_weights_cuda, py::arg("gramian"), py::arg("products"),
+             py::arg("coefficients"), py::arg("residual"), py::arg("scratch"), py::arg("rtol"),
+             py::arg("noise"));
+  module.def("conflict_averse_weights_cuda", &conflict_averse_weights_cuda, py::arg("gramian"),
+             py::arg("weights"), py::arg("scratch"), py::arg("c"), py::arg("rtol"),
+             py::arg("noise"));
+  module.def("pairwise_weights_cuda", &pairwise_weights_cuda, py::arg("gramian"), py::arg("order"),
+             py::arg("targets"), py::arg("coefficients"), py::arg("scratch"), py::arg("beta"));
+  module.def("bargaining_weights_cuda", &bargaining_weights_cuda, py::arg("gramian"),
+             py::arg("weights"), py::arg("scratch"), py::arg("power"), py::arg("rtol"));
+  module.def("eigen_cuda", &eigen_cuda, py::arg("gramian"), py::arg("values"), py::arg("vectors"),
+             py::arg("scratch"));
 #endif
 
   // what a kernel would see of a tensor

@@ -11,7 +11,13 @@
 #define GRADSURGERY_HOST_DEVICE
 #endif
 
+// One copy per instruction set: of an inline function that several objects define, the linker would
+// keep the slowest.
+#ifdef GRADSURGERY_ISA
+namespace gradsurgery::GRADSURGERY_ISA::dense {
+#else
 namespace gradsurgery::dense {
+#endif
 
 GRADSURGERY_HOST_DEVICE inline void swap(double& a, double& b) {
   double c = a;
@@ -145,34 +151,83 @@ GRADSURGERY_HOST_DEVICE inline void solve(const double* factor, double* b, std::
   }
 }
 
-// Cholesky in the rows' own order of a Gramian [m, m] of unit or zero rows, in place, lower
-// triangle; the upper one is overwritten. A row not farther than rtol from the span of those before
-// has diagonal and column zero. Returns how many are farther.
+// values[0 .. n) -= sum over t of factors[t] * rows[t * stride + (0 .. n)]
+template <int count>
+GRADSURGERY_HOST_DEVICE inline void subtract(double* __restrict__ values,
+                                             const double* __restrict__ rows, std::int64_t stride,
+                                             const double* __restrict__ factors, std::int64_t n,
+                                             std::int64_t lane, std::int64_t lanes) {
+  for (std::int64_t l = lane; l < n; l += lanes) {
+    double value = values[l];
+    for (int t = 0; t < count; ++t) {
+      value -= factors[t] * rows[t * stride + l];
+    }
+    values[l] = value;
+  }
+}
+
+// Cholesky in the rows' own order of a Gramian [m, m] of unit or zero rows, ld values from one row
+// to the next, in place: L in the lower triangle, Lᵀ in the upper one. A row not farther than rtol
+// from the span of those before has diagonal and column zero. Returns how many are farther.
 template <typename Team = Alone>
 GRADSURGERY_HOST_DEVICE inline std::int64_t ordered_cholesky(double* gram, std::int64_t m,
-                                                             double rtol, Team team = {}) {
+                                                             std::int64_t ld, double rtol,
+                                                             Team team = {}) {
+  constexpr std::int64_t width = 8;  // columns of a panel: a value beyond it is read once for each
   std::int64_t rank = 0;
-  for (std::int64_t j = 0; j < m; ++j) {
-    const double distance = gram[j * m + j];
-    const bool taken = distance > rtol * rtol;
-    const double root = taken ? std::sqrt(distance) : 0;
-    rank += taken;
-    team.sync();                    // all have read the diagonal
-    double* column = gram + j * m;  // Lᵀ in the upper triangle: column j in the order of memory
-    for (std::int64_t i = j + team.thread(); i < m; i += team.threads()) {
-      column[i] = i == j ? root : taken ? gram[i * m + j] / root : 0;
-      gram[i * m + j] = column[i];
-    }
-    team.sync();
-    for (std::int64_t i = j + 1 + team.row(); taken && i < m; i += team.rows()) {
-      double* row = gram + i * m;
-      for (std::int64_t l = j + 1 + team.lane(); l <= i; l += team.lanes()) {
-        row[l] -= row[j] * column[l];
+  for (std::int64_t begin = 0; begin < m; begin += width) {
+    const std::int64_t end = begin + width < m ? begin + width : m;
+    for (std::int64_t j = begin; j < end; ++j) {
+      const double distance = gram[j * ld + j];
+      const bool taken = distance > rtol * rtol;
+      const double root = taken ? std::sqrt(distance) : 0;
+      rank += taken;
+      team.sync();                     // all have read the diagonal
+      double* column = gram + j * ld;  // in the upper triangle: in the order of memory
+      for (std::int64_t i = j + team.thread(); i < m; i += team.threads()) {
+        column[i] = i == j ? root : taken ? gram[i * ld + j] / root : 0;
+        gram[i * ld + j] = column[i];
       }
+      team.sync();
+      for (std::int64_t i = j + 1 + team.thread(); taken && i < m; i += team.threads()) {
+        double* row = gram + i * ld;
+        for (std::int64_t l = j + 1; l < end && l <= i; ++l) {
+          row[l] -= row[j] * column[l];
+        }
+      }
+      team.sync();
+    }
+    for (std::int64_t i = end + team.row(); i < m; i += team.rows()) {
+      double* row = gram + i * ld;
+      subtract<width>(row + end, gram + begin * ld + end, ld, row + begin, i + 1 - end, team.lane(),
+                      team.lanes());
     }
     team.sync();
   }
   return rank;
+}
+
+// Solves L x = b, or L Lᵀ x = b, in place, for a factor [k, k] from ordered_cholesky, all rows
+// taken.
+template <typename Team = Alone>
+GRADSURGERY_HOST_DEVICE inline void solve_ordered(const double* factor, double* b, std::int64_t k,
+                                                  std::int64_t ld, bool both, Team team = {}) {
+  const std::int64_t thread = team.thread(), threads = team.threads();
+  for (std::int64_t step = 0; step < (both ? 2 : 1) * k; ++step) {
+    const bool down = step < k;  // L, then Lᵀ
+    const std::int64_t j = down ? step : 2 * k - 1 - step;
+    const double* line = factor + j * ld;  // right of the diagonal a column of L, left of it a row
+    const double x = b[j] / line[j];
+    team.sync();  // all have read b[j]
+    const std::int64_t first = down ? j + 1 : 0, last = down ? k : j;
+    for (std::int64_t i = first + thread; i < last; i += threads) {
+      b[i] -= line[i] * x;
+    }
+    if (thread == 0) {
+      b[j] = x;
+    }
+    team.sync();
+  }
 }
 
 // The inverse of a lower triangle from ordered_cholesky, zero rows for zero diagonals.
@@ -199,4 +254,110 @@ GRADSURGERY_HOST_DEVICE inline void invert_lower(const double* factor, double* i
   team.sync();
 }
 
+// Eigenvalues [m], ascending, and eigenvectors, the rows of vectors [m, m], of a symmetric matrix
+// [m, m], which is overwritten: Jacobi's rotations, of m / 2 pairs at a time in the order of a
+// round robin. Relative precision holds for the small eigenvalues too if rows are of one norm.
+// work: 3 m + 1 values.
+template <typename Team = Alone>
+GRADSURGERY_HOST_DEVICE inline void eigen(double* matrix, double* values, double* vectors,
+                                          double* work, std::int64_t m, Team team = {}) {
+  const std::int64_t thread = team.thread(), threads = team.threads();
+  const std::int64_t seats = m + m % 2, pairs = seats / 2;  // with m odd, one sits out
+  double* cosines = work;
+  double* sines = work + pairs;
+  double* found = work + seats;  // [1]
+  for (std::int64_t i = thread; i < m * m; i += threads) {
+    vectors[i] = i / m == i % m;
+  }
+  const auto first = [&](std::int64_t pair, std::int64_t round) {
+    return pair == 0 ? seats - 1 : (round + pair) % (seats - 1);
+  };
+  const auto second = [&](std::int64_t pair, std::int64_t round) {
+    return pair == 0 ? round : (round + seats - 1 - pair) % (seats - 1);
+  };
+  for (int sweep = 0; sweep < 40; ++sweep) {
+    team.sync();
+    if (thread == 0) {
+      *found = 0;
+    }
+    team.sync();
+    for (std::int64_t round = 0; round + 1 < seats; ++round) {
+      for (std::int64_t k = thread; k < pairs; k += threads) {
+        const std::int64_t p = first(k, round), q = second(k, round);
+        cosines[k] = 1;
+        sines[k] = 0;
+        if (p < m && q < m) {
+          const double a = matrix[p * m + p], b = matrix[q * m + q], c = matrix[p * m + q];
+          if (std::fabs(c) > 1e-16 * std::sqrt(std::fabs(a * b)) && std::fabs(c) > 1e-300) {
+            const double theta = (b - a) / (2 * c);
+            const double t = (theta < 0 ? -1 : 1) / (std::fabs(theta) + std::hypot(theta, 1.0));
+            cosines[k] = 1 / std::sqrt(1 + t * t);
+            sines[k] = t * cosines[k];
+            *found = 1;
+          }
+        }
+      }
+      team.sync();
+      for (std::int64_t k = team.row(); k < pairs; k += team.rows()) {  // rows
+        const std::int64_t p = first(k, round), q = second(k, round);
+        if (p < m && q < m && sines[k] != 0) {
+          for (std::int64_t l = team.lane(); l < m; l += team.lanes()) {
+            const double x = matrix[p * m + l], y = matrix[q * m + l];
+            matrix[p * m + l] = cosines[k] * x - sines[k] * y;
+            matrix[q * m + l] = sines[k] * x + cosines[k] * y;
+            const double u = vectors[p * m + l], v = vectors[q * m + l];
+            vectors[p * m + l] = cosines[k] * u - sines[k] * v;
+            vectors[q * m + l] = sines[k] * u + cosines[k] * v;
+          }
+        }
+      }
+      team.sync();
+      for (std::int64_t l = team.row(); l < m; l += team.rows()) {  // columns
+        double* row = matrix + l * m;
+        for (std::int64_t k = team.lane(); k < pairs; k += team.lanes()) {
+          const std::int64_t p = first(k, round), q = second(k, round);
+          if (p < m && q < m && sines[k] != 0) {
+            const double x = row[p], y = row[q];
+            row[p] = cosines[k] * x - sines[k] * y;
+            row[q] = sines[k] * x + cosines[k] * y;
+          }
+        }
+      }
+      team.sync();
+    }
+    if (*found == 0) {
+      break;
+    }
+  }
+  // in order, by how many are smaller; into the matrix, which is done with
+  for (std::int64_t i = thread; i < m; i += threads) {
+    values[i] = matrix[i * m + i];
+  }
+  team.sync();
+  for (std::int64_t i = team.row(); i < m; i += team.rows()) {
+    std::int64_t place = 0;
+    for (std::int64_t j = 0; j < m; ++j) {
+      place += values[j] < values[i] || (values[j] == values[i] && j < i);
+    }
+    for (std::int64_t l = team.lane(); l < m; l += team.lanes()) {
+      matrix[place * m + l] = vectors[i * m + l];
+    }
+    if (team.lane() == 0) {
+      work[place] = values[i];
+    }
+  }
+  team.sync();
+  for (std::int64_t i = thread; i < m * m; i += threads) {
+    vectors[i] = matrix[i];
+  }
+  for (std::int64_t i = thread; i < m; i += threads) {
+    values[i] = work[i];
+  }
+  team.sync();
+}
+
+#ifdef GRADSURGERY_ISA
+}  // namespace gradsurgery::GRADSURGERY_ISA::dense
+#else
 }  // namespace gradsurgery::dense
+#endif

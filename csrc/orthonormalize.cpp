@@ -30,7 +30,7 @@ std::int64_t factorize(std::vector<double>& gram, double* weights, double* facto
                        double rtol) {
   std::vector<double> scale(m);
   dense::normalize(gram.data(), scale.data(), m);
-  std::int64_t rank = dense::ordered_cholesky(gram.data(), m, rtol);
+  std::int64_t rank = dense::ordered_cholesky(gram.data(), m, m, rtol);
   dense::invert_lower(gram.data(), weights, m);
   for (std::int64_t i = 0; i < m; ++i) {
     for (std::int64_t j = 0; j < m; ++j) {

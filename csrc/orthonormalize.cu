@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(max_threads, 1)
     team.sync();
   }
   dense::normalize(gram, scale, m, team);
-  const std::int64_t taken = dense::ordered_cholesky(gram, m, rtol, team);
+  const std::int64_t taken = dense::ordered_cholesky(gram, m, m, rtol, team);
   dense::invert_lower(gram, weight, m, team);
   for (std::int64_t i = team.row(); i < m; i += team.rows()) {
     for (std::int64_t j = team.lane(); j < m; j += team.lanes()) {

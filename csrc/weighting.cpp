@@ -1,31 +1,63 @@
 #include "weighting.h"
 
-#include <algorithm>
 #include <vector>
 
-#include "dense.h"
+#include "solves.h"
 
 namespace gradsurgery::GRADSURGERY_ISA {
 
-void projection_weights(const double* gramian, const double* products, double* coefficients,
-                        std::int64_t* rank, double* margin, std::int64_t batch, std::int64_t m,
-                        double rtol) {
-  std::vector<double> gram(m * m), scale(m), column(m), solution(m);
-  std::vector<std::int64_t> order(m);
-  for (std::int64_t b = 0; b < batch; ++b) {
-    std::copy_n(gramian + b * m * m, m * m, gram.data());
-    dense::normalize(gram.data(), scale.data(), m);
-    rank[b] =
-        dense::pivoted_cholesky(gram.data(), order.data(), column.data(), m, rtol, margin + b);
-    for (std::int64_t i = 0; i < rank[b]; ++i) {
-      solution[i] = products[b * m + order[i]] * scale[order[i]];
-    }
-    dense::solve(gram.data(), solution.data(), m, rank[b]);
-    std::fill_n(coefficients + b * m, m, 0.0);
-    for (std::int64_t i = 0; i < rank[b]; ++i) {
-      coefficients[b * m + order[i]] = solution[i] * scale[order[i]];
+namespace {
+
+template <typename Problem>
+void run(const Problem& problem, int threads) {
+  // a team of threads costs some microseconds to start
+  const bool small = problem.count * problem.m * problem.m < 1 << 12;
+  threads = small || problem.count < 2 ? 1 : threads;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<double> work(Problem::workspace(problem.m));
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t b = 0; b < problem.count; ++b) {
+      problem.solve(b, work.data(), dense::Alone{});
     }
   }
+}
+
+}  // namespace
+
+void projection_weights(const double* gramian, const double* products, double* coefficients,
+                        std::int64_t* rank, double* margin, std::int64_t batch, std::int64_t m,
+                        double rtol, int threads) {
+  run(dense::Projection{gramian, products, coefficients, rank, margin, batch, m, rtol}, threads);
+}
+
+void cone_weights(const double* gramian, const double* products, double* coefficients,
+                  double* residual, std::int64_t batch, std::int64_t vectors, std::int64_t m,
+                  double rtol, double noise, int threads) {
+  run(dense::ConeProjection{gramian, products, coefficients, residual, batch * vectors, m, vectors,
+                            rtol, noise},
+      threads);
+}
+
+void conflict_averse_weights(const double* gramian, double* weights, std::int64_t batch,
+                             std::int64_t m, double c, double rtol, double noise, int threads) {
+  run(dense::ConflictAverse{gramian, weights, batch, m, c, rtol, noise}, threads);
+}
+
+void pairwise_weights(const double* gramian, const std::int64_t* order, double* targets,
+                      double* coefficients, std::int64_t batch, std::int64_t m, double beta,
+                      int threads) {
+  run(dense::Pairwise{gramian, order, targets, coefficients, batch * m, m, beta}, threads);
+}
+
+void bargaining_weights(const double* gramian, double* weights, std::int64_t batch, std::int64_t m,
+                        double power, double rtol, int threads) {
+  run(dense::Bargaining{gramian, weights, batch, m, power, rtol}, threads);
+}
+
+void eigen(const double* gramian, double* values, double* vectors, std::int64_t batch,
+           std::int64_t m, int threads) {
+  run(dense::Eigen{gramian, values, vectors, batch, m}, threads);
 }
 
 }  // namespace gradsurgery::GRADSURGERY_ISA

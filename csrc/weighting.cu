@@ -1,92 +1,153 @@
-// Solves on a batch of Gramians: a block of threads for each matrix, with the algorithms of
-// dense.h. Compiled, not yet run on a GPU.
-#include "dense.h"
+// The problems of solves.h on a batch of Gramians: a block of threads for each. Compiled, not yet
+// run on a GPU.
 #include "device.cuh"
+#include "solves.h"
 
 namespace gradsurgery {
 
 namespace {
 
-// The workspace of a matrix: a copy of it, three vectors and an order. Up to 43 rows it fits 16 KiB
-// of shared memory, of which an H200's multiprocessor holds 14; else it is in scratch.
+// What a problem works in is in shared memory if it fits 16 KiB, of which an H200's multiprocessor
+// holds 14, as it does up to 38 rows and more; else in scratch.
 constexpr std::int64_t shared_values = 2048;
-
-__host__ __device__ constexpr std::int64_t workspace(std::int64_t m) { return m * m + 4 * m; }
 
 // Blocks of threads at most, each with a workspace.
 constexpr std::int64_t max_blocks = cuda::blocks(1024);
 
-constexpr int max_threads = 512;
+constexpr int max_threads = 256;
 
-__global__ void __launch_bounds__(max_threads)
-    projection_weights_kernel(const double* gramian,   // [batch, m, m]
-                              const double* products,  // [batch, m]
-                              double* coefficients,    // [batch, m]
-                              std::int64_t* rank,      // [batch]
-                              double* margin,          // [batch]
-                              double* scratch,         // [gridDim.x, workspace(m)] or unused
-                              std::int64_t batch, std::int64_t m, double rtol) {
+template <typename Problem>
+__global__ void __launch_bounds__(max_threads, 1)
+    solve_kernel(Problem problem,
+                 double* scratch) {  // [gridDim.x, workspace] or unused
   __shared__ double shared[shared_values];
-  const cuda::BlockTeam team;
-  const std::int64_t thread = team.thread(), threads = team.threads();
-  double* gram = workspace(m) <= shared_values ? shared : scratch + blockIdx.x * workspace(m);
-  double* scale = gram + m * m;
-  double* column = scale + m;
-  double* solution = column + m;
-  std::int64_t* order = reinterpret_cast<std::int64_t*>(solution + m);
-  for (std::int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
-    for (std::int64_t e = thread; e < m * m; e += threads) {
-      gram[e] = gramian[b * m * m + e];
-    }
-    team.sync();
-    dense::normalize(gram, scale, m, team);
-    const std::int64_t taken =
-        dense::pivoted_cholesky(gram, order, column, m, rtol, margin + b, team);
-    for (std::int64_t i = thread; i < taken; i += threads) {
-      solution[i] = products[b * m + order[i]] * scale[order[i]];
-    }
-    team.sync();
-    dense::solve(gram, solution, m, taken, team);
-    // order is a permutation: every coefficient is written once
-    for (std::int64_t i = thread; i < m; i += threads) {
-      coefficients[b * m + order[i]] = i < taken ? solution[i] * scale[order[i]] : 0;
-    }
-    if (thread == 0) {
-      rank[b] = taken;
-    }
-    team.sync();  // before the workspace holds the next matrix
+  const std::int64_t size = Problem::workspace(problem.m);
+  double* work = size <= shared_values ? shared : scratch + blockIdx.x * size;
+  for (std::int64_t b = blockIdx.x; b < problem.count; b += gridDim.x) {
+    problem.solve(b, work, cuda::BlockTeam{});  // leaves when all threads do
   }
+}
+
+template <typename Problem>
+std::int64_t scratch_size(std::int64_t count, std::int64_t m) {
+  const std::int64_t size = Problem::workspace(m);
+  return size <= shared_values ? 0 : std::min(count, max_blocks) * size;
+}
+
+// [batch, m, m] of a Gramian [..., m, m]
+struct Shape {
+  std::int64_t batch, m;
+};
+
+Shape shape_of(const Tensor& gramian) {
+  check(gramian.ndim >= 2 && gramian.size(-1) == gramian.size(-2),
+        "gramian must be [..., m, m], got ", gramian.shape_text());
+  const std::int64_t m = gramian.size(-1);
+  std::int64_t batch = 1;
+  for (int i = 0; i + 2 < gramian.ndim; ++i) {
+    batch *= gramian.size(i);
+  }
+  cuda::check_result(gramian, Dtype::float64, batch * m * m, gramian.device_index, "gramian");
+  return {batch, m};
+}
+
+template <typename Problem>
+void solve(const char* name, const Problem& problem, const Tensor& gramian, const Tensor& scratch) {
+  const int device = gramian.device_index;
+  const std::int64_t needed = scratch_size<Problem>(problem.count, problem.m);
+  cuda::check_result(scratch, Dtype::float64, needed, device, "scratch");
+  if (problem.count == 0) {
+    return;
+  }
+  const cuda::DeviceGuard guard(device);
+  const unsigned threads = problem.m <= 32 ? 32 : problem.m <= 128 ? 128 : max_threads;
+  cuda::launch(name, &solve_kernel<Problem>, dim3(std::min(problem.count, max_blocks)), threads,
+               static_cast<cudaStream_t>(gramian.stream), problem, scratch.data_as<double>());
+}
+
+double* result(const Tensor& tensor, std::int64_t size, const Tensor& gramian, const char* name) {
+  cuda::check_result(tensor, Dtype::float64, size, gramian.device_index, name);
+  return tensor.data_as<double>();
 }
 
 }  // namespace
 
-std::int64_t projection_weights_scratch(std::int64_t batch, std::int64_t m) {
-  return workspace(m) <= shared_values ? 0 : std::min(batch, max_blocks) * workspace(m);
+std::int64_t weighting_scratch(const std::string& problem, std::int64_t count, std::int64_t m) {
+  if (problem == "projection") return scratch_size<dense::Projection>(count, m);
+  if (problem == "cone") return scratch_size<dense::ConeProjection>(count, m);
+  if (problem == "conflict_averse") return scratch_size<dense::ConflictAverse>(count, m);
+  if (problem == "pairwise") return scratch_size<dense::Pairwise>(count, m);
+  if (problem == "bargaining") return scratch_size<dense::Bargaining>(count, m);
+  if (problem == "eigen") return scratch_size<dense::Eigen>(count, m);
+  fail("no such problem: ", problem);
 }
 
 void projection_weights_cuda(const Tensor& gramian, const Tensor& products,
                              const Tensor& coefficients, const Tensor& rank, const Tensor& margin,
                              const Tensor& scratch, double rtol) {
-  check(gramian.ndim >= 2, "gramian must be [..., m, m], got ", gramian.shape_text());
-  const std::int64_t m = gramian.size(-1), batch = margin.numel();
-  const int device = gramian.device_index;
-  cuda::check_result(gramian, Dtype::float64, batch * m * m, device, "gramian");
-  cuda::check_result(products, Dtype::float64, batch * m, device, "products");
-  cuda::check_result(coefficients, Dtype::float64, batch * m, device, "coefficients");
-  cuda::check_result(rank, Dtype::int64, batch, device, "rank");
-  cuda::check_result(margin, Dtype::float64, batch, device, "margin");
-  const std::int64_t needed = projection_weights_scratch(batch, m);
-  cuda::check_result(scratch, Dtype::float64, needed, device, "scratch");
-  if (batch == 0) {
-    return;
-  }
-  const cuda::DeviceGuard guard(device);
-  const unsigned threads = m <= 32 ? 32 : m <= 128 ? 128 : max_threads;
-  cuda::launch("projection_weights", &projection_weights_kernel, dim3(std::min(batch, max_blocks)),
-               threads, static_cast<cudaStream_t>(gramian.stream), gramian.data_as<double>(),
-               products.data_as<double>(), coefficients.data_as<double>(),
-               rank.data_as<std::int64_t>(), margin.data_as<double>(), scratch.data_as<double>(),
-               batch, m, rtol);
+  const auto [batch, m] = shape_of(gramian);
+  cuda::check_result(rank, Dtype::int64, batch, gramian.device_index, "rank");
+  solve("projection_weights",
+        dense::Projection{
+            gramian.data_as<double>(), result(products, batch * m, gramian, "products"),
+            result(coefficients, batch * m, gramian, "coefficients"), rank.data_as<std::int64_t>(),
+            result(margin, batch, gramian, "margin"), batch, m, rtol},
+        gramian, scratch);
+}
+
+void cone_weights_cuda(const Tensor& gramian, const Tensor& products, const Tensor& coefficients,
+                       const Tensor& residual, const Tensor& scratch, double rtol, double noise) {
+  const auto [batch, m] = shape_of(gramian);
+  const std::int64_t count = residual.numel(), vectors = batch > 0 ? count / batch : 0;
+  check(vectors * batch == count, "residual must be [..., p] for ", batch, " Gramians, got ",
+        residual.shape_text());
+  solve("cone_weights",
+        dense::ConeProjection{
+            gramian.data_as<double>(), result(products, count * m, gramian, "products"),
+            result(coefficients, count * m, gramian, "coefficients"),
+            result(residual, count, gramian, "residual"), count, m, vectors, rtol, noise},
+        gramian, scratch);
+}
+
+void conflict_averse_weights_cuda(const Tensor& gramian, const Tensor& weights,
+                                  const Tensor& scratch, double c, double rtol, double noise) {
+  const auto [batch, m] = shape_of(gramian);
+  solve("conflict_averse_weights",
+        dense::ConflictAverse{gramian.data_as<double>(),
+                              result(weights, batch * m, gramian, "weights"), batch, m, c, rtol,
+                              noise},
+        gramian, scratch);
+}
+
+void pairwise_weights_cuda(const Tensor& gramian, const Tensor& order,
+                           const std::optional<Tensor>& targets, const Tensor& coefficients,
+                           const Tensor& scratch, double beta) {
+  const auto [batch, m] = shape_of(gramian);
+  cuda::check_result(order, Dtype::int64, batch * m * m, gramian.device_index, "order");
+  solve("pairwise_weights",
+        dense::Pairwise{gramian.data_as<double>(), order.data_as<std::int64_t>(),
+                        targets ? result(*targets, batch * m * m, gramian, "targets") : nullptr,
+                        result(coefficients, batch * m * m, gramian, "coefficients"), batch * m, m,
+                        beta},
+        gramian, scratch);
+}
+
+void bargaining_weights_cuda(const Tensor& gramian, const Tensor& weights, const Tensor& scratch,
+                             double power, double rtol) {
+  const auto [batch, m] = shape_of(gramian);
+  solve("bargaining_weights",
+        dense::Bargaining{gramian.data_as<double>(), result(weights, batch * m, gramian, "weights"),
+                          batch, m, power, rtol},
+        gramian, scratch);
+}
+
+void eigen_cuda(const Tensor& gramian, const Tensor& values, const Tensor& vectors,
+                const Tensor& scratch) {
+  const auto [batch, m] = shape_of(gramian);
+  solve("eigen",
+        dense::Eigen{gramian.data_as<double>(), result(values, batch * m, gramian, "values"),
+                     result(vectors, batch * m * m, gramian, "vectors"), batch, m},
+        gramian, scratch);
 }
 
 }  // namespace gradsurgery

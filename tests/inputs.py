@@ -102,6 +102,36 @@ FAMILIES = {
 }
 
 
+def signed(rows):
+    """Each row as it is or negated, at random: rows that conflict."""
+    return rows * (2.0 * torch.randint(2, (len(rows), 1)) - 1)
+
+
+def opposed(m, n):
+    """Gaussian, but the last row is a negative multiple of the first."""
+    rows = gaussian(m, n)
+    rows[-1] = -2 * rows[0]
+    return rows
+
+
+def half_space(m, n):
+    """Gaussian rows that agree in the first column alone: no positive sum of them vanishes."""
+    rows = gaussian(m, n)
+    rows[:, 0] = rows[:, 0].abs() + 0.5
+    return rows
+
+
+# rows that conflict, of each family, and more of them than columns
+CONFLICTING = {
+    **{name: lambda make=make: signed(make(6, 97)) for name, make in FAMILIES.items()},
+    "opposed": lambda: opposed(6, 97),
+    "12 of 5 columns": lambda: gaussian(12, 5),
+    "12 duplicates of 5 columns": lambda: signed(duplicate(12, 5)),
+    "12 in a half space of 5 columns": lambda: half_space(12, 5),
+    "12 opposed of 5 columns": lambda: opposed(12, 5),
+}
+
+
 def _offset(rows):
     """Not aligned to a vector: the storage begins one element before the first row."""
     storage = torch.cat([rows.new_zeros(1), rows.flatten()])
@@ -145,3 +175,29 @@ def same_values(actual, expected):
     return actual.dtype == expected.dtype and torch.equal(
         actual.nan_to_num(1.2345), expected.nan_to_num(1.2345)
     )
+
+
+def vanishing(m, n):
+    """Rows of which a positive combination, its weights 1 to m, vanishes."""
+    rows = gaussian(m, n)
+    weights = torch.arange(1.0, m + 1, dtype=torch.float64)
+    rows[-1] = -(weights[:-1] @ rows[:-1]) / weights[-1]
+    return rows
+
+
+# what the rules are tested on: conflicting, aligned, dependent, zero, of any scale
+CONFLICTS = {
+    "conflicting": lambda m, n: signed(gaussian(m, n)),
+    "alike": alike,
+    "condition 1e4": lambda m, n: signed(with_condition(m, max(m, n), 1e4)),
+    "duplicate": duplicate,
+    "zero rows": lambda m, n: signed(zero_rows(m, n)),
+    "graded": lambda m, n: signed(graded(m, n)),
+    "tiny": lambda m, n: 1e-12 * signed(gaussian(m, n)),
+    "huge": lambda m, n: 1e12 * signed(gaussian(m, n)),
+    "unequal": lambda m, n: (
+        signed(gaussian(m, n)) * 10.0 ** -torch.arange(0.0, 6.1, 6 / m)[:m, None]
+    ),
+    "opposed": opposed,
+    "vanishing": vanishing,
+}

@@ -8,11 +8,20 @@ import torch
 
 from gradsurgery.errors import InputError
 from gradsurgery.ops._backend import _C, native_available
+from gradsurgery.ops.bargaining import bargaining_weights_native, bargaining_weights_reference
 from gradsurgery.ops.combine import combine_into
+from gradsurgery.ops.cone import cone_weights_native, cone_weights_reference
+from gradsurgery.ops.conflict_averse import conflict_averse_weights_native
+from gradsurgery.ops.eigen import eigen_native
 from gradsurgery.ops.gramian import gramian_of
 from gradsurgery.ops.orthonormalize import orthonormalize_native
-from gradsurgery.ops.weighting import projection_weights_native, projection_weights_reference
-from tests.inputs import LAYOUTS
+from gradsurgery.ops.pairwise import pairwise_weights_native, pairwise_weights_reference
+from gradsurgery.ops.weighting import (
+    projection_weights_native,
+    projection_weights_reference,
+    scratch_for,
+)
+from tests.inputs import LAYOUTS, opposed
 
 if _C is not None and _C.cuda_version == "emulated":
     DEVICE = "cpu"
@@ -194,8 +203,148 @@ def test_projection_weights_match_the_reference(batch, m):
     torch.testing.assert_close(projected, expected, atol=1e-9, rtol=1e-9)
     # the margin depends on which of equally far rows comes first: the CPU's algorithm is the same
     same = [torch.empty_like(x, device="cpu") for x in (c, rank, margin)]
-    _C.projection_weights_cpu(gram.cpu(), k.cpu(), *same, 1e-6)
+    _C.projection_weights_cpu(gram.cpu(), k.cpu(), *same, 1e-6, 1)
     torch.testing.assert_close(margin.cpu(), same[2], atol=1e-12, rtol=1e-8)
+
+
+# batches and rows; on each side of what fits shared memory, 40 to 44, and of 32 and 128 threads
+SOLVES = [
+    (1, 1), (9, 2), (2, 7), (0, 3), (2, 0), (2, 32), (1, 33), (2, 40), (1, 41), (2, 42), (1, 43),
+    (2, 44), (1, 128), (1, 129),
+]  # fmt: skip
+
+
+def gramians(batch, m):
+    """Rows [b, m, n] that conflict, with a zero row, and their Gramians, on the host."""
+    rows = torch.randn(batch, m, m + 3, dtype=torch.float64)
+    if m > 6:
+        rows[:, 3] = 0
+        rows[:, 1] = 2 * rows[:, 5]
+    return rows, rows @ rows.mT
+
+
+def assert_rows_agree(found, expected, rows):
+    """Coefficients [..., p, m] of rows give the same sums of them."""
+    size = (expected.abs() @ rows.norm(dim=-1, keepdim=True)) + 1e-300
+    assert (((found.cpu() - expected) @ rows).abs() <= 1e-11 * size).all()
+
+
+@pytest.mark.parametrize("batch,m", SOLVES)
+def test_cone_weights_match_the_reference(batch, m):
+    rows, gram = gramians(batch, m)
+    products = torch.cat([torch.randn(batch, 2, m + 3).double() @ rows.mT, -gram[:, :1]], 1)
+    x, residual = cone_weights_native(gram.to(DEVICE), products.to(DEVICE), 1e-6, 1e-14)
+    assert (residual <= 1e-12).all()  # written for no rows too
+    if m:
+        assert_rows_agree(x, cone_weights_reference(gram, products, 1e-6, 1e-14)[0], rows)
+
+
+@pytest.mark.parametrize("batch,m", SOLVES)
+def test_conflict_averse_weights_match_the_host(batch, m):
+    rows, gram = gramians(batch, m)
+    weights = conflict_averse_weights_native(gram.to(DEVICE), 0.5, 1e-6, 1e-14)
+    # the reference bisects, a minute at a time: the CPU's algorithm is the same
+    expected = torch.empty(batch, m, dtype=torch.float64)
+    _C.conflict_averse_weights_cpu(gram, expected, 0.5, 1e-6, 1e-14, 1)
+    assert_rows_agree(weights[:, None], expected[:, None], rows)
+
+
+@pytest.mark.parametrize("with_targets", [False, True])
+@pytest.mark.parametrize("batch,m", [size for size in SOLVES if size[1] < 128] + [(1, 129)])
+def test_pairwise_weights_match_the_reference(batch, m, with_targets):
+    rows, gram = gramians(batch, m)
+    rows[:, 1:2] += 1  # a copy is cancelled to rounding, whose cosines are rounding
+    gram, order = rows @ rows.mT, torch.rand(batch, m, m).argsort(-1)
+    targets = 0.4 * torch.rand(batch, m, m).double() if with_targets else None
+    before = targets.to(DEVICE) if with_targets else None
+    v, after = pairwise_weights_native(gram.to(DEVICE), order.to(DEVICE), before, 0.25)
+    expected, expected_after = pairwise_weights_reference(gram, order, targets, 0.25)
+    assert_rows_agree(v, expected, rows)
+    torch.testing.assert_close(after.cpu(), expected_after, rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="minutes where kernels run on the host")
+@pytest.mark.parametrize("m", [682, 683])
+def test_pairwise_weights_on_each_side_of_what_fits_shared_memory(m):
+    rows = torch.randn(m, 2 * m, dtype=torch.float64)
+    gram, order = rows @ rows.mT, torch.rand(m, m).argsort(-1)
+    v, _ = pairwise_weights_native(gram.to(DEVICE), order.to(DEVICE), None, 0.0)
+    assert_rows_agree(v, pairwise_weights_reference(gram, order, None, 0.0)[0], rows)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("batch,m", SOLVES)
+def test_bargaining_weights_match_the_reference(batch, m, power):
+    _, gram = gramians(batch, m)
+    w = bargaining_weights_native(gram.to(DEVICE), power, 1e-7)
+    expected = bargaining_weights_reference(gram, power, 1e-7)
+    torch.testing.assert_close(w.cpu(), expected, rtol=1e-11, atol=0)
+    assert m < 7 or ((w == 0).sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("m", [3, 42])
+def test_bargaining_weights_of_opposed_rows_are_zero(m):
+    rows = opposed(m, 2 * m)
+    assert not bargaining_weights_native((rows @ rows.mT).to(DEVICE), 1.0, 1e-7).any()
+
+
+@pytest.mark.parametrize("batch,m", SOLVES)
+def test_eigen_decomposes(batch, m):
+    _, gram = gramians(batch, m)
+    values, vectors = (x.cpu() for x in eigen_native(gram.to(DEVICE)))
+    eye, size = torch.eye(m, dtype=torch.float64), gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    assert ((vectors @ vectors.mT - eye).abs() <= 1e-15 * (8 + m)).all()
+    rebuilt = vectors.mT * values[:, None] @ vectors
+    assert ((rebuilt - gram).abs() <= 1e-14 * size[:, None, None]).all()
+    assert (values.diff() >= 0).all()
+    if batch and m:
+        torch.testing.assert_close(values, torch.linalg.eigvalsh(gram), rtol=1e-11, atol=1e-11)
+
+
+def test_solves_of_equal_values_and_of_more_than_the_blocks_of_a_launch():
+    gram = torch.eye(4, dtype=torch.float64).expand(1500, 4, 4).to(DEVICE)
+    values, vectors = eigen_native(gram)
+    assert (values == 1).all()
+    assert torch.equal(vectors, gram)
+    assert (bargaining_weights_native(gram, 2.0, 1e-7) == 1).all()
+
+
+@pytest.mark.parametrize("problem", ["cone", "conflict_averse", "pairwise", "bargaining", "eigen"])
+def test_solves_refuse_what_does_not_fit(problem):
+    m = 700 if problem == "pairwise" else 50  # rows that shared memory does not hold
+    gram = torch.eye(m, dtype=torch.float64, device=DEVICE)[None]
+    vector, order = gram.new_empty(1, m), torch.arange(m, device=DEVICE).expand(1, m, m).clone()
+    name, outs, options = {
+        "cone": ("cone_weights_cuda", (vector, vector.clone(), gram.new_empty(1)), (1e-6, 1e-14)),
+        "conflict_averse": ("conflict_averse_weights_cuda", (vector,), (0.5, 1e-6, 1e-14)),
+        "pairwise": ("pairwise_weights_cuda", (order, gram.clone(), gram.clone()), (0.0,)),
+        "bargaining": ("bargaining_weights_cuda", (vector,), (1.0, 1e-7)),
+        "eigen": ("eigen_cuda", (vector, gram.clone()), ()),
+    }[problem]
+    scratch = scratch_for(problem, m if problem == "pairwise" else 1, gram)
+    assert scratch.numel() > 0
+    args = [gram, *outs, scratch]
+    elsewhere = "cpu" if DEVICE == "cuda" else "meta"
+    for k, fits in enumerate(args):
+        for wrong in (fits.flatten()[1:], fits.float(), fits.to(elsewhere)):
+            if problem == "cone" and k == 3 and wrong.dim() == 1:
+                continue  # says how many vectors there are
+            with pytest.raises(InputError, match=r"must be|memory|device"):
+                getattr(_C, name)(*args[:k], wrong, *args[k + 1 :], *options)
+
+
+def test_cone_weights_refuse_vectors_that_the_gramians_do_not_share():
+    # 3 vectors of 2 Gramians; a third lies behind them, so that reading it is no error
+    gram = torch.eye(4, dtype=torch.float64, device=DEVICE).repeat(3, 1, 1)
+    vectors = gram.new_ones(3, 4)
+    args = gram[:2], vectors, vectors.clone(), gram.new_empty(3), gram.new_empty(0)
+    with pytest.raises(InputError):
+        _C.cone_weights_cuda(*args, 1e-6)
+
+
+def test_solves_refuse_a_problem_that_is_none():
+    with pytest.raises(InputError, match="no such problem: convex"):
+        _C.weighting_scratch("convex", 1, 1)
 
 
 @pytest.mark.parametrize("b,m,n", BATCHES)

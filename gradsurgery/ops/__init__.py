@@ -1,18 +1,28 @@
-"""Operators on rows that exist: one file each, public function first, registration last."""
+"""Operators on rows that exist and on Gramians: one file each, public function first."""
 
+from gradsurgery.ops.bargaining import bargaining_weights
 from gradsurgery.ops.combine import combine
+from gradsurgery.ops.cone import cone_weights
+from gradsurgery.ops.conflict_averse import conflict_averse_weights
+from gradsurgery.ops.eigen import eigen
 from gradsurgery.ops.gramian import gramian
 from gradsurgery.ops.harmonize import harmonize
 from gradsurgery.ops.orthonormalize import orthonormalize
+from gradsurgery.ops.pairwise import pairwise_weights
 from gradsurgery.ops.project_out import Projection, project_out
 from gradsurgery.ops.weighting import projection_weights
 
 __all__ = [
     "Projection",
+    "bargaining_weights",
     "combine",
+    "cone_weights",
+    "conflict_averse_weights",
+    "eigen",
     "gramian",
     "harmonize",
     "orthonormalize",
+    "pairwise_weights",
     "project_out",
     "projection_weights",
 ]

@@ -115,7 +115,14 @@ def register(
 
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gradsurgery::{name}", fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(
-            f"gradsurgery::{name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+    torch.library.register_autograd(
+        f"gradsurgery::{name}",
+        backward or functools.partial(_refuse, name),
+        setup_context=setup_context,
+        lib=LIBRARY,
+    )
+
+
+def _refuse(name: str, *_: object) -> None:
+    """Without a backward, torch would warn and go on without a gradient."""
+    raise InputError(f"{name} has no derivative here: detach its result or its arguments")

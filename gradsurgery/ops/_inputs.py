@@ -1,5 +1,6 @@
 """What every operator accepts as rows, checked in one place."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -122,6 +123,32 @@ def alike(*tensors: Tensor) -> list[Tensor]:
     kinds = [torch.float32 if tensor.dtype.itemsize == 2 else tensor.dtype for tensor in tensors]
     kind = torch.float64 if torch.float64 in kinds else torch.float32
     return [tensor.to(kind) for tensor in tensors]
+
+
+def as_gramian(gramian: Tensor) -> Tensor:
+    """A Gramian [..., m, m] as float64; what is not finite is found on a CPU.
+
+    On a GPU it is not looked for, for want of a host sync.
+    """
+    got = type(gramian).__name__
+    check(isinstance(gramian, Tensor), f"gramian must be a Tensor, got {got}")
+    check(gramian.is_floating_point(), f"gramian must be floating point, got {gramian.dtype}")
+    check(
+        gramian.dim() >= 2 and gramian.shape[-2] == gramian.shape[-1],
+        f"gramian must be [..., m, m], got {list(gramian.shape)}",
+    )
+    return gramian.double()
+
+
+def check_gramian_finite(gramian: Tensor) -> None:
+    """Raise, naming the row: NaN compares as a zero row would."""
+    if gramian.device.type != "cpu" or math.isfinite(
+        gramian.detach().sum()
+    ):  # one pass; may overflow
+        return
+    if not bool(gramian.isfinite().all()):
+        row = (~gramian.isfinite()).any(-1).nonzero()[0, -1]
+        raise NonFiniteError(f"gramian is not finite in row {int(row)}")
 
 
 def check_finite(diagonal: Tensor, blocks: Sequence[Tensor], name: str) -> None:

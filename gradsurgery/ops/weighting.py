@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._backend import _C, register, runs_cuda
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import DTYPES, as_gramian, check, check_gramian_finite
+
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}  # asking takes microseconds
 
 
-def default_rtol(m: int) -> float:
-    """The smallest relative distance to a span that a float64 Gramian of m rows resolves.
+def default_rtol(m: int, dtype: torch.dtype = torch.float64) -> float:
+    """The smallest relative distance to a span that a Gramian of m rows resolves.
 
     A Gramian squares distances: its rounding, some m eps, is a distance of sqrt(m eps).
     """
-    return math.sqrt(8 * max(m, 1) * torch.finfo(torch.float64).eps)
+    return math.sqrt(min(8 * max(m, 1) * EPS[dtype], 0.5))
 
 
 def projection_weights(
@@ -33,7 +34,8 @@ def projection_weights(
     Args:
         gramian: K, [..., m, m]. Its scale does not matter, nor that of single rows.
         products: k, [..., m].
-        rtol: relative distance; None for the smallest that float64 resolves, sqrt(8 m eps).
+        rtol: relative distance; None for the smallest that the Gramian's dtype resolves,
+            sqrt(8 m eps).
 
     Returns:
         coefficients [..., m] float64; rank [...] int64; margin [...] float64, the squared
@@ -45,31 +47,27 @@ def projection_weights(
         NonFiniteError: a Gramian with NaN or infinity (CPU; on a GPU it is not looked for, for
             want of a host sync).
     """
-    for name, tensor in (("gramian", gramian), ("products", products)):
-        check(isinstance(tensor, Tensor), f"{name} must be a Tensor, got {type(tensor).__name__}")
-        check(tensor.is_floating_point(), f"{name} must be floating point, got {tensor.dtype}")
+    gram = as_gramian(gramian)
+    check(isinstance(products, Tensor), f"products must be a Tensor, got {type(products).__name__}")
+    check(products.is_floating_point(), f"products must be floating point, got {products.dtype}")
+    m = gram.shape[-1]
     check(
-        gramian.dim() >= 2 and gramian.shape[-2] == gramian.shape[-1],
-        f"gramian must be [..., m, m], got {list(gramian.shape)}",
-    )
-    m = gramian.shape[-1]
-    check(
-        products.shape == gramian.shape[:-1],
-        f"products must be {list(gramian.shape[:-1])} to match gramian, got {list(products.shape)}",
+        products.shape == gram.shape[:-1],
+        f"products must be {list(gram.shape[:-1])} to match gramian, got {list(products.shape)}",
     )
     check(
         products.device == gramian.device,
         f"products is on {products.device}, gramian is on {gramian.device}",
     )
-    rtol = default_rtol(m) if rtol is None else rtol
+    rtol = default_rtol(m, gramian.dtype) if rtol is None else rtol
     check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
-    return torch.ops.gradsurgery.projection_weights(gramian.double(), products.double(), rtol)
+    return torch.ops.gradsurgery.projection_weights(gram, products.double(), rtol)
 
 
 def projection_weights_reference(
     gramian: Tensor, products: Tensor, rtol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_finite(gramian)
+    check_gramian_finite(gramian)
     batch, m = gramian.shape[:-2], gramian.shape[-1]
     norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     scale = torch.where(norms > 0, 1 / norms, 0)
@@ -113,25 +111,23 @@ def projection_weights_reference(
     return c * scale, rank, margin
 
 
+def scratch_for(problem: str, count: int, gramian: Tensor) -> Tensor:
+    """What a CUDA launch of `count` problems works in."""
+    return gramian.new_empty(_C.weighting_scratch(problem, count, gramian.shape[-1]))
+
+
 def projection_weights_native(
     gramian: Tensor, products: Tensor, rtol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_finite(gramian)
+    check_gramian_finite(gramian)
     c, rank, margin = _fake(gramian, products, rtol)
     args = (gramian.contiguous(), products.contiguous(), c, rank, margin)
     if runs_cuda(gramian):
-        scratch = c.new_empty(_C.projection_weights_scratch(margin.numel(), gramian.shape[-1]))
+        scratch = scratch_for("projection", margin.numel(), gramian)
         _C.projection_weights_cuda(*args, scratch, rtol)
     else:
-        _C.projection_weights_cpu(*args, rtol)
+        _C.projection_weights_cpu(*args, rtol, torch.get_num_threads())
     return c, rank, margin
-
-
-def _check_finite(gramian: Tensor) -> None:
-    # NaN compares as a zero row would
-    if not gramian.is_cuda and not bool(gramian.isfinite().all()):
-        row = (~gramian.isfinite()).any(-1).nonzero()[0, -1]
-        raise NonFiniteError(f"gramian is not finite in row {int(row)}")
 
 
 def _fake(gramian: Tensor, products: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
