@@ -1,4 +1,4 @@
-"""The command line: gradsurgery unlearn | report | bench | doctor."""
+"""The command line: gradsurgery unlearn | report | bench | rules | doctor."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     bench = commands.add_parser("bench", help="run the benchmarks of a source tree", add_help=False)
     bench.add_argument("rest", nargs=argparse.REMAINDER)
+    commands.add_parser("rules", help="the rules of surgery: name, update, what holds of it")
     commands.add_parser("doctor", help="what is built, which backends work, versions, threads")
 
     try:
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = parser.parse_args(arguments)
         if chosen.command == "report":
             _report(chosen.run)
+        elif chosen.command == "rules":
+            from gradsurgery.surgery import table
+
+            print(table.text())
         else:
             from gradsurgery import doctor
 

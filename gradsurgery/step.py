@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -13,6 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils import _pytree as pytree
 
 from gradsurgery.capture import FactoredJacobian, tape
+from gradsurgery.diagnosis import Diagnosis, diagnose
 from gradsurgery.errors import InputError
 from gradsurgery.jacobian import (
     DenseJacobian,
@@ -23,7 +24,7 @@ from gradsurgery.jacobian import (
     trainable,
 )
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery import OrthoGrad
+from gradsurgery.surgery import Rule, Solution
 
 # Tokens of both batches up to which they go together: reading the parameters twice then costs more
 # than large activations do. Measured on two threads: 512 tokens 12 % faster together, 2048 3 % and
@@ -35,22 +36,33 @@ FEW_TOKENS = 1024
 class StepInfo:
     """What one step saw. Losses and gradients are those before the step."""
 
-    forget_loss: float  # mean over the forget batch
-    retain_loss: float  # mean over the retain batch
-    cosines: Tensor  # [k] float64, of the forget gradient with each retain row
-    conflict_rate: float  # share of retain rows whose loss climbing g_u raises: positive cosines
-    kept_norm: float  # |g⊥| / |g_u|, in [0, 1]
-    rank: float  # of the retain rows; the mean over groups where tensors are projected apart
-    frozen: list[str]  # tensors the projection left no unlearning signal, or exempted
+    losses: Tensor  # [m] float64, of the rows: the mean over the batch where a row is of a batch
+    cosines: Tensor  # float64: [k], of the forget gradient with each other row; else [m, m]
+    # share of the other rows whose loss climbing g_u raises: positive cosines; of tasks the share
+    # of pairs of rows with a negative one
+    conflict_rate: float
     seconds: float
+    gramian: Tensor  # [m, m] float64, of the rows, on the CPU
+    forget_loss: float | None = None  # means over the batches
+    retain_loss: float | None = None
+    kept_norm: float | None = None  # OrthoGrad: |g⊥| / |g_u|, in [0, 1]
+    rank: float | None = None  # OrthoGrad: of the rows; the mean over groups of tensors
+    frozen: Sequence[str] = ()  # tensors a projection left no unlearning signal, or exempted
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        """Cosines, norms, ranks and conflicts of the rows, from the Gramian the step had."""
+        return diagnose(self.gramian)
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {**vars(self), "cosines": self.cosines.tolist()}
+        """Ready for JSON; without the Gramian."""
+        known = {name: value for name, value in vars(self).items() if name != "gramian"}
+        lists = {"losses": self.losses.tolist(), "cosines": self.cosines.tolist()}
+        return {**known, **lists, "frozen": list(self.frozen)}
 
 
 class Surgeon:
-    """Takes unlearning steps: gradients of a forget and a retain batch, a rule, the optimizer.
+    """Takes steps: gradients of batches, a rule, the optimizer.
 
     A plain object: the model keeps no wrapper and no hook, and `.grad` is after a step what it
     was before. Where a loss, the rule or code hung on the optimizer raises, the model's buffers,
@@ -62,20 +74,20 @@ class Surgeon:
         optimizer: any torch optimizer; the parameters it holds are the ones edited.
         rule: what makes one update of the rows.
         rows: "captured", from one recorded forward and backward pass, never stored; "stored", one
-            gradient of the model's size per retain sample, by torch.func.
+            gradient of the model's size per row, by torch.func.
         together: captured rows only: whether one pass does for both batches, where these have the
             same structure, dtypes, devices and sample shapes. It reads the parameters once, but
             holds what both batches need. The loss of a sample must not depend on the others of its
             batch, nor on how many there are. None: where that is faster, on few tokens. False:
             always a pass each.
-        chunk_size: stored rows only: retain samples differentiated at a time.
+        chunk_size: stored rows only: samples differentiated at a time.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        rule: OrthoGrad,
+        rule: Rule,
         *,
         rows: Literal["captured", "stored"] = "captured",
         together: bool | None = None,
@@ -90,69 +102,113 @@ class Surgeon:
             group["amsgrad"] for group in optimizer.param_groups
         )
         check(
-            rule.precondition is None or plain,
+            getattr(rule, "precondition", None) is None or plain,
             "precondition='optimizer' needs Adam or AdamW without amsgrad, "
             f"got {type(optimizer).__name__}",
         )
 
-    def step(self, *, forget: Any, retain: Any, loss: Loss) -> StepInfo:
-        """Raise the forget loss, keep the retain losses, by one optimizer step.
+    def step(
+        self,
+        *,
+        loss: Loss,
+        forget: Any = None,
+        retain: Any = None,
+        batch: Any = None,
+        memory: Any = None,
+    ) -> StepInfo:
+        """One optimizer step along the rule's update.
+
+        Either `forget` and `retain`, for rules that tell them apart (OrthoGrad, GRU, ...): raise
+        the forget loss and keep the retain losses; or `batch`, for all others (PCGrad, UPGrad,
+        ...): lower the losses of all rows. Batches are pytrees of tensors, leading dimension B.
 
         Args:
-            forget: batch whose mean loss is unlearned: any pytree of tensors, leading dimension B.
-            retain: batch whose samples are protected.
-            loss: (model, batch) -> per-sample losses [B], the loss that training lowers.
+            loss: (model, batch) -> per-sample losses [B], those that training lowers; for `batch`
+                also [B, T], a column for each of T tasks, and then a row is the mean of a task
+                and not one sample's.
+            forget: its mean loss is unlearned.
+            retain: its samples are protected, each, or in the mean, as the rule says.
+            batch: one row for each sample or task.
+            memory: samples not to be opposed, one row each, for rules with memory rows (OrthoGrad,
+                UPGrad, DualProj, GEM, AGEM).
         """
         start = time.perf_counter()
-        batch_size(forget, "forget")
-        batch_size(retain, "retain")
+        name, roles = type(self.rule).__name__, self.rule.roles
+        parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
+        parts = {part: given for part, given in parts.items() if given is not None}
+        check("memory" in roles or memory is None, f"{name} has no memory rows")
+        if "forget" in roles:
+            check(batch is None, f"{name} takes forget= and retain=, got {list(parts)}")
+            parts = {"forget": forget, "retain": retain, **parts}
+        else:
+            check(
+                batch is not None and forget is None and retain is None,
+                f"{name} lowers every loss it is given: it takes batch=, got {list(parts)}",
+            )
+        for part, given in parts.items():
+            batch_size(given, part)
         with _buffers_undone_by_errors(self.model):
-            return self._step(forget, retain, loss, start)
+            return self._step(parts, loss, start)
 
-    def _step(self, forget: Any, retain: Any, loss: Loss, start: float) -> StepInfo:
+    def _step(self, parts: dict[str, Any], loss: Loss, start: float) -> StepInfo:
         rows = self._captured if self.rows == "captured" else self._stored
-        jacobian, forget_losses, retain_losses = rows(forget, retain, loss)
-        solution = self.rule.solve(jacobian, metric=self._metric(jacobian.names))
-        self._apply(jacobian, solution.weights)
+        jacobian, counts, losses = rows(parts, loss)
+        given: dict[str, Any] = {}
+        if "memory" in parts:
+            given["memory"] = slice(jacobian.m - counts["memory"], None)
+        if "retain_loss" in self.rule.roles:
+            given["retain_loss"] = losses["retain"].mean()
+        if self.rule.weighted:
+            solution = self.rule.solve(jacobian, metric=self._metric(jacobian.names), **given)
+            self._apply(jacobian, solution.weights)
+        else:
+            solution = Solution(torch.empty(0), jacobian.gramian())
+            self._apply(jacobian, self.rule(jacobian, **given))
+
         gram = solution.gramian
         norms = gram.diagonal().sqrt()
-        scale = norms[0] * norms[1:]
-        cosines = torch.where(scale > 0, gram[0, 1:] / scale, 0).clamp(-1, 1)
-        kept = forget_losses, retain_losses, solution.rank
-        means = [values.to(gram.device).double().mean() for values in kept]
-        seen = torch.stack([*means, (cosines > 0).double().mean(), solution.kept_norm]).tolist()
-        forget_loss, retain_loss, rank, conflict_rate, kept_norm = seen
+        scale = norms[:, None] * norms
+        cosines = torch.where(scale > 0, gram / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
+        if "forget" in parts:
+            cosines = cosines[0, 1:]
+            rate = (cosines > 0).double().mean()
+        else:
+            above = cosines.triu(1)
+            rate = (above < 0).double().sum() / max(jacobian.m * (jacobian.m - 1) / 2, 1)
+        wanted: dict[str, Tensor | None] = {
+            "conflict_rate": rate,
+            "kept_norm": solution.kept_norm,
+            "rank": None if solution.rank is None else solution.rank.double().mean(),
+            "forget_loss": losses["forget"].mean() if "forget" in parts else None,
+            "retain_loss": losses["retain"].mean() if "retain" in parts else None,
+        }
+        seen = {name: value for name, value in wanted.items() if value is not None}
+        values = torch.stack([value.to(gram.device).double() for value in seen.values()]).tolist()
+        means = torch.cat([_row_losses(losses[part], counts[part]) for part in parts])
         return StepInfo(
-            forget_loss=forget_loss,
-            retain_loss=retain_loss,
+            losses=means.double().cpu(),
             cosines=cosines.cpu(),
-            conflict_rate=conflict_rate,
-            kept_norm=kept_norm,
-            rank=rank,
+            gramian=gram.cpu(),
             frozen=solution.frozen,
             seconds=time.perf_counter() - start,
+            **dict(zip(seen, values, strict=True)),
         )
 
     def _captured(
-        self, forget: Any, retain: Any, loss: Loss
-    ) -> tuple[FactoredJacobian, Tensor, Tensor]:
-        """Row 0 the mean forget loss's, the retain rows after it; forget and retain losses."""
-        mean = self.rule.retain == "mean"
-        b, k = batch_size(forget), batch_size(retain)
-        one, each = torch.zeros(b, dtype=torch.int64, device="cpu"), torch.arange(k, device="cpu")
-        groups = one, torch.zeros_like(each) if mean else each
-        shares = (
-            torch.full((b,), 1 / b, dtype=torch.float64, device="cpu"),
-            torch.full((k,), 1 / k if mean else 1.0, dtype=torch.float64, device="cpu"),
-        )
-        whole = joined(forget, retain) if self._one_pass(forget, retain) else None
-        if whole is not None:
-            both = torch.cat([groups[0], groups[1] + 1])
-            jacobian, losses = self._rows_of(whole, loss, both, torch.cat(shares))
-            return jacobian, losses[:b], losses[b:]
-        first, forget_losses = self._rows_of(forget, loss, groups[0], shares[0])
-        second, retain_losses = self._rows_of(retain, loss, groups[1], shares[1])
-        return concat([first, second]), forget_losses, retain_losses
+        self, parts: dict[str, Any], loss: Loss
+    ) -> tuple[FactoredJacobian, dict[str, int], dict[str, Tensor]]:
+        """The rows of the parts in order, how many each part has, and the losses of each."""
+        whole = None
+        if set(parts) == {"forget", "retain"} and self._one_pass(*parts.values()):
+            whole = joined(*parts.values())
+        if whole is None:
+            found = [self._rows_of({part: batch}, batch, loss) for part, batch in parts.items()]
+        else:
+            found = [self._rows_of(parts, whole, loss)]
+        jacobians = [jacobian for jacobian, _, _ in found]
+        jacobian = concat(jacobians) if len(jacobians) > 1 else jacobians[0]
+        counts = {part: n for _, known, _ in found for part, n in known.items()}
+        return jacobian, counts, {part: v for _, _, values in found for part, v in values.items()}
 
     def _one_pass(self, *batches: Any) -> bool:
         if self.together is not None:
@@ -160,43 +216,78 @@ class Surgeon:
         return sum(map(tokens, batches)) <= FEW_TOKENS
 
     def _rows_of(
-        self, batch: Any, loss: Loss, groups: Tensor, shares: Tensor
-    ) -> tuple[FactoredJacobian, Tensor]:
-        """The rows of losses weighed by shares and summed into groups, and the losses."""
+        self, parts: dict[str, Any], whole: Any, loss: Loss
+    ) -> tuple[FactoredJacobian, dict[str, int], dict[str, Tensor]]:
+        """As `_captured`, from one pass over `whole`, the parts' samples in order."""
+        sizes = {part: batch_size(batch) for part, batch in parts.items()}
         with (
             torch.enable_grad(),
             tape(self.model, parameters=list(self.parameters.values())) as recorder,
         ):
-            losses = per_sample_losses(loss(self.model, batch), len(groups))
+            losses = loss(self.model, whole)
+            tasks = list(parts) == ["batch"] and isinstance(losses, Tensor) and losses.dim() == 2
+            if tasks:
+                size, m = sizes["batch"], losses.shape[1]
+                check(
+                    losses.shape[0] == size and m > 0,
+                    f"loss must return [{size}] or [{size}, tasks], got {list(losses.shape)}",
+                )
+                counts = {"batch": m}
+                groups = torch.arange(m, device="cpu").expand(size, m)
+                shares = torch.full((size, 1), 1 / size, dtype=torch.float64, device="cpu")
+            else:
+                losses = per_sample_losses(losses, sum(sizes.values()))
+                counts, groups, shares = self._layout(sizes)
             check(losses.requires_grad, "loss does not depend on the model's parameters")
             jacobian = recorder.jacobian(losses * shares.to(losses), groups)
-        return jacobian, losses.detach()
+        detached = losses.detach().split(list(sizes.values()))
+        return jacobian, counts, dict(zip(parts, detached, strict=True))
 
-    def _stored(self, forget: Any, retain: Any, loss: Loss) -> tuple[DenseJacobian, Tensor, Tensor]:
+    def _layout(self, sizes: dict[str, int]) -> tuple[dict[str, int], Tensor, Tensor]:
+        """How many rows each part has, the row of each sample, and its share in that row."""
+        counts, groups, shares = {}, [], []
+        for part, size in sizes.items():
+            merged = self._merges(part)
+            each = torch.arange(size, device="cpu")
+            groups.append((torch.zeros_like(each) if merged else each) + sum(counts.values()))
+            share = 1 / size if merged else 1.0
+            shares.append(torch.full((size,), share, dtype=torch.float64, device="cpu"))
+            counts[part] = 1 if merged else size
+        return counts, torch.cat(groups), torch.cat(shares)
+
+    def _merges(self, part: str) -> bool:
+        """Whether the rule asks for the mean of a batch only."""
+        return part == "forget" or part in self.rule.merges
+
+    def _stored(
+        self, parts: dict[str, Any], loss: Loss
+    ) -> tuple[DenseJacobian, dict[str, int], dict[str, Tensor]]:
         """The same rows, explicit."""
         options = {"parameters": list(self.parameters.values()), "chunk_size": self.chunk_size}
-        jacobian = concat(
-            [
-                DenseJacobian.from_model(self.model, forget, loss, rows="mean", **options),
-                DenseJacobian.from_model(
-                    self.model, retain, loss, rows=self.rule.retain, **options
-                ),
-            ]
-        )
-        losses = cast(Tensor, jacobian.losses)
-        return jacobian, losses[:1], losses[1:]
+        found = {}
+        for part, batch in parts.items():
+            kind = "mean" if self._merges(part) else "samples"
+            found[part] = DenseJacobian.from_model(self.model, batch, loss, rows=kind, **options)
+        counts = {part: jacobian.m for part, jacobian in found.items()}
+        losses = {part: cast(Tensor, jacobian.losses) for part, jacobian in found.items()}
+        return concat(list(found.values())), counts, losses
 
-    def _apply(self, jacobian: FactoredJacobian | DenseJacobian, weights: Tensor) -> None:
-        """Step on wᵀ J alone: no parameter is moved by a `.grad` from before."""
+    def _apply(
+        self, jacobian: FactoredJacobian | DenseJacobian, update: Tensor | list[Tensor]
+    ) -> None:
+        """Step on wᵀ J, or on a given update, alone: no parameter is moved by an old `.grad`."""
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         before = [parameter.grad for parameter in held]
         try:
             for parameter in held:
                 parameter.grad = None
-            if isinstance(jacobian, FactoredJacobian):
-                jacobian.backward(weights, release=True)
+            if isinstance(update, list):
+                for name, grad in zip(jacobian.names, update, strict=True):
+                    self.parameters[name].grad = grad
+            elif isinstance(jacobian, FactoredJacobian):
+                jacobian.backward(update, release=True)
             else:
-                jacobian.backward(weights)
+                jacobian.backward(update)
                 _drop_unused(jacobian)
             undone = _undone_by_errors(self.model, self.optimizer)
             with undone if _runs_foreign_code(self.optimizer) else nullcontext():
@@ -207,7 +298,7 @@ class Surgeon:
 
     def _metric(self, names: list[str]) -> list[Tensor] | None:
         """lr / (sqrt(v) + eps) per parameter, of the steps taken so far; None before the first."""
-        if self.rule.precondition is None:
+        if getattr(self.rule, "precondition", None) is None:
             return None
         metric = []
         for group in self.optimizer.param_groups:
@@ -224,6 +315,13 @@ class Surgeon:
                 metric.append((id(parameter), group["lr"] / (root + group["eps"])))
         by_id = dict(metric)
         return [by_id[id(self.parameters[name])] for name in names]
+
+
+def _row_losses(losses: Tensor, rows: int) -> Tensor:
+    """[rows]: of the samples [B], their mean, or of tasks [B, T] the means."""
+    if losses.dim() == 2:
+        return losses.mean(0)
+    return losses if len(losses) == rows else losses.mean(0, keepdim=True)
 
 
 def tokens(batch: Any) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradsurgery as gs
+from gradsurgery.surgery import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -20,6 +21,7 @@ PAGES = [
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPERATORS = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
+RULES = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
 
 
 def blocks(text, language):
@@ -130,13 +132,19 @@ def test_no_path_of_one_machine(page):
     assert not re.findall(r"(?<![\w.:/])/(?:home|root|tmp|mnt|opt|srv|work|Users)/\S*", text)
 
 
-def test_every_public_name_is_on_the_page_of_operators():
+def test_every_public_name_is_on_a_page():
     for name in gs.__all__:
-        assert re.search(rf"\b{name}\b", OPERATORS), name
+        assert re.search(rf"\b{name}\b", OPERATORS + RULES), name
+
+
+def test_the_table_of_rules_is_the_registry():
+    assert RULES.split("<!-- rules -->")[1].strip() == table.markdown()
 
 
 def test_the_table_of_options_is_the_code():
     for field in dataclasses.fields(gs.OrthoGrad):
+        if not field.init:  # what the rule remembers
+            continue
         default = f'"{field.default}"' if isinstance(field.default, str) else field.default
         assert f"| `{field.name}` | {default} |" in OPERATORS
 

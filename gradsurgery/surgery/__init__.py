@@ -1,5 +1,42 @@
-"""Rules: from the Gramian of some gradients to the weights of one update."""
+"""Rules: from the Gramian of some gradients to the weights of one update.
 
+A rule is a file; listed in `RULES`, it has a name on the command line, a row in docs/rules.md and
+its tests.
+"""
+
+from gradsurgery.surgery.alignedmtl import AlignedMTL
+from gradsurgery.surgery.blur import BLUR
+from gradsurgery.surgery.cagrad import CAGrad
+from gradsurgery.surgery.elementwise import SAGO, GradDrop, SalUn, SignAgreement, TrimmedMean
+from gradsurgery.surgery.fairgrad import FairGrad
+from gradsurgery.surgery.fixed import Constant, Mean, Random, Sum
+from gradsurgery.surgery.gdrgma import GDRGMA
+from gradsurgery.surgery.gem import AGEM, GEM
+from gradsurgery.surgery.gradvac import GradVac
+from gradsurgery.surgery.gru import GRU
+from gradsurgery.surgery.imtlg import IMTLG, ConFIG
+from gradsurgery.surgery.ltu import LTUHarmonize
+from gradsurgery.surgery.mgda import MGDA
+from gradsurgery.surgery.munba import MUNBa
+from gradsurgery.surgery.nashmtl import NashMTL
+from gradsurgery.surgery.ngdiff import NGDiff
 from gradsurgery.surgery.orthograd import OrthoGrad
+from gradsurgery.surgery.pcgrad import PCGrad
+from gradsurgery.surgery.rule import Rule, Solution
+from gradsurgery.surgery.upgrad import DualProj, UPGrad
 
-__all__ = ["OrthoGrad"]
+RULES: dict[str, type[Rule]] = {
+    rule.__name__.lower(): rule
+    for rule in (
+        OrthoGrad, PCGrad, GradVac, CAGrad, MGDA, NashMTL, IMTLG, AlignedMTL, UPGrad, DualProj,
+        FairGrad, ConFIG, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR, LTUHarmonize, Mean, Sum,
+        Constant, Random, GradDrop, SAGO, SignAgreement, SalUn, TrimmedMean,
+    )
+}  # fmt: skip
+
+__all__ = [
+    "AGEM", "BLUR", "GDRGMA", "GEM", "GRU", "IMTLG", "MGDA", "RULES", "SAGO", "AlignedMTL",
+    "CAGrad", "ConFIG", "Constant", "DualProj", "FairGrad", "GradDrop", "GradVac", "LTUHarmonize",
+    "MUNBa", "Mean", "NGDiff", "NashMTL", "OrthoGrad", "PCGrad", "Random", "Rule", "SalUn",
+    "SignAgreement", "Solution", "Sum", "TrimmedMean", "UPGrad",
+]  # fmt: skip

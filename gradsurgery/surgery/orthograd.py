@@ -2,30 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradsurgery.jacobian import DenseJacobian, Jacobian
+from gradsurgery.jacobian import Jacobian
 from gradsurgery.ops import projection_weights
 from gradsurgery.ops._inputs import check
-
-Index = int | slice | Sequence[int] | Tensor
-
-
-class Solution(NamedTuple):
-    """Weights of an update and what was found on the way; g groups of tensors."""
-
-    weights: Tensor  # [m], or [L, m] where tensors are projected apart
-    gramian: Tensor  # [m, m] float64, of whole rows
-    rank: Tensor  # [g] int64, of the retain rows of each group
-    kept_norm: Tensor  # [] float64, |g⊥| / |g_u| in [0, 1]
-    frozen: list[str]  # tensors no larger than the number of retain rows, whose g⊥ is zero
+from gradsurgery.surgery.rule import Index, Rule, Solution, chosen, grouped_gramian, one_of, split
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrthoGrad:
+class OrthoGrad(Rule):
     """Unlearning by gradient ascent orthogonal to the retain samples' gradients.
 
     g⊥ = g_u - its projection on span{g_1 .. g_k},  update = α mean_i g_i - (1 - α) g⊥
@@ -34,6 +23,10 @@ class OrthoGrad:
     samples, g_i of retain sample i alone. An optimizer that descends the update lowers the retain
     losses and RAISES the forget loss; with α = 0 no retain loss changes to first order.
     Equal to weights of the rows, a function of their Gramian alone.
+
+    `forget` names the forget rows, by default row 0, g_u is their mean; all others retain, but
+    those named in `memory`, past directions: g⊥ is orthogonal to these too, and they are not
+    descended.
 
     Args:
         alpha: α in [0, 1], the share of ordinary descent on the retain loss.
@@ -59,8 +52,11 @@ class OrthoGrad:
     Shamsian et al. 2025 (arXiv:2503.02312).
     """
 
+    formula: ClassVar[str] = "a mean_i g_i - (1 - a) (g_u - proj(g_u on span g_i)), a = alpha"
+    paper: ClassVar[str] = "Shamsian et al. 2025 (arXiv:2503.02312)"
+    roles: ClassVar[tuple[str, ...]] = ("forget", "memory")
+
     alpha: float = 0.5
-    granularity: Literal["model", "module", "tensor"] = "model"
     retain: Literal["samples", "mean"] = "samples"
     rtol: float | None = None
     refine: int = 0
@@ -68,64 +64,37 @@ class OrthoGrad:
     precondition: Literal["optimizer"] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         check(self.refine >= 0, f"refine must be 0 or more, got {self.refine}")
         check(self.rtol is None or 0 <= self.rtol < 1, f"rtol must be in [0, 1), got {self.rtol}")
-        for name, allowed in (
-            ("granularity", ("model", "module", "tensor")),
-            ("retain", ("samples", "mean")),
-            ("small_tensors", ("project", "leave")),
-            ("precondition", (None, "optimizer")),
-        ):
-            value = getattr(self, name)
-            check(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+        one_of("retain", self.retain, ("samples", "mean"))
+        one_of("small_tensors", self.small_tensors, ("project", "leave"))
+        one_of("precondition", self.precondition, (None, "optimizer"))
 
-    def weights(self, gramian: Tensor, forget: Index = 0) -> Tensor:
-        """Weights of the update from a Gramian.
+    @property
+    def merges(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("retain",) if self.retain == "mean" else ()
 
-        Args:
-            gramian: [..., m, m].
-            forget: the forget rows, one or several indices, a slice or a mask [m]; g_u is their
-                mean. All other rows retain.
-
-        Returns:
-            [..., m] float64: (α/k + (1-α) c_i) for retain rows, -(1-α) for the forget row.
-        """
-        check(
-            isinstance(gramian, Tensor), f"gramian must be a Tensor, got {type(gramian).__name__}"
-        )
-        check(
-            gramian.dim() >= 2 and gramian.shape[-1] == gramian.shape[-2],
-            f"gramian must be [..., m, m], got {list(gramian.shape)}",
-        )
-        select = self._select(gramian.shape[-1], forget, gramian.device)
-        coefficients, *_ = self._project(gramian, select)
-        return self._mix(coefficients, select)
-
-    def __call__(
-        self, rows: Tensor | Sequence[Tensor] | Jacobian, forget: Index = 0
-    ) -> Tensor | list[Tensor]:
-        """The update, for rows [m, n], a sequence of [m, *p.shape], or a Jacobian."""
-        given = isinstance(rows, (Tensor, Sequence))
-        jacobian = DenseJacobian(rows) if given else rows
-        update = jacobian.combine(self.solve(jacobian, forget).weights)
-        return update[0] if isinstance(rows, Tensor) else update
+    def _weights(self, gram: Tensor, rtol: float, forget: Index = 0, memory: Index = ()) -> Tensor:
+        # α/k + (1-α) c_i for retain rows, (1-α) c_i for the memory's, -(1-α) for the forget row
+        select, k = self._select(gram.shape[-1], forget, memory)
+        select = select.to(gram.device)
+        coefficients, *_ = self._project(gram, select, rtol)
+        return self._mix(coefficients, select, k)
 
     def solve(
-        self, jacobian: Jacobian, forget: Index = 0, metric: Sequence[Tensor] | None = None
+        self,
+        jacobian: Jacobian,
+        *given: Index,
+        metric: Sequence[Tensor] | None = None,
+        **roles: Any,
     ) -> Solution:
         """Weights for the rows of a Jacobian, with the granularity and the metric asked for."""
-        select = self._select(jacobian.m, forget, None)
-        if self.granularity == "model":
-            grams = jacobian.gramian(metric=metric)[None]
-            groups = [0] * len(jacobian.names)
-        else:
-            groups = self._groups(jacobian.names)
-            per_tensor = jacobian.gramian(per="tensor", metric=metric)
-            grams = per_tensor.new_zeros(max(groups) + 1, *per_tensor.shape[1:])
-            grams.index_add_(0, torch.tensor(groups, device=grams.device), per_tensor)
+        select, k = self._select(jacobian.m, **self._named(given, roles))
+        grams, groups = grouped_gramian(jacobian, self.granularity, metric)
         select = select.to(grams.device)
-        coefficients, rank, gram = self._project(grams, select)
+        coefficients, rank, gram = self._project(grams, select, None)
         frozen = _small(jacobian.sizes, groups, select.shape[0] - 1)
         exempt = [g for g, small in enumerate(frozen) if small and self.small_tensors == "leave"]
         if exempt:
@@ -138,7 +107,7 @@ class OrthoGrad:
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1)
         kept = (parts.unsqueeze(1) @ gram @ parts.unsqueeze(2)).sum().clamp(min=0)
         whole = gram[:, 0, 0].sum()
-        weights = self._mix(coefficients, select)
+        weights = self._mix(coefficients, select, k)
         return Solution(
             weights=weights[0] if self.granularity == "model" else weights[groups],
             gramian=grams.sum(0),
@@ -147,48 +116,38 @@ class OrthoGrad:
             frozen=[name for name, g in zip(jacobian.names, groups, strict=True) if frozen[g]],
         )
 
-    def _select(self, m: int, forget: Index, device: torch.device | None) -> Tensor:
-        """[1 + k, m]: the mean forget row and the rows to be orthogonal to, as averages of rows."""
-        if isinstance(forget, Tensor) and forget.dtype == torch.bool:
-            check(forget.shape == (m,), f"forget must be a mask [{m}], got {list(forget.shape)}")
-            chosen = set(forget.nonzero().flatten().tolist())
-        elif isinstance(forget, slice):
-            chosen = set(range(m)[forget])
-        else:
-            indices = _indices(forget)
-            for i in indices:
-                check(-m <= i < m, f"forget={i} is out of range for {m} rows")
-            chosen = {i % m for i in indices}
-        count = len(chosen)
-        check(0 < count < m, f"forget selects {count} of {m} rows; need a forget and a retain row")
-        retain = [i for i in range(m) if i not in chosen]
-        rows = 2 if self.retain == "mean" else 1 + len(retain)
-        select = torch.zeros(rows, m, dtype=torch.float64, device="cpu")
-        select[0, sorted(chosen)] = 1 / count
+    def _select(self, m: int, forget: Index = 0, memory: Index = ()) -> tuple[Tensor, int]:
+        """[1 + k + p, m] on the CPU: the mean forget row and the rows to be orthogonal to, the k
+        retain rows before the p of the memory, as averages of rows; and k."""
+        rows, rest = split(m, forget, "forget", "retain")
+        past = chosen(memory, m, "memory")
+        both = sorted(set(past) & set(rows))
+        check(not both, f"forget and memory both select rows {both}")
+        retain = [i for i in rest if i not in set(past)]
+        check(len(retain) > 0, "memory selects all retain rows")
+        k = 1 if self.retain == "mean" else len(retain)
+        select = torch.zeros(1 + k + len(past), m, dtype=torch.float64, device="cpu")
+        select[0, rows] = 1 / len(rows)
         if self.retain == "mean":
             select[1, retain] = 1 / len(retain)
         else:
-            select[range(1, 1 + len(retain)), retain] = 1
-        return select.to(device)
+            select[range(1, 1 + k), retain] = 1
+        select[range(1 + k, len(select)), past] = 1
+        return select, k
 
-    def _project(self, gramian: Tensor, select: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gram = select @ gramian.double() @ select.mT
-        c, rank, _ = projection_weights(gram[..., 1:, 1:], gram[..., 1:, 0], rtol=self.rtol)
+    def _project(
+        self, gramian: Tensor, select: Tensor, rtol: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gram = select @ gramian @ select.mT
+        rtol = self.rtol if self.rtol is not None else rtol
+        c, rank, _ = projection_weights(gram[..., 1:, 1:], gram[..., 1:, 0], rtol=rtol)
         return c, rank, gram
 
-    def _mix(self, coefficients: Tensor, select: Tensor) -> Tensor:
-        k = coefficients.shape[-1]
-        retain = self.alpha / k + (1 - self.alpha) * coefficients
+    def _mix(self, coefficients: Tensor, select: Tensor, k: int) -> Tensor:
+        kept = (1 - self.alpha) * coefficients
+        retain = kept[..., :k] + self.alpha / k
         forget = torch.full_like(coefficients[..., :1], self.alpha - 1)
-        return torch.cat([forget, retain], dim=-1) @ select
-
-    def _groups(self, names: list[str]) -> list[int]:
-        """The group of each tensor."""
-        if self.granularity == "tensor":
-            return list(range(len(names)))
-        modules = [name.rpartition(".")[0] for name in names]
-        order = {module: g for g, module in enumerate(dict.fromkeys(modules))}
-        return [order[module] for module in modules]
+        return torch.cat([forget, retain, kept[..., k:]], dim=-1) @ select
 
     def _refined(
         self,
@@ -226,13 +185,3 @@ def _small(sizes: Sequence[int], groups: Sequence[int], k: int) -> list[bool]:
     for size, g in zip(sizes, groups, strict=True):
         totals[g] += size
     return [total <= k for total in totals]
-
-
-def _indices(forget: int | Sequence[int] | Tensor) -> list[int]:
-    given: Any = forget.tolist() if isinstance(forget, Tensor) else forget
-    values = list(given) if isinstance(given, (list, tuple, range)) else [given]
-    check(
-        all(isinstance(i, int) and not isinstance(i, bool) for i in values),
-        f"forget must be an index, indices, a slice or a mask, got {forget!r}",
-    )
-    return values

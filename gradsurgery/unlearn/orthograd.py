@@ -11,7 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,8 @@ class OrthoGradTrainer(Trainer[OrthoGradConfig]):
             "cosine_mean": float(info.cosines.mean()),
             "cosine_max": float(info.cosines.max()),
             "conflict_rate": info.conflict_rate,
-            "kept_norm": float(info.kept_norm),
-            "rank": int(info.rank),
+            "kept_norm": cast(float, info.kept_norm),
+            "rank": int(cast(float, info.rank)),
         }
 
     def step_seconds(self) -> dict[str, float]:

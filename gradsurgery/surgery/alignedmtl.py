@@ -1,0 +1,44 @@
+"""Aligned-MTL: the rows made orthogonal and of one length, then averaged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradsurgery.ops import eigen, projection_weights
+from gradsurgery.surgery.rule import Rule, preference
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignedMTL(Rule):
+    """The rows with all their singular values replaced by the least one, averaged.
+
+    K = V Λ Vᵀ: w = sqrt(λ_min) V Λ^(-1/2) Vᵀ p, over the eigenvalues that are not zero.
+
+    Args:
+        preference: p, weights of the aligned rows, [m]; None for 1 / m each.
+
+    Independent Component Alignment for Multi-Task Learning, Senushkin et al. 2023
+    (arXiv:2305.19000).
+    """
+
+    formula: ClassVar[str] = "Σ_i w_i g_i, w = sqrt(λ_min) K^(-1/2) p"
+    paper: ClassVar[str] = "Senushkin et al. 2023 (arXiv:2305.19000)"
+    properties: ClassVar[frozenset[str]] = frozenset({"equivariant"})
+
+    preference: Sequence[float] | None = None
+
+    def _weights(self, gram: Tensor, rtol: float) -> Tensor:
+        given = preference(self.preference, gram)
+        if gram.shape[-1] == 0:
+            return gram.new_zeros(gram.shape[:-1])
+        values, vectors = eigen(gram)
+        # how many are not zero is asked of the unit rows: a small row is no zero row
+        _, rank, _ = projection_weights(gram, torch.zeros_like(gram[..., 0]), rtol=rtol)
+        places = torch.arange(gram.shape[-1], device=gram.device)
+        counts = (places >= gram.shape[-1] - rank.unsqueeze(-1)) & (values > 0)
+        least = torch.where(counts, values, torch.inf).amin(-1, keepdim=True)
+        root = torch.where(counts, (least / torch.where(counts, values, least)).sqrt(), 0)
+        return ((vectors @ given) * root).unsqueeze(-2).matmul(vectors).squeeze(-2)

@@ -1,0 +1,243 @@
+"""Rules that work on each coordinate of the rows: no function of a Gramian."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gradsurgery.errors import InputError
+from gradsurgery.jacobian import DenseJacobian, Jacobian
+from gradsurgery.ops._inputs import check
+from gradsurgery.surgery.rule import (
+    Index,
+    Rows,
+    Rule,
+    Solution,
+    as_jacobian,
+    mean_of,
+    one_of,
+    split,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise(Rule):
+    """A rule that needs the rows themselves: m times the model's memory.
+
+    Rows of a tape are formed for it. It computes in the rows' dtype, tensor by tensor.
+    """
+
+    weighted: ClassVar[bool] = False
+
+    def weights(self, gramian: Tensor, *given: Index, **roles: Any) -> Tensor:
+        raise InputError(f"{type(self).__name__} is no function of a Gramian: call it on rows")
+
+    def solve(
+        self,
+        jacobian: Jacobian,
+        *given: Index,
+        metric: Sequence[Tensor] | None = None,
+        **roles: Any,
+    ) -> Solution:
+        raise InputError(f"{type(self).__name__} has no weights: call it on rows")
+
+    def __call__(self, rows: Rows, *given: Index, **roles: Any) -> Any:
+        jacobian = as_jacobian(rows)
+        named = self._named(given, roles)
+        blocks = jacobian.blocks if isinstance(jacobian, DenseJacobian) else _formed(jacobian)
+        update = self._edit([b.reshape(jacobian.m, -1) for b in blocks], **named)
+        update = [u.view(b.shape[1:]) for u, b in zip(update, blocks, strict=True)]
+        return update[0] if isinstance(rows, Tensor) else update
+
+    def _edit(self, *args: Any, **roles: Any) -> list[Tensor]:
+        """(blocks, **roles): [n_k] each, from rows [m, n_k] each."""
+        raise NotImplementedError
+
+
+def _formed(jacobian: Any) -> list[Tensor]:
+    parts = jacobian.materialize().split(jacobian.sizes, dim=1)
+    shapes = [parameter.shape for parameter in jacobian.parameters]
+    return [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradDrop(Elementwise):
+    """Each coordinate keeps the rows of one sign, drawn by how pure the sign is.
+
+    P = (1 + Σ g / Σ |g|) / 2; with U uniform in [0, 1), positive values stay where P > U, negative
+    ones where P < U.
+
+    Args:
+        leak: share in [0, 1] of each row that is never dropped.
+        seed: of the draws.
+
+    Just Pick a Sign, Chen et al. 2020 (arXiv:2010.06808).
+    """
+
+    formula: ClassVar[str] = "Σ_i g_i of the sign drawn by P = (1 + Σ g / Σ |g|) / 2"
+    paper: ClassVar[str] = "Chen et al. 2020 (arXiv:2010.06808)"
+    remembers: ClassVar[tuple[str, ...]] = ("draws",)
+
+    leak: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.leak <= 1, f"leak must be in [0, 1], got {self.leak}")
+
+    def _edit(self, blocks: list[Tensor]) -> list[Tensor]:
+        update = []
+        for rows in blocks:
+            size = rows.abs().sum(0)
+            purity = (1 + torch.where(size > 0, rows.sum(0) / size, 0)) / 2
+            shape = size.shape
+            drawn = self._draw(
+                self.seed, lambda g, shape=shape: torch.rand(shape, device="cpu", generator=g)
+            ).to(purity)
+            stays = ((purity > drawn) & (rows > 0)) | ((purity < drawn) & (rows < 0))
+            update.append((rows * (self.leak + (1 - self.leak) * stays)).sum(0))
+        return update
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignAgreement(Elementwise):
+    """The mean of the rows where enough of them have one sign, zero elsewhere.
+
+    Args:
+        threshold: least |mean sign| in [0, 1]: 1 asks for all rows.
+
+    Learning explanations that are hard to vary, Parascandolo et al. 2020 (arXiv:2009.00329).
+    """
+
+    formula: ClassVar[str] = "mean_i g_i where |mean_i sign g_i| >= threshold"
+    paper: ClassVar[str] = "Parascandolo et al. 2020 (arXiv:2009.00329)"
+    properties: ClassVar[frozenset[str]] = frozenset({"equivariant"})
+
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.threshold <= 1, f"threshold must be in [0, 1], got {self.threshold}")
+
+    def _edit(self, blocks: list[Tensor]) -> list[Tensor]:
+        return [
+            rows.mean(0) * (rows.sign().mean(0).abs() >= self.threshold - 1e-6) for rows in blocks
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimmedMean(Elementwise):
+    """The mean of each coordinate without its largest and its smallest values.
+
+    Args:
+        trim: how many are left out at each end; 2 trim < m.
+
+    Byzantine-Robust Distributed Learning, Yin et al. 2018 (arXiv:1803.01498).
+    """
+
+    formula: ClassVar[str] = "mean of each coordinate without its `trim` extremes"
+    paper: ClassVar[str] = "Yin et al. 2018 (arXiv:1803.01498)"
+    properties: ClassVar[frozenset[str]] = frozenset({"equivariant"})
+
+    trim: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.trim >= 0, f"trim must be 0 or more, got {self.trim}")
+
+    def _edit(self, blocks: list[Tensor]) -> list[Tensor]:
+        m = len(blocks[0])
+        check(2 * self.trim < m, f"trim={self.trim} leaves none of {m} rows")
+        return [rows.sort(0).values[self.trim : m - self.trim].mean(0) for rows in blocks]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementwisePair(Elementwise):
+    """As `Pair`: f and r from the forget rows and the others.
+
+    Args:
+        objective: what the forget rows are gradients of, "raise" or "lower" as in `Pair`.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("forget",)
+    merges: ClassVar[tuple[str, ...]] = ("retain",)
+
+    objective: Literal["raise", "lower"] = "raise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("objective", self.objective, ("raise", "lower"))
+
+    def _pairs(self, blocks: list[Tensor], forget: Index) -> list[tuple[Tensor, Tensor]]:
+        m = len(blocks[0])
+        rows, rest = split(m, forget, "forget", "retain")
+        sign = -1 if self.objective == "raise" else 1
+        weights = torch.stack([sign * mean_of(rows, m), mean_of(rest, m)])
+        return [tuple(weights.to(block) @ block) for block in blocks]  # type: ignore[misc]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAGO(ElementwisePair):
+    """Coordinate by coordinate: gamma f where f and r agree in sign, alpha r where they do not.
+
+    Where one of them is zero, they do not meet: the other stays.
+
+    Args:
+        gamma: of the forget direction.
+        alpha: of the retain direction.
+
+    SAGO, 2026 (arXiv:2604.14808).
+    """
+
+    formula: ClassVar[str] = "gamma f where f r > 0, alpha r where f r < 0"
+    paper: ClassVar[str] = "2026 (arXiv:2604.14808)"
+
+    gamma: float = 1.0
+    alpha: float = 1.0
+
+    def _edit(self, blocks: list[Tensor], forget: Index = 0) -> list[Tensor]:
+        return [
+            torch.where(f * r < 0, 0, self.gamma * f) + torch.where(f * r > 0, 0, self.alpha * r)
+            for f, r in self._pairs(blocks, forget)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SalUn(ElementwisePair):
+    """f + r on the coordinates where the forget gradient is largest, zero elsewhere.
+
+    Args:
+        share: of the coordinates, those kept, in (0, 1]; of the model or, as `granularity` says, of
+            each tensor.
+
+    SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency, Fan et al. 2023
+    (arXiv:2310.12508).
+    """
+
+    formula: ClassVar[str] = "f + r where |f| is among the largest share"
+    paper: ClassVar[str] = "Fan et al. 2023 (arXiv:2310.12508)"
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 < self.share <= 1, f"share must be in (0, 1], got {self.share}")
+        one_of("granularity", self.granularity, ("model", "tensor"))
+
+    def _edit(self, blocks: list[Tensor], forget: Index = 0) -> list[Tensor]:
+        pairs = self._pairs(blocks, forget)
+        sizes = [f.abs() for f, _ in pairs]
+        if self.granularity == "model":
+            bounds = [self._bound(torch.cat(sizes))] * len(sizes)
+        else:
+            bounds = [self._bound(size) for size in sizes]
+        return [
+            (f + r) * (size >= bound)
+            for (f, r), size, bound in zip(pairs, sizes, bounds, strict=True)
+        ]
+
+    def _bound(self, sizes: Tensor) -> Tensor:
+        keep = round(self.share * len(sizes))
+        return sizes.topk(max(keep, 1)).values[-1] if len(sizes) else sizes.sum()

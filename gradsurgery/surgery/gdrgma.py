@@ -1,0 +1,53 @@
+"""GDR-GMA: both directions rectified, mixed by how well the model still retains."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradsurgery.errors import InputError
+from gradsurgery.ops._inputs import check
+from gradsurgery.surgery.pair import Pair, off
+
+
+@dataclass(frozen=True, kw_only=True)
+class GDRGMA(Pair):
+    """λ f' + (1 - λ) r', f' and r' each off the other's original where they conflict.
+
+    λ = 1 / (1 + exp(gamma (L_r - eps))): once the retain loss L_r exceeds eps, the update turns to
+    retaining. The authors' code rectifies the second direction against the first one as already
+    rectified; this is the symmetric form that their paper states.
+
+    Args:
+        gamma: steepness of the switch.
+        eps: retain loss at which both count the same.
+        mix: a fixed λ in [0, 1]; None for the one above, and then the call takes `retain_loss`.
+
+    GDR-GMA: Machine Unlearning via Direction-Rectified and Magnitude-Adjusted Gradients,
+    Lin et al. 2024 (ACM Multimedia).
+    """
+
+    formula: ClassVar[str] = "λ off(f, r) + (1 - λ) off(r, f)"
+    paper: ClassVar[str] = "Lin et al. 2024 (ACM Multimedia)"
+    roles: ClassVar[tuple[str, ...]] = ("forget", "retain_loss")
+
+    gamma: float = 100.0
+    eps: float = 0.02
+    mix: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.mix is None or 0 <= self.mix <= 1, f"mix must be in [0, 1], got {self.mix}")
+
+    def _mix(self, gram: Tensor, rtol: float, retain_loss: Any = None) -> Tensor:
+        if self.mix is None and retain_loss is None:
+            raise InputError("GDRGMA needs retain_loss, the present retain loss, or a fixed mix")
+        share = torch.as_tensor(
+            1 - self.mix if self.mix is not None else retain_loss,
+            dtype=gram.dtype,
+            device=gram.device,
+        )
+        if self.mix is None:
+            share = (self.gamma * (share - self.eps)).sigmoid()
+        return (1 - share) * off(gram, 0, 1) + share * off(gram, 1, 0)

@@ -1,0 +1,78 @@
+"""IMTL-G: a direction with the same projection on every row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradsurgery.ops import eigen
+from gradsurgery.surgery.rule import Rule, preference
+
+
+@dataclass(frozen=True, kw_only=True)
+class IMTLG(Rule):
+    """Weights of sum 1 for which all unit rows have the same product with the update.
+
+    w ∝ D K'⁺ 1, K' the Gramian of unit rows and D their inverse norms: pinv(K) sqrt(diag K) of
+    the paper where K is invertible, and the least squares answer that does not depend on the
+    norms where it is not. The sum may be negative, and then every row is opposed: the definition
+    is the paper's. Where it vanishes, the weights are zero.
+
+    Towards Impartial Multi-task Learning, Liu et al. 2021 (ICLR).
+    """
+
+    formula: ClassVar[str] = "Σ_i w_i g_i, w ~ pinv(K) sqrt(diag K), Σ w = 1"
+    paper: ClassVar[str] = "Liu et al. 2021 (ICLR)"
+    properties: ClassVar[frozenset[str]] = frozenset({"equivariant"})
+
+    def _weights(self, gram: Tensor, rtol: float) -> Tensor:
+        weights, _ = equal_cosines(gram, rtol)
+        total = weights.sum(-1, keepdim=True)
+        vanishes = total.abs() <= 1e-12 * weights.abs().sum(-1, keepdim=True)
+        return torch.where(vanishes, 0, weights / torch.where(vanishes, 1, total))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConFIG(Rule):
+    """The direction of equal cosine to every row, as long as the rows are along it together.
+
+    u = pinv(U) 1 with the unit rows in U; the update is Σ_i <g_i, u> u / |u|².
+
+    Args:
+        preference: in place of 1, what the unit rows' products with u are in proportion to, [m].
+
+    ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, Liu et al. 2024
+    (arXiv:2408.11104).
+    """
+
+    formula: ClassVar[str] = "Σ_i <g_i, u> u / |u|², u = pinv(g_i / |g_i|) 1"
+    paper: ClassVar[str] = "Liu et al. 2024 (arXiv:2408.11104)"
+    properties: ClassVar[frozenset[str]] = frozenset({"equivariant", "linear"})
+
+    preference: Sequence[float] | None = None
+
+    def _weights(self, gram: Tensor, rtol: float) -> Tensor:
+        given = None if self.preference is None else preference(self.preference, gram)
+        weights, products = equal_cosines(gram, rtol, given)
+        square = (weights * products).sum(-1, keepdim=True)  # |u|²
+        length = torch.where(square > 0, products.sum(-1, keepdim=True) / square, 0)
+        return weights * length
+
+
+def equal_cosines(gram: Tensor, rtol: float, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weights of u = pinv(U) 1, U the unit rows, and the products of the rows with u.
+
+    `given` [m] in place of 1.
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(squares > 0, torch.where(squares > 0, squares, 1).rsqrt(), 0)
+    unit = gram * scale[..., :, None] * scale[..., None, :]
+    values, vectors = eigen(unit)
+    counts = values > rtol**2 * values.amax(-1, keepdim=True) if values.shape[-1] else values > 0
+    inverse = torch.where(counts, 1 / torch.where(counts, values, 1), 0)
+    wanted = (scale > 0).double() * (1 if given is None else given)
+    along = vectors @ wanted.unsqueeze(-1)  # [..., k, 1]
+    weights = (vectors.mT @ (inverse.unsqueeze(-1) * along)).squeeze(-1) * scale
+    return weights, (gram @ weights.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,41 @@
+"""LTU's gradient harmonization: remembering and forgetting, off each other where they conflict."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from gradsurgery.surgery.pair import Pair, off
+from gradsurgery.surgery.rule import one_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTUHarmonize(Pair):
+    """f + r, with f, r or both first taken off the other's original where they conflict.
+
+    Both rows are gradients of losses to be lowered: `objective` is "lower" unless said otherwise.
+
+    Args:
+        mode: what gives way: "forget", "retain", or "both", which is PCGrad. That it is the forget
+            direction is inferred: the paper's text leaves it open.
+
+    Learning to Unlearn for Robust Machine Unlearning, Huang et al. 2024 (arXiv:2407.10494).
+    """
+
+    formula: ClassVar[str] = "off(f, r) + r, or f + off(r, f), or both off"
+    paper: ClassVar[str] = "Huang et al. 2024 (arXiv:2407.10494)"
+
+    objective: Literal["raise", "lower"] = "lower"
+    mode: Literal["forget", "retain", "both"] = "forget"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("mode", self.mode, ("forget", "retain", "both"))
+
+    def _mix(self, gram: Tensor, rtol: float) -> Tensor:
+        f, r = off(gram, 0, 1), off(gram, 1, 0)
+        if self.mode == "forget":
+            r = r.new_tensor([0.0, 1.0])
+        elif self.mode == "retain":
+            f = f.new_tensor([1.0, 0.0])
+        return f + r

@@ -1,0 +1,205 @@
+"""What a rule is: from the Gramian of some rows to the weights of one update."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradsurgery.errors import InputError
+from gradsurgery.jacobian import DenseJacobian, Jacobian
+from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
+from gradsurgery.ops.weighting import default_rtol
+
+Index = int | slice | Sequence[int] | Tensor
+Rows = Tensor | Sequence[Tensor] | Jacobian
+
+GRANULARITIES = ("model", "module", "tensor")
+
+
+class Solution(NamedTuple):
+    """Weights of an update and what was found on the way; g groups of tensors."""
+
+    weights: Tensor  # [m], or [L, m] where tensors are weighted apart
+    gramian: Tensor  # [m, m] float64, of whole rows
+    rank: Tensor | None = None  # [g] int64, of the rows projected off, where some are
+    kept_norm: Tensor | None = None  # [] float64, |g⊥| / |g_u| in [0, 1], likewise
+    frozen: Sequence[str] = ()  # tensors no larger than the number of those rows: g⊥ is zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A rule of gradient surgery, as an aggregator of rows and as a weighting of a Gramian.
+
+    Rows are gradients of losses that training would lower, one each. Weights are float64, on the
+    Gramian's device, computed without waiting for it. A rule to be written is a subclass with
+    `_weights`; where it is listed, the command line, the documentation and the tests find it.
+
+    Args:
+        granularity: one set of weights for the whole model, or one for each "module" or "tensor",
+            from the Gramian of its part of the rows. With "module", parameters whose names differ
+            in the last part only go together.
+    """
+
+    formula: ClassVar[str] = ""  # of the update, in a line
+    paper: ClassVar[str] = ""
+    roles: ClassVar[tuple[str, ...]] = ()  # rows that are told apart, and may be named in a call
+    # What holds of the update u, for a positive c:
+    #   equivariant: the order of the rows does not matter
+    #   non-conflicting: <g_i, u> >= 0 for all i
+    #   linear: u is the sum of what each row g_i gives, which c g_i gives c times
+    #   invariant: c g_i in place of g_i gives the same u
+    #   stationary: u = 0 where a positive combination of all rows vanishes
+    properties: ClassVar[frozenset[str]] = frozenset()
+
+    remembers: ClassVar[tuple[str, ...]] = ()  # names in the state
+    merges: ClassVar[tuple[str, ...]] = ()  # batches of a step of which the mean row is enough
+    weighted: ClassVar[bool] = True  # whether the update is a weighted sum of the rows
+
+    granularity: Literal["model", "module", "tensor"] = "model"
+    _state: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        one_of("granularity", self.granularity, GRANULARITIES)
+
+    def weights(self, gramian: Tensor, *given: Index, **roles: Any) -> Tensor:
+        """Weights of the update, [..., m] float64, from Gramians [..., m, m], one by one.
+
+        Args:
+            gramian: in the dtype it was computed in, which says what it resolves.
+            given, roles: which rows are what, where the rule tells them apart: an index, indices,
+                a slice or a mask [m].
+        """
+        gram = as_gramian(gramian)
+        check_gramian_finite(gram)
+        rtol = default_rtol(gram.shape[-1], gramian.dtype)
+        return self._weights(gram, rtol, **self._named(given, roles))
+
+    def _weights(self, *args: Any, **roles: Any) -> Tensor:
+        """(gram, rtol, **roles): [..., m] from gram [..., m, m] float64, which resolves relative
+        distances of rtol."""
+        raise NotImplementedError
+
+    def __call__(self, rows: Rows, *given: Index, **roles: Any) -> Any:
+        """The update, shaped like a row: of rows [m, n] a Tensor, of [m, *p.shape] each, or of a
+        Jacobian, a list."""
+        jacobian = as_jacobian(rows)
+        update = jacobian.combine(self.solve(jacobian, *given, **roles).weights)
+        return update[0] if isinstance(rows, Tensor) else update
+
+    def solve(
+        self,
+        jacobian: Jacobian,
+        *given: Index,
+        metric: Sequence[Tensor] | None = None,
+        **roles: Any,
+    ) -> Solution:
+        """Weights for the rows of a Jacobian, with the granularity asked for.
+
+        `metric`, one tensor [*p.shape] per parameter, makes inner products <a, metric * b>.
+        """
+        grams, groups = grouped_gramian(jacobian, self.granularity, metric)
+        weights = self.weights(grams, *given, **roles)
+        weights = weights[0] if self.granularity == "model" else weights[groups]
+        return Solution(weights, grams.sum(0))
+
+    def _named(self, given: Sequence[Index], roles: dict[str, Any]) -> dict[str, Any]:
+        name = type(self).__name__
+        check(len(given) <= len(self.roles), f"{name} takes rows for {self.roles}, got {given}")
+        for role in roles:
+            check(role in self.roles, f"{name} has no {role} rows")
+        return {**dict(zip(self.roles, given, strict=False)), **roles}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule remembers of former calls, as tensors; empty for most rules."""
+        return {name: value.clone() for name, value in self._state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`; an empty one is that of a rule not yet called."""
+        unknown = sorted(set(state) - set(self.remembers))
+        check(not unknown, f"{type(self).__name__} remembers {self.remembers}, got {unknown}")
+        self._state.clear()
+        self._state.update({name: value.clone() for name, value in state.items()})
+
+    def _draw(self, seed: int, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """Random numbers of the rule's own, going on where the last call ended."""
+        generator = torch.Generator(device="cpu")
+        if "draws" in self._state:
+            generator.set_state(self._state["draws"])
+        else:
+            generator.manual_seed(seed)
+        drawn = draw(generator)
+        self._state["draws"] = generator.get_state()
+        return drawn
+
+    @classmethod
+    def options(cls) -> list[str]:
+        return [f.name for f in fields(cls) if f.init and f.name != "granularity"]
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    check(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+
+
+def as_jacobian(rows: Rows) -> Jacobian:
+    return DenseJacobian(rows) if isinstance(rows, (Tensor, Sequence)) else rows
+
+
+def grouped_gramian(
+    jacobian: Jacobian, granularity: str, metric: Sequence[Tensor] | None
+) -> tuple[Tensor, list[int]]:
+    """Gramians [g, m, m] of groups of tensors, and the group of each tensor."""
+    if granularity == "model":
+        return jacobian.gramian(metric=metric)[None], [0] * len(jacobian.names)
+    groups = list(range(len(jacobian.names)))
+    if granularity == "module":
+        modules = [name.rpartition(".")[0] for name in jacobian.names]
+        order = {module: g for g, module in enumerate(dict.fromkeys(modules))}
+        groups = [order[module] for module in modules]
+    per_tensor = jacobian.gramian(per="tensor", metric=metric)
+    grams = per_tensor.new_zeros(max(groups) + 1, *per_tensor.shape[1:])
+    grams.index_add_(0, torch.tensor(groups, device=grams.device), per_tensor)
+    return grams, groups
+
+
+def chosen(index: Index, m: int, name: str) -> list[int]:
+    """The rows that an index, indices, a slice or a mask selects, in order."""
+    if isinstance(index, Tensor) and index.dtype == torch.bool:
+        check(index.shape == (m,), f"{name} must be a mask [{m}], got {list(index.shape)}")
+        return index.nonzero().flatten().tolist()
+    if isinstance(index, slice):
+        return list(range(m)[index])
+    given: Any = index.tolist() if isinstance(index, Tensor) else index
+    values = list(given) if isinstance(given, (list, tuple, range)) else [given]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
+        raise InputError(f"{name} must be an index, indices, a slice or a mask, got {index!r}")
+    for i in values:
+        check(-m <= i < m, f"{name}={i} is out of range for {m} rows")
+    return sorted({i % m for i in values})
+
+
+def split(m: int, index: Index, name: str, rest: str) -> tuple[list[int], list[int]]:
+    """The rows selected and the others; neither may be none."""
+    rows = chosen(index, m, name)
+    check(
+        0 < len(rows) < m,
+        f"{name} selects {len(rows)} of {m} rows; need a {name} and a {rest} row",
+    )
+    return rows, [i for i in range(m) if i not in set(rows)]
+
+
+def mean_of(rows: Sequence[int], m: int) -> Tensor:
+    """Weights [m] of the mean of some rows, on the CPU."""
+    weights = torch.zeros(m, dtype=torch.float64, device="cpu")
+    weights[list(rows)] = 1 / max(len(rows), 1)
+    return weights
+
+
+def preference(given: Sequence[float] | None, gram: Tensor) -> Tensor:
+    """Weights [m] of the rows before surgery; the mean if none are given."""
+    m = gram.shape[-1]
+    if given is None:
+        return torch.full((m,), 1 / max(m, 1), dtype=gram.dtype, device=gram.device)
+    check(len(given) == m, f"preference must have {m} entries, one per row, got {len(given)}")
+    return torch.tensor(given, dtype=gram.dtype, device=gram.device)

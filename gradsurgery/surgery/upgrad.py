@@ -1,0 +1,80 @@
+"""UPGrad: each row projected on the dual cone of all rows, then averaged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gradsurgery.ops import cone_weights
+from gradsurgery.surgery.rule import Index, Rule, chosen, preference
+
+
+@dataclass(frozen=True, kw_only=True)
+class UPGrad(Rule):
+    """The mean of the rows, each projected on the dual cone { x : <g_j, x> ≥ 0 for all j }.
+
+    No row's loss rises to first order, at any scale of the rows: they are made unit before the
+    quadratic programs are solved, all against one Gramian, and nothing is added to it.
+
+    Args:
+        preference: weights of the projected rows, [m]; None for 1 / m each.
+
+    Rows named in `memory`, past directions, must not be opposed either, but ask for nothing.
+
+    Jacobian Descent for Multi-Objective Optimization, Quinton and Rey 2024 (arXiv:2406.16232).
+    """
+
+    formula: ClassVar[str] = "mean_i proj(g_i on { x : J x >= 0 })"
+    paper: ClassVar[str] = "Quinton and Rey 2024 (arXiv:2406.16232)"
+    roles: ClassVar[tuple[str, ...]] = ("memory",)
+    properties: ClassVar[frozenset[str]] = frozenset(
+        {"equivariant", "non-conflicting", "linear", "stationary"}
+    )
+
+    preference: Sequence[float] | None = None
+
+    def _weights(self, gram: Tensor, rtol: float, memory: Index = ()) -> Tensor:
+        given = wanted(self.preference, gram, memory)
+        each = torch.diag_embed(given.sign())  # rows of the identity that count
+        dual, _ = cone_weights(gram, -(each @ gram), rtol=rtol, noise=rtol**2)
+        return given + (given[:, None] * dual).sum(-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualProj(Rule):
+    """The mean of the rows, projected on the dual cone { x : <g_j, x> ≥ 0 for all j }.
+
+    Args:
+        preference: weights of the rows before the projection, [m]; None for 1 / m each.
+
+    Rows named in `memory`, past directions, must not be opposed either, but ask for nothing.
+
+    Gradient Episodic Memory, Lopez-Paz and Ranzato 2017 (arXiv:1706.08840), with the rows as their
+    own constraints.
+    """
+
+    formula: ClassVar[str] = "proj(mean_i g_i on { x : J x >= 0 })"
+    paper: ClassVar[str] = "Lopez-Paz and Ranzato 2017 (arXiv:1706.08840)"
+    roles: ClassVar[tuple[str, ...]] = ("memory",)
+    properties: ClassVar[frozenset[str]] = frozenset(
+        {"equivariant", "non-conflicting", "stationary"}
+    )
+
+    preference: Sequence[float] | None = None
+
+    def _weights(self, gram: Tensor, rtol: float, memory: Index = ()) -> Tensor:
+        given = wanted(self.preference, gram, memory)
+        dual, _ = cone_weights(gram, -(given @ gram).unsqueeze(-2), rtol=rtol, noise=rtol**2)
+        return given + dual.squeeze(-2)
+
+
+def wanted(given: Sequence[float] | None, gram: Tensor, memory: Index) -> Tensor:
+    """Weights [m] of the rows before surgery, 0 for those of the memory."""
+    past = chosen(memory, gram.shape[-1], "memory")
+    weights = preference(given, gram)
+    if past:
+        weights[past] = 0
+        weights = weights / weights.sum() if given is None else weights
+    return weights

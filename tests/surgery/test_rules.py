@@ -1,0 +1,584 @@
+"""Every rule: golden values, what it claims, any scale, batches, state, what it refuses."""
+
+import copy
+
+import pytest
+import torch
+
+import gradsurgery as gs
+from gradsurgery import RULES
+from tests.inputs import CONFLICTS, gaussian, signed, vanishing
+from tests.surgery.properties import OPTIONS, least_cosine, make, relative, update_of, weighted
+
+WEIGHTED = [name for name in RULES if weighted(name)]
+CLAIMS = {
+    claim: [name for name in WEIGHTED if claim in RULES[name].properties]
+    for claim in ("equivariant", "non-conflicting", "linear", "invariant", "stationary")
+}
+J = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
+
+
+# golden values
+
+
+@pytest.mark.parametrize(
+    "name,options,expected",
+    [
+        ("pcgrad", {}, (0.5848, 3.8012, 3.8012)),
+        ("gradvac", {}, (0.5848, 3.8012, 3.8012)),  # its targets begin at 0
+        ("mgda", {}, (0, 1, 1)),
+        ("imtlg", {}, (0.0767, 1, 1)),
+        ("alignedmtl", {}, (0.2133, 0.9673, 0.9673)),
+        ("cagrad", {"c": 0.5}, (0.1835, 1.2041, 1.2041)),
+        # to second figures the public values, which come of K + 1e-4 in place of K
+        ("upgrad", {}, (0.29240, 1.90058, 1.90058)),
+        ("dualproj", {}, (0.55556, 1.11111, 1.11111)),
+        ("mean", {}, (1, 1, 1)),
+        ("sum", {}, (2, 2, 2)),
+        ("constant", {}, (8, 3, 3)),
+        # g_0 off g_1: (-4, 1, 1) + 22/38 (6, 1, 1)
+        ("gem", {}, (-0.52632, 1.57895, 1.57895)),
+        ("agem", {}, (-0.52632, 1.57895, 1.57895)),
+    ],
+)
+def test_golden_values(name, options, expected, impl):
+    update = make(name, **options)(J)
+    torch.testing.assert_close(
+        update, torch.tensor(expected, dtype=torch.float64), atol=5.1e-5, rtol=0
+    )
+
+
+F, R = torch.tensor([3.0, 4.0]).double(), torch.tensor([0.0, -2.0]).double()
+
+
+@pytest.mark.parametrize(
+    "name,options,expected",
+    [
+        # f = (3, 4), r = (0, -2), both lowered: <f, r> = -8, |f| = 5, |r| = 2
+        ("ngdiff", {}, (0.6, -0.2)),
+        ("munba", {}, (0.6 / 0.2**0.5, -0.2 / 0.2**0.5)),
+        ("gru", {}, (3, 0)),  # f + 2 r
+        ("blur", {"gamma": 0.5}, (2.46, 1.28)),  # r + (0.5 + 8/25) f
+        ("ltuharmonize", {"mode": "forget"}, (3, -2)),  # (3, 0) + r
+        ("ltuharmonize", {"mode": "retain"}, (3.96, 3.28)),  # f + r + 8/25 f
+        ("ltuharmonize", {"mode": "both"}, (3.96, -0.72)),
+        ("gdrgma", {"mix": 0.25}, (0.25 * 3 + 0.75 * 0.96, -0.75 * 0.72)),
+        ("sago", {"gamma": 2.0, "alpha": 3.0}, (6, -6)),  # r is 0: gamma f; signs differ: alpha r
+        ("salun", {"share": 0.5}, (0, 2)),
+    ],
+)
+def test_pairs_worked_by_hand(name, options, expected, impl):
+    expected = torch.tensor(expected, dtype=torch.float64)
+    lowered = make(name, objective="lower", **options)(torch.stack([F, R]))
+    torch.testing.assert_close(lowered, expected, atol=1e-12, rtol=0)
+    # the gradient of a loss that is to be raised is -f
+    raised = make(name, objective="raise", **options)(torch.stack([-F, R]))
+    torch.testing.assert_close(raised, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if "forget" in RULES[n].roles])
+def test_forgetting_raises_an_ordinary_forget_loss(name, impl):
+    # no conflict: the forget gradient is orthogonal to the retain gradients
+    rows = torch.eye(3, 5).double()
+    rule = make(name, **({"objective": "raise"} if name == "ltuharmonize" else {}))
+    update = rule(rows, forget=0)
+    assert update @ rows[0] < 0
+    assert (rows[1:] @ update >= 0).all()
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if "forget" in RULES[n].roles])
+def test_forget_rows_may_be_any(name, impl):
+    rows, rule = gaussian(5, 9), make(name)
+    expected = rule(torch.stack([rows[[1, 3]].mean(0), *rows[[0, 2, 4]]]), forget=0)
+    mask = torch.tensor([False, True, False, True, False])
+    for forget in ([1, 3], mask, (3, -4), slice(1, None, 2)):
+        torch.testing.assert_close(rule(rows, forget=forget), expected)
+
+
+# definitions, by other means
+
+
+@pytest.mark.parametrize("family", CONFLICTS)
+def test_two_rows_have_closed_forms(family, impl):
+    rows = CONFLICTS[family](2, 9)
+    pcgrad, upgrad = (make(name)(rows) for name in ("pcgrad", "upgrad"))
+    assert (pcgrad - 2 * upgrad).norm() <= 1e-7 * rows.norm(dim=1).min()
+    a, b = rows
+    # min-norm point of a segment
+    t = ((b @ (b - a)) / (a - b).square().sum()).clamp(0, 1)
+    assert (make("mgda")(rows) - t * a - (1 - t) * b).norm() <= 1e-7 * min(a.norm(), b.norm())
+    f = gs.MUNBa(objective="lower")(rows)
+    if family not in ("duplicate", "zero rows", "opposed", "vanishing"):
+        assert relative(f, make("nashmtl")(rows)) <= 1e-9
+
+
+@pytest.mark.parametrize("m,n", [(3, 8), (7, 4), (20, 50)])
+def test_mgda_is_the_least_norm(m, n, impl):
+    rows = signed(gaussian(m, n)) + 0.3
+    weights = gs.MGDA().weights(rows @ rows.mT)
+    update = weights @ rows
+    assert (weights >= 0).all()
+    assert weights.sum() == pytest.approx(1)
+    # optimal: no row is less along the update than the update itself
+    assert ((rows @ update) - update @ update >= -1e-12).all()
+
+
+@pytest.mark.parametrize("m,n", [(3, 8), (6, 6)])
+def test_upgrad_projects_each_row(m, n, impl):
+    rows = signed(gaussian(m, n))
+    update = make("upgrad")(rows)
+    parts = []
+    for g in rows:  # Dykstra's alternating projections
+        x, corrections = g.clone(), torch.zeros(m, n).double()
+        for _ in range(4000):
+            for j in range(m):
+                y = x + corrections[j]
+                x = y - min(float(y @ rows[j]), 0) / float(rows[j] @ rows[j]) * rows[j]
+                corrections[j] = y - x
+        parts.append(x)
+    assert relative(update, torch.stack(parts).mean(0)) <= 1e-6
+
+
+def test_upgrad_prefers(impl):
+    rows = signed(gaussian(3, 9))
+    parts = [gs.UPGrad(preference=p)(rows) for p in torch.eye(3).tolist()]
+    torch.testing.assert_close(
+        gs.UPGrad(preference=[0.5, 2.0, 0.0])(rows), 0.5 * parts[0] + 2 * parts[1]
+    )
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
+def test_fairgrad_shares_the_gain(alpha, impl):
+    rows = signed(gaussian(4, 9))
+    gram = rows @ rows.mT
+    weights = gs.FairGrad(alpha=alpha).weights(gram)
+    assert (weights > 0).all()
+    torch.testing.assert_close((gram @ weights) ** -alpha, weights)
+
+
+def test_nashmtl_shortens(impl):
+    rows = signed(gaussian(4, 9))
+    assert gs.NashMTL()(rows).norm() == pytest.approx(2)  # sqrt(m)
+    assert gs.NashMTL(max_norm=0.5)(rows).norm() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("family", ["conflicting", "graded", "tiny", "huge"])
+def test_config_has_equal_cosines(family, impl):
+    rows = CONFLICTS[family](4, 9)
+    update = gs.ConFIG()(rows)
+    cosines = rows @ update / rows.norm(dim=1) / update.norm()
+    torch.testing.assert_close(cosines, cosines[:1].expand(4), rtol=1e-6, atol=1e-12)
+    assert cosines[0] > 0
+    assert update.norm() == pytest.approx(float((rows.norm(dim=1) * cosines).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["conflicting", "condition 1e4", "graded", "tiny", "huge"])
+def test_alignedmtl_makes_one_singular_value(family, impl):
+    if impl == "torch" and family == "graded":
+        pytest.skip("torch's eigh resolves eigenvalues to rounding of the largest only")
+    rows = CONFLICTS[family](4, 9)
+    parts = torch.stack([gs.AlignedMTL(preference=p)(rows) for p in torch.eye(4).tolist()])
+    # the aligned rows are orthogonal, of the length of the least singular value
+    lengths = parts.norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(4), rtol=1e-6, atol=0)
+    cosines = parts @ parts.mT / lengths[0] ** 2
+    assert (cosines - torch.eye(4)).abs().max() <= 1e-6
+
+
+def test_gem_is_the_nearest_that_opposes_none(impl):
+    rows = signed(gaussian(6, 9))
+    update = gs.GEM()(rows)
+    assert least_cosine(rows[1:], update) >= -1e-12
+    # what is added is a positive sum of the rows that bind
+    weights = gs.GEM().weights(rows @ rows.mT)
+    assert weights[0] == 1
+    assert (weights[1:] >= 0).all()
+    assert (weights[1:] * (rows[1:] @ update)).abs().max() <= 1e-12
+    assert (gs.GEM(margin=0.5).weights(rows @ rows.mT)[1:] >= 0.5).all()
+
+
+def test_agem_opposes_no_mean(impl):
+    rows = gaussian(3, 9)
+    rows[0] -= 3 * rows[1:].mean(0)
+    update = gs.AGEM()(rows)
+    assert abs(update @ rows[1:].mean(0)) <= 1e-12
+    torch.testing.assert_close(gs.AGEM()(rows * torch.tensor([[-1], [1], [1]])), -rows[0])
+
+
+def test_memory_rows_are_not_opposed_and_ask_for_nothing(impl):
+    rows = signed(gaussian(6, 20))
+    for rule in (gs.UPGrad(), gs.DualProj()):
+        update = rule(rows, memory=[4, 5])
+        assert least_cosine(rows, update) >= -1e-12
+        far = torch.cat([rows[:4], torch.linalg.qr(rows.mT).Q.mT[:0], torch.zeros(2, 20)]).double()
+        torch.testing.assert_close(rule(far, memory=[4, 5]), rule(rows[:4]))
+    update = gs.OrthoGrad(alpha=0.0)(rows, forget=0, memory=[4, 5])
+    assert (rows[1:] @ update).abs().max() <= 1e-12
+    with_memory = gs.OrthoGrad(alpha=1.0)(rows, forget=0, memory=[4, 5])
+    torch.testing.assert_close(with_memory, rows[1:4].mean(0))
+
+
+# properties
+
+
+@pytest.mark.parametrize("family", CONFLICTS)
+@pytest.mark.parametrize("name", CLAIMS["non-conflicting"])
+def test_opposes_no_row(name, family, impl):
+    for m, n in ((2, 9), (5, 40), (7, 4)):
+        rows = CONFLICTS[family](m, n)
+        update = update_of(make(name, m), rows)
+        assert update.isfinite().all()
+        # what is left of rows that nearly cancel is rounding's
+        rounding = update.norm() <= 1e-12 * rows.norm()
+        assert rounding or least_cosine(rows, update) >= -1e-9, (m, n)
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-9, 1.0])
+def test_upgrad_keeps_small_rows(ratio, scale, impl):
+    for _ in range(20):
+        rows = scale * signed(gaussian(2, 6)) * torch.tensor([[1], [ratio]])
+        assert least_cosine(rows, make("upgrad")(rows)) >= -1e-9
+
+
+@pytest.mark.parametrize("family", CONFLICTS)
+@pytest.mark.parametrize("name", CLAIMS["equivariant"])
+def test_the_order_of_rows_does_not_matter(name, family, impl):
+    rows = CONFLICTS[family](5, 40)
+    order = torch.randperm(5)
+    expected = update_of(make(name, 5), rows)
+    tolerance = 1e-6 * (expected.norm() + 1e-9 * rows.norm())
+    assert (update_of(make(name, 5), rows[order]) - expected).norm() <= tolerance
+
+
+@pytest.mark.parametrize("name", CLAIMS["linear"])
+def test_is_linear_in_the_scale_of_each_row(name, impl):
+    rows, (a, b) = signed(gaussian(4, 9)), 10 ** torch.randn(2, 4, 1).double()
+    one, two, both = (update_of(make(name, 4), c * rows) for c in (a, b, a + b))
+    torch.testing.assert_close(one + two, both, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CLAIMS["invariant"])
+def test_the_scale_of_each_row_does_not_matter(name, impl):
+    rows, c = signed(gaussian(4, 9)), 10 ** (3 * torch.randn(4, 1).double())
+    # the mean of several retain rows is not: one row each
+    rows, c = (rows[:2], c[:2]) if "forget" in RULES[name].roles else (rows, c)
+    torch.testing.assert_close(
+        update_of(make(name, 4), c * rows), update_of(make(name, 4), rows), rtol=1e-8, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("m,n", [(2, 9), (3, 9), (6, 20)])
+@pytest.mark.parametrize("name", CLAIMS["stationary"])
+def test_stands_still_at_pareto_points(name, m, n, impl):
+    for scale in (1e-9, 1.0, 1e9):
+        rows = scale * vanishing(m, n)
+        assert update_of(make(name, m), rows).norm() <= 1e-7 * rows.norm()
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_scaled_rows_give_scaled_or_equal_updates(name, scale, impl):
+    rows = signed(gaussian(4, 9))
+    expected, update = (update_of(make(name, 4), s * rows) for s in (1.0, scale))
+    power = {"nashmtl": 0, "munba": 0, "ngdiff": 0, "fairgrad": -1 / 3}.get(name, 1)
+    assert relative(update / scale**power, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("family", CONFLICTS)
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_gives_finite_weights(name, family, impl):
+    for m, n in ((2, 9), (6, 4)):
+        rows = CONFLICTS[family](m, n)
+        assert make(name, m).weights(rows @ rows.mT).isfinite().all()
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_one_row(name, impl):
+    row, rule = torch.tensor([[3.0, 4.0]]).double(), make(name, 1)
+    if "forget" in rule.roles or name in ("gem", "agem"):
+        with pytest.raises(gs.InputError, match=r"selects . of 1 rows"):
+            rule(row)
+        return
+    length = {"nashmtl": 1.0, "fairgrad": 5 ** (-1 / 3), "cagrad": 7.5}.get(name, 5.0)
+    torch.testing.assert_close(rule(row), row[0] / 5 * length)
+
+
+# shapes, batches, granularity
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_of_a_batch_are_those_of_each(name, impl):
+    rows = torch.stack([signed(gaussian(4, 9)) for _ in range(6)]).view(2, 3, 4, 9)
+    gram = rows @ rows.mT
+    weights = make(name, 4).weights(gram)
+    assert weights.shape == (2, 3, 4)
+    assert weights.dtype == torch.float64
+    if RULES[name].remembers:
+        return  # draws differ
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(weights[i, j], make(name, 4).weights(gram[i, j]))
+    assert make(name, 4).weights(gram[:0]).shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_blocks_are_as_one_matrix(name, impl):
+    blocks = [torch.randn(4, 3, 5).double(), torch.randn(4, 7).double()]
+    update = make(name, 4)(blocks)
+    assert [u.shape for u in update] == [(3, 5), (7,)]
+    if RULES[name].remembers and not weighted(name):
+        return  # draws go tensor by tensor
+    whole = make(name, 4)(torch.cat([b.flatten(1) for b in blocks], 1))
+    torch.testing.assert_close(torch.cat([u.flatten() for u in update]), whole)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_granularity_weighs_groups_apart(name, impl):
+    blocks = {"a.w": gaussian(4, 6).view(4, 2, 3), "a.b": gaussian(4, 9), "b.w": gaussian(4, 8)}
+    jacobian = gs.DenseJacobian(blocks)
+    if RULES[name].remembers:  # the draws of a batch are not those of single calls
+        assert len(make(name, 4, granularity="tensor")(jacobian)) == 3
+        return
+    for granularity, groups in (("tensor", [[0], [1], [2]]), ("module", [[0, 1], [2]])):
+        update = make(name, 4, granularity=granularity)(jacobian)
+        for group in groups:
+            part = [list(blocks.values())[k] for k in group]
+            for k, expected in zip(group, make(name, 4)(part), strict=True):
+                torch.testing.assert_close(update[k], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_metric_weighs_the_inner_products(impl):
+    blocks = [gaussian(4, 6), gaussian(4, 9)]
+    metric = [torch.rand(6).double() + 0.1, torch.rand(9).double() + 0.1]
+    scaled = [b * w.sqrt() for b, w in zip(blocks, metric, strict=True)]
+    for rule in (gs.UPGrad(), gs.MGDA(), gs.CAGrad()):
+        weights = rule.solve(gs.DenseJacobian(blocks), metric=metric).weights
+        torch.testing.assert_close(weights, rule.solve(gs.DenseJacobian(scaled)).weights)
+
+
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "nashmtl", "fairgrad", "config"])
+def test_gradients(name, impl):
+    rows = signed(gaussian(4, 9))
+    rule = make(name)
+    assert torch.autograd.gradcheck(
+        lambda r: rule.weights(r @ r.mT) @ r, rows.requires_grad_(), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "cagrad"])
+def test_no_gradient_rather_than_a_wrong_one(name, impl):
+    rows = signed(gaussian(4, 9)).requires_grad_()
+    with pytest.raises(gs.InputError, match="has no derivative here"):
+        make(name).weights(rows @ rows.mT).sum().backward()
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_rounded_gramians(name, impl):
+    """A Gramian in float32 does as well as that allows, and never makes noise of it."""
+    rows = signed(gaussian(6, 40))
+    rows[5] = 2 * rows[4]
+    gram = (rows @ rows.mT).float()
+    update, expected = (make(name, 6).weights(g) @ rows for g in (gram, rows @ rows.mT))
+    assert relative(update, expected) <= 1e-3
+
+
+# state
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if RULES[n].remembers])
+def test_goes_on_where_it_was(name, impl):
+    options = {"momentum": 0.5} if name == "gru" else {}
+    rows = [signed(gaussian(4, 9)) for _ in range(4)]
+    rule = make(name, 4, **options)
+    for r in rows[:2]:
+        rule(r)
+    resumed, copied = make(name, 4, **options), copy.deepcopy(rule)
+    resumed.load_state_dict(rule.state_dict())
+    for r in rows[2:]:
+        expected = rule(r)
+        assert torch.equal(resumed(r), expected)
+        assert torch.equal(copied(r), expected)
+    resumed.load_state_dict({})
+    assert torch.equal(resumed(rows[0]), make(name, 4, **options)(rows[0]))
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "random", "graddrop"])
+def test_seeds_decide(name, impl):
+    rows = signed(gaussian(6, 9))
+    torch.manual_seed(1)
+    first = make(name, seed=3)(rows)
+    torch.manual_seed(2)
+    assert torch.equal(make(name, seed=3)(rows), first)
+    assert any(not torch.equal(make(name, seed=s)(rows), first) for s in range(4, 9))
+    assert torch.initial_seed() == 2
+
+
+def test_gradvac_moves_its_targets(impl):
+    rows = torch.tensor([[1.0, 0.2], [1.0, -0.2]]).double()
+    rule = gs.GradVac(beta=0.25)
+    rule(rows)
+    cosine = float(rows[0] @ rows[1] / rows[0].norm() / rows[1].norm())
+    assert rule.state_dict()["targets"][0, 0, 1] == pytest.approx(0.25 * cosine)
+    # then rows are turned towards each other though they do not conflict
+    apart = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double()
+    changed = rule(apart)
+    t = 0.25 * cosine
+    share = t / (1 - t**2) ** 0.5
+    torch.testing.assert_close(changed, torch.full((2,), 1 + share).double())
+    with pytest.raises(gs.InputError, match=r"GradVac remembers targets \[1, 2, 2\]"):
+        rule(gaussian(3, 5))
+
+
+def test_gru_averages_retain_gradients(impl):
+    a, b = gaussian(3, 5), gaussian(3, 5)
+    rule = gs.GRU(momentum=0.9, objective="lower")
+    rule(a)
+    average = 0.9 * a[1:].mean(0) + 0.1 * b[1:].mean(0)
+    expected = b[0] - min(float(b[0] @ average), 0) / float(average @ average) * average
+    torch.testing.assert_close(rule(b), expected)
+
+
+def test_gdrgma_turns_to_retaining_as_the_retain_loss_grows(impl):
+    rule = gs.GDRGMA(objective="lower", gamma=100.0, eps=0.02)
+    rows = torch.eye(2).double()
+    torch.testing.assert_close(rule(rows, retain_loss=0.02), torch.tensor([0.5, 0.5]).double())
+    low, high = rule(rows, retain_loss=0.0), rule(rows, retain_loss=torch.tensor(0.1))
+    assert low[0] == pytest.approx(1 / (1 + 2.718281828**-2))
+    assert high[0] == pytest.approx(1 / (1 + 2.718281828**8), rel=1e-6)
+
+
+# elementwise rules
+
+
+def test_graddrop_keeps_one_sign(impl):
+    rows = signed(gaussian(5, 2000))
+    update = gs.GradDrop()(rows)
+    positive, negative = rows.clamp_min(0).sum(0), rows.clamp_max(0).sum(0)
+    up = torch.isclose(update, positive)
+    assert (up | torch.isclose(update, negative)).all()
+    purity = positive / (positive - negative)
+    assert float(up.double().mean()) == pytest.approx(float(purity.mean()), abs=0.03)
+    torch.testing.assert_close(gs.GradDrop(leak=1.0)(rows), rows.sum(0))
+
+
+def test_signs_agree_or_nothing_moves(impl):
+    rows = torch.tensor([[1.0, -1, 2, 0], [3, -2, -2, 1], [2, -3, 2, 1]])
+    assert gs.SignAgreement()(rows).tolist() == [2, -2, 0, 0]
+    loose = gs.SignAgreement(threshold=1 / 3)(rows)
+    assert loose.tolist() == pytest.approx([2, -2, 2 / 3, 2 / 3])
+
+
+def test_trimmed_mean(impl):
+    rows = torch.tensor([[1.0, 9], [2, -9], [3, 4], [100, 5]])
+    assert gs.TrimmedMean(trim=1)(rows).tolist() == [2.5, 4.5]
+
+
+def test_salun_masks_by_the_forget_gradient(impl):
+    blocks = [torch.tensor([[5.0, 1.0], [1, 1]]), torch.tensor([[4.0, 3.0], [1, 1]])]
+    whole = gs.SalUn(objective="lower")(blocks)
+    assert [u.tolist() for u in whole] == [[6, 0], [5, 0]]
+    each = gs.SalUn(objective="lower", share=0.5, granularity="tensor")(blocks)
+    assert [u.tolist() for u in each] == [[6, 0], [5, 0]]
+    most = gs.SalUn(objective="lower", share=0.75)(blocks)
+    assert [u.tolist() for u in most] == [[6, 0], [5, 4]]
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if not weighted(n)])
+def test_elementwise_rules_have_no_weights(name):
+    rule = make(name)
+    with pytest.raises(gs.InputError, match="no function of a Gramian: call it on rows"):
+        rule.weights(torch.eye(3))
+    with pytest.raises(gs.InputError, match="has no weights: call it on rows"):
+        rule.solve(gs.DenseJacobian(torch.eye(3)))
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_refuses_what_is_no_gramian(name, impl):
+    if not weighted(name):
+        return
+    rule = make(name)
+    with pytest.raises(gs.InputError, match=r"gramian must be \[..., m, m\], got \[2, 3\]"):
+        rule.weights(torch.ones(2, 3))
+    with pytest.raises(gs.InputError, match="gramian must be a Tensor, got list"):
+        rule.weights([[1.0]])
+    with pytest.raises(gs.NonFiniteError, match="gramian is not finite in row 1"):
+        rule.weights(torch.tensor([[1.0, 0], [0, float("nan")]]))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_names_the_row_that_is_not_finite(name, impl):
+    if not weighted(name):
+        return
+    rows = torch.randn(3, 5)
+    rows[2, 1] = float("inf")
+    with pytest.raises(gs.NonFiniteError, match="row 2 is not finite"):
+        make(name, 3)(rows)
+
+
+@pytest.mark.parametrize(
+    "name,options,message",
+    [
+        ("pcgrad", {"reduction": "max"}, "reduction must be one of .* got 'max'"),
+        ("gradvac", {"beta": 2.0}, r"beta must be in \[0, 1\], got 2.0"),
+        ("cagrad", {"c": -1.0}, "c must be 0 or more, got -1.0"),
+        ("cagrad", {"rescale": 3}, "rescale must be one of .* got 3"),
+        ("nashmtl", {"max_norm": 0.0}, "max_norm must be above 0 or None, got 0.0"),
+        ("fairgrad", {"alpha": 0.0}, "alpha must be above 0, got 0.0"),
+        ("gem", {"margin": -1.0}, "margin must be 0 or more"),
+        ("gdrgma", {"mix": 2.0}, r"mix must be in \[0, 1\], got 2.0"),
+        ("gru", {"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ("gru", {"momentum": 0.5, "granularity": "tensor"}, "momentum needs granularity='model'"),
+        ("blur", {"gamma": -1.0}, "gamma must be 0 or more"),
+        ("munba", {"objective": "up"}, "objective must be one of .* got 'up'"),
+        ("ltuharmonize", {"mode": "none"}, "mode must be one of .* got 'none'"),
+        ("graddrop", {"leak": 2.0}, r"leak must be in \[0, 1\], got 2.0"),
+        ("signagreement", {"threshold": 2.0}, r"threshold must be in \[0, 1\]"),
+        ("trimmedmean", {"trim": -1}, "trim must be 0 or more"),
+        ("salun", {"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
+        ("mean", {"granularity": "layer"}, "granularity must be one of .* got 'layer'"),
+    ],
+)
+def test_refuses_unknown_options(name, options, message):
+    with pytest.raises(gs.InputError, match=message):
+        make(name, **options)
+
+
+def test_refuses_rows_it_does_not_know(impl):
+    rows = gaussian(3, 5)
+    for call, message in (
+        (lambda: gs.PCGrad()(rows, forget=0), "PCGrad has no forget rows"),
+        (lambda: gs.Mean()(rows, 0), "Mean takes rows for"),
+        (lambda: gs.UPGrad()(rows, memory=5), "memory=5 is out of range for 3 rows"),
+        (lambda: gs.GEM()(rows, memory=slice(None)), "memory selects 3 of 3 rows"),
+        (lambda: gs.OrthoGrad()(rows, forget=0, memory=0), r"both select rows \[0\]"),
+        (lambda: gs.OrthoGrad()(rows, forget=0, memory=[1, 2]), "memory selects all retain rows"),
+        (lambda: gs.Constant(values=[1.0])(rows), "values has 1 weights for 3 rows"),
+        (lambda: gs.UPGrad(preference=[1.0])(rows), "preference must have 3 entries"),
+        (lambda: gs.GDRGMA()(rows), "GDRGMA needs retain_loss"),
+        (lambda: gs.TrimmedMean(trim=2)(rows), "trim=2 leaves none of 3 rows"),
+        (lambda: gs.GRU(momentum=0.5).weights(rows @ rows.mT), "call it on rows"),
+        (lambda: gs.Mean().load_state_dict({"x": rows}), "Mean remembers"),
+    ):
+        with pytest.raises(gs.InputError, match=message):
+            call()
+
+
+def test_rows_and_gramians_are_untouched(impl):
+    rows = signed(gaussian(4, 9))
+    before = rows.clone()
+    for name in RULES:
+        make(name, 4)(rows)
+    assert torch.equal(rows, before)
+
+
+def test_the_registry_knows_every_rule():
+    assert set(OPTIONS) <= set(RULES)
+    for name, rule in RULES.items():
+        assert getattr(gs, rule.__name__) is rule
+        assert name == rule.__name__.lower()
+        assert rule.formula
+        assert rule.__doc__

@@ -1,0 +1,191 @@
+"""Surgeon with every rule: the step is the rule's update of the rows, whatever makes the rows."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gradsurgery as gs
+from gradsurgery import RULES
+from tests.surgery.properties import make
+
+TASKS = [name for name in RULES if "forget" not in RULES[name].roles and name != "constant"]
+FORGETTING = [name for name in RULES if "forget" in RULES[name].roles]
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def batch_of(n):
+    return torch.randn(n, 5).double(), torch.randn(n, 3).double()
+
+
+def per_task(model, batch):
+    return (model(batch[0]) - batch[1]).square()  # [B, 3]
+
+
+def per_sample(model, batch):
+    return per_task(model, batch).sum(1)
+
+
+def gradient(model, value):
+    return torch.autograd.grad(value, list(model.parameters()), retain_graph=True)
+
+
+def rows_of(model, losses):
+    """Gradients of losses, one by one, as blocks."""
+    each = [gradient(model, value) for value in losses]
+    return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+
+def step_of(rule, **given):
+    """What one step of plain descent at rate 1 subtracts."""
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=1.0), rule)
+    info = surgeon.step(**given)
+    return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)], info
+
+
+def assert_equal(update, expected):
+    for a, b in zip(update, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_row_for_each_task(name):
+    batch, model = batch_of(6), network()
+    options = {"memory": batch_of(2)} if name in ("gem", "agem") else {}
+    losses = per_task(model, batch).mean(0)
+    if name in ("gem", "agem"):
+        with pytest.raises(gs.InputError):  # the memory's losses would be one for each task too
+            step_of(make(name), batch=batch, loss=per_task, **options)
+        return
+    update, info = step_of(make(name, 3), batch=batch, loss=per_task)
+    blocks = rows_of(model, losses)
+    assert_equal(update, make(name, 3)(blocks))
+    torch.testing.assert_close(info.losses, losses.detach())
+    gram = gs.gramian(blocks)
+    torch.testing.assert_close(info.gramian, gram)
+    assert info.cosines.shape == (3, 3)
+    assert info.diagnosis.conflict_rate == pytest.approx(info.conflict_rate)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_row_for_each_sample(name):
+    batch, past, model = batch_of(5), batch_of(4), network()
+    blocks = rows_of(model, per_sample(model, batch))
+    roles, given = {}, {}
+    if "memory" in RULES[name].roles:
+        given["memory"] = past
+        blocks = [
+            torch.cat(pair)
+            for pair in zip(blocks, rows_of(model, per_sample(model, past)), strict=True)
+        ]
+        roles["memory"] = slice(5, None)
+    update, info = step_of(make(name, 5), batch=batch, loss=per_sample, **given)
+    assert_equal(update, make(name, 5)(blocks, **roles))
+    assert info.forget_loss is None
+    assert json.loads(json.dumps(info.to_dict()))["losses"] == info.losses.tolist()
+
+
+@pytest.mark.parametrize("rows", ["captured", "stored"])
+@pytest.mark.parametrize("name", FORGETTING)
+def test_forget_and_retain(name, rows):
+    forget, retain, model = batch_of(3), batch_of(4), network()
+    each = per_sample(model, retain)
+    values = [per_sample(model, forget).mean(), *each]
+    rule = gs.GDRGMA() if name == "gdrgma" else make(name)
+    roles = {"retain_loss": each.mean().detach()} if name == "gdrgma" else {}
+    expected = rule(rows_of(model, values), forget=0, **roles)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    info = gs.Surgeon(model, optimizer, copy.deepcopy(rule), rows=rows).step(
+        forget=forget, retain=retain, loss=per_sample
+    )
+    update = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+    assert_equal(update, expected)
+    assert info.forget_loss == pytest.approx(float(values[0].detach()))
+    assert info.retain_loss == pytest.approx(float(each.mean().detach()))
+
+
+def test_memory_is_projected_off_too():
+    forget, retain, past, model = batch_of(3), batch_of(4), batch_of(2), network()
+    update, info = step_of(
+        gs.OrthoGrad(alpha=0.0), forget=forget, retain=retain, memory=past, loss=per_sample
+    )
+    for batch in (retain, past):
+        for row in zip(*rows_of(model, per_sample(model, batch)), strict=True):
+            product = sum(float((a * b).sum()) for a, b in zip(row, update, strict=True))
+            assert abs(product) <= 1e-10
+    assert info.rank == 6
+
+
+def test_granularity_reaches_the_step():
+    batch, model = batch_of(6), network()
+    blocks = rows_of(model, per_task(model, batch).mean(0))
+    for granularity in ("module", "tensor"):
+        rule = gs.MGDA(granularity=granularity)
+        names = [name for name, _ in model.named_parameters()]
+        expected = rule(gs.DenseJacobian(dict(zip(names, blocks, strict=True))))
+        update, _ = step_of(rule, batch=batch, loss=per_task)
+        assert_equal(update, expected)
+
+
+def test_a_moving_average_goes_on_from_step_to_step():
+    model = network()
+    rule = gs.GRU(momentum=0.5)
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), rule)
+    for _ in range(2):
+        surgeon.step(forget=batch_of(3), retain=batch_of(4), loss=per_sample)
+    assert rule.state_dict()["average"].shape == (sum(p.numel() for p in model.parameters()),)
+
+
+@pytest.mark.parametrize(
+    "rule,given,message",
+    [
+        (gs.PCGrad(), ("forget", "retain"), "PCGrad lowers every loss it is given: it takes batch"),
+        (gs.PCGrad(), (), r"PCGrad lowers every loss it is given: it takes batch=, got \[\]"),
+        (gs.OrthoGrad(), ("batch",), "OrthoGrad takes forget= and retain="),
+        (gs.NGDiff(), ("forget", "retain", "batch"), "NGDiff takes forget= and retain="),
+        (gs.PCGrad(), ("batch", "memory"), "PCGrad has no memory rows"),
+    ],
+)
+def test_refuses_batches_the_rule_has_no_use_for(rule, given, message):
+    with pytest.raises(gs.InputError, match=message):
+        step_of(rule, loss=per_sample, **{name: batch_of(3) for name in given})
+
+
+def test_refuses_losses_that_are_no_rows():
+    for loss, message in (
+        (lambda m, b: per_task(m, b)[:2], r"loss must return \[4\] or \[4, tasks\], got \[2, 3\]"),
+        (lambda m, b: per_task(m, b).mean(), r"one value per sample, \[4\], got \[\]"),
+        (lambda m, b: per_task(m, b)[:, :0], r"\[4, tasks\], got \[4, 0\]"),
+    ):
+        with pytest.raises(gs.InputError, match=message):
+            step_of(gs.UPGrad(), batch=batch_of(4), loss=loss)
+
+
+def test_trains_conflicting_tasks():
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    target = torch.stack([x[:, 0], -x[:, 0] + 0.3 * x[:, 1], x[:, 2]], 1)
+    for name in ("upgrad", "pcgrad", "cagrad", "nashmtl"):
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+        surgeon = gs.Surgeon(model, torch.optim.Adam(model.parameters(), lr=0.02), make(name))
+        losses = [surgeon.step(batch=(x, target), loss=per_task).losses for _ in range(60)]
+        assert (losses[-1] < 0.5 * losses[0]).all(), name
+
+
+def test_token_losses_of_a_classifier():
+    model, x, y = nn.Linear(4, 3), torch.randn(6, 4), torch.randint(3, (6,))
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.UPGrad())
+    info = surgeon.step(
+        batch=(x, y), loss=lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")
+    )
+    assert info.losses.shape == (6,)
