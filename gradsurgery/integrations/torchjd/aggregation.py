@@ -1,0 +1,176 @@
+"""torchjd's aggregators and weightings, computed by this library's rules; torchjd is not needed.
+
+Names, arguments and results are theirs: an aggregator maps a matrix [m, n] to a vector [n], a
+weighting a Gramian [m, m] to weights [m], in its dtype and on its device. What differs: results are
+those of the definitions, without the small constants that theirs add, so that no scale of the rows
+is lost. Arguments that only tune an approximation (projector, norm_eps, epsilon, max_iters, eps,
+optim_niter) are accepted and not needed. Rules that draw take a seed from torch's global generator
+when they are made.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery import surgery
+from gradsurgery.errors import InputError
+from gradsurgery.ops import combine, gramian
+from gradsurgery.ops._inputs import check
+
+
+class Weighting(nn.Module):
+    """A rule as a function of a Gramian [m, m]."""
+
+    def __init__(self, rule: surgery.Rule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        check(
+            isinstance(gramian, Tensor) and gramian.dim() == 2,
+            f"gramian must be a matrix, got {list(getattr(gramian, 'shape', ()))}",
+        )
+        return self.rule.weights(gramian).to(gramian.dtype)
+
+    def reset(self) -> None:
+        """Forgets what former calls left, and begins again with the first draws."""
+        self.rule.load_state_dict({})
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rule})"
+
+
+class Aggregator(nn.Module):
+    """A rule as a function of a matrix [m, n]."""
+
+    def __init__(self, rule: surgery.Rule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        check(
+            isinstance(matrix, Tensor) and matrix.dim() == 2,
+            f"matrix must be [m, n], got {list(getattr(matrix, 'shape', ()))}",
+        )
+        if not self.rule.weighted:
+            return self.rule(matrix)
+        return cast(Tensor, combine(matrix, self.rule.weights(gramian(matrix))))
+
+    reset = Weighting.reset
+    __repr__ = Weighting.__repr__
+
+
+def _upgrad(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Rule:
+    return surgery.UPGrad(preference=_list(pref_vector))
+
+
+def _dualproj(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Rule:
+    return surgery.DualProj(preference=_list(pref_vector))
+
+
+def _cagrad(c: float, norm_eps: float = 0.0001) -> surgery.Rule:
+    return surgery.CAGrad(c=c)
+
+
+def _mgda(epsilon: float = 0.001, max_iters: int = 100) -> surgery.Rule:
+    return surgery.MGDA()
+
+
+def _nashmtl(
+    n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20
+) -> surgery.Rule:
+    check(update_weights_every == 1, "update_weights_every must be 1: every call is solved")
+    return surgery.NashMTL(max_norm=max_norm or None)
+
+
+def _pcgrad() -> surgery.Rule:
+    return surgery.PCGrad(seed=_seed())
+
+
+def _gradvac(beta: float = 0.5, eps: float = 1e-8) -> surgery.Rule:
+    return surgery.GradVac(beta=beta, seed=_seed())
+
+
+def _imtlg() -> surgery.Rule:
+    return surgery.IMTLG()
+
+
+def _alignedmtl(pref_vector: Tensor | None = None, scale_mode: str = "min") -> surgery.Rule:
+    if scale_mode != "min":
+        raise InputError(f"scale_mode must be 'min', got {scale_mode!r}")
+    return surgery.AlignedMTL(preference=_list(pref_vector))
+
+
+def _fairgrad(alpha: float, max_iters: int | None = None) -> surgery.Rule:
+    return surgery.Mean() if alpha == 0 else surgery.FairGrad(alpha=alpha)
+
+
+def _config(pref_vector: Tensor | None = None) -> surgery.Rule:
+    return surgery.ConFIG(preference=_list(pref_vector))
+
+
+def _constant(weights: Tensor) -> surgery.Rule:
+    return surgery.Constant(values=weights.tolist())
+
+
+def _random() -> surgery.Rule:
+    return surgery.Random(seed=_seed())
+
+
+def _graddrop(leak: float = 0.0) -> surgery.Rule:
+    return surgery.GradDrop(leak=leak, seed=_seed())
+
+
+def _trimmedmean(trim_number: int) -> surgery.Rule:
+    return surgery.TrimmedMean(trim=trim_number)
+
+
+def _list(pref_vector: Tensor | None) -> Sequence[float] | None:
+    return None if pref_vector is None else pref_vector.tolist()
+
+
+def _seed() -> int:
+    return int(torch.randint(2**31, (), device="cpu"))
+
+
+def _kind(base: Any, name: str, make: Any) -> Any:
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        base.__init__(self, make(*args, **options))
+
+    init.__doc__ = f"The arguments of torchjd's {name}."
+    return type(name, (base,), {"__init__": init, "__module__": __name__})
+
+
+AlignedMTL = _kind(Aggregator, "AlignedMTL", _alignedmtl)
+CAGrad = _kind(Aggregator, "CAGrad", _cagrad)
+ConFIG = _kind(Aggregator, "ConFIG", _config)
+Constant = _kind(Aggregator, "Constant", _constant)
+DualProj = _kind(Aggregator, "DualProj", _dualproj)
+FairGrad = _kind(Aggregator, "FairGrad", _fairgrad)
+GradDrop = _kind(Aggregator, "GradDrop", _graddrop)
+GradVac = _kind(Aggregator, "GradVac", _gradvac)
+IMTLG = _kind(Aggregator, "IMTLG", _imtlg)
+MGDA = _kind(Aggregator, "MGDA", _mgda)
+Mean = _kind(Aggregator, "Mean", surgery.Mean)
+NashMTL = _kind(Aggregator, "NashMTL", _nashmtl)
+PCGrad = _kind(Aggregator, "PCGrad", _pcgrad)
+Random = _kind(Aggregator, "Random", _random)
+Sum = _kind(Aggregator, "Sum", surgery.Sum)
+TrimmedMean = _kind(Aggregator, "TrimmedMean", _trimmedmean)
+UPGrad = _kind(Aggregator, "UPGrad", _upgrad)
+
+AlignedMTLWeighting = _kind(Weighting, "AlignedMTLWeighting", _alignedmtl)
+CAGradWeighting = _kind(Weighting, "CAGradWeighting", _cagrad)
+ConstantWeighting = _kind(Weighting, "ConstantWeighting", _constant)
+DualProjWeighting = _kind(Weighting, "DualProjWeighting", _dualproj)
+FairGradWeighting = _kind(Weighting, "FairGradWeighting", _fairgrad)
+GradVacWeighting = _kind(Weighting, "GradVacWeighting", _gradvac)
+IMTLGWeighting = _kind(Weighting, "IMTLGWeighting", _imtlg)
+MGDAWeighting = _kind(Weighting, "MGDAWeighting", _mgda)
+MeanWeighting = _kind(Weighting, "MeanWeighting", surgery.Mean)
+PCGradWeighting = _kind(Weighting, "PCGradWeighting", _pcgrad)
+RandomWeighting = _kind(Weighting, "RandomWeighting", _random)
+SumWeighting = _kind(Weighting, "SumWeighting", surgery.Sum)
+UPGradWeighting = _kind(Weighting, "UPGradWeighting", _upgrad)

@@ -1,0 +1,138 @@
+"""gs.integrations.torchjd.aggregation against the real torchjd."""
+
+import inspect
+
+import pytest
+import torch
+
+import gradsurgery as gs
+from gradsurgery.integrations.torchjd import aggregation as ours
+from tests.inputs import gaussian, signed
+
+theirs = pytest.importorskip("torchjd.aggregation")
+
+# arguments, and how near results are: those of the definition to theirs with small constants
+RULES = {
+    "UPGrad": ({}, 3e-3),
+    "DualProj": ({}, 3e-3),
+    "CAGrad": ({"c": 0.5}, 3e-3),
+    "MGDA": ({"epsilon": 1e-9, "max_iters": 20000}, 1e-2),
+    "IMTLG": ({}, 1e-7),
+    "AlignedMTL": ({}, 1e-7),
+    "ConFIG": ({}, 1e-7),
+    "FairGrad": ({"alpha": 2.0}, 1e-4),
+    "NashMTL": ({"n_tasks": 4, "max_norm": 0.0, "optim_niter": 100}, 5e-2),
+    "Mean": ({}, 1e-12),
+    "Sum": ({}, 1e-12),
+    "TrimmedMean": ({"trim_number": 1}, 1e-12),
+    "Constant": ({"weights": torch.tensor([1.0, 2, 3, 4]).double()}, 1e-12),
+}
+WEIGHTINGS = [n for n in dir(ours) if n.endswith("Weighting") and n != "Weighting"]
+RANDOM = {"PCGrad": {}, "GradVac": {}, "Random": {}, "GradDrop": {}}
+
+
+def make(module, name, arguments):
+    try:
+        return getattr(module, name)(**arguments)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.filterwarnings("ignore")  # cvxpy's
+@pytest.mark.parametrize("name", RULES)
+def test_gives_what_theirs_gives(name):
+    arguments, tolerance = RULES[name]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        matrix = signed(gaussian(4, 9)) + 0.4
+        expected = make(theirs, name, arguments)(matrix)
+        found = make(ours, name, arguments)(matrix)
+        assert found.dtype == expected.dtype
+        assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_weightings_take_and_return_what_theirs_do(name, dtype):
+    rule = name.removesuffix("Weighting")
+    arguments, tolerance = RULES.get(rule) or (RANDOM[rule], None)
+    matrix = (signed(gaussian(4, 9)) + 0.4).to(dtype)
+    expected = make(theirs, name, arguments)(matrix @ matrix.mT)
+    weights = make(ours, name, arguments)(matrix @ matrix.mT)
+    assert (weights.shape, weights.dtype, weights.device) == (
+        expected.shape,
+        dtype,
+        expected.device,
+    )
+    if tolerance is not None:
+        assert (weights - expected).norm() <= max(tolerance, 1e-5) * expected.norm()
+
+
+def test_two_conflicting_rows_need_no_order():
+    matrix = torch.tensor([[-4.0, 1, 1], [6, 1, 1]])
+    torch.testing.assert_close(ours.PCGrad()(matrix), theirs.PCGrad()(matrix))
+    torch.testing.assert_close(ours.GradVac()(matrix), theirs.GradVac()(matrix))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_the_global_seed_decides(name):
+    matrix = signed(gaussian(6, 9))
+    found = []
+    for seed in (1, 1):
+        torch.manual_seed(seed)
+        found.append(getattr(ours, name)()(matrix))
+    assert torch.equal(*found)
+
+
+def test_reset_forgets():
+    matrix = signed(gaussian(4, 9))
+    rule = ours.GradVac()
+    first = rule(matrix)
+    rule(matrix + 1)
+    rule.reset()
+    assert torch.equal(rule(matrix), first)
+
+
+@pytest.mark.parametrize("name", [*RULES, *RANDOM])
+def test_takes_the_same_arguments(name):
+    expected = set(inspect.signature(getattr(theirs, name)).parameters) - {"f"}
+    arguments = dict.fromkeys(expected)
+    given = RULES.get(name, (RANDOM.get(name, {}),))[0]
+    defaults = inspect.signature(getattr(theirs, name)).parameters
+    for argument in arguments:
+        value = given.get(argument, defaults[argument].default)
+        arguments[argument] = 0.0 if argument == "leak" else value
+    getattr(ours, name)(**arguments)
+
+
+def test_serves_their_backward():
+    autojac = pytest.importorskip("torchjd.autojac")
+    model = torch.nn.Linear(3, 2)
+    losses = list(model(torch.randn(4, 3)).square().mean(0))
+    autojac.backward(losses)
+    autojac.jac_to_grad(list(model.parameters()), ours.UPGrad())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_small_gradients_keep_their_directions():
+    """Where theirs is the mean of the rows."""
+    matrix = 1e-6 * torch.tensor([[1.0, 0], [-0.5, 0.1]]).double()
+    update = ours.UPGrad()(matrix)
+    assert (matrix @ update >= -1e-9 * update.norm() * matrix.norm(dim=1)).all()
+    mean = make(theirs, "UPGrad", {})(matrix)
+    assert (matrix @ mean).min() < 0
+
+
+def test_refuses_what_it_cannot_serve():
+    for call, message in (
+        (lambda: ours.UPGrad()(torch.ones(3)), r"matrix must be \[m, n\], got \[3\]"),
+        (lambda: ours.UPGradWeighting()(torch.ones(3)), r"gramian must be a matrix, got \[3\]"),
+        (lambda: ours.AlignedMTL(scale_mode="rmse"), "scale_mode must be 'min', got 'rmse'"),
+        (
+            lambda: ours.NashMTL(2, update_weights_every=2),
+            "update_weights_every must be 1: every call is solved",
+        ),
+    ):
+        with pytest.raises(gs.InputError, match=message):
+            call()
