@@ -200,6 +200,18 @@ void conflict_averse_weights_cpu(const Tensor& gramian, const Tensor& weights, d
   GRADSURGERY_SELECT(conflict_averse_weights)(gram, w, batch, m, c, rtol, noise, threads);
 }
 
+void shuffle_cpu(const Tensor& draws, const Tensor& order) {
+  check(draws.ndim >= 1 && draws.is_contiguous() && draws.device == Device::cpu &&
+            order.numel() == draws.numel() && order.is_contiguous() && order.device == Device::cpu,
+        "draws and order must be alike, contiguous and on the CPU, got ", draws.shape_text(),
+        " and ", order.shape_text());
+  const std::int64_t m = draws.size(-1);
+  const float* numbers = draws.data_as<float>();
+  std::int64_t* lines = order.data_as<std::int64_t>();
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(shuffle)(numbers, lines, m > 0 ? draws.numel() / m : 0, m);
+}
+
 void pairwise_weights_cpu(const Tensor& gramian, const Tensor& order,
                           const std::optional<Tensor>& targets, const Tensor& coefficients,
                           double beta, int threads) {
@@ -277,6 +289,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("conflict_averse_weights_cpu", &conflict_averse_weights_cpu, py::arg("gramian"),
              py::arg("weights"), py::arg("c"), py::arg("rtol"), py::arg("noise"),
              py::arg("threads"));
+  module.def("shuffle_cpu", &shuffle_cpu, py::arg("draws"), py::arg("order"));
   module.def("pairwise_weights_cpu", &pairwise_weights_cpu, py::arg("gramian"), py::arg("order"),
              py::arg("targets"), py::arg("coefficients"), py::arg("beta"), py::arg("threads"));
   module.def("bargaining_weights_cpu", &bargaining_weights_cpu, py::arg("gramian"),

@@ -102,65 +102,55 @@ struct Pairwise {
   std::int64_t count, m;
   double beta;
 
-  static GRADSURGERY_HOST_DEVICE std::int64_t workspace(std::int64_t m) { return 3 * m; }
+  static GRADSURGERY_HOST_DEVICE std::int64_t workspace(std::int64_t m) { return m; }
 
   template <typename Team>
   GRADSURGERY_HOST_DEVICE void solve(std::int64_t b, double* work, Team team) const {
+    const std::int64_t self = b % m, thread = team.thread(), threads = team.threads();
     const double* gram = gramian + b / m * m * m;
-    const std::int64_t self = b % m;
-    double* scale = work;
-    double* v = scale + m;     // of unit rows
-    double* products = v + m;  // of v with the unit rows
-    for (std::int64_t i = team.thread(); i < m; i += team.threads()) {
-      scale[i] = gram[i * m + i] > 0 ? 1 / std::sqrt(gram[i * m + i]) : 0;
-    }
-    team.sync();
-    for (std::int64_t i = team.thread(); i < m; i += team.threads()) {
+    double* products = work;  // [m], of v with the rows
+    double* v = coefficients + b * m;
+    for (std::int64_t i = thread; i < m; i += threads) {
       v[i] = i == self;
-      products[i] = i == self ? scale[i] > 0 : gram[self * m + i] * (scale[self] * scale[i]);
+      products[i] = gram[self * m + i];
     }
     team.sync();
-    double norm = 1;
-    for (std::int64_t l = 0; l < m && scale[self] > 0; ++l) {
+    double norm = std::sqrt(products[self] > 0 ? products[self] : 0);
+    for (std::int64_t l = 0; l < m && norm > 0; ++l) {
       const std::int64_t j = order[b * m + l];
-      if (j < 0 || j >= m || j == self || !(scale[j] > 0)) {
+      const double square = j < 0 || j >= m || j == self ? 0 : gram[j * m + j];
+      if (!(square > 0)) {
         continue;
       }
-      double share = products[j] < 0 ? -products[j] : 0;
+      double share = products[j] < 0 ? -products[j] / square : 0;
       if (targets != nullptr) {
-        const double target = targets[b * m + j];
-        const double cosine = norm > 0 ? fmax(-1.0, fmin(1.0, products[j] / norm)) : 0;
+        const double length = std::sqrt(square), target = targets[b * m + j];
+        const double cosine = fmax(-1.0, fmin(1.0, products[j] / (norm * length)));
         const double sine = std::sqrt(1 - cosine * cosine);
         const double bound = std::sqrt(fmax(1 - target * target, 1e-8));
-        share = cosine < target ? norm * (target * sine - cosine * bound) / bound : 0;
-        share = share > 0 ? share : 0;
+        share = norm * (target * sine - cosine * bound) / (length * bound);
+        share = cosine < target && share > 0 ? share : 0;
         team.sync();  // all have read the target
-        if (team.thread() == 0) {
+        if (thread == 0) {
           targets[b * m + j] = (1 - beta) * target + beta * cosine;
         }
       }
       if (share > 0) {
         team.sync();  // all have read the product
-        for (std::int64_t i = team.thread(); i < m; i += team.threads()) {
-          products[i] += share * (i == j ? 1 : gram[j * m + i] * (scale[j] * scale[i]));
-        }
-        if (team.thread() == 0) {
+        const double factor = -share;
+        subtract<1>(products, gram + j * m, 0, &factor, m, thread, threads);
+        if (thread == 0) {
           v[j] += share;
         }
         team.sync();
         if (targets != nullptr) {
-          double square = 0;
+          double sum = 0;
           for (std::int64_t i = 0; i < m; ++i) {
-            square += v[i] * products[i];
+            sum += v[i] * products[i];
           }
-          norm = std::sqrt(square > 0 ? square : 0);
+          norm = std::sqrt(sum > 0 ? sum : 0);
         }
       }
-    }
-    for (std::int64_t i = team.thread(); i < m; i += team.threads()) {
-      coefficients[b * m + i] = i == self         ? v[i]
-                                : scale[self] > 0 ? v[i] * scale[i] / scale[self]
-                                                  : 0;
     }
     team.sync();
   }

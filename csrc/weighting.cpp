@@ -1,5 +1,7 @@
 #include "weighting.h"
 
+#include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "solves.h"
@@ -42,6 +44,17 @@ void cone_weights(const double* gramian, const double* products, double* coeffic
 void conflict_averse_weights(const double* gramian, double* weights, std::int64_t batch,
                              std::int64_t m, double c, double rtol, double noise, int threads) {
   run(dense::ConflictAverse{gramian, weights, batch, m, c, rtol, noise}, threads);
+}
+
+void shuffle(const float* draws, std::int64_t* order, std::int64_t batch, std::int64_t m) {
+  for (std::int64_t b = 0; b < batch; ++b) {
+    std::int64_t* line = order + b * m;
+    std::iota(line, line + m, 0);
+    for (std::int64_t k = m - 1; k > 0; --k) {
+      const auto other = static_cast<std::int64_t>(draws[b * m + k] * static_cast<float>(k + 1));
+      std::swap(line[k], line[std::clamp<std::int64_t>(other, 0, k)]);
+    }
+  }
 }
 
 void pairwise_weights(const double* gramian, const std::int64_t* order, double* targets,

@@ -25,6 +25,10 @@ GRADSURGERY_DECLARE(void conflict_averse_weights(const double* gramian, double* 
                                                  std::int64_t batch, std::int64_t m, double c,
                                                  double rtol, double noise, int threads))
 
+// Permutations of 0 .. m - 1 [b, m] from numbers in [0, 1) [b, m]: Fisher and Yates's shuffle.
+GRADSURGERY_DECLARE(void shuffle(const float* draws, std::int64_t* order, std::int64_t batch,
+                                 std::int64_t m))
+
 // Rows corrected one by one, as coefficients [b, m, m] of the given rows; order [b, m, m], targets
 // [b, m, m] or null.
 GRADSURGERY_DECLARE(void pairwise_weights(const double* gramian, const std::int64_t* order,

@@ -338,8 +338,8 @@ def test_cone_weights_refuse_vectors_that_the_gramians_do_not_share():
     gram = torch.eye(4, dtype=torch.float64, device=DEVICE).repeat(3, 1, 1)
     vectors = gram.new_ones(3, 4)
     args = gram[:2], vectors, vectors.clone(), gram.new_empty(3), gram.new_empty(0)
-    with pytest.raises(InputError):
-        _C.cone_weights_cuda(*args, 1e-6)
+    with pytest.raises(InputError, match=r"residual must be \[..., p\] for 2 Gramians"):
+        _C.cone_weights_cuda(*args, 1e-6, 1e-14)
 
 
 def test_solves_refuse_a_problem_that_is_none():

@@ -53,6 +53,23 @@ def pairwise_weights(
     return v, None if targets is None else moved
 
 
+def shuffled(draws: Tensor) -> Tensor:
+    """Permutations [..., m] int64 of 0 .. m - 1 from numbers in [0, 1), by Fisher and Yates.
+
+    The same everywhere. `draws` is [..., m] float32.
+    """
+    order = torch.arange(draws.shape[-1], device=draws.device).expand(draws.shape).contiguous()
+    if _C is not None and draws.device.type == "cpu":
+        _C.shuffle_cpu(draws.contiguous(), order)
+        return order
+    for k in range(draws.shape[-1] - 1, 0, -1):
+        other = (draws[..., k] * (k + 1)).long().clamp(max=k).unsqueeze(-1)
+        picked = order.take_along_dim(other, -1)
+        order.scatter_(-1, other, order[..., k : k + 1].clone())
+        order[..., k : k + 1] = picked
+    return order
+
+
 def pairwise_weights_reference(
     gramian: Tensor, order: Tensor, targets: Tensor | None, beta: float
 ) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.ops import pairwise_weights
+from gradsurgery.ops.pairwise import pairwise_weights, shuffled
 from gradsurgery.surgery.rule import Rule, one_of
 
 
@@ -40,5 +40,8 @@ class PCGrad(Rule):
         return changed.sum(-2) if self.reduction == "sum" else changed.mean(-2)
 
     def _orders(self, gram: Tensor) -> Tensor:
-        keys = self._draw(self.seed, lambda g: torch.rand(gram.shape, device="cpu", generator=g))
-        return keys.argsort(-1).to(gram.device)
+        draws = self._draw(
+            self.seed,
+            lambda g: torch.rand(gram.shape, dtype=torch.float32, device="cpu", generator=g),
+        )
+        return shuffled(draws).to(gram.device)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from gradsurgery.ops import cone_weights
@@ -37,9 +36,8 @@ class UPGrad(Rule):
 
     def _weights(self, gram: Tensor, rtol: float, memory: Index = ()) -> Tensor:
         given = wanted(self.preference, gram, memory)
-        each = torch.diag_embed(given.sign())  # rows of the identity that count
-        dual, _ = cone_weights(gram, -(each @ gram), rtol=rtol, noise=rtol**2)
-        return given + (given[:, None] * dual).sum(-2)
+        dual, _ = cone_weights(gram, -gram, rtol=rtol, noise=rtol**2)
+        return given + given @ dual
 
 
 @dataclass(frozen=True, kw_only=True)
