@@ -83,6 +83,7 @@ gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m gradsurgery doctor
 	$(PYTHON) -m pytest -q -p no:cacheprovider tests/kernels tests/test_cuda_kernels.py
+	$(PYTHON) -m pytest -q -p no:cacheprovider tests/surgery/test_rules.py -k waits_for_no_gpu
 	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -p no:cacheprovider \
 	        tests/test_cuda_kernels.py -k 'matches_float64 and float32' || exit 1; done; fi

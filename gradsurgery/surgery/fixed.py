@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import Rule
+from gradsurgery.surgery.rule import Rule, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class Constant(Rule):
     def _weights(self, gram: Tensor, rtol: float) -> Tensor:
         m = gram.shape[-1]
         check(len(self.values) == m, f"values has {len(self.values)} weights for {m} rows")
-        weights = torch.tensor(list(self.values), dtype=gram.dtype, device=gram.device)
-        return weights.expand(gram.shape[:-1])
+        weights = torch.tensor(list(self.values), dtype=gram.dtype, device="cpu")
+        return to_device(weights, gram.device).expand(gram.shape[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,4 +76,4 @@ class Random(Rule):
         drawn = self._draw(
             self.seed, lambda g: torch.randn(shape, dtype=gram.dtype, device="cpu", generator=g)
         )
-        return drawn.softmax(-1).to(gram.device)
+        return to_device(drawn.softmax(-1), gram.device)

@@ -1,9 +1,9 @@
 """GDR-GMA: both directions rectified, mixed by how well the model still retains."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
@@ -43,11 +43,12 @@ class GDRGMA(Pair):
     def _mix(self, gram: Tensor, rtol: float, retain_loss: Any = None) -> Tensor:
         if self.mix is None and retain_loss is None:
             raise InputError("GDRGMA needs retain_loss, the present retain loss, or a fixed mix")
-        share = torch.as_tensor(
-            1 - self.mix if self.mix is not None else retain_loss,
-            dtype=gram.dtype,
-            device=gram.device,
-        )
-        if self.mix is None:
-            share = (self.gamma * (share - self.eps)).sigmoid()
+        if self.mix is not None:
+            share: Any = 1 - self.mix
+        else:
+            excess = self.gamma * (retain_loss - self.eps)
+            if isinstance(excess, Tensor):
+                share = excess.to(gram).sigmoid()
+            else:
+                share = 1 / (1 + math.exp(-max(min(excess, 700.0), -700.0)))
         return (1 - share) * off(gram, 0, 1) + share * off(gram, 1, 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gradsurgery.ops import cone_weights
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.pair import off
-from gradsurgery.surgery.rule import Index, Rule, mean_of, split
+from gradsurgery.surgery.rule import Index, Rule, mean_of, split, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,13 @@ class GEM(Rule):
         past, now = split(m, memory, "memory", "current")
         given = mean_of(now, m)
         given[past] = self.margin
-        given = given.to(gram.device)
-        products = -(gram @ given)[..., past]
-        dual, _ = cone_weights(
-            gram[..., past, :][..., past], products.unsqueeze(-2), rtol=rtol, noise=rtol**2
-        )
-        into = torch.zeros(len(past), m, dtype=gram.dtype, device="cpu")
-        into[range(len(past)), past] = 1
-        return given + dual.squeeze(-2) @ into.to(gram.device)
+        given = to_device(given, gram.device)
+        pick = torch.zeros(len(past), m, dtype=gram.dtype, device="cpu")
+        pick[range(len(past)), past] = 1
+        pick = to_device(pick, gram.device)
+        products = -(gram @ given).unsqueeze(-2) @ pick.mT
+        dual, _ = cone_weights(pick @ gram @ pick.mT, products, rtol=rtol, noise=rtol**2)
+        return given + dual.squeeze(-2) @ pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,5 +67,5 @@ class AGEM(Rule):
     def _weights(self, gram: Tensor, rtol: float, memory: Index = slice(1, None)) -> Tensor:
         m = gram.shape[-1]
         past, now = split(m, memory, "memory", "current")
-        pair = torch.stack([mean_of(now, m), mean_of(past, m)]).to(gram.device)
+        pair = to_device(torch.stack([mean_of(now, m), mean_of(past, m)]), gram.device)
         return off(pair @ gram @ pair.mT, 0, 1) @ pair

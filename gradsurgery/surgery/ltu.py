@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from gradsurgery.surgery.pair import Pair, off
@@ -34,8 +35,8 @@ class LTUHarmonize(Pair):
 
     def _mix(self, gram: Tensor, rtol: float) -> Tensor:
         f, r = off(gram, 0, 1), off(gram, 1, 0)
-        if self.mode == "forget":
-            r = r.new_tensor([0.0, 1.0])
-        elif self.mode == "retain":
-            f = f.new_tensor([1.0, 0.0])
+        if self.mode == "forget":  # r as it is
+            return f + torch.stack([torch.zeros_like(r[..., 0]), torch.ones_like(r[..., 0])], -1)
+        if self.mode == "retain":
+            return r + torch.stack([torch.ones_like(f[..., 0]), torch.zeros_like(f[..., 0])], -1)
         return f + r

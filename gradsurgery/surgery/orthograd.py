@@ -10,7 +10,16 @@ from torch import Tensor
 from gradsurgery.jacobian import Jacobian
 from gradsurgery.ops import projection_weights
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import Index, Rule, Solution, chosen, grouped_gramian, one_of, split
+from gradsurgery.surgery.rule import (
+    Index,
+    Rule,
+    Solution,
+    chosen,
+    grouped_gramian,
+    one_of,
+    split,
+    to_device,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +88,7 @@ class OrthoGrad(Rule):
     def _weights(self, gram: Tensor, rtol: float, forget: Index = 0, memory: Index = ()) -> Tensor:
         # α/k + (1-α) c_i for retain rows, (1-α) c_i for the memory's, -(1-α) for the forget row
         select, k = self._select(gram.shape[-1], forget, memory)
-        select = select.to(gram.device)
+        select = to_device(select, gram.device)
         coefficients, *_ = self._project(gram, select, rtol)
         return self._mix(coefficients, select, k)
 
@@ -93,7 +102,7 @@ class OrthoGrad(Rule):
         """Weights for the rows of a Jacobian, with the granularity and the metric asked for."""
         select, k = self._select(jacobian.m, **self._named(given, roles))
         grams, groups = grouped_gramian(jacobian, self.granularity, metric)
-        select = select.to(grams.device)
+        select = to_device(select, grams.device)
         coefficients, rank, gram = self._project(grams, select, None)
         frozen = _small(jacobian.sizes, groups, select.shape[0] - 1)
         exempt = [g for g, small in enumerate(frozen) if small and self.small_tensors == "leave"]

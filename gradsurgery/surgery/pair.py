@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.surgery.rule import Index, Rule, mean_of, one_of, split
+from gradsurgery.surgery.rule import Index, Rule, mean_of, one_of, split, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Pair(Rule):
         one_of("objective", self.objective, ("raise", "lower"))
 
     def _weights(self, gram: Tensor, rtol: float, forget: Index = 0, **given: Any) -> Tensor:
-        pair = self._directions(gram.shape[-1], forget).to(gram.device)
+        pair = to_device(self._directions(gram.shape[-1], forget), gram.device)
         return self._mix(pair @ gram @ pair.mT, rtol, **given) @ pair
 
     def _directions(self, m: int, forget: Index) -> Tensor:

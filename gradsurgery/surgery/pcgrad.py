@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops.pairwise import pairwise_weights, shuffled
-from gradsurgery.surgery.rule import Rule, one_of
+from gradsurgery.surgery.rule import Rule, one_of, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,4 +44,4 @@ class PCGrad(Rule):
             self.seed,
             lambda g: torch.rand(gram.shape, dtype=torch.float32, device="cpu", generator=g),
         )
-        return shuffled(draws).to(gram.device)
+        return to_device(shuffled(draws), gram.device)

@@ -196,10 +196,17 @@ def mean_of(rows: Sequence[int], m: int) -> Tensor:
     return weights
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor made on the CPU, without waiting for a GPU's queue."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def preference(given: Sequence[float] | None, gram: Tensor) -> Tensor:
     """Weights [m] of the rows before surgery; the mean if none are given."""
     m = gram.shape[-1]
     if given is None:
         return torch.full((m,), 1 / max(m, 1), dtype=gram.dtype, device=gram.device)
     check(len(given) == m, f"preference must have {m} entries, one per row, got {len(given)}")
-    return torch.tensor(given, dtype=gram.dtype, device=gram.device)
+    return to_device(torch.tensor(list(given), dtype=gram.dtype, device="cpu"), gram.device)

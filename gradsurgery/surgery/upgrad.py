@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurgery.ops import cone_weights
-from gradsurgery.surgery.rule import Index, Rule, chosen, preference
+from gradsurgery.surgery.rule import Index, Rule, chosen, mean_of, preference, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +70,11 @@ class DualProj(Rule):
 
 def wanted(given: Sequence[float] | None, gram: Tensor, memory: Index) -> Tensor:
     """Weights [m] of the rows before surgery, 0 for those of the memory."""
-    past = chosen(memory, gram.shape[-1], "memory")
-    weights = preference(given, gram)
-    if past:
-        weights[past] = 0
-        weights = weights / weights.sum() if given is None else weights
-    return weights
+    m = gram.shape[-1]
+    past = chosen(memory, m, "memory")
+    if not past:
+        return preference(given, gram)
+    if given is None:
+        weights = mean_of([i for i in range(m) if i not in set(past)], m)
+        return to_device(weights, gram.device)
+    return preference([0 if i in set(past) else w for i, w in enumerate(given)], gram)

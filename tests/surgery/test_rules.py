@@ -383,6 +383,23 @@ def test_rounded_gramians(name, impl):
     assert relative(update, expected) <= 1e-3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_waits_for_no_gpu(name):
+    gram = torch.randn(8, 6, 20, device="cuda").double()
+    gram, rule = gram @ gram.mT, make(name, 6)
+    expected = make(name, 6).weights(gram.cpu())
+    rule.weights(gram)  # what is made once
+    rule.load_state_dict({})
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        weights = rule.weights(gram)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(weights.cpu(), expected)
+
+
 # state
 
 
