@@ -101,11 +101,20 @@ def diagnose(rows: Tensor | Jacobian, labels: list[str] | None = None) -> Diagno
         InputError: a batch of Gramians, or labels that are not m.
         NonFiniteError: a row with NaN or infinity.
     """
+    if not isinstance(rows, Tensor) and not hasattr(rows, "gramian"):
+        raise InputError(f"rows must be a Jacobian or a Gramian, got {type(rows).__name__}")
     gramian = rows if isinstance(rows, Tensor) else rows.gramian()
     check(gramian.dim() == 2, f"rows must be a Gramian [m, m], got {list(gramian.shape)}")
     gram = as_gramian(gramian).detach().cpu()
     check_gramian_finite(gram)
     m = len(gram)
+    square = gram.diagonal()
+    limit = 1e-3 * (square.abs().sqrt()[:, None] * square.abs().sqrt()) + 1e-300
+    check(
+        bool((square >= 0).all()) and bool(((gram - gram.mT).abs() <= limit).all()),
+        "rows must be a Gramian: it is not symmetric, or has a negative square; "
+        "of rows [m, n], pass gs.gramian(rows)",
+    )
     names = [str(i) for i in range(m)] if labels is None else list(labels)
     check(len(names) == m, f"labels has {len(names)} names for {m} rows")
     norms = gram.diagonal().clamp_min(0).sqrt()

@@ -38,8 +38,8 @@ class StepInfo:
 
     losses: Tensor  # [m] float64, of the rows: the mean over the batch where a row is of a batch
     cosines: Tensor  # float64: [k], of the forget gradient with each other row; else [m, m]
-    # share of the other rows whose loss climbing g_u raises: positive cosines; of tasks the share
-    # of pairs of rows with a negative one
+    # share of the other rows whose loss forgetting raises: positive cosines, or negative ones where
+    # the forget loss is to be lowered; of tasks the share of pairs of rows with a negative one
     conflict_rate: float
     seconds: float
     gramian: Tensor  # [m, m] float64, of the rows, on the CPU
@@ -94,6 +94,13 @@ class Surgeon:
         chunk_size: int = 32,
     ) -> None:
         check(rows in ("captured", "stored"), f"rows must be 'captured' or 'stored', got {rows!r}")
+        for name, given, kind in (
+            ("model", model, nn.Module),
+            ("optimizer", optimizer, torch.optim.Optimizer),
+            ("rule", rule, Rule),
+        ):
+            got = given.__name__ if isinstance(given, type) else type(given).__name__
+            check(isinstance(given, kind), f"{name} must be a {kind.__name__}, got {got}")
         self.model, self.optimizer, self.rule = model, optimizer, rule
         self.rows, self.together, self.chunk_size = rows, together, chunk_size
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -124,13 +131,13 @@ class Surgeon:
 
         Args:
             loss: (model, batch) -> per-sample losses [B], those that training lowers; for `batch`
-                also [B, T], a column for each of T tasks, and then a row is the mean of a task
-                and not one sample's.
+                and its `memory` also [B, T], a column for each of T tasks, and then a row is the
+                mean of a task and not one sample's (captured rows only).
             forget: its mean loss is unlearned.
             retain: its samples are protected, each, or in the mean, as the rule says.
             batch: one row for each sample or task.
-            memory: samples not to be opposed, one row each, for rules with memory rows (OrthoGrad,
-                UPGrad, DualProj, GEM, AGEM).
+            memory: samples, or tasks on them, not to be opposed, one row each, for rules with
+                memory rows (OrthoGrad, UPGrad, DualProj, GEM, AGEM).
         """
         start = time.perf_counter()
         name, roles = type(self.rule).__name__, self.rule.roles
@@ -171,7 +178,8 @@ class Surgeon:
         cosines = torch.where(scale > 0, gram / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
         if "forget" in parts:
             cosines = cosines[0, 1:]
-            rate = (cosines > 0).double().mean()
+            lowered = getattr(self.rule, "objective", "raise") == "lower"
+            rate = (cosines < 0 if lowered else cosines > 0).double().mean()
         else:
             above = cosines.triu(1)
             rate = (above < 0).double().sum() / max(jacobian.m * (jacobian.m - 1) / 2, 1)
@@ -225,16 +233,24 @@ class Surgeon:
             tape(self.model, parameters=list(self.parameters.values())) as recorder,
         ):
             losses = loss(self.model, whole)
-            tasks = list(parts) == ["batch"] and isinstance(losses, Tensor) and losses.dim() == 2
-            if tasks:
-                size, m = sizes["batch"], losses.shape[1]
+            several = set(parts) <= {"batch", "memory"}
+            if several and isinstance(losses, Tensor) and losses.dim() == 2:
+                ((part, size),) = sizes.items()
+                tasks, merged = losses.shape[1], self._merges(part)
                 check(
-                    losses.shape[0] == size and m > 0,
+                    losses.shape[0] == size and tasks > 0,
                     f"loss must return [{size}] or [{size}, tasks], got {list(losses.shape)}",
                 )
-                counts = {"batch": m}
-                groups = torch.arange(m, device="cpu").expand(size, m)
-                shares = torch.full((size, 1), 1 / size, dtype=torch.float64, device="cpu")
+                counts = {part: 1 if merged else tasks}
+                groups = torch.arange(tasks, device="cpu").expand(size, tasks)
+                groups = torch.zeros_like(groups) if merged else groups
+                share = 1 / (size * tasks if merged else size)
+                shares = torch.full((size, 1), share, dtype=torch.float64, device="cpu")
+            elif several and not isinstance(losses, Tensor):
+                got = type(losses).__name__
+                raise InputError(
+                    f"loss must return a Tensor, [B] or [B, tasks], got {got}: torch.stack(..., 1)"
+                )
             else:
                 losses = per_sample_losses(losses, sum(sizes.values()))
                 counts, groups, shares = self._layout(sizes)
@@ -282,8 +298,11 @@ class Surgeon:
             for parameter in held:
                 parameter.grad = None
             if isinstance(update, list):
-                for name, grad in zip(jacobian.names, update, strict=True):
-                    self.parameters[name].grad = grad
+                # a parameter that no loss depends on has no gradient, as in an ordinary step
+                squares = jacobian.gramian(per="tensor").diagonal(dim1=-2, dim2=-1)
+                reached = (squares != 0).any(-1).tolist()
+                for name, grad, used in zip(jacobian.names, update, reached, strict=True):
+                    self.parameters[name].grad = grad if used else None
             elif isinstance(jacobian, FactoredJacobian):
                 jacobian.backward(update, release=True)
             else:
@@ -320,7 +339,7 @@ class Surgeon:
 def _row_losses(losses: Tensor, rows: int) -> Tensor:
     """[rows]: of the samples [B], their mean, or of tasks [B, T] the means."""
     if losses.dim() == 2:
-        return losses.mean(0)
+        return losses.mean(0) if rows == losses.shape[1] else losses.mean().reshape(1)
     return losses if len(losses) == rows else losses.mean(0, keepdim=True)
 
 

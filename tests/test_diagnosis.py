@@ -88,5 +88,10 @@ def test_refuses_what_is_no_gramian():
     ):
         with pytest.raises(gs.InputError, match=message):
             gs.diagnose(given)
+    for no_gramian in (torch.tensor([[1.0, 0], [5, 1]]), torch.tensor([[-1.0]])):
+        with pytest.raises(gs.InputError, match="rows must be a Gramian: it is not symmetric"):
+            gs.diagnose(no_gramian)
+    with pytest.raises(gs.InputError, match="must be a Jacobian or a Gramian, got list"):
+        gs.diagnose([[1.0]])
     with pytest.raises(gs.InputError, match="labels has 1 names for 2 rows"):
         gs.diagnose(torch.eye(2), labels=["a"])

@@ -60,11 +60,12 @@ def assert_equal(update, expected):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_row_for_each_task(name):
     batch, model = batch_of(6), network()
-    options = {"memory": batch_of(2)} if name in ("gem", "agem") else {}
     losses = per_task(model, batch).mean(0)
     if name in ("gem", "agem"):
-        with pytest.raises(gs.InputError):  # the memory's losses would be one for each task too
-            step_of(make(name), batch=batch, loss=per_task, **options)
+        past = batch_of(2)
+        update, info = step_of(make(name), batch=batch, memory=past, loss=per_task)
+        rows = rows_of(model, [losses.mean(), *per_task(model, past).mean(0)])
+        assert_equal(update, make(name)(rows))
         return
     update, info = step_of(make(name, 3), batch=batch, loss=per_task)
     blocks = rows_of(model, losses)
@@ -161,8 +162,68 @@ def test_refuses_batches_the_rule_has_no_use_for(rule, given, message):
         step_of(rule, loss=per_sample, **{name: batch_of(3) for name in given})
 
 
+def test_a_head_is_trained_by_its_own_task():
+    trunk, heads = nn.Linear(5, 4), [nn.Linear(4, 1) for _ in range(3)]
+    model = nn.ModuleList([trunk, *heads])
+
+    def loss(model, batch):
+        shared = model[0](batch[0]).tanh()
+        return torch.cat([head(shared) for head in heads], 1).sub(batch[1]).square()
+
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(6, 5), torch.randn(6, 3)
+    gs.Surgeon(model, optimizer, gs.MGDA(granularity="tensor")).step(batch=batch, loss=loss)
+    assert all(not torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_what_no_loss_reaches_does_not_decay():
+    model = nn.ModuleDict({"used": nn.Linear(5, 3), "unused": nn.Linear(5, 3)}).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    before = model["unused"].weight.detach().clone()
+    for rule in (gs.UPGrad(), gs.GradDrop()):
+        surgeon = gs.Surgeon(model, optimizer, rule)
+        surgeon.step(batch=batch_of(4), loss=lambda m, b: per_task(m["used"], b))
+    assert torch.equal(model["unused"].weight, before)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_sixteen_bits(name):
+    model = nn.Linear(5, 3).bfloat16()
+    batch = torch.randn(4, 5).bfloat16(), torch.randn(4, 3).bfloat16()
+    given = {"memory": batch} if name in ("gem", "agem") else {}
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), make(name, 3))
+    surgeon.step(batch=batch, loss=per_task, **given)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_conflicts_are_with_what_the_update_does():
+    forget, retain = batch_of(3), batch_of(4)
+    _, raised = step_of(gs.GRU(), forget=forget, retain=retain, loss=per_sample)
+    rule = gs.GRU(objective="lower")
+    _, lowered = step_of(rule, forget=forget, retain=retain, loss=per_sample)
+    assert raised.conflict_rate == 1 - lowered.conflict_rate
+
+
+@pytest.mark.parametrize(
+    "swap,message",
+    [
+        ({"rule": gs.UPGrad}, "rule must be a Rule, got UPGrad"),
+        ({"rule": "upgrad"}, "rule must be a Rule, got str"),
+        ({"optimizer": gs.UPGrad()}, "optimizer must be a Optimizer, got UPGrad"),
+        ({"model": [1]}, "model must be a Module, got list"),
+    ],
+)
+def test_refuses_what_is_no_rule_or_optimizer(swap, message):
+    model = network()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "rule": gs.Mean()}
+    with pytest.raises(gs.InputError, match=message):
+        gs.Surgeon(**{**given, **swap})
+
+
 def test_refuses_losses_that_are_no_rows():
     for loss, message in (
+        (lambda m, b: tuple(per_task(m, b).mean(0)), r"got tuple: torch.stack\(..., 1\)"),
         (lambda m, b: per_task(m, b)[:2], r"loss must return \[4\] or \[4, tasks\], got \[2, 3\]"),
         (lambda m, b: per_task(m, b).mean(), r"one value per sample, \[4\], got \[\]"),
         (lambda m, b: per_task(m, b)[:, :0], r"\[4, tasks\], got \[4, 0\]"),

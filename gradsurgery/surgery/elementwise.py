@@ -97,7 +97,8 @@ class GradDrop(Elementwise):
                 self.seed, lambda g, shape=shape: torch.rand(shape, device="cpu", generator=g)
             ).to(purity)
             stays = ((purity > drawn) & (rows > 0)) | ((purity < drawn) & (rows < 0))
-            update.append((rows * (self.leak + (1 - self.leak) * stays)).sum(0))
+            kept = rows * (self.leak + (1 - self.leak) * stays.to(rows.dtype))
+            update.append(kept.sum(0))
         return update
 
 

@@ -16,7 +16,8 @@ class GradVac(PCGrad):
     """As PCGrad, but a row is turned towards another until their cosine is what it was on average.
 
     Where φ = cos(v, g_j) is below its target t, the multiple of g_j is added that makes it t;
-    then t ← (1 - beta) t + beta φ. Targets begin at 0: the first call is PCGrad's.
+    then t ← (1 - beta) t + beta φ. Targets begin at 0, and anew where the
+    number of rows changes: the first call is PCGrad's.
 
     Args:
         beta: in [0, 1], how fast targets follow the cosines seen.
@@ -36,13 +37,8 @@ class GradVac(PCGrad):
 
     def _weights(self, gram: Tensor, rtol: float) -> Tensor:
         targets = self._state.get("targets")
-        if targets is None:
+        if targets is None or targets.shape != gram.shape:
             targets = torch.zeros_like(gram)
-        check(
-            targets.shape == gram.shape,
-            f"GradVac remembers targets {list(targets.shape)}, got a Gramian {list(gram.shape)}; "
-            "load_state_dict({}) forgets them",
-        )
         changed, moved = pairwise_weights(gram, self._orders(gram), targets, self.beta)
         self._state["targets"] = cast(Tensor, moved)
         return changed.sum(-2) if self.reduction == "sum" else changed.mean(-2)

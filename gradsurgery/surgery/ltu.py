@@ -14,8 +14,6 @@ from gradsurgery.surgery.rule import one_of
 class LTUHarmonize(Pair):
     """f + r, with f, r or both first taken off the other's original where they conflict.
 
-    Both rows are gradients of losses to be lowered: `objective` is "lower" unless said otherwise.
-
     Args:
         mode: what gives way: "forget", "retain", or "both", which is PCGrad. That it is the forget
             direction is inferred: the paper's text leaves it open.
@@ -26,7 +24,6 @@ class LTUHarmonize(Pair):
     formula: ClassVar[str] = "off(f, r) + r, or f + off(r, f), or both off"
     paper: ClassVar[str] = "Huang et al. 2024 (arXiv:2407.10494)"
 
-    objective: Literal["raise", "lower"] = "lower"
     mode: Literal["forget", "retain", "both"] = "forget"
 
     def __post_init__(self) -> None:

@@ -143,7 +143,16 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def as_jacobian(rows: Rows) -> Jacobian:
-    return DenseJacobian(rows) if isinstance(rows, (Tensor, Sequence)) else rows
+    if not isinstance(rows, (Tensor, Sequence)):
+        return rows
+    if not isinstance(rows, Tensor) and len(rows) > 1:
+        flat = all(isinstance(block, Tensor) and block.dim() == 1 for block in rows)
+        check(
+            not flat,
+            "rows must be [m, n] or a block [m, *p.shape] for each parameter; these seem to be "
+            "gradients: torch.stack(rows) has one in each row",
+        )
+    return DenseJacobian(rows)
 
 
 def grouped_gramian(

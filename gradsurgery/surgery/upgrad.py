@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurgery.ops import cone_weights
+from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.rule import Index, Rule, chosen, mean_of, preference, to_device
 
 
@@ -18,7 +19,7 @@ class UPGrad(Rule):
     quadratic programs are solved, all against one Gramian, and nothing is added to it.
 
     Args:
-        preference: weights of the projected rows, [m]; None for 1 / m each.
+        preference: weights of the projected rows, [m], 0 or more; None for 1 / m each.
 
     Rows named in `memory`, past directions, must not be opposed either, but ask for nothing.
 
@@ -33,6 +34,14 @@ class UPGrad(Rule):
     )
 
     preference: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.preference
+        check(
+            given is None or all(weight >= 0 for weight in given),
+            f"preference must be 0 or more, got {given}",
+        )
 
     def _weights(self, gram: Tensor, rtol: float, memory: Index = ()) -> Tensor:
         given = wanted(self.preference, gram, memory)

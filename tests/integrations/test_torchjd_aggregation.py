@@ -108,11 +108,33 @@ def test_takes_the_same_arguments(name):
 
 def test_serves_their_backward():
     autojac = pytest.importorskip("torchjd.autojac")
+    x, found = torch.randn(4, 3), []
     model = torch.nn.Linear(3, 2)
-    losses = list(model(torch.randn(4, 3)).square().mean(0))
-    autojac.backward(losses)
-    autojac.jac_to_grad(list(model.parameters()), ours.UPGrad())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    for rule in (make(theirs, "UPGrad", {}), ours.UPGrad()):
+        for optimized in (False, True):
+            model.zero_grad()
+            autojac.backward(list(model(x).square().mean(0)))
+            weights = autojac.jac_to_grad(
+                list(model.parameters()), rule, optimize_gramian_computation=optimized
+            )
+            found.append(torch.cat([weights, *(p.grad.flatten() for p in model.parameters())]))
+    for result in found[1:]:
+        torch.testing.assert_close(result, found[0], rtol=3e-3, atol=1e-4)
+
+
+def test_are_of_their_kinds():
+    assert isinstance(ours.UPGrad(), theirs.GramianWeightedAggregator)
+    assert isinstance(ours.UPGradWeighting(), theirs.Weighting)
+    assert isinstance(ours.GradDrop(), theirs.Aggregator)
+    assert set(ours.__all__) <= set(theirs.__all__)
+
+
+def test_state_is_saved_with_the_module():
+    matrix = signed(gaussian(4, 9))
+    rule, resumed = ours.GradVac(), ours.GradVac()
+    rule(matrix)
+    resumed.load_state_dict(rule.state_dict())
+    assert torch.equal(rule(matrix + 1), resumed(matrix + 1))
 
 
 def test_small_gradients_keep_their_directions():
@@ -129,6 +151,10 @@ def test_refuses_what_it_cannot_serve():
         (lambda: ours.UPGrad()(torch.ones(3)), r"matrix must be \[m, n\], got \[3\]"),
         (lambda: ours.UPGradWeighting()(torch.ones(3)), r"gramian must be a matrix, got \[3\]"),
         (lambda: ours.AlignedMTL(scale_mode="rmse"), "scale_mode must be 'min', got 'rmse'"),
+        (
+            lambda: ours.GradDrop(leak=torch.ones(2)),
+            "leak must be a number",
+        ),
         (
             lambda: ours.NashMTL(2, update_weights_every=2),
             "update_weights_every must be 1: every call is solved",

@@ -1,13 +1,17 @@
 """torchjd's aggregators and weightings, computed by this library's rules; torchjd is not needed.
 
-Names, arguments and results are theirs: an aggregator maps a matrix [m, n] to a vector [n], a
-weighting a Gramian [m, m] to weights [m], in its dtype and on its device. What differs: results are
-those of the definitions, without the small constants that theirs add, so that no scale of the rows
-is lost. Arguments that only tune an approximation (projector, norm_eps, epsilon, max_iters, eps,
-optim_niter) are accepted and not needed. Rules that draw take a seed from torch's global generator
-when they are made.
+Names, calls and results are theirs: an aggregator maps a matrix [m, n] to a vector [n], a weighting
+a Gramian [m, m] to weights [m], in its dtype and on its device; torchjd's own `jac_to_grad` takes
+them. What differs: results are those of the definitions, without the small constants that theirs
+add, so that no scale of the rows is lost, and a row with NaN raises. Arguments that only tune an
+approximation (projector, norm_eps, epsilon, max_iters, eps, optim_niter) are accepted and not
+needed; options are no attributes. Rules that draw take a seed from torch's global generator when
+they are made, and their state is in `state_dict()`. Not here: Krum, PCD, ExcessMTL, CRMOGM, MoDo,
+SDMGrad, and `scale_mode` other than "min".
 """
 
+import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -19,13 +23,36 @@ from gradsurgery.errors import InputError
 from gradsurgery.ops import combine, gramian
 from gradsurgery.ops._inputs import check
 
+# weights that no Gramian decides
+BLIND = (surgery.Mean, surgery.Sum, surgery.Constant, surgery.Random)
 
-class Weighting(nn.Module):
-    """A rule as a function of a Gramian [m, m]."""
 
+class _Ruled(nn.Module):
     def __init__(self, rule: surgery.Rule) -> None:
         super().__init__()
         self.rule = rule
+        theirs = sys.modules.get("torchjd.aggregation")
+        if theirs is not None:  # to their code, these are of their kinds
+            theirs.Weighting.register(Weighting)
+            theirs.GramianWeightedAggregator.register(Aggregator)
+            theirs.Aggregator.register(Elementwise)
+
+    def reset(self) -> None:
+        """Forgets what former calls left, and begins again with the first draws."""
+        self.rule.load_state_dict({})
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.rule.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.rule.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rule})"
+
+
+class Weighting(_Ruled):
+    """A rule as a function of a Gramian [m, m]."""
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         check(
@@ -34,32 +61,47 @@ class Weighting(nn.Module):
         )
         return self.rule.weights(gramian).to(gramian.dtype)
 
-    def reset(self) -> None:
-        """Forgets what former calls left, and begins again with the first draws."""
-        self.rule.load_state_dict({})
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.rule})"
+class _OfMatrix(nn.Module):
+    """A weighting as a function of a matrix [m, n]."""
+
+    def __init__(self, inner: Weighting) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        m = len(matrix)
+        blind = isinstance(self.inner.rule, BLIND)
+        gram = matrix.new_zeros(m, m, dtype=torch.float64) if blind else gramian(matrix)
+        weights = self.inner(gram)
+        return weights.to(torch.float32 if matrix.dtype.itemsize == 2 else matrix.dtype)
 
 
-class Aggregator(nn.Module):
+class Aggregator(_Ruled):
     """A rule as a function of a matrix [m, n]."""
 
     def __init__(self, rule: surgery.Rule) -> None:
-        super().__init__()
-        self.rule = rule
+        super().__init__(rule)
+        self.gramian_weighting = Weighting(rule)
+        self.weighting = _OfMatrix(self.gramian_weighting)
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        check(
-            isinstance(matrix, Tensor) and matrix.dim() == 2,
-            f"matrix must be [m, n], got {list(getattr(matrix, 'shape', ()))}",
-        )
-        if not self.rule.weighted:
-            return self.rule(matrix)
-        return cast(Tensor, combine(matrix, self.rule.weights(gramian(matrix))))
+        return cast(Tensor, combine(matrix, self.weighting(_matrix(matrix))))
 
-    reset = Weighting.reset
-    __repr__ = Weighting.__repr__
+
+class Elementwise(_Ruled):
+    """A rule as a function of a matrix [m, n] that is no sum of its rows."""
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        return self.rule(_matrix(matrix))
+
+
+def _matrix(matrix: Tensor) -> Tensor:
+    check(
+        isinstance(matrix, Tensor) and matrix.dim() == 2,
+        f"matrix must be [m, n], got {list(getattr(matrix, 'shape', ()))}",
+    )
+    return matrix
 
 
 def _upgrad(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Rule:
@@ -120,6 +162,7 @@ def _random() -> surgery.Rule:
 
 
 def _graddrop(leak: float = 0.0) -> surgery.Rule:
+    check(not isinstance(leak, Tensor), "leak must be a number, the same for all rows")
     return surgery.GradDrop(leak=leak, seed=_seed())
 
 
@@ -140,6 +183,7 @@ def _kind(base: Any, name: str, make: Any) -> Any:
         base.__init__(self, make(*args, **options))
 
     init.__doc__ = f"The arguments of torchjd's {name}."
+    init.__signature__ = inspect.signature(make)
     return type(name, (base,), {"__init__": init, "__module__": __name__})
 
 
@@ -149,7 +193,7 @@ ConFIG = _kind(Aggregator, "ConFIG", _config)
 Constant = _kind(Aggregator, "Constant", _constant)
 DualProj = _kind(Aggregator, "DualProj", _dualproj)
 FairGrad = _kind(Aggregator, "FairGrad", _fairgrad)
-GradDrop = _kind(Aggregator, "GradDrop", _graddrop)
+GradDrop = _kind(Elementwise, "GradDrop", _graddrop)
 GradVac = _kind(Aggregator, "GradVac", _gradvac)
 IMTLG = _kind(Aggregator, "IMTLG", _imtlg)
 MGDA = _kind(Aggregator, "MGDA", _mgda)
@@ -158,7 +202,7 @@ NashMTL = _kind(Aggregator, "NashMTL", _nashmtl)
 PCGrad = _kind(Aggregator, "PCGrad", _pcgrad)
 Random = _kind(Aggregator, "Random", _random)
 Sum = _kind(Aggregator, "Sum", surgery.Sum)
-TrimmedMean = _kind(Aggregator, "TrimmedMean", _trimmedmean)
+TrimmedMean = _kind(Elementwise, "TrimmedMean", _trimmedmean)
 UPGrad = _kind(Aggregator, "UPGrad", _upgrad)
 
 AlignedMTLWeighting = _kind(Weighting, "AlignedMTLWeighting", _alignedmtl)
@@ -174,3 +218,38 @@ PCGradWeighting = _kind(Weighting, "PCGradWeighting", _pcgrad)
 RandomWeighting = _kind(Weighting, "RandomWeighting", _random)
 SumWeighting = _kind(Weighting, "SumWeighting", surgery.Sum)
 UPGradWeighting = _kind(Weighting, "UPGradWeighting", _upgrad)
+
+__all__ = [
+    "IMTLG",
+    "MGDA",
+    "Aggregator",
+    "AlignedMTL",
+    "AlignedMTLWeighting",
+    "CAGrad",
+    "CAGradWeighting",
+    "ConFIG",
+    "Constant",
+    "ConstantWeighting",
+    "DualProj",
+    "DualProjWeighting",
+    "FairGrad",
+    "FairGradWeighting",
+    "GradDrop",
+    "GradVac",
+    "GradVacWeighting",
+    "IMTLGWeighting",
+    "MGDAWeighting",
+    "Mean",
+    "MeanWeighting",
+    "NashMTL",
+    "PCGrad",
+    "PCGradWeighting",
+    "Random",
+    "RandomWeighting",
+    "Sum",
+    "SumWeighting",
+    "TrimmedMean",
+    "UPGrad",
+    "UPGradWeighting",
+    "Weighting",
+]
