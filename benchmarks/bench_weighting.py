@@ -1,4 +1,7 @@
-"""Rules on a Gramian, against torchjd's weightings, and a batch of them against a loop."""
+"""Rules on a Gramian, against torchjd's weightings, and a batch of them against a loop.
+
+torchjd's MGDA is approximate by design, and its NashMTL takes the rows: 5e-3 and 2 % off ours here.
+"""
 
 import warnings
 
@@ -8,6 +11,7 @@ from torchjd import aggregation as theirs
 
 import gradsurgery as gs
 from gradsurgery.ops import cone_weights
+from gradsurgery.ops.pairwise import pairwise_weights, pairwise_weights_reference, shuffled
 
 # m rows: times faster than torchjd's weighting at least
 TARGETS = {
@@ -22,6 +26,13 @@ TARGETS = {
     ("MGDA", 32): 5,
     ("CAGrad", 32): 5,
     ("NashMTL", 32): 5,
+    # what a call costs where there is little to solve
+    ("UPGrad", 3): None,
+    ("PCGrad", 3): None,
+    ("MGDA", 3): None,
+    ("IMTLG", 8): None,
+    ("AlignedMTL", 8): None,
+    ("Mean", 8): None,
 }
 ARGUMENTS = {"CAGrad": {"c": 0.5}}
 
@@ -36,7 +47,6 @@ def missed(name, gram):
     """How far the weights are from what defines them, relative to the unit rows."""
     rule = getattr(gs, name)()
     weights = rule.weights(gram)
-    scale = gram.diagonal().rsqrt()
     if name == "UPGrad":
         return cone_weights(gram, -gram)[1].max().item()
     if name == "DualProj":
@@ -51,7 +61,13 @@ def missed(name, gram):
         mean = torch.full_like(weights, 1 / len(gram))
         apart = weights - mean
         return (((apart @ gram @ apart) / (mean @ gram @ mean)).sqrt() / 0.5 - 1).abs().item()
-    return (scale * 0).max().item()
+    if name in ("PCGrad", "GradVac"):  # against the same visits in plain torch
+        order = shuffled(torch.rand(gram.shape))
+        targets = torch.zeros_like(gram) if name == "GradVac" else None
+        expected, _ = pairwise_weights_reference(gram, order, targets, 0.5)
+        found, _ = pairwise_weights(gram, order, targets, 0.5)
+        return ((found - expected).abs().max() / expected.abs().max()).item()
+    return (weights - getattr(theirs, f"{name}Weighting")()(gram)).abs().max().item()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -72,7 +88,7 @@ def bench_weighting(compare, name, m):
             {"torchjd": rival},
             nbytes=gram.nbytes,
             error=missed(name, gram),
-            target={"torchjd": TARGETS[name, m]},
+            target={"torchjd": TARGETS[name, m]} if TARGETS[name, m] else None,
             rounds=5 if m > 200 else 15,
         )
 

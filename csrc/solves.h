@@ -225,7 +225,7 @@ struct Bargaining {
         square += y[i] * product[i];
         lengths += y[i] * std::sqrt(size[i]);
       }
-      if (round > 0 && square <= rtol * rtol * lengths * lengths) {
+      if (round > 0 && square * m <= rtol * rtol * lengths * lengths) {
         break;  // this positive combination of rows vanishes
       }
       // the last step is from where it is small, for its square is left then, or shrinks no more

@@ -124,10 +124,12 @@ def diagnose(rows: Tensor | Jacobian, labels: list[str] | None = None) -> Diagno
     values = torch.linalg.eigvalsh(cosines).clamp_min(0).sqrt() if m else norms
     shares = values / values.sum() if bool(values.any()) else values
     # each row against all others: it is zero in its own Gramian
-    others = cosines * (1 - torch.eye(m)[:, :, None]) * (1 - torch.eye(m)[:, None, :])
-    products = cosines * (1 - torch.eye(m))
-    c, _, _ = projection_weights(others.to(gramian.dtype), products)
-    removed = (c * products).sum(-1).clamp(0, 1).sqrt()
+    apart, removed = 1 - torch.eye(m, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
+    for rows_of in torch.arange(m).split(64):  # m Gramians of m rows at once would be large
+        others = cosines * apart[rows_of, :, None] * apart[rows_of, None, :]
+        products = cosines[rows_of] * apart[rows_of]
+        c, _, _ = projection_weights(others.to(gramian.dtype), products)
+        removed[rows_of] = (c * products).sum(-1).clamp(0, 1).sqrt()
     _, rank, _ = projection_weights(cosines.to(gramian.dtype), torch.zeros(m))
     frozen = []
     if not isinstance(rows, Tensor):

@@ -66,8 +66,9 @@ class Surgeon:
 
     A plain object: the model keeps no wrapper and no hook, and `.grad` is after a step what it
     was before. Where a loss, the rule or code hung on the optimizer raises, the model's buffers,
-    its parameters, `.grad` and the optimizer are as they were. Not undone: what a forward pass does
-    to parameters, and an interrupt in the middle of torch's own `optimizer.step()`.
+    its parameters, `.grad`, the optimizer and what the rule remembers are as they were. Not undone:
+    what a forward pass does to parameters, and an interrupt in the middle of torch's own
+    `optimizer.step()`.
 
     Args:
         model: in the mode (train or eval) its losses are wanted in.
@@ -154,8 +155,14 @@ class Surgeon:
             )
         for part, given in parts.items():
             batch_size(given, part)
-        with _buffers_undone_by_errors(self.model):
-            return self._step(parts, loss, start)
+        remembered = dict(self.rule._state)  # tensors in it are replaced, never changed
+        try:
+            with _buffers_undone_by_errors(self.model):
+                return self._step(parts, loss, start)
+        except BaseException:
+            self.rule._state.clear()
+            self.rule._state.update(remembered)
+            raise
 
     def _step(self, parts: dict[str, Any], loss: Loss, start: float) -> StepInfo:
         rows = self._captured if self.rows == "captured" else self._stored

@@ -178,13 +178,14 @@ def test_a_head_is_trained_by_its_own_task():
 
 
 def test_what_no_loss_reaches_does_not_decay():
-    model = nn.ModuleDict({"used": nn.Linear(5, 3), "unused": nn.Linear(5, 3)}).double()
+    used, unused = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+    model = nn.ModuleList([used, unused])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
-    before = model["unused"].weight.detach().clone()
+    before = unused.weight.detach().clone()
     for rule in (gs.UPGrad(), gs.GradDrop()):
         surgeon = gs.Surgeon(model, optimizer, rule)
-        surgeon.step(batch=batch_of(4), loss=lambda m, b: per_task(m["used"], b))
-    assert torch.equal(model["unused"].weight, before)
+        surgeon.step(batch=batch_of(4), loss=lambda m, b: per_task(used, b))
+    assert torch.equal(unused.weight, before)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -195,6 +196,25 @@ def test_sixteen_bits(name):
     surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), make(name, 3))
     surgeon.step(batch=batch, loss=per_task, **given)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", [n for n in TASKS if RULES[n].remembers])
+def test_a_step_that_fails_leaves_the_rule_as_it_was(name):
+    model, rule = network(), make(name, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    surgeon = gs.Surgeon(model, optimizer, rule)
+    surgeon.step(batch=batch_of(4), loss=per_task)
+    before, weights = rule.state_dict(), copy.deepcopy(model.state_dict())
+
+    def fails(*_):
+        raise RuntimeError("no step")
+
+    hook = optimizer.register_step_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="no step"):
+        surgeon.step(batch=batch_of(4), loss=per_task)
+    hook.remove()
+    assert all(torch.equal(rule.state_dict()[name], value) for name, value in before.items())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
 
 
 def test_conflicts_are_with_what_the_update_does():

@@ -17,8 +17,9 @@ def bargaining_weights(gramian: Tensor, power: float = 1.0, *, rtol: float | Non
     convex: Newton's method with a line search, to rounding, at any scale of the rows.
 
     Zero rows get weight zero, as players with nothing at stake. If a positive combination of rows
-    vanishes, its norm rtol times the sum of theirs or less, there is no such w that the Gramian
-    could tell, and all weights are zero.
+    vanishes, its norm rtol / sqrt(m) of the sum of theirs or less, there is no such w that the
+    Gramian could tell, and all weights are zero; so they are where Newton's equations are singular
+    to rounding, as of parallel rows beside ones a million times larger, for a power above 3.
 
     Args:
         gramian: K, [..., m, m].
@@ -51,7 +52,7 @@ def bargaining_weights_reference(gramian: Tensor, power: float, rtol: float) -> 
         barrier = -y.log() if power == 1 else y ** (1 - power) / (power - 1)
         return (y * (matrix @ y[..., None]).squeeze(-1)).sum(-1) / 2 + (size * barrier).sum(-1)
 
-    y = torch.ones_like(square)
+    y, m = torch.ones_like(square), square.shape[-1]
     shape = square.shape[:-1]
     solved = torch.zeros(shape, dtype=torch.bool, device=gramian.device)
     stopped, last = solved.clone(), torch.zeros(shape, dtype=y.dtype, device=y.device)
@@ -65,7 +66,7 @@ def bargaining_weights_reference(gramian: Tensor, power: float, rtol: float) -> 
         gradient = product - pull
         step = -torch.linalg.solve_ex(unit, (gradient * root)[..., None])[0].squeeze(-1) * root
         change = (step.abs() / y).amax(-1)
-        vanishes = (y * product).sum(-1) <= (rtol * (y * size.sqrt()).sum(-1)) ** 2
+        vanishes = (y * product).sum(-1) * m <= (rtol * (y * size.sqrt()).sum(-1)) ** 2
         stopped = stopped | ((vanishes | ~change.isfinite()) & (step_number > 0))
         length = (0.9 / (-step / y).amax(-1).clamp_min(0.9)).clamp_max(1)
         before, decrease = value(y), -(step * gradient).sum(-1)

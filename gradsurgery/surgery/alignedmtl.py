@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from gradsurgery.ops import eigen, projection_weights
 from gradsurgery.surgery.rule import Rule, preference
+from gradsurgery.surgery.spectral import InverseRoot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +33,4 @@ class AlignedMTL(Rule):
         given = preference(self.preference, gram)
         if gram.shape[-1] == 0:
             return gram.new_zeros(gram.shape[:-1])
-        values, vectors = eigen(gram)
-        # how many are not zero is asked of the unit rows: a small row is no zero row
-        _, rank, _ = projection_weights(gram, torch.zeros_like(gram[..., 0]), rtol=rtol)
-        places = torch.arange(gram.shape[-1], device=gram.device)
-        counts = (places >= gram.shape[-1] - rank.unsqueeze(-1)) & (values > 0)
-        least = torch.where(counts, values, torch.inf).amin(-1, keepdim=True)
-        root = torch.where(counts, (least / torch.where(counts, values, least)).sqrt(), 0)
-        return ((vectors @ given) * root).unsqueeze(-2).matmul(vectors).squeeze(-2)
+        return (InverseRoot.apply(gram, rtol) @ given.unsqueeze(-1)).squeeze(-1)

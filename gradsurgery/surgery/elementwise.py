@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, wide
 from gradsurgery.surgery.rule import (
     Index,
     Rows,
@@ -43,13 +43,22 @@ class Elementwise(Rule):
     ) -> Solution:
         raise InputError(f"{type(self).__name__} has no weights: call it on rows")
 
-    def __call__(self, rows: Rows, *given: Index, **roles: Any) -> Any:
-        jacobian = as_jacobian(rows)
+    def __call__(self, given_rows: Rows, *given: Index, **roles: Any) -> Any:
+        jacobian = as_jacobian(given_rows)
         named = self._named(given, roles)
         blocks = jacobian.blocks if isinstance(jacobian, DenseJacobian) else _formed(jacobian)
-        update = self._edit([b.reshape(jacobian.m, -1) for b in blocks], **named)
-        update = [u.view(b.shape[1:]) for u, b in zip(update, blocks, strict=True)]
-        return update[0] if isinstance(rows, Tensor) else update
+        for k, block in enumerate(blocks):
+            finite = block.isfinite().flatten(1).all(1) if block.numel() else block.new_ones(0) > 0
+            if not bool(finite.all()):
+                row = int((~finite).nonzero()[0])
+                raise NonFiniteError(f"row {row} is not finite in {jacobian.names[k]}")
+        shapes = [block.shape[1:] for block in blocks]
+        if jacobian.m:
+            rows = [b.reshape(jacobian.m, s.numel()) for b, s in zip(blocks, shapes, strict=True)]
+            update = [u.view(s) for u, s in zip(self._edit(rows, **named), shapes, strict=True)]
+        else:
+            update = [b.new_zeros(s) for b, s in zip(blocks, shapes, strict=True)]
+        return update[0] if isinstance(given_rows, Tensor) else update
 
     def _edit(self, *args: Any, **roles: Any) -> list[Tensor]:
         """(blocks, **roles): [n_k] each, from rows [m, n_k] each."""
@@ -90,15 +99,17 @@ class GradDrop(Elementwise):
     def _edit(self, blocks: list[Tensor]) -> list[Tensor]:
         update = []
         for rows in blocks:
-            size = rows.abs().sum(0)
-            purity = (1 + torch.where(size > 0, rows.sum(0) / size, 0)) / 2
-            shape = size.shape
+            values = wide(rows)  # a draw rounded to 16 bits may be 1
+            size = values.abs().sum(0)
+            nonzero = size > 0
+            purity = torch.where(nonzero, values.sum(0) / torch.where(nonzero, size, 1), 0)
+            purity, shape = (1 + purity) / 2, size.shape
             drawn = self._draw(
                 self.seed, lambda g, shape=shape: torch.rand(shape, device="cpu", generator=g)
             ).to(purity)
             stays = ((purity > drawn) & (rows > 0)) | ((purity < drawn) & (rows < 0))
-            kept = rows * (self.leak + (1 - self.leak) * stays.to(rows.dtype))
-            update.append(kept.sum(0))
+            kept = values * (self.leak + (1 - self.leak) * stays.to(values.dtype))
+            update.append(kept.sum(0).to(rows.dtype))
         return update
 
 
@@ -124,7 +135,8 @@ class SignAgreement(Elementwise):
 
     def _edit(self, blocks: list[Tensor]) -> list[Tensor]:
         return [
-            rows.mean(0) * (rows.sign().mean(0).abs() >= self.threshold - 1e-6) for rows in blocks
+            rows.mean(0) * (rows.sign().float().mean(0).abs() >= self.threshold - 1e-6)
+            for rows in blocks
         ]
 
 
@@ -200,7 +212,8 @@ class SAGO(ElementwisePair):
 
     def _edit(self, blocks: list[Tensor], forget: Index = 0) -> list[Tensor]:
         return [
-            torch.where(f * r < 0, 0, self.gamma * f) + torch.where(f * r > 0, 0, self.alpha * r)
+            torch.where(f.sign() * r.sign() < 0, 0, self.gamma * f)
+            + torch.where(f.sign() * r.sign() > 0, 0, self.alpha * r)
             for f, r in self._pairs(blocks, forget)
         ]
 
@@ -231,14 +244,13 @@ class SalUn(ElementwisePair):
         pairs = self._pairs(blocks, forget)
         sizes = [f.abs() for f, _ in pairs]
         if self.granularity == "model":
-            bounds = [self._bound(torch.cat(sizes))] * len(sizes)
+            counts = [len(size) for size in sizes]
+            masks = self._largest(torch.cat(sizes)).split(counts)
         else:
-            bounds = [self._bound(size) for size in sizes]
-        return [
-            (f + r) * (size >= bound)
-            for (f, r), size, bound in zip(pairs, sizes, bounds, strict=True)
-        ]
+            masks = [self._largest(size) for size in sizes]
+        return [(f + r) * mask for (f, r), mask in zip(pairs, masks, strict=True)]
 
-    def _bound(self, sizes: Tensor) -> Tensor:
-        keep = round(self.share * len(sizes))
-        return sizes.topk(max(keep, 1)).values[-1] if len(sizes) else sizes.sum()
+    def _largest(self, sizes: Tensor) -> Tensor:
+        mask = torch.zeros_like(sizes, dtype=torch.bool)
+        mask[sizes.topk(round(self.share * len(sizes))).indices] = True
+        return mask

@@ -14,7 +14,7 @@ from gradsurgery.surgery.rule import Rule
 class FairGrad(Rule):
     """Weights w > 0 with K w = w^(-1 / alpha), the alpha-fair share of the rows' gains.
 
-    Found exactly, as Nash-MTL's, which is alpha = 1. Where a positive combination of rows
+    Found as Nash-MTL's, which is alpha = 1; below alpha = 0.3 rounding may hide it. Where a positive combination of rows
     vanishes there is no solution; the update is zero then.
 
     Args:

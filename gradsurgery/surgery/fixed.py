@@ -19,7 +19,7 @@ class Mean(Rule):
     properties: ClassVar[frozenset[str]] = frozenset({"equivariant", "linear"})
 
     def _weights(self, gram: Tensor, rtol: float) -> Tensor:
-        return torch.full_like(gram[..., 0], 1 / max(gram.shape[-1], 1))
+        return gram.new_full(gram.shape[:-1], 1 / max(gram.shape[-1], 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Sum(Rule):
     properties: ClassVar[frozenset[str]] = frozenset({"equivariant", "linear"})
 
     def _weights(self, gram: Tensor, rtol: float) -> Tensor:
-        return torch.ones_like(gram[..., 0])
+        return gram.new_ones(gram.shape[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)

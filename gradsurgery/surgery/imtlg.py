@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.ops import eigen
+from gradsurgery.surgery.pair import inverse_norms
 from gradsurgery.surgery.rule import Rule, preference
+from gradsurgery.surgery.spectral import PseudoInverse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,9 @@ class ConFIG(Rule):
         given = None if self.preference is None else preference(self.preference, gram)
         weights, products = equal_cosines(gram, rtol, given)
         square = (weights * products).sum(-1, keepdim=True)  # |u|²
-        length = torch.where(square > 0, products.sum(-1, keepdim=True) / square, 0)
+        nonzero = square > 0
+        length = products.sum(-1, keepdim=True) / torch.where(nonzero, square, 1)
+        length = torch.where(nonzero, length, 0)
         return weights * length
 
 
@@ -66,13 +69,11 @@ def equal_cosines(gram: Tensor, rtol: float, given: Tensor | None = None) -> tup
 
     `given` [m] in place of 1.
     """
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(squares > 0, torch.where(squares > 0, squares, 1).rsqrt(), 0)
-    unit = gram * scale[..., :, None] * scale[..., None, :]
-    values, vectors = eigen(unit)
-    counts = values > rtol**2 * values.amax(-1, keepdim=True) if values.shape[-1] else values > 0
-    inverse = torch.where(counts, 1 / torch.where(counts, values, 1), 0)
+    scale = inverse_norms(gram)
     wanted = (scale > 0).double() * (1 if given is None else given)
-    along = vectors @ wanted.unsqueeze(-1)  # [..., k, 1]
-    weights = (vectors.mT @ (inverse.unsqueeze(-1) * along)).squeeze(-1) * scale
+    inverse = PseudoInverse.apply(gram * scale[..., :, None] * scale[..., None, :], rtol)
+    weights = (inverse @ wanted.unsqueeze(-1)).squeeze(-1)
+    # of opposed rows nothing is left but rounding
+    size = (inverse.abs() @ wanted.abs().unsqueeze(-1)).squeeze(-1)
+    weights = torch.where(weights.abs() > rtol**2 * size, weights, 0) * scale
     return weights, (gram @ weights.unsqueeze(-1)).squeeze(-1)

@@ -43,5 +43,5 @@ class NashMTL(Rule):
         if self.max_norm is None:
             return weights
         square = (weights.unsqueeze(-2) @ gram @ weights.unsqueeze(-1)).squeeze(-1)
-        longest = square.clamp_min(0).sqrt().clamp_min(self.max_norm)
+        longest = square.clamp_min(self.max_norm**2).sqrt()
         return weights * (self.max_norm / longest)

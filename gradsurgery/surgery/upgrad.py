@@ -19,7 +19,8 @@ class UPGrad(Rule):
     quadratic programs are solved, all against one Gramian, and nothing is added to it.
 
     Args:
-        preference: weights of the projected rows, [m], 0 or more; None for 1 / m each.
+        preference: weights of the projected rows, [m], 0 or more, those of memory rows unused;
+            None for 1 / m each.
 
     Rows named in `memory`, past directions, must not be opposed either, but ask for nothing.
 

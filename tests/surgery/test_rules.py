@@ -156,10 +156,37 @@ def test_fairgrad_shares_the_gain(alpha, impl):
     torch.testing.assert_close((gram @ weights) ** -alpha, weights)
 
 
+@pytest.mark.parametrize("name", ["nashmtl", "fairgrad"])
+def test_coarse_gramians_are_not_taken_for_opposed_rows(name, impl):
+    gram = (torch.eye(16) + 0.02 * torch.rand(16, 16)).mT.triu()
+    gram = gram + gram.triu(1).mT
+    coarse, fine = (make(name).weights(g) for g in (gram.half(), gram.half().double()))
+    torch.testing.assert_close(coarse, fine)
+    assert (fine > 0).all()
+
+
 def test_nashmtl_shortens(impl):
     rows = signed(gaussian(4, 9))
     assert gs.NashMTL()(rows).norm() == pytest.approx(2)  # sqrt(m)
     assert gs.NashMTL(max_norm=0.5)(rows).norm() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["imtlg", "config"])
+def test_of_opposed_rows_nothing_is_left(name, impl):
+    for scale in torch.rand(50).tolist():
+        g = gaussian(2, 7)
+        for rows in (torch.cat([g[:1], -scale * g[:1]]), torch.cat([g, -g])):
+            assert make(name)(rows).norm() <= 1e-7 * rows.norm()
+
+
+@pytest.mark.parametrize("ratio", [1e6, 1e9, 1e12])
+def test_alignedmtl_tells_a_small_row_from_a_dependent_one(ratio, impl):
+    if impl == "torch":
+        pytest.skip("torch's eigh resolves eigenvalues to rounding of the largest only")
+    q = torch.linalg.qr(gaussian(6, 3)).Q.mT
+    rows = torch.stack([ratio * q[0], ratio * q[1], ratio * (0.6 * q[0] + 0.8 * q[1]), q[2]])
+    update = gs.AlignedMTL(preference=[0, 0, 0, 1.0])(rows)
+    torch.testing.assert_close(update, q[2], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["conflicting", "graded", "tiny", "huge"])
@@ -374,6 +401,33 @@ def test_gradients(name, impl):
     )
 
 
+@pytest.mark.parametrize("gram", [torch.eye(3), torch.diag(torch.tensor([1.0, 4, 4]))])
+@pytest.mark.parametrize("name", ["imtlg", "config", "alignedmtl"])
+def test_gradients_where_eigenvalues_are_equal(name, gram, impl):
+    gram, rule = gram.double(), make(name)
+    direction = torch.randn(3, 3).double()
+    direction = direction + direction.mT
+    if name == "alignedmtl":
+        direction[0] = direction[:, 0] = 0  # the least eigenvalue stays the only one of its value
+        if gram[1, 1] == 1:
+            return
+    variable = gram.clone().requires_grad_()
+    probe = torch.tensor([1.0, 10, 100], dtype=torch.float64)
+    (rule.weights(variable) @ probe).backward()
+    step = 1e-5
+    ends = [rule.weights(gram + s * step * direction) @ probe for s in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * step)
+    assert float((variable.grad * direction).sum()) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["imtlg", "config", "nashmtl", "alignedmtl"])
+def test_gradients_of_nothing_are_zero(name, impl):
+    gram = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
+    options = {"max_norm": 1.0} if name == "nashmtl" else {}
+    make(name, **options).weights(gram).sum().backward()
+    assert not gram.grad.any()
+
+
 @pytest.mark.parametrize("name", ["pcgrad", "gradvac", "cagrad"])
 def test_no_gradient_rather_than_a_wrong_one(name, impl):
     rows = signed(gaussian(4, 9)).requires_grad_()
@@ -487,6 +541,46 @@ def test_graddrop_keeps_one_sign(impl):
     purity = positive / (positive - negative)
     assert float(up.double().mean()) == pytest.approx(float(purity.mean()), abs=0.03)
     torch.testing.assert_close(gs.GradDrop(leak=1.0)(rows), rows.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_elementwise_rules_in_sixteen_bits(dtype, impl):
+    ones = torch.ones(2, 100_000, dtype=dtype)
+    assert torch.equal(gs.GradDrop()(ones), ones.sum(0))  # no draw is rounded up to 1
+    small = torch.tensor([[-1e-4, 1e-4], [-1e-4, -1e-4]], dtype=dtype)  # products underflow
+    update = gs.SAGO(gamma=2.0, alpha=3.0)(small)
+    assert update.tolist() == (torch.tensor([3.0, 2.0], dtype=dtype) * small[1]).tolist()
+    many = torch.ones(1024, 1, dtype=dtype)
+    many[0] = -1
+    assert not gs.SignAgreement()(many).any()
+    assert all(
+        make(name)(torch.randn(4, 6).to(dtype)).dtype == dtype
+        for name in RULES
+        if not weighted(name)
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in RULES if not weighted(n)])
+def test_elementwise_rules_name_a_row_that_is_not_finite(name):
+    rows = torch.randn(4, 3)
+    rows[1, 2] = float("nan")
+    with pytest.raises(gs.NonFiniteError, match="row 1 is not finite in 0"):
+        make(name)(rows)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_no_rows_at_all(name):
+    if (RULES[name].roles and "memory" not in RULES[name].roles) or name in ("gem", "agem"):
+        return
+    if name == "orthograd":
+        return
+    assert make(name, 0)(torch.zeros(0, 5)).tolist() == [0] * 5
+
+
+def test_salun_keeps_its_share_where_gradients_tie():
+    f = torch.tensor([1.0] + [0] * 9)
+    update = gs.SalUn(objective="lower")(torch.stack([f, torch.ones(10)]))
+    assert (update != 0).sum() == 5
 
 
 def test_signs_agree_or_nothing_moves(impl):
