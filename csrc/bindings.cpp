@@ -200,6 +200,11 @@ void conflict_averse_weights_cpu(const Tensor& gramian, const Tensor& weights, d
   GRADSURGERY_SELECT(conflict_averse_weights)(gram, w, batch, m, c, rtol, noise, threads);
 }
 
+bool all_finite_cpu(const Tensor& values) {
+  const double* first = contiguous(values, values.numel(), "values");
+  return GRADSURGERY_SELECT(all_finite)(first, values.numel());
+}
+
 void shuffle_cpu(const Tensor& draws, const Tensor& order) {
   check(draws.ndim >= 1 && draws.is_contiguous() && draws.device == Device::cpu &&
             order.numel() == draws.numel() && order.is_contiguous() && order.device == Device::cpu,
@@ -289,6 +294,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("conflict_averse_weights_cpu", &conflict_averse_weights_cpu, py::arg("gramian"),
              py::arg("weights"), py::arg("c"), py::arg("rtol"), py::arg("noise"),
              py::arg("threads"));
+  module.def("all_finite_cpu", &all_finite_cpu, py::arg("values"));
   module.def("shuffle_cpu", &shuffle_cpu, py::arg("draws"), py::arg("order"));
   module.def("pairwise_weights_cpu", &pairwise_weights_cpu, py::arg("gramian"), py::arg("order"),
              py::arg("targets"), py::arg("coefficients"), py::arg("beta"), py::arg("threads"));

@@ -1,6 +1,8 @@
 #include "weighting.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <numeric>
 #include <vector>
 
@@ -44,6 +46,15 @@ void cone_weights(const double* gramian, const double* products, double* coeffic
 void conflict_averse_weights(const double* gramian, double* weights, std::int64_t batch,
                              std::int64_t m, double c, double rtol, double noise, int threads) {
   run(dense::ConflictAverse{gramian, weights, batch, m, c, rtol, noise}, threads);
+}
+
+bool all_finite(const double* values, std::int64_t count) {
+  constexpr std::uint64_t exponent = std::uint64_t{0x7ff} << 52;
+  std::uint64_t found = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    found |= (std::bit_cast<std::uint64_t>(values[i]) & exponent) == exponent ? 1 : 0;
+  }
+  return found == 0;
 }
 
 void shuffle(const float* draws, std::int64_t* order, std::int64_t batch, std::int64_t m) {

@@ -25,6 +25,9 @@ GRADSURGERY_DECLARE(void conflict_averse_weights(const double* gramian, double* 
                                                  std::int64_t batch, std::int64_t m, double c,
                                                  double rtol, double noise, int threads))
 
+// Whether no value is NaN or infinite: one thread, which need not wake others.
+GRADSURGERY_DECLARE(bool all_finite(const double* values, std::int64_t count))
+
 // Permutations of 0 .. m - 1 [b, m] from numbers in [0, 1) [b, m]: Fisher and Yates's shuffle.
 GRADSURGERY_DECLARE(void shuffle(const float* draws, std::int64_t* order, std::int64_t batch,
                                  std::int64_t m))

@@ -14,8 +14,8 @@ from gradsurgery.surgery.rule import Rule
 class FairGrad(Rule):
     """Weights w > 0 with K w = w^(-1 / alpha), the alpha-fair share of the rows' gains.
 
-    Found as Nash-MTL's, which is alpha = 1; below alpha = 0.3 rounding may hide it. Where a positive combination of rows
-    vanishes there is no solution; the update is zero then.
+    Found as Nash-MTL's, which is alpha = 1; below alpha = 0.3 rounding may hide it. Where a
+    positive combination of rows vanishes there is no solution; the update is zero then.
 
     Args:
         alpha: above 0: towards 0 the sum of gains counts, 1 is proportional, beyond, the least
