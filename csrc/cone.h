@@ -160,22 +160,27 @@ struct Cone {
     team.sync();
   }
 
-  // x = z on the set, 0 elsewhere, corrected once
+  // x = z on the set, 0 elsewhere
   GRADSURGERY_HOST_DEVICE void accept(std::int64_t k) {
     for (std::int64_t i = team.thread(); i < m; i += team.threads()) {
       x[i] = 0;
     }
     team.sync();
-    for (int pass = 0; pass < 2; ++pass) {
-      for (std::int64_t i = team.thread(); i < k; i += team.threads()) {
-        x[at[i]] += z[i];
-      }
-      team.sync();
-      find_gradient(k);
-      if (pass == 0) {
-        solve_set(gradient, k);
-      }
+    add(k);
+  }
+
+  GRADSURGERY_HOST_DEVICE void add(std::int64_t k) {
+    for (std::int64_t i = team.thread(); i < k; i += team.threads()) {
+      x[at[i]] += z[i];
     }
+    team.sync();
+    find_gradient(k);
+  }
+
+  // What is left of the gradient on the set, solved for too.
+  GRADSURGERY_HOST_DEVICE void correct(std::int64_t k) {
+    solve_set(gradient, k);
+    add(k);
   }
 
   GRADSURGERY_HOST_DEVICE bool exchange() {
@@ -190,6 +195,8 @@ struct Cone {
         wrong += standing[i] == 1 ? x[i] < 0 : scale[i] > 0 && gradient[i] > most;
       }
       if (wrong == 0) {
+        team.sync();  // all have counted
+        correct(k);
         return true;
       }
       if (wrong < fewest) {
@@ -235,6 +242,7 @@ struct Cone {
           return;  // no minimum: x may grow without end
         }
         accept(k);
+        correct(k);
         continue;
       }
       ++k;
@@ -250,6 +258,7 @@ struct Cone {
       }
       k = retreat(k);
       accept(k);
+      correct(k);
       for (std::int64_t i = thread; i < m; i += threads) {
         standing[i] = standing[i] < 0 && scale[i] > 0 ? 0 : standing[i];
       }
