@@ -24,7 +24,7 @@ from gradsurgery.jacobian import (
     trainable,
 )
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery import Rule, Solution
+from gradsurgery.surgery import InputProjection, Rule, Solution
 
 # Tokens of both batches up to which they go together: reading the parameters twice then costs more
 # than large activations do. Measured on two threads: 512 tokens 12 % faster together, 2048 3 % and
@@ -82,6 +82,7 @@ class Surgeon:
             batch, nor on how many there are. None: where that is faster, on few tokens. False:
             always a pass each.
         chunk_size: stored rows only: samples differentiated at a time.
+        project: keeps every update off inputs observed (`OWM`, `NullSpace`).
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Surgeon:
         rows: Literal["captured", "stored"] = "captured",
         together: bool | None = None,
         chunk_size: int = 32,
+        project: InputProjection | None = None,
     ) -> None:
         check(rows in ("captured", "stored"), f"rows must be 'captured' or 'stored', got {rows!r}")
         for name, given, kind in (
@@ -104,6 +106,11 @@ class Surgeon:
             check(isinstance(given, kind), f"{name} must be a {kind.__name__}, got {got}")
         self.model, self.optimizer, self.rule = model, optimizer, rule
         self.rows, self.together, self.chunk_size = rows, together, chunk_size
+        check(
+            project is None or isinstance(project, InputProjection),
+            f"project must be an OWM or a NullSpace, got {type(project).__name__}",
+        )
+        self.project = project
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.parameters = trainable(model, held)
         plain = isinstance(optimizer, torch.optim.Adam) and not any(
@@ -172,12 +179,17 @@ class Surgeon:
             given["memory"] = slice(jacobian.m - counts["memory"], None)
         if "retain_loss" in self.rule.roles:
             given["retain_loss"] = losses["retain"].mean()
+        update: Any
         if self.rule.weighted:
             solution = self.rule.solve(jacobian, metric=self._metric(jacobian.names), **given)
-            self._apply(jacobian, solution.weights)
+            update = solution.weights
         else:
             solution = Solution(torch.empty(0), jacobian.gramian())
-            self._apply(jacobian, self.rule(jacobian, **given))
+            update = self.rule(jacobian, **given)
+        if self.project is not None:
+            whole = jacobian.combine(update) if self.rule.weighted else update
+            update = self.project(jacobian.names, whole)
+        self._apply(jacobian, update)
 
         gram = solution.gramian
         norms = gram.diagonal().sqrt()

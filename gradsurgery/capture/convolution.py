@@ -82,7 +82,7 @@ class ConvolutionUse(Use):
         right = patches.permute(0, 2, 1, 4, 3).flatten(2, 3)
         if g.groups == 1:
             left, right = left.squeeze(1), right.squeeze(1)
-        return MatrixUse(left, right, self.rows)
+        return MatrixUse(left, right, self.rows, "left" if g.transposed else "right")
 
     def best(self) -> Use:
         """Itself, or its patches where they are few: each sample's convolution costs more then."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
+from gradsurgery.capture.moments import Moment, moment
 from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.uses import RowsUse, Use, joined
@@ -235,6 +236,15 @@ class FactoredJacobian:
         if not bool(weights.isfinite().all()):
             raise InputError(f"weights must be finite, got {weights.tolist()}")
         return weights.detach().to(self.parameters[0].device).expand(count, m)
+
+    def input_moments(self) -> list[Moment | None]:
+        """Of each parameter that multiplies activations, the sum of x xᵀ over their tokens.
+
+        As rules need it that keep updates off the inputs seen. None for biases, norms, embeddings,
+        grouped convolutions, and what parameters are computed from.
+        """
+        self._need_pairs("input_moments")
+        return [moment(uses) for uses in self._uses]
 
     def _need_pairs(self, what: str) -> None:
         if self._released:

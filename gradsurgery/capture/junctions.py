@@ -234,7 +234,7 @@ def matmul(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
             return None
         x = node._saved_mat1 if add else node._saved_self
         return lambda grad: MatrixUse(
-            blocks(x, axis), blocks(_times(alpha, grad), axis), layout.rows
+            blocks(x, axis), blocks(_times(alpha, grad), axis), layout.rows, "left"
         )
     if axis is not None and axis.dim != 1:
         return None
@@ -258,7 +258,7 @@ def bmm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> F
 
     def finish(grad: Tensor) -> Use:
         one, other = (blocks(side(grad), along, 1) for side in (left, right))
-        return MatrixUse(one, other, layout.rows)
+        return MatrixUse(one, other, layout.rows, "left" if k == 1 else "right")
 
     return finish
 

@@ -7,7 +7,7 @@ smaller than activations.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,12 +164,16 @@ def plane_of(shape: Sequence[int]) -> tuple[int, int]:
 class MatrixUse(Use):
     """G_k = left_k^T right_k over the tokens of block k: linear layers.
 
-    left [n, T, a], right [n, T, b]; or [n, g, T, .] for g matrices, one below the other.
+    left [n, T, a], right [n, T, b]; or [n, g, T, .] for g matrices, one below the other. `inputs`
+    says which of them are activations.
     """
 
     tensors = ("left", "right")
 
-    def __init__(self, left: Tensor, right: Tensor, rows: Tensor) -> None:
+    def __init__(
+        self, left: Tensor, right: Tensor, rows: Tensor, inputs: Literal["left", "right"] = "right"
+    ) -> None:
+        self.inputs = inputs
         self.left, self.right = left.detach().resolve_neg(), right.detach().resolve_neg()
         self.rows = rows
         self.grain = left.shape[-1] if left.dim() == 4 else 1
@@ -187,7 +191,8 @@ class MatrixUse(Use):
         return super().wide()
 
     def transposed(self) -> "MatrixUse":
-        return MatrixUse(self.right, self.left, self.rows)
+        turned = "left" if self.inputs == "right" else "right"
+        return MatrixUse(self.right, self.left, self.rows, turned)
 
     def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
         left, right = wide(self.left), wide(self.right)

@@ -15,6 +15,7 @@ from gradsurgery.surgery.gem import AGEM, GEM
 from gradsurgery.surgery.gradvac import GradVac
 from gradsurgery.surgery.gru import GRU
 from gradsurgery.surgery.imtlg import IMTLG, ConFIG
+from gradsurgery.surgery.inputs import OWM, InputProjection, NullSpace
 from gradsurgery.surgery.ltu import LTUHarmonize
 from gradsurgery.surgery.mgda import MGDA
 from gradsurgery.surgery.munba import MUNBa
@@ -35,8 +36,39 @@ RULES: dict[str, type[Rule]] = {
 }  # fmt: skip
 
 __all__ = [
-    "AGEM", "BLUR", "GDRGMA", "GEM", "GRU", "IMTLG", "MGDA", "RULES", "SAGO", "AlignedMTL",
-    "CAGrad", "ConFIG", "Constant", "DualProj", "FairGrad", "GradDrop", "GradVac", "LTUHarmonize",
-    "MUNBa", "Mean", "NGDiff", "NashMTL", "OrthoGrad", "PCGrad", "Random", "Rule", "SalUn",
-    "SignAgreement", "Solution", "Sum", "TrimmedMean", "UPGrad",
+    "AGEM",
+    "BLUR",
+    "GDRGMA",
+    "GEM",
+    "GRU",
+    "IMTLG",
+    "MGDA",
+    "OWM",
+    "RULES",
+    "SAGO",
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
+    "Constant",
+    "DualProj",
+    "FairGrad",
+    "GradDrop",
+    "GradVac",
+    "InputProjection",
+    "LTUHarmonize",
+    "MUNBa",
+    "Mean",
+    "NGDiff",
+    "NashMTL",
+    "NullSpace",
+    "OrthoGrad",
+    "PCGrad",
+    "Random",
+    "Rule",
+    "SalUn",
+    "SignAgreement",
+    "Solution",
+    "Sum",
+    "TrimmedMean",
+    "UPGrad",
 ]  # fmt: skip
