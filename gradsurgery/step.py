@@ -117,7 +117,7 @@ class Surgeon:
             group["amsgrad"] for group in optimizer.param_groups
         )
         check(
-            getattr(rule, "precondition", None) is None or plain,
+            rule.precondition is None or plain,
             "precondition='optimizer' needs Adam or AdamW without amsgrad, "
             f"got {type(optimizer).__name__}",
         )
@@ -336,7 +336,7 @@ class Surgeon:
 
     def _metric(self, names: list[str]) -> list[Tensor] | None:
         """lr / (sqrt(v) + eps) per parameter, of the steps taken so far; None before the first."""
-        if getattr(self.rule, "precondition", None) is None:
+        if self.rule.precondition is None:
             return None
         metric = []
         for group in self.optimizer.param_groups:

@@ -138,6 +138,37 @@ def test_granularity_reaches_the_step():
         assert_equal(update, expected)
 
 
+def test_in_the_optimizers_metric_the_step_opposes_no_row():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    scales = 10.0 ** torch.arange(6).sub(3).double() / 10  # v differs between weights
+
+    def draw():
+        x = torch.randn(8, 6).double()
+        return x * scales, torch.stack([x[:, 0], x[:, 1] - x[:, 0], -x[:, 2]], 1)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.0, 0.999))
+    surgeon = gs.Surgeon(model, optimizer, gs.UPGrad(precondition="optimizer"))
+    for _ in range(200):
+        surgeon.step(batch=draw(), loss=per_task)
+    least = {None: 0.0, "optimizer": 0.0}
+    for batch in [draw() for _ in range(10)]:
+        for precondition in least:
+            twin = copy.deepcopy(model)
+            other = torch.optim.Adam(twin.parameters(), lr=1e-3, betas=(0.0, 0.999))
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            blocks = rows_of(twin, per_task(twin, batch).mean(0))
+            rows = torch.cat([b.flatten(1) for b in blocks], 1)
+            before = nn.utils.parameters_to_vector(twin.parameters()).detach().clone()
+            rule = gs.UPGrad(precondition=precondition)
+            gs.Surgeon(twin, other, rule).step(batch=batch, loss=per_task)
+            moved = before - nn.utils.parameters_to_vector(twin.parameters()).detach()
+            cosines = rows @ moved / rows.norm(dim=1) / moved.norm()
+            least[precondition] = min(least[precondition], float(cosines.min()))
+    assert least[None] < -0.02
+    assert least["optimizer"] > 0.1 * least[None]  # what is left is this gradient's share in v
+
+
 def test_a_moving_average_goes_on_from_step_to_step():
     model = network()
     rule = gs.GRU(momentum=0.5)

@@ -70,7 +70,6 @@ class OrthoGrad(Rule):
     rtol: float | None = None
     refine: int = 0
     small_tensors: Literal["project", "leave"] = "project"
-    precondition: Literal["optimizer"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +78,6 @@ class OrthoGrad(Rule):
         check(self.rtol is None or 0 <= self.rtol < 1, f"rtol must be in [0, 1), got {self.rtol}")
         one_of("retain", self.retain, ("samples", "mean"))
         one_of("small_tensors", self.small_tensors, ("project", "leave"))
-        one_of("precondition", self.precondition, (None, "optimizer"))
 
     @property
     def merges(self) -> tuple[str, ...]:  # type: ignore[override]

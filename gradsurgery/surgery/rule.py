@@ -40,6 +40,10 @@ class Rule:
         granularity: one set of weights for the whole model, or one for each "module" or "tensor",
             from the Gramian of its part of the rows. With "module", parameters whose names differ
             in the last part only go together.
+        precondition: None, or "optimizer": inner products in the optimizer's metric, so that it is
+            the step and not the gradient that opposes no row, is orthogonal, or whatever the rule
+            says. Needs `Surgeon` and Adam or AdamW, whose metric is lr / (sqrt(v) + eps) of the
+            steps taken so far; momentum from earlier steps is not in it.
     """
 
     formula: ClassVar[str] = ""  # of the update, in a line
@@ -58,10 +62,16 @@ class Rule:
     weighted: ClassVar[bool] = True  # whether the update is a weighted sum of the rows
 
     granularity: Literal["model", "module", "tensor"] = "model"
+    precondition: Literal["optimizer"] | None = None
     _state: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         one_of("granularity", self.granularity, GRANULARITIES)
+        one_of("precondition", self.precondition, (None, "optimizer"))
+        check(
+            self.weighted or self.precondition is None,
+            f"{type(self).__name__} has no inner products to precondition",
+        )
 
     def weights(self, gramian: Tensor, *given: Index, **roles: Any) -> Tensor:
         """Weights of the update, [..., m] float64, from Gramians [..., m, m], one by one.
@@ -135,7 +145,8 @@ class Rule:
 
     @classmethod
     def options(cls) -> list[str]:
-        return [f.name for f in fields(cls) if f.init and f.name != "granularity"]
+        shared = ("granularity", "precondition")
+        return [f.name for f in fields(cls) if f.init and f.name not in shared]
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -660,6 +660,8 @@ def test_names_the_row_that_is_not_finite(name, impl):
         ("signagreement", {"threshold": 2.0}, r"threshold must be in \[0, 1\]"),
         ("trimmedmean", {"trim": -1}, "trim must be 0 or more"),
         ("salun", {"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
+        ("mean", {"precondition": "adam"}, "precondition must be one of .* got 'adam'"),
+        ("sago", {"precondition": "optimizer"}, "SAGO has no inner products to precondition"),
         ("mean", {"granularity": "layer"}, "granularity must be one of .* got 'layer'"),
     ],
 )
