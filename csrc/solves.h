@@ -166,13 +166,14 @@ struct Bargaining {
   double power, rtol;
 
   static GRADSURGERY_HOST_DEVICE std::int64_t workspace(std::int64_t m) {
-    return m * (m | 1) + 7 * m;
+    return m * m + Cone<Alone>::workspace(m) + 2 * m;  // the vectors below need less than the cone
   }
 
   template <typename Team>
   GRADSURGERY_HOST_DEVICE void solve(std::int64_t b, double* work, Team team) const {
     const std::int64_t thread = team.thread(), threads = team.threads(), ld = m | 1;
     const double* gram = gramian + b * m * m;
+    const bool solvable = !vanishes(gram, work, team);
     double* factor = work;
     double* scale = factor + m * ld;  // w = scale y, by which y = 1 for orthogonal rows
     double* size = scale + m;         // of a row so scaled, squared
@@ -190,7 +191,7 @@ struct Bargaining {
     team.sync();
     bool solved = false;
     double last = 0;
-    for (int round = 0; round < 500; ++round) {
+    for (int round = 0; round < 500 && solvable; ++round) {
       find_product(gram, scale, y, product, team);
       for (std::int64_t i = thread; i < m; i += threads) {
         const double pull = size[i] * std::pow(y[i], -power);
@@ -217,16 +218,12 @@ struct Bargaining {
         step[i] *= curvature[i];
       }
       team.sync();
-      double decrease = 0, most = 0, change = 0, square = 0, lengths = 0;
+      double decrease = 0, most = 0, change = 0, square = 0;
       for (std::int64_t i = 0; i < m; ++i) {
         decrease -= step[i] * gradient[i];
         most = fmax(most, -step[i] / y[i]);
         change = fmax(change, std::fabs(step[i]) / y[i]);
         square += y[i] * product[i];
-        lengths += y[i] * std::sqrt(size[i]);
-      }
-      if (round > 0 && square * m <= rtol * rtol * lengths * lengths) {
-        break;  // this positive combination of rows vanishes
       }
       // the last step is from where it is small, for its square is left then, or shrinks no more
       solved = change <= 1e-9 || (change <= 1e-3 && change > last / 4);
@@ -265,6 +262,32 @@ struct Bargaining {
   }
 
  private:
+  // Whether 0 is in the hull of the unit rows. Its distance from them is that from 0 and 1 of the
+  // cone of the rows with a 1 appended: with x the projection, 1 / sum(x) - 1 is its square.
+  template <typename Team>
+  GRADSURGERY_HOST_DEVICE bool vanishes(const double* gram, double* work, Team team) const {
+    const std::int64_t thread = team.thread(), threads = team.threads();
+    double* raised = work;
+    double* x = raised + m * m;
+    double* ones = x + m;
+    for (std::int64_t i = thread; i < m * m; i += threads) {
+      const double size = gram[i / m * (m + 1)] * gram[i % m * (m + 1)];
+      raised[i] = size > 0 ? gram[i] / std::sqrt(size) + 1 : 0;
+    }
+    for (std::int64_t i = thread; i < m; i += threads) {
+      ones[i] = 1;
+    }
+    team.sync();
+    Cone<Team> cone(raised, m, rtol, rtol * rtol, ones + m, team);
+    cone.solve(ones, x);
+    double sum = 0;
+    for (std::int64_t i = 0; i < m; ++i) {
+      sum += x[i];
+    }
+    team.sync();  // all have read x, which makes room
+    return (1 / sum - 1) * m <= rtol * rtol;
+  }
+
   // out = S K S y
   template <typename Team>
   GRADSURGERY_HOST_DEVICE void find_product(const double* gram, const double* scale,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gradsurgery.ops._backend import _C, register, runs_cuda
 from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
+from gradsurgery.ops.cone import cone_weights_reference
 from gradsurgery.ops.weighting import default_rtol, scratch_for
 
 
@@ -17,9 +18,10 @@ def bargaining_weights(gramian: Tensor, power: float = 1.0, *, rtol: float | Non
     convex: Newton's method with a line search, to rounding, at any scale of the rows.
 
     Zero rows get weight zero, as players with nothing at stake. If a positive combination of rows
-    vanishes, its norm rtol / sqrt(m) of the sum of theirs or less, there is no such w that the
-    Gramian could tell, and all weights are zero; so they are where Newton's equations are singular
-    to rounding, as of parallel rows beside ones a million times larger, for a power above 3.
+    vanishes, 0 being nearer than rtol / sqrt(m) to the hull of the unit rows, there is no such w
+    that the Gramian could tell, and all weights are zero; so they are where Newton's equations are
+    singular to rounding, as of parallel rows beside ones a million times larger, for powers above
+    3.
 
     Args:
         gramian: K, [..., m, m].
@@ -52,11 +54,11 @@ def bargaining_weights_reference(gramian: Tensor, power: float, rtol: float) -> 
         barrier = -y.log() if power == 1 else y ** (1 - power) / (power - 1)
         return (y * (matrix @ y[..., None]).squeeze(-1)).sum(-1) / 2 + (size * barrier).sum(-1)
 
-    y, m = torch.ones_like(square), square.shape[-1]
+    y = torch.ones_like(square)
     shape = square.shape[:-1]
     solved = torch.zeros(shape, dtype=torch.bool, device=gramian.device)
-    stopped, last = solved.clone(), torch.zeros(shape, dtype=y.dtype, device=y.device)
-    for step_number in range(500 if y.numel() else 0):
+    stopped, last = _vanishes(gramian, rtol), torch.zeros(shape, dtype=y.dtype, device=y.device)
+    for _ in range(500 if y.numel() else 0):
         pull = size * y**-power
         product = (matrix @ y[..., None]).squeeze(-1)
         curvature = torch.where(counts, power * pull / y, 1)  # zero rows stay where they are
@@ -66,8 +68,7 @@ def bargaining_weights_reference(gramian: Tensor, power: float, rtol: float) -> 
         gradient = product - pull
         step = -torch.linalg.solve_ex(unit, (gradient * root)[..., None])[0].squeeze(-1) * root
         change = (step.abs() / y).amax(-1)
-        vanishes = (y * product).sum(-1) * m <= (rtol * (y * size.sqrt()).sum(-1)) ** 2
-        stopped = stopped | ((vanishes | ~change.isfinite()) & (step_number > 0))
+        stopped = stopped | ~change.isfinite()
         length = (0.9 / (-step / y).amax(-1).clamp_min(0.9)).clamp_max(1)
         before, decrease = value(y), -(step * gradient).sum(-1)
         rounding = 1e-14 * (before.abs() + (y * product).sum(-1))
@@ -85,6 +86,18 @@ def bargaining_weights_reference(gramian: Tensor, power: float, rtol: float) -> 
         if bool((solved | stopped).all()):
             break
     return torch.where(solved[..., None], scale * y, 0)
+
+
+def _vanishes(gramian: Tensor, rtol: float) -> Tensor:
+    """Whether 0 is in the hull of the unit rows, by a cone of one dimension more."""
+    norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    counts = norms > 0
+    scale = torch.where(counts, 1 / norms, 0)
+    both = counts[..., :, None] & counts[..., None, :]
+    raised = torch.where(both, gramian * scale[..., :, None] * scale[..., None, :] + 1, 0)
+    ones = torch.ones_like(norms).unsqueeze(-2)
+    x, _ = cone_weights_reference(raised, ones, rtol, rtol**2)
+    return (1 / x.sum((-2, -1)) - 1) * gramian.shape[-1] <= rtol**2
 
 
 def bargaining_weights_native(gramian: Tensor, power: float, rtol: float) -> Tensor:
