@@ -4,6 +4,7 @@ torchjd's MGDA is approximate by design, and its NashMTL takes the rows: 5e-3 an
 """
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -77,10 +78,10 @@ def bench_weighting(compare, name, m):
     ours = getattr(gs, name)()
     if name == "NashMTL":
         other = theirs.NashMTL(n_tasks=m).weighting
-        rival = lambda: other(rows)  # noqa: E731
+        rival = partial(other, rows)
     else:
         other = getattr(theirs, f"{name}Weighting")(**ARGUMENTS.get(name, {}))
-        rival = lambda: other(gram)  # noqa: E731
+        rival = partial(other, gram)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cvxpy's
         compare(

@@ -8,7 +8,7 @@ namespace gradsurgery {
 namespace {
 
 // What a problem works in is in shared memory if it fits 16 KiB, of which an H200's multiprocessor
-// holds 14, as it does up to 38 rows and more; else in scratch.
+// holds 14, as it does up to 29 rows and, for most, 42; else in scratch.
 constexpr std::int64_t shared_values = 2048;
 
 // Blocks of threads at most, each with a workspace.

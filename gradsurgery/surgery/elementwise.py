@@ -10,15 +10,14 @@ from torch import Tensor
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
 from gradsurgery.ops._inputs import check, wide
+from gradsurgery.surgery.pair import directions
 from gradsurgery.surgery.rule import (
     Index,
     Rows,
     Rule,
     Solution,
     as_jacobian,
-    mean_of,
     one_of,
-    split,
 )
 
 
@@ -184,11 +183,9 @@ class ElementwisePair(Elementwise):
         one_of("objective", self.objective, ("raise", "lower"))
 
     def _pairs(self, blocks: list[Tensor], forget: Index) -> list[tuple[Tensor, Tensor]]:
-        m = len(blocks[0])
-        rows, rest = split(m, forget, "forget", "retain")
-        sign = -1 if self.objective == "raise" else 1
-        weights = torch.stack([sign * mean_of(rows, m), mean_of(rest, m)])
-        return [tuple(weights.to(block) @ block) for block in blocks]  # type: ignore[misc]
+        weights = directions(len(blocks[0]), forget, self.objective)
+        both = [weights.to(block) @ block for block in blocks]
+        return [(f, r) for f, r in both]
 
 
 @dataclass(frozen=True, kw_only=True)

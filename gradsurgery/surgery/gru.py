@@ -42,6 +42,7 @@ class GRU(Pair):
             "momentum needs granularity='model'",
         )
 
+    # an option decides what for other rules the class does
     @property
     def weighted(self) -> bool:  # type: ignore[override]
         return self.momentum == 0

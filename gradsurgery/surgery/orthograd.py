@@ -79,6 +79,7 @@ class OrthoGrad(Rule):
         one_of("retain", self.retain, ("samples", "mean"))
         one_of("small_tensors", self.small_tensors, ("project", "leave"))
 
+    # an option decides what for other rules the class does
     @property
     def merges(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("retain",) if self.retain == "mean" else ()

@@ -36,14 +36,18 @@ class Pair(Rule):
         return self._mix(pair @ gram @ pair.mT, rtol, **given) @ pair
 
     def _directions(self, m: int, forget: Index) -> Tensor:
-        """[2, m] on the CPU: f and r as sums of rows."""
-        rows, rest = split(m, forget, "forget", "retain")
-        sign = -1 if self.objective == "raise" else 1
-        return torch.stack([sign * mean_of(rows, m), mean_of(rest, m)])
+        return directions(m, forget, self.objective)
 
     def _mix(self, *args: Any, **given: Any) -> Tensor:
         """(gram, rtol, **given): weights [..., 2] of f and r from their Gramian."""
         raise NotImplementedError
+
+
+def directions(m: int, forget: Index, objective: str) -> Tensor:
+    """[2, m] on the CPU: f and r as sums of rows."""
+    rows, rest = split(m, forget, "forget", "retain")
+    sign = -1 if objective == "raise" else 1
+    return torch.stack([sign * mean_of(rows, m), mean_of(rest, m)])
 
 
 def off(gram: Tensor, row: int, other: int) -> Tensor:

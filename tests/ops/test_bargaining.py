@@ -123,8 +123,6 @@ def test_the_others_solve_without_zero_rows(impl):
 @pytest.mark.parametrize("power", [0.5, 1, 2])
 @pytest.mark.parametrize("m,n", [(1, 3), (33, 12), (130, 200), (256, 64)])
 def test_many_rows(m, n, power, impl):
-    if impl == "torch" and m > 33:
-        pytest.skip("always 200 steps of 40 halvings: a minute on a busy machine")
     rows = half_space(m, n)
     gramian = rows @ rows.mT
     assert miss(gramian, bargaining_weights(gramian, power), power) <= 1e-12
@@ -213,7 +211,10 @@ def test_rejects_what_does_not_fit(gramian, power, message):
 @pytest.mark.parametrize("power", [1, 2])
 def test_gradient(power, impl):
     rows = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    check = lambda r: bargaining_weights(r @ r.mT, power)  # noqa: E731
+
+    def check(r):
+        return bargaining_weights(r @ r.mT, power)
+
     assert torch.autograd.gradcheck(check, (rows,), fast_mode=True)
     assert torch.autograd.gradgradcheck(check, (rows,), fast_mode=True)
 

@@ -250,7 +250,10 @@ def test_rejects_an_rtol_out_of_range(rtol):
 def test_gradient(impl):
     rows = torch.randn(2, 4, 9, dtype=torch.float64, requires_grad=True)
     products = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
-    check = lambda r, b: cone_weights(r @ r.mT, b)[0]  # noqa: E731
+
+    def check(r, b):
+        return cone_weights(r @ r.mT, b)[0]
+
     used = check(rows, products) > 0
     assert used.any()
     assert not used.all()
