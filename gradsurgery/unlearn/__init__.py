@@ -1,11 +1,12 @@
 """Unlearning jobs: methods on one protocol, what is measured, and what a run leaves behind."""
 
+from gradsurgery.unlearn.data import Batches
 from gradsurgery.unlearn.finetune import Finetune, FinetuneConfig
 from gradsurgery.unlearn.graddiff import GradDiff, GradDiffConfig
 from gradsurgery.unlearn.neggrad import NegGrad, NegGradConfig
 from gradsurgery.unlearn.orthograd import OrthoGradConfig, OrthoGradTrainer
 from gradsurgery.unlearn.retrain import Retrain, RetrainConfig
-from gradsurgery.unlearn.trainer import Batches, Trainer, TrainerConfig, TrainingError
+from gradsurgery.unlearn.trainer import Trainer, TrainerConfig, TrainingError
 
 __all__ = [
     "METHODS",

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.trainer import Batch, take
+from gradsurgery.unlearn.data import Batch, take
 
 Task = Literal["mislabeled", "class", "random"]
 CLASSES = 10
@@ -49,11 +48,6 @@ class DigitsCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
-
-
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Per-sample losses [B] of a batch {"image": [B, 1, 8, 8], "label": [B]}."""
-    return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ class Finetune(Trainer[FinetuneConfig]):
 
     def update(self) -> Record:
         self.optimizer.zero_grad()
-        retain_loss = self.loss(self.model, next(self.batches["retain"])).mean()
-        retain_loss.backward()
+        retain_losses = self.accumulate(self.draw("retain"), self.losses)
         self.optimizer.step()
-        return {"retain_loss_batch": retain_loss.item()}
+        return {"retain_loss_batch": retain_losses.mean().item()}

@@ -37,13 +37,11 @@ class GradDiff(Trainer[GradDiffConfig]):
 
     def update(self) -> Record:
         self.optimizer.zero_grad()
-        forget_losses = self.loss(self.model, next(self.batches["forget"]))
-        retain_loss = self.loss(self.model, next(self.batches["retain"])).mean()
-        forget_loss = forget_losses.clamp(max=self.config.forget_ceiling).mean()
         alpha, gamma = self.config.retain_weight, self.config.forget_weight
-        (alpha * retain_loss - gamma * forget_loss).backward()
+        forget = self.accumulate(self.draw("forget"), self.capped_losses, -gamma)
+        retain = self.accumulate(self.draw("retain"), self.losses, alpha)
         self.optimizer.step()
         return {
-            "forget_loss_batch": forget_losses.mean().item(),
-            "retain_loss_batch": retain_loss.item(),
+            "forget_loss_batch": forget.mean().item(),
+            "retain_loss_batch": retain.mean().item(),
         }

@@ -14,8 +14,10 @@ from torch import nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, digits, metrics
+from gradsurgery.unlearn.classification import cross_entropy
 from gradsurgery.unlearn.config import update
-from gradsurgery.unlearn.digits import DigitsCNN, DigitsData, cross_entropy
+from gradsurgery.unlearn.data import take
+from gradsurgery.unlearn.digits import DigitsCNN, DigitsData
 from gradsurgery.unlearn.finetune import FinetuneConfig
 from gradsurgery.unlearn.graddiff import GradDiffConfig
 from gradsurgery.unlearn.neggrad import NegGradConfig
@@ -23,7 +25,7 @@ from gradsurgery.unlearn.orthograd import OrthoGradConfig, OrthoGradTrainer
 from gradsurgery.unlearn.progress import Progress
 from gradsurgery.unlearn.retrain import Retrain, RetrainConfig
 from gradsurgery.unlearn.run import RunDirectory, Stage, fingerprint
-from gradsurgery.unlearn.trainer import Trainer, TrainingError, require, take
+from gradsurgery.unlearn.trainer import Trainer, TrainingError, require
 from gradsurgery.unlearn.tuned import TUNED
 
 Method = Literal["all", "orthograd", "graddiff", "neggrad", "finetune", "retrain"]
@@ -165,9 +167,10 @@ def make_trainer(
     return kind(
         model,
         cross_entropy,
-        data.forget,
+        None if training else data.forget,
         data.train if name == "original" else data.retain,
         options,
+        validation=data.validation,
         probe=make_probe(data),
         # some 20 points make a curve; more would cost more than the training itself
         probe_every=max(config.probe_every, options.steps // 20 if training else 1),

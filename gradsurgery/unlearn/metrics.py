@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.trainer import Batch, PerSampleLoss
+from gradsurgery.unlearn.data import Batch
+from gradsurgery.unlearn.trainer import PerSampleLoss
 
 # a loss is clipped here before an attack sees it: one sample forgotten to an enormous loss would
 # otherwise set the scale of the logistic regression for all the others

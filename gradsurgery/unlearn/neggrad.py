@@ -25,7 +25,6 @@ class NegGrad(Trainer[NegGradConfig]):
 
     def update(self) -> Record:
         self.optimizer.zero_grad()
-        losses = self.loss(self.model, next(self.batches["forget"]))
-        (-losses.clamp(max=self.config.forget_ceiling).mean()).backward()
+        losses = self.accumulate(self.draw("forget"), self.capped_losses, -1.0)
         self.optimizer.step()
         return {"forget_loss_batch": losses.mean().item()}

@@ -15,15 +15,15 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from gradsurgery import OrthoGrad, Surgeon
 from gradsurgery.step import joined
+from gradsurgery.unlearn.data import Batch, batch_size
 from gradsurgery.unlearn.trainer import (
-    Batch,
     Record,
     Trainer,
     TrainerConfig,
-    batch_size,
     finite,
     make_optimizer,
     require,
@@ -89,8 +89,7 @@ class OrthoGradTrainer(Trainer[OrthoGradConfig]):
         if self.surgeon is None:
             self.surgeon = Surgeon(self.model, self.optimizer, self.rule)
         info = self.surgeon.step(
-            **self._limited(next(self.batches["forget"]), next(self.batches["retain"])),
-            loss=self._capped_loss,
+            **self._limited(self.draw("forget"), self.draw("retain")), loss=self._capped_loss
         )
         return {
             "forget_loss_batch": info.forget_loss,
@@ -113,7 +112,8 @@ class OrthoGradTrainer(Trainer[OrthoGradConfig]):
         limited = self._limited(*batches)
         whole = joined(*batches)
         parts = batches if whole is None else [whole]
-        optimizers = [make_optimizer(model, self.config) for _ in range(2)]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizers = [make_optimizer(parameters, self.config) for _ in range(2)]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
@@ -121,7 +121,7 @@ class OrthoGradTrainer(Trainer[OrthoGradConfig]):
 
         def plain() -> None:
             optimizers[1].zero_grad()
-            loss = torch.cat([self.loss(model, part) for part in parts]).mean()
+            loss = torch.cat([self.losses(part, model) for part in parts]).mean()
             loss.backward()
             optimizers[1].step()
             loss.item()
@@ -146,9 +146,11 @@ class OrthoGradTrainer(Trainer[OrthoGradConfig]):
         return {"forget": with_ceiling(forget, ceiling), "retain": with_ceiling(retain, math.inf)}
 
     def _capped_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return torch.minimum(self.loss(model, batch["samples"]), batch["ceiling"])
+        return torch.minimum(self.losses(batch["samples"], model), batch["ceiling"])
 
 
 def with_ceiling(batch: Batch, ceiling: float) -> Batch:
     """`batch` with a ceiling per sample, [B]: one loss function then serves both sets."""
-    return {"samples": batch, "ceiling": torch.full((batch_size(batch),), ceiling)}
+    device = next(leaf.device for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+    ceilings = torch.full((batch_size(batch),), ceiling, device=device)
+    return {"samples": batch, "ceiling": ceilings}

@@ -56,7 +56,6 @@ class Retrain(Trainer[RetrainConfig]):
 
     def update(self) -> Record:
         self.optimizer.zero_grad()
-        loss = self.loss(self.model, next(self.batches["retain"])).mean()
-        loss.backward()
+        losses = self.accumulate(self.draw("retain"), self.losses)
         self.optimizer.step()
-        return {"retain_loss_batch": loss.item()}
+        return {"retain_loss_batch": losses.mean().item()}

@@ -6,20 +6,35 @@ saw. Order of data, schedule, probes, stopping and checkpoints are the same for 
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.jacobian import per_sample_losses
+from gradsurgery.unlearn import classification
+from gradsurgery.unlearn.data import (
+    Batch,
+    Batches,
+    Data,
+    LoaderBatches,
+    batch_size,
+    batches,
+    count,
+    overlap,
+    take,
+    to_device,
+    whole,
+)
 
-Batch = Any  # pytree of tensors that share their leading dimension B
 PerSampleLoss = Callable[[nn.Module, Batch], Tensor]  # -> losses [B]
 Probe = Callable[[nn.Module], dict[str, float]]
 Record = dict[str, Any]
@@ -49,6 +64,13 @@ class TrainerConfig:
     """Stop early once forget accuracy is at most `target`, or at most the validation accuracy."""
     target: float = 0.0
     """Forget accuracy at which `stop = target` ends the run."""
+    micro_batch: int | None = None
+    """Most samples in one forward pass; a larger batch goes in parts, with the same gradients.
+    None: all at once."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: losses are computed under torch.autocast; weights stay as they are."""
+    batch_norm: Literal["train", "eval"] = "train"
+    """eval: batch norm keeps its statistics, so that a sample's loss depends on it alone."""
 
     def check(self, name: str) -> None:
         """Raise `InputError` naming the first option that makes no sense; `name` is its prefix."""
@@ -61,6 +83,8 @@ class TrainerConfig:
         for field in ("forget_batch", "retain_batch"):
             size = getattr(self, field, 1)
             require(size >= 1, f"{name}.{field.replace('_', '-')}", "at least 1", size)
+        part = self.micro_batch
+        require(part is None or part >= 1, f"{name}.micro-batch", "at least 1", part)
         ceiling = getattr(self, "forget_ceiling", math.inf)
         require(ceiling > 0, f"{name}.forget-ceiling", "positive (inf: no ceiling)", ceiling)
 
@@ -73,48 +97,6 @@ def require(condition: bool, option: str, wanted: str, got: object) -> None:
 
 def finite(value: float) -> bool:
     return math.isfinite(value)
-
-
-def batch_size(batch: Batch) -> int:
-    """Leading dimension shared by every tensor of `batch`."""
-    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
-    if len(sizes) != 1:
-        raise InputError(f"batch: tensors must share one leading dimension, got {sorted(sizes)}")
-    return sizes.pop()
-
-
-def take(batch: Batch, indices: Tensor) -> Batch:
-    """The samples `indices` of a pytree of tensors."""
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf[indices], batch)
-
-
-class Batches:
-    """Endless shuffled batches whose whole state is a counter.
-
-    Epoch e is shuffled by a generator seeded with (seed, e), so the t-th batch depends on t alone
-    and a resumed run sees what the interrupted one would have seen. A remainder smaller than a
-    batch is left out of its epoch, hence every batch has the same size, min(size, N).
-    """
-
-    def __init__(self, data: Batch, size: int, seed: int) -> None:
-        self.data, self.seed, self.drawn = data, seed, 0
-        self.n = batch_size(data)
-        if self.n == 0:
-            raise InputError("data: no samples to draw batches from")
-        self.size = min(size, self.n)
-        self.per_epoch = self.n // self.size
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
-
-    def __next__(self) -> Batch:
-        epoch, position = divmod(self.drawn, self.per_epoch)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self.n, generator=generator)
-        self.drawn += 1
-        return take(self.data, self._order[position * self.size : (position + 1) * self.size])
-
-    def __iter__(self) -> Batches:
-        return self
 
 
 def learning_rate(config: TrainerConfig, step: int, steps: int) -> float:
@@ -132,10 +114,9 @@ def learning_rate(config: TrainerConfig, step: int, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / (1 - warm)))
 
 
-def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise InputError("model: no parameter requires a gradient, so there is nothing to unlearn")
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], config: TrainerConfig
+) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -145,6 +126,7 @@ def make_optimizer(model: nn.Module, config: TrainerConfig) -> torch.optim.Optim
 
 
 C = TypeVar("C", bound=TrainerConfig)
+Callback = Callable[["Trainer", Record], None]
 
 
 class Trainer(ABC, Generic[C]):
@@ -157,52 +139,156 @@ class Trainer(ABC, Generic[C]):
     Args:
         model: changed in place.
         loss: `loss(model, batch)` -> [B], not reduced.
-        forget: samples to forget, a pytree of tensors with leading dimension N. May be None for
-            methods that never look at them.
-        retain: samples to keep, likewise.
+        forget: samples to forget, a pytree of tensors with leading dimension N, or a DataLoader
+            of such batches. May be None for methods that never look at them.
+        retain: samples to keep, likewise. None of them may be in `forget` as well.
         config: the method's own `Config`.
+        validation: held-out samples, likewise, for methods that need some.
         probe: measures the model during the run; must give `forget_accuracy` (and
             `validation_accuracy`) where `config.stop` needs them.
         probe_every: steps between probes; the first and the last step are always probed.
         seed: order of the data, and the initial weights where a method draws them.
+        optimizer: makes the optimizer of the parameters, in place of the config's.
+        schedule: makes a torch scheduler of the optimizer, stepped once a step, in place of the
+            config's.
+        callbacks: called with the trainer and each record.
     """
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     draws: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()  # sets it cannot do without and draws no batches from
 
     def __init__(
         self,
         model: nn.Module,
         loss: PerSampleLoss,
-        forget: Batch,
-        retain: Batch,
+        forget: Data,
+        retain: Data,
         config: C,
         *,
+        validation: Data = None,
         probe: Probe | None = None,
         probe_every: int = 10,
         seed: int = 0,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        name = type(self).__name__
+        try:
+            config.check(name)
+        except InputError as error:  # named as on a command line
+            raise InputError(str(error).removeprefix("--")) from None
         if config.stop != "never" and probe is None:
             raise InputError(f"stop = {config.stop} needs a probe that measures forget accuracy")
         self.model, self.loss, self.config, self.seed = model, loss, config, seed
         self.probe, self.probe_every = probe, probe_every
-        self.batches: dict[str, Batches] = {}
+        self.callbacks = tuple(callbacks)
+        self.data = {"forget": forget, "retain": retain, "validation": validation}
+        for kind in (*self.draws, *self.needs):
+            if self.data[kind] is None:
+                raise InputError(f"{kind}: {name} needs this data, got None")
+            count(self.data[kind], kind)
+        if forget is not None and retain is not None:
+            both = overlap(forget, retain)
+            if both:
+                raise InputError(
+                    f"forget and retain overlap: {both} samples are in both, and cannot be "
+                    "forgotten and kept"
+                )
+        self.samples = dict.fromkeys(self.data, 0)  # samples seen of each set, with repetitions
+        self.batches: dict[str, Batches | LoaderBatches] = {}
         for offset, kind in enumerate(self.draws):
-            data = forget if kind == "forget" else retain
-            if data is None:
-                raise InputError(f"{kind}: {type(self).__name__} needs this data, got None")
             size = getattr(config, f"{kind}_batch")
-            self.batches[kind] = Batches(data, size, seed * 2 + offset)
+            self.batches[kind] = batches(self.data[kind], size, seed * 2 + offset, kind)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise InputError("model: no parameter requires a gradient: there is nothing to unlearn")
+        self.device = self.parameters[0].device
+        self.step, self.stopped = 0, False
+        start = time.perf_counter()
         self.prepare()
-        self.optimizer = make_optimizer(model, config)
-        self.step, self.seconds, self.stopped = 0, 0.0, False
+        self.seconds = time.perf_counter() - start
+        make = optimizer or (lambda parameters: make_optimizer(parameters, config))
+        self.optimizer = make(self.parameters)
+        self.schedule = None if schedule is None else schedule(self.optimizer)
+        self._rates = optimizer is None and schedule is None  # whether the config sets them
+
+    # -- what a method writes
 
     def prepare(self) -> None:
-        """Change the model once before the optimizer is made."""
+        """What is done once, before the optimizer is made; it counts as time of the method."""
 
     @abstractmethod
     def update(self) -> Record:
-        """Take one optimizer step and return its numbers (batch losses, diagnostics)."""
+        """Take one step and return its numbers (batch losses, diagnostics)."""
+
+    def total_steps(self) -> int:
+        return self.config.steps
+
+    def extra_state(self) -> dict[str, Any]:
+        """What later steps depend on besides model, optimizer, order of data and draws."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Continue from `extra_state()`."""
+
+    # -- what a method uses
+
+    def draw(self, kind: str) -> Batch:
+        """The next batch of a set, on the model's device."""
+        batch = to_device(next(self.batches[kind]), self.device)
+        self.samples[kind] += batch_size(batch)
+        return batch
+
+    def whole(self, kind: str, size: int = 256) -> Iterator[Batch]:
+        """One pass over a set, in batches of at most `size`, in order."""
+        for batch in whole(self.data[kind], size, self.device):
+            self.samples[kind] += batch_size(batch)
+            yield batch
+
+    def losses(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """Per-sample losses [B], in the precision asked for."""
+        with self.precision():
+            found = self.loss(self.model if model is None else model, batch)
+        return per_sample_losses(found, batch_size(batch))
+
+    def capped_losses(self, batch: Batch) -> Tensor:
+        """Per-sample losses [B], no larger than the config's `forget_ceiling`."""
+        return self.losses(batch).clamp(max=getattr(self.config, "forget_ceiling", math.inf))
+
+    def logits(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """Outputs [B, C] of a classifier, in the precision asked for."""
+        with self.precision():
+            found = classification.logits(self.model if model is None else model, batch)
+        return found.float() if found.dtype == torch.bfloat16 else found
+
+    def precision(self) -> AbstractContextManager:
+        mixed = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
+
+    def accumulate(
+        self, batch: Batch, values: Callable[[Batch], Tensor], weight: float = 1.0
+    ) -> Tensor:
+        """Add the gradient of weight times the mean of values(batch) [B] to `.grad`; the values.
+
+        A batch larger than `config.micro_batch` goes in parts, with the same result.
+        """
+        size = batch_size(batch)
+        part = self.config.micro_batch or size
+        found = []
+        for at in range(0, size, part):
+            each = values(take(batch, slice(at, at + part)))
+            (weight / size * each.sum()).backward()
+            found.append(each.detach())
+        return torch.cat(found)
+
+    def frozen_copy(self) -> nn.Module:
+        """The model as it is now, in evaluation mode, never to be trained."""
+        return copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    # -- the run
 
     def fit(self) -> Iterator[Record]:
         """Take the remaining steps, yielding one record after each.
@@ -211,32 +297,48 @@ class Trainer(ABC, Generic[C]):
         `state_dict()` is a point from which another trainer continues to the same numbers.
         """
         if self.step == 0 and self.probe is not None:
-            yield self._measured({"step": 0, "seconds": 0.0})
-        while self.step < self.config.steps and not self.stopped:
-            rate = learning_rate(self.config, self.step, self.config.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.model.train()
+            yield self._told(self._measured({"step": 0, "seconds": self.seconds}))
+        total = self.total_steps()
+        while self.step < total and not self.stopped:
+            if self._rates:
+                rate = learning_rate(self.config, self.step, total)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+            rate = self.optimizer.param_groups[0]["lr"]
+            self._mode()
             start = time.perf_counter()
             try:
                 numbers = self.update()
             except NonFiniteError as error:
                 raise self._diverged(str(error), self.step + 1) from None
+            if self.schedule is not None:
+                self.schedule.step()
             self.seconds += time.perf_counter() - start
             self.step += 1
             record = {"step": self.step, "seconds": self.seconds, "lr": rate, **numbers}
-            if self.probe is not None and (
-                self.step % self.probe_every == 0 or self.step == self.config.steps
-            ):
+            if self.probe is not None and (self.step % self.probe_every == 0 or self.step == total):
                 self._measured(record)
             self._check_finite(record)
-            yield record
+            yield self._told(record)
 
     def run(self) -> nn.Module:
         """Take all steps; the model."""
         for _ in self.fit():
             pass
         return self.model
+
+    def _mode(self) -> None:
+        """Training mode, but of batch norm what the config says."""
+        self.model.train()
+        if self.config.batch_norm == "eval":
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def _told(self, record: Record) -> Record:
+        for callback in self.callbacks:
+            callback(self, record)
+        return record
 
     def _measured(self, record: Record) -> Record:
         if self.probe is not None:
@@ -262,18 +364,27 @@ class Trainer(ABC, Generic[C]):
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "drawn": {kind: batches.drawn for kind, batches in self.batches.items()},
+            "samples": dict(self.samples),
             "rng": torch.get_rng_state(),
+            "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
             "stopped": self.stopped,
+            "extra": self.extra_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a trainer made with the same arguments."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
         for kind, drawn in state["drawn"].items():
-            self.batches[kind].drawn = drawn
+            self.batches[kind].skip(drawn)
+        self.samples.update(state["samples"])
         torch.set_rng_state(state["rng"])
+        self.generator.set_state(state["generator"])
         self.step, self.seconds, self.stopped = state["step"], state["seconds"], state["stopped"]
+        self.load_extra_state(state["extra"])

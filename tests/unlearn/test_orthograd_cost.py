@@ -9,13 +9,14 @@ import torch
 
 from gradsurgery import OrthoGrad, Surgeon
 from gradsurgery.unlearn import OrthoGradConfig, OrthoGradTrainer, RetrainConfig
-from gradsurgery.unlearn.digits import DigitsCNN, cross_entropy, load
+from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.data import take
+from gradsurgery.unlearn.digits import DigitsCNN, load
 from gradsurgery.unlearn.job import DigitsConfig, reproducible, run, summarize
 from gradsurgery.unlearn.orthograd import with_ceiling
 from gradsurgery.unlearn.progress import PlainProgress
 from gradsurgery.unlearn.report import step_cost
 from gradsurgery.unlearn.run import RunDirectory
-from gradsurgery.unlearn.trainer import take
 from tests.unlearn.test_job import result
 
 

@@ -1,0 +1,64 @@
+"""A classifier's batches: inputs and labels, as a pair or as {"image", "label"}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradsurgery.errors import InputError
+from gradsurgery.unlearn.data import Batch
+
+KEYS = ("image", "label")
+
+
+def _parts(batch: Batch) -> tuple[Any, Tensor]:
+    if isinstance(batch, Mapping) and all(key in batch for key in KEYS):
+        return batch[KEYS[0]], batch[KEYS[1]]
+    if isinstance(batch, (list, tuple)) and len(batch) == 2:
+        return batch[0], batch[1]
+    got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+    raise InputError(f"batch must be (inputs, labels) or have {KEYS}, got {got}")
+
+
+def inputs(batch: Batch) -> Any:
+    return _parts(batch)[0]
+
+
+def labels(batch: Batch) -> Tensor:
+    """[B] int64."""
+    return _parts(batch)[1]
+
+
+def relabeled(batch: Batch, new: Tensor) -> Batch:
+    """The same inputs with other labels, [B] int64."""
+    given = _parts(batch)[0]
+    return {**batch, KEYS[1]: new} if isinstance(batch, Mapping) else (given, new)
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """[B, C]."""
+    found = model(inputs(batch))
+    found = getattr(found, "logits", found)
+    if not isinstance(found, Tensor) or found.dim() != 2:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise InputError(f"model must return logits [B, classes], got {got}")
+    return found
+
+
+def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """Per-sample losses [B]."""
+    return label_losses(logits(model, batch), labels(batch))
+
+
+def label_losses(found: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy [B] of logits [B, C] and labels [B]."""
+    try:
+        return F.cross_entropy(found, wanted, reduction="none")
+    except IndexError:
+        least, most = int(wanted.min()), int(wanted.max())
+        raise InputError(
+            f"labels must be in [0, {found.shape[1]}), the model's classes, got {least} to {most}"
+        ) from None
