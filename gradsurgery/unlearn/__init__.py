@@ -3,6 +3,7 @@
 from gradsurgery.unlearn.data import Batches
 from gradsurgery.unlearn.finetune import Finetune, FinetuneConfig
 from gradsurgery.unlearn.graddiff import GradDiff, GradDiffConfig
+from gradsurgery.unlearn.ltu import LTUConfig, LTUTrainer
 from gradsurgery.unlearn.neggrad import NegGrad, NegGradConfig
 from gradsurgery.unlearn.orthograd import OrthoGradConfig, OrthoGradTrainer
 from gradsurgery.unlearn.retrain import Retrain, RetrainConfig
@@ -15,6 +16,8 @@ __all__ = [
     "FinetuneConfig",
     "GradDiff",
     "GradDiffConfig",
+    "LTUConfig",
+    "LTUTrainer",
     "NegGrad",
     "NegGradConfig",
     "OrthoGradConfig",

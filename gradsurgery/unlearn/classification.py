@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,6 +37,20 @@ def relabeled(batch: Batch, new: Tensor) -> Batch:
     """The same inputs with other labels, [B] int64."""
     given = _parts(batch)[0]
     return {**batch, KEYS[1]: new} if isinstance(batch, Mapping) else (given, new)
+
+
+def with_inputs(batch: Batch, new: Any) -> Batch:
+    """Other inputs with the same labels."""
+    known = _parts(batch)[1]
+    return {**batch, KEYS[0]: new} if isinstance(batch, Mapping) else (new, known)
+
+
+def wrong_labels(known: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    """Labels [B] other than those given, drawn uniformly by a generator on the CPU."""
+    if classes < 2:
+        raise InputError(f"no wrong label can be drawn of {classes} class")
+    shift = torch.randint(1, classes, known.shape, generator=generator).to(known.device)
+    return (known + shift) % classes
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,0 +1,155 @@
+"""Gradients through a tuning step, against closed forms and finite differences."""
+
+import pytest
+import torch
+from torch import nn
+
+from gradsurgery.errors import InputError
+from gradsurgery.unlearn.meta import meta_gradient
+
+
+class Point(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.at = nn.Parameter(start.clone())
+
+
+def quadratic(matrix, offset):
+    return lambda model: 0.5 * model.at @ matrix @ model.at - offset @ model.at
+
+
+def symmetric(n):
+    root = torch.randn(n, n, dtype=torch.float64)
+    return root @ root.mT
+
+
+@pytest.fixture
+def bowls():
+    """L(t) = t'At/2 - b't and M(t) = t'Ct/2 - d't."""
+    a, c = symmetric(5), symmetric(5)
+    b, d, start = torch.randn(3, 5, dtype=torch.float64)
+    return Point(start), (a, b), (c, d)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.03, 0.7])
+def test_both_orders_on_a_quadratic_by_hand(bowls, rate):
+    model, (a, b), (c, d) = bowls
+    t = model.at.detach().clone()
+    g = a @ t - b
+    tuned = t - rate * g
+    v = c @ tuned - d
+    expected = {"first": g + v, "second": g + v - rate * a @ v}
+    tune, test = [quadratic(a, b)], [quadratic(c, d)]
+    for order, gradient in expected.items():
+        (found,), before, after = meta_gradient(model, tune, test, rate, order=order)
+        torch.testing.assert_close(found, gradient)
+        torch.testing.assert_close(before, tune[0](Point(t)).detach())
+        torch.testing.assert_close(after, test[0](Point(tuned)).detach())
+    assert torch.equal(model.at, t)
+    assert model.at.grad is None
+
+
+def test_one_dimension_by_hand():
+    """L = t^2, M = 3 t, at t = 2 with a = 1/4: the tuned point is 1, g = 4, v = 3, H = 2."""
+    model = Point(torch.tensor([2.0]))
+    tune = [lambda m: (m.at**2).sum()]
+    test = [lambda m: 3 * m.at.sum()]
+    (second,), _, after = meta_gradient(model, tune, test, 0.25)
+    (first,), _, _ = meta_gradient(model, tune, test, 0.25, order="first")
+    assert (first.item(), second.item(), after.item()) == (7.0, 5.5, 3.0)
+
+
+def net_and_losses():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(0, 3, (8,))
+
+    def parts(rows, of):
+        size = len(rows)
+        return [
+            lambda m, at=at: nn.functional.cross_entropy(m(x[at]), y[at], reduction="sum") / size
+            for at in rows.split(of)
+        ]
+
+    return model, parts
+
+
+def test_second_order_is_the_derivative_of_what_is_promised():
+    """Central differences of L(t) + M(t - a grad L(t)) along random directions."""
+    model, parts = net_and_losses()
+    rows, rate, h = torch.arange(8), 0.5, 1e-6
+    (tune,), (test,) = parts(rows[:4], 4), parts(rows[4:], 4)
+
+    def promised():
+        loss = tune(model)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p.sub_(rate * g)
+            after = test(model)
+            for p, g in zip(model.parameters(), grads, strict=True):
+                p.add_(rate * g)
+        return (loss + after).item()
+
+    found, _, _ = meta_gradient(model, [tune], [test], rate)
+    first, _, _ = meta_gradient(model, [tune], [test], rate, order="first")
+    for _ in range(3):
+        direction = [torch.randn_like(p) for p in model.parameters()]
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, d in zip(model.parameters(), direction, strict=True):
+                    p.add_(sign * h * d)
+            ends.append(promised())
+            with torch.no_grad():
+                for p, d in zip(model.parameters(), direction, strict=True):
+                    p.sub_(sign * h * d)
+        slope = (ends[0] - ends[1]) / (2 * h)
+        along = sum((g * d).sum().item() for g, d in zip(found, direction, strict=True))
+        short = sum((g * d).sum().item() for g, d in zip(first, direction, strict=True))
+        assert along == pytest.approx(slope, rel=1e-6)
+        assert abs(short - slope) > 1e-3 * abs(slope)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("of", [1, 3])
+def test_parts_of_a_batch_are_the_batch(order, of):
+    model, parts = net_and_losses()
+    rows = torch.arange(8)
+    whole = meta_gradient(model, parts(rows[:5], 5), parts(rows[5:], 3), 0.5, order=order)
+    split = meta_gradient(model, parts(rows[:5], of), parts(rows[5:], of), 0.5, order=order)
+    torch.testing.assert_close(split, whole)
+
+
+def test_a_linear_loss_and_an_unused_parameter():
+    model = Point(torch.randn(3, dtype=torch.float64))
+    model.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    slope = torch.randn(3, dtype=torch.float64)
+    found, _, _ = meta_gradient(model, [lambda m: slope @ m.at], [lambda m: (m.at**2).sum()], 0.5)
+    torch.testing.assert_close(found[0], slope + 2 * (model.at.detach() - 0.5 * slope))
+    assert torch.equal(found[1], torch.zeros(2, dtype=torch.float64))
+
+
+def test_attention_has_a_second_derivative():
+    torch.manual_seed(0)
+
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 24).double()
+
+        def forward(self, x):
+            q, k, v = self.inner(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    model, x = Attend(), torch.randn(2, 5, 8, dtype=torch.float64)
+    found, _, _ = meta_gradient(
+        model, [lambda m: (m(x) ** 2).sum()], [lambda m: m(x).abs().sum()], 0.1
+    )
+    assert all(grad.isfinite().all() for grad in found)
+
+
+def test_nothing_to_differentiate_is_named():
+    model = Point(torch.ones(2)).requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter requires a gradient"):
+        meta_gradient(model, [lambda m: m.at.sum()], [lambda m: m.at.sum()], 0.1)
