@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, register, runs_cuda
+from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
 from gradsurgery.ops.cone import cone_weights_reference
 from gradsurgery.ops.weighting import default_rtol, scratch_for
@@ -38,7 +38,7 @@ def bargaining_weights(gramian: Tensor, power: float = 1.0, *, rtol: float | Non
     check(power > 0, f"power must be above 0, got {power}")
     gram = as_gramian(gramian)
     rtol = default_rtol(gram.shape[-1], gramian.dtype) if rtol is None else rtol
-    return torch.ops.gradsurgery.bargaining_weights(gram, power, rtol)
+    return call("bargaining_weights", gram, power, rtol)
 
 
 def bargaining_weights_reference(gramian: Tensor, power: float, rtol: float) -> Tensor:

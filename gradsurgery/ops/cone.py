@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, register, runs_cuda
+from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
 from gradsurgery.ops.weighting import default_rtol, scratch_for
 
@@ -58,7 +58,7 @@ def cone_weights(
     rtol = least if rtol is None else rtol
     noise = least**2 if noise is None else noise
     check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
-    return torch.ops.gradsurgery.cone_weights(gram, products.double(), rtol, noise)
+    return call("cone_weights", gram, products.double(), rtol, noise)
 
 
 def cone_weights_reference(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, register, runs_cuda
+from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
 from gradsurgery.ops.cone import cone_weights_reference
 from gradsurgery.ops.weighting import default_rtol, scratch_for
@@ -39,7 +39,7 @@ def conflict_averse_weights(
     least = default_rtol(gram.shape[-1], gramian.dtype)
     rtol = least if rtol is None else rtol
     noise = least**2 if noise is None else noise
-    return torch.ops.gradsurgery.conflict_averse_weights(gram, c, rtol, noise)
+    return call("conflict_averse_weights", gram, c, rtol, noise)
 
 
 def conflict_averse_weights_reference(

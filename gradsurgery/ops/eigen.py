@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, register, runs_cuda
+from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import as_gramian, check_gramian_finite
 from gradsurgery.ops.weighting import scratch_for
 
@@ -25,7 +25,7 @@ def eigen(gramian: Tensor) -> tuple[Tensor, Tensor]:
         values [..., m] float64, ascending, and vectors [..., m, m] float64, v_k in ROW k. Signs,
         and bases where values are equal, are arbitrary.
     """
-    return torch.ops.gradsurgery.eigen(as_gramian(gramian))
+    return call("eigen", as_gramian(gramian))
 
 
 def eigen_reference(gramian: Tensor) -> tuple[Tensor, Tensor]:

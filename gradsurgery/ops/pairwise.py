@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, register, runs_cuda
+from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
 from gradsurgery.ops.weighting import scratch_for
 
@@ -49,7 +49,7 @@ def pairwise_weights(
     check(order.dtype == torch.int64, f"order must be int64, got {order.dtype}")
     if targets is not None:
         targets = targets.to(gram)
-    v, moved = torch.ops.gradsurgery.pairwise_weights(gram, order, targets, beta)
+    v, moved = call("pairwise_weights", gram, order, targets, beta)
     return v, None if targets is None else moved
 
 

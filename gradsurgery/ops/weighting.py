@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, register, runs_cuda
+from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import DTYPES, as_gramian, check, check_gramian_finite
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}  # asking takes microseconds
@@ -61,7 +61,7 @@ def projection_weights(
     )
     rtol = default_rtol(m, gramian.dtype) if rtol is None else rtol
     check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
-    return torch.ops.gradsurgery.projection_weights(gram, products.double(), rtol)
+    return call("projection_weights", gram, products.double(), rtol)
 
 
 def projection_weights_reference(

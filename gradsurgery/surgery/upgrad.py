@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradsurgery.ops import cone_weights
+from gradsurgery.ops._backend import call
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.rule import Index, Rule, chosen, mean_of, preference, to_device
 
@@ -46,7 +46,7 @@ class UPGrad(Rule):
 
     def _weights(self, gram: Tensor, rtol: float, memory: Index = ()) -> Tensor:
         given = wanted(self.preference, gram, memory)
-        dual, _ = cone_weights(gram, -gram, rtol=rtol, noise=rtol**2)
+        dual, _ = call("cone_weights", gram, -gram, rtol, rtol**2)
         return given + given @ dual
 
 
@@ -74,7 +74,8 @@ class DualProj(Rule):
 
     def _weights(self, gram: Tensor, rtol: float, memory: Index = ()) -> Tensor:
         given = wanted(self.preference, gram, memory)
-        dual, _ = cone_weights(gram, -(given @ gram).unsqueeze(-2), rtol=rtol, noise=rtol**2)
+        products = -(given @ gram).unsqueeze(-2)
+        dual, _ = call("cone_weights", gram, products, rtol, rtol**2)
         return given + dual.squeeze(-2)
 
 

@@ -44,6 +44,48 @@ def test_native_runs_where_it_is_built(chosen):
     assert chosen("", implementations={REFERENCE: reference}) == "reference"
 
 
+def seen_by_dispatcher(run):
+    """Names of gradsurgery's operators that torch's dispatcher saw."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        run()
+    return [name for name in seen if name.startswith("gradsurgery::")]
+
+
+def test_whoever_must_see_a_call_sees_it():
+    """Modes, autograd, transforms and tangents; plain tensors go straight to the kernel."""
+    gramian, products = torch.eye(3).double(), torch.ones(1, 3).double()
+    solve = gs.ops.cone_weights
+    assert seen_by_dispatcher(lambda: solve(gramian, products)) == ["gradsurgery::cone_weights"]
+    assert _backend._plain([gramian, products])
+
+    wanted = products.clone().requires_grad_()
+    assert not _backend._plain([gramian, wanted])
+    assert solve(gramian, wanted)[0].requires_grad
+    with torch.no_grad():
+        assert _backend._plain([gramian, wanted])
+
+    states = []
+    torch.func.vmap(lambda row: states.append(_backend._plain([row])) or row)(products)
+    with torch.autograd.forward_ad.dual_level():
+        states.append(_backend._plain([products]))
+    torch.compile(
+        lambda x: x + (1 if _backend._plain([x]) else 0), backend="eager", fullgraph=True
+    )(products)
+    with torch._subclasses.FakeTensorMode() as mode:
+        states.append(_backend._plain([mode.from_tensor(products)]))
+    states.append(_backend._plain([torch.nn.Parameter(products, requires_grad=False)]))
+    assert states == [False] * 4
+
+
 def test_triton_serves_a_gpu_where_no_native_kernel_does(chosen, monkeypatch):
     every = {REFERENCE: reference, ("native", "cuda"): native, ("triton", "cuda"): triton}
     without = {REFERENCE: reference, ("native", "cpu"): native, ("triton", "cuda"): triton}
