@@ -256,6 +256,54 @@ def concat(jacobians: Sequence[J]) -> J:
     return type(first).concat(jacobians)
 
 
+class SummedRows:
+    """A Jacobian whose rows are sums of another's, as of a batch that was taken in parts.
+
+    Args:
+        jacobian: of the parts.
+        rows: the row that each row of the parts is added to, from 0 on, none left out.
+    """
+
+    def __init__(self, jacobian: "DenseJacobian | FactoredJacobian", rows: Sequence[int]) -> None:
+        check(len(rows) == jacobian.m, f"rows must be {jacobian.m}, one for each, got {len(rows)}")
+        self.parts, self.names, self.sizes = jacobian, jacobian.names, jacobian.sizes
+        self.parameters = jacobian.parameters
+        self.m = max(rows) + 1
+        self._sums = torch.zeros(self.m, len(rows), dtype=torch.float64, device="cpu")
+        self._sums[list(rows), torch.arange(len(rows), device="cpu")] = 1
+
+    def gramian(
+        self,
+        *,
+        per: Literal["model", "tensor"] = "model",
+        metric: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        gram = self.parts.gramian(per=per, metric=metric)
+        sums = self._sums.to(gram.device)
+        return sums @ gram @ sums.mT
+
+    def combine(self, weights: Tensor) -> list[Tensor]:
+        return self.parts.combine(self._spread(weights))
+
+    def backward(self, weights: Tensor, **options: Any) -> None:
+        self.parts.backward(self._spread(weights), **options)
+
+    def products(self, vectors: Sequence[Tensor]) -> Tensor:
+        products = self.parts.products(vectors)
+        return products @ self._sums.to(products.device).mT
+
+    def row_norms(self) -> Tensor:
+        return self.gramian().diagonal().clamp_min(0).sqrt()
+
+    def materialize(self) -> Tensor:
+        rows = self.parts.materialize()
+        return self._sums.to(rows) @ rows
+
+    def _spread(self, weights: Tensor) -> Tensor:
+        """Weights of the parts' rows, [..., M]: each has its sum's."""
+        return weights.double() @ self._sums.to(weights.device)
+
+
 def _columns(
     jacobian: "DenseJacobian | FactoredJacobian",
 ) -> list[tuple[list[int], torch.dtype, torch.device]]:

@@ -1,15 +1,13 @@
 """One optimizer step with surgery on its gradients."""
 
-import copy
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils import _pytree as pytree
 
 from gradsurgery.capture import FactoredJacobian, tape
@@ -18,6 +16,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.jacobian import (
     DenseJacobian,
     Loss,
+    SummedRows,
     batch_size,
     concat,
     per_sample_losses,
@@ -25,6 +24,7 @@ from gradsurgery.jacobian import (
 )
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery import InputProjection, Rule, Solution
+from gradsurgery.undo import buffers_undone_by_errors, runs_foreign_code, undone_by_errors
 
 # Tokens of both batches up to which they go together: reading the parameters twice then costs more
 # than large activations do. Measured on two threads: 512 tokens 12 % faster together, 2048 3 % and
@@ -82,6 +82,9 @@ class Surgeon:
             batch, nor on how many there are. None: where that is faster, on few tokens. False:
             always a pass each.
         chunk_size: stored rows only: samples differentiated at a time.
+        micro_batch: captured rows only: most samples in one forward and backward pass. A larger
+            batch goes in parts, to the same rows: what the rows need is kept, a pass's graph is
+            not. None: whole batches.
         project: keeps every update off inputs observed (`OWM`, `NullSpace`).
     """
 
@@ -94,6 +97,7 @@ class Surgeon:
         rows: Literal["captured", "stored"] = "captured",
         together: bool | None = None,
         chunk_size: int = 32,
+        micro_batch: int | None = None,
         project: InputProjection | None = None,
     ) -> None:
         check(rows in ("captured", "stored"), f"rows must be 'captured' or 'stored', got {rows!r}")
@@ -106,6 +110,15 @@ class Surgeon:
             check(isinstance(given, kind), f"{name} must be a {kind.__name__}, got {got}")
         self.model, self.optimizer, self.rule = model, optimizer, rule
         self.rows, self.together, self.chunk_size = rows, together, chunk_size
+        check(
+            micro_batch is None or micro_batch >= 1,
+            f"micro_batch must be 1 or more or None, got {micro_batch}",
+        )
+        check(
+            micro_batch is None or rows == "captured",
+            "micro_batch is for captured rows; stored ones have chunk_size",
+        )
+        self.micro_batch = micro_batch
         check(
             project is None or isinstance(project, InputProjection),
             f"project must be an OWM or a NullSpace, got {type(project).__name__}",
@@ -164,7 +177,7 @@ class Surgeon:
             batch_size(given, part)
         remembered = dict(self.rule._state)  # tensors in it are replaced, never changed
         try:
-            with _buffers_undone_by_errors(self.model):
+            with buffers_undone_by_errors(self.model):
                 return self._step(parts, loss, start)
         except BaseException:
             self.rule._state.clear()
@@ -223,19 +236,47 @@ class Surgeon:
 
     def _captured(
         self, parts: dict[str, Any], loss: Loss
-    ) -> tuple[FactoredJacobian, dict[str, int], dict[str, Tensor]]:
+    ) -> tuple[FactoredJacobian | SummedRows, dict[str, int], dict[str, Tensor]]:
         """The rows of the parts in order, how many each part has, and the losses of each."""
+        sizes = {part: batch_size(batch) for part, batch in parts.items()}
+        if self.micro_batch is not None and max(sizes.values()) > self.micro_batch:
+            return self._captured_in_parts(parts, sizes, loss)
         whole = None
         if set(parts) == {"forget", "retain"} and self._one_pass(*parts.values()):
             whole = joined(*parts.values())
         if whole is None:
-            found = [self._rows_of({part: batch}, batch, loss) for part, batch in parts.items()]
+            found = [
+                self._rows_of({part: batch}, batch, loss, sizes) for part, batch in parts.items()
+            ]
         else:
-            found = [self._rows_of(parts, whole, loss)]
+            found = [self._rows_of(parts, whole, loss, sizes)]
         jacobians = [jacobian for jacobian, _, _ in found]
         jacobian = concat(jacobians) if len(jacobians) > 1 else jacobians[0]
         counts = {part: n for _, known, _ in found for part, n in known.items()}
         return jacobian, counts, {part: v for _, _, values in found for part, v in values.items()}
+
+    def _captured_in_parts(
+        self, parts: dict[str, Any], sizes: dict[str, int], loss: Loss
+    ) -> tuple[SummedRows, dict[str, int], dict[str, Tensor]]:
+        """As `_captured`, with no more than `micro_batch` samples in a pass."""
+        jacobians, rows = [], []
+        counts, losses = dict.fromkeys(parts, 0), {}
+        for part, batch in parts.items():
+            above = sum(counts.values())
+            values = []
+            for at in range(0, sizes[part], cast(int, self.micro_batch)):
+                piece = pytree.tree_map(
+                    lambda leaf, at=at: leaf[at : at + cast(int, self.micro_batch)], batch
+                )
+                jacobian, known, seen = self._rows_of({part: piece}, piece, loss, sizes)
+                summed = self._merges(part) or seen[part].dim() == 2  # over samples
+                first = above if summed else above + counts[part]
+                counts[part] = known[part] if summed else counts[part] + known[part]
+                rows += range(first, first + known[part])
+                jacobians.append(jacobian)
+                values.append(seen[part])
+            losses[part] = torch.cat(values)
+        return SummedRows(concat(jacobians), rows), counts, losses
 
     def _one_pass(self, *batches: Any) -> bool:
         if self.together is not None:
@@ -243,9 +284,12 @@ class Surgeon:
         return sum(map(tokens, batches)) <= FEW_TOKENS
 
     def _rows_of(
-        self, parts: dict[str, Any], whole: Any, loss: Loss
+        self, parts: dict[str, Any], whole: Any, loss: Loss, totals: dict[str, int]
     ) -> tuple[FactoredJacobian, dict[str, int], dict[str, Tensor]]:
-        """As `_captured`, from one pass over `whole`, the parts' samples in order."""
+        """As `_captured`, from one pass over `whole`, the parts' samples in order.
+
+        `totals` has the samples of each part's whole batch, which a mean is over.
+        """
         sizes = {part: batch_size(batch) for part, batch in parts.items()}
         with (
             torch.enable_grad(),
@@ -263,7 +307,7 @@ class Surgeon:
                 counts = {part: 1 if merged else tasks}
                 groups = torch.arange(tasks, device="cpu").expand(size, tasks)
                 groups = torch.zeros_like(groups) if merged else groups
-                share = 1 / (size * tasks if merged else size)
+                share = 1 / (totals[part] * (tasks if merged else 1))
                 shares = torch.full((size, 1), share, dtype=torch.float64, device="cpu")
             elif several and not isinstance(losses, Tensor):
                 got = type(losses).__name__
@@ -272,20 +316,22 @@ class Surgeon:
                 )
             else:
                 losses = per_sample_losses(losses, sum(sizes.values()))
-                counts, groups, shares = self._layout(sizes)
+                counts, groups, shares = self._layout(sizes, totals)
             check(losses.requires_grad, "loss does not depend on the model's parameters")
             jacobian = recorder.jacobian(losses * shares.to(losses), groups)
         detached = losses.detach().split(list(sizes.values()))
         return jacobian, counts, dict(zip(parts, detached, strict=True))
 
-    def _layout(self, sizes: dict[str, int]) -> tuple[dict[str, int], Tensor, Tensor]:
+    def _layout(
+        self, sizes: dict[str, int], totals: dict[str, int]
+    ) -> tuple[dict[str, int], Tensor, Tensor]:
         """How many rows each part has, the row of each sample, and its share in that row."""
         counts, groups, shares = {}, [], []
         for part, size in sizes.items():
             merged = self._merges(part)
             each = torch.arange(size, device="cpu")
             groups.append((torch.zeros_like(each) if merged else each) + sum(counts.values()))
-            share = 1 / size if merged else 1.0
+            share = 1 / totals[part] if merged else 1.0
             shares.append(torch.full((size,), share, dtype=torch.float64, device="cpu"))
             counts[part] = 1 if merged else size
         return counts, torch.cat(groups), torch.cat(shares)
@@ -308,7 +354,7 @@ class Surgeon:
         return concat(list(found.values())), counts, losses
 
     def _apply(
-        self, jacobian: FactoredJacobian | DenseJacobian, update: Tensor | list[Tensor]
+        self, jacobian: FactoredJacobian | SummedRows | DenseJacobian, update: Tensor | list[Tensor]
     ) -> None:
         """Step on wᵀ J, or on a given update, alone: no parameter is moved by an old `.grad`."""
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -322,13 +368,13 @@ class Surgeon:
                 reached = (squares != 0).any(-1).tolist()
                 for name, grad, used in zip(jacobian.names, update, reached, strict=True):
                     self.parameters[name].grad = grad if used else None
-            elif isinstance(jacobian, FactoredJacobian):
+            elif isinstance(jacobian, (FactoredJacobian, SummedRows)):
                 jacobian.backward(update, release=True)
             else:
                 jacobian.backward(update)
                 _drop_unused(jacobian)
-            undone = _undone_by_errors(self.model, self.optimizer)
-            with undone if _runs_foreign_code(self.optimizer) else nullcontext():
+            undone = undone_by_errors(self.model, self.optimizer)
+            with undone if runs_foreign_code(self.optimizer) else nullcontext():
                 self.optimizer.step()
         finally:
             for parameter, grad in zip(held, before, strict=True):
@@ -393,63 +439,3 @@ def _drop_unused(jacobian: DenseJacobian) -> None:
     for parameter, block in zip(jacobian.parameters or (), jacobian.blocks, strict=True):
         if parameter.grad is not None and not (parameter.grad.any() or block.any()):
             parameter.grad = None
-
-
-def _runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether anything but torch's own optimizer can raise in `optimizer.step()`."""
-    kind = type(optimizer)
-    step = vars(optimizer).get("step", kind.step)
-    if getattr(step, "_wrapped_by_lr_sched", False):  # counts steps, for a warning
-        step = step.__wrapped__
-    return (
-        not kind.__module__.startswith("torch.optim.")
-        or not kind.step.__module__.startswith("torch.optim.")
-        or step is not kind.step
-        or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
-        or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-    )
-
-
-@contextmanager
-def _buffers_undone_by_errors(model: nn.Module) -> Iterator[None]:
-    """Puts the model's buffers back if the body raises: a forward pass may update them."""
-    owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
-    copies = {id(b): (b, b.detach().clone()) for b in model.buffers()}
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for module, name, buffer in owned:
-                module._buffers[name] = buffer
-            for buffer, saved in copies.values():
-                buffer.copy_(saved)
-        raise
-
-
-@contextmanager
-def _undone_by_errors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Puts parameters and optimizer state back if the body raises; holds a copy of both."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = {id(p): p for p in (*held, *model.parameters())}
-    copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-    state = {p: {k: (v, _copy(v)) for k, v in s.items()} for p, s in optimizer.state.items()}
-    options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for key, tensor in tensors.items():
-                tensor.copy_(copies[key])
-            for parameter in [p for p in optimizer.state if p not in state]:
-                del optimizer.state[parameter]
-            for parameter, entries in state.items():
-                for name, (value, saved) in entries.items():
-                    kept = value.copy_(saved) if isinstance(value, Tensor) else saved
-                    optimizer.state[parameter][name] = kept
-            for group, option in zip(optimizer.param_groups, options, strict=True):
-                group.update(option)
-        raise
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -20,7 +20,12 @@ OPTIMIZERS = {
 }
 
 
-WAYS = {"captured": {}, "a pass each": {"together": False}, "stored": {"rows": "stored"}}
+WAYS = {
+    "captured": {},
+    "a pass each": {"together": False},
+    "in parts": {"micro_batch": 2},
+    "stored": {"rows": "stored"},
+}
 
 
 @pytest.fixture(params=["captured", "stored"])
@@ -42,6 +47,26 @@ def test_fifty_steps_equal_the_reference(optimizer, alpha, way, impl):
         reference_step(other, theirs, forget, retain, classification, alpha)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert (a - b).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+@pytest.mark.parametrize("refine", [0, 1])
+def test_parts_as_small_as_a_sample_give_the_whole_batches_step(granularity, refine):
+    forget, retain = batch(5), batch(4)
+    ends = []
+    for micro_batch in (None, 1, 3, 5):
+        model = mlp()
+        rule = gs.OrthoGrad(granularity=granularity, refine=refine)
+        surgeon = gs.Surgeon(
+            model, torch.optim.SGD(model.parameters(), lr=0.05), rule, micro_batch=micro_batch
+        )
+        info = surgeon.step(forget=forget, retain=retain, loss=classification)
+        ends.append((torch.cat([p.detach().flatten() for p in model.parameters()]), info))
+    for other, info in ends[1:]:
+        torch.testing.assert_close(other, ends[0][0])
+        torch.testing.assert_close(info.cosines, ends[0][1].cosines)
+        assert info.forget_loss == pytest.approx(ends[0][1].forget_loss)
+        assert info.rank == ends[0][1].rank
 
 
 # direction

@@ -301,3 +301,34 @@ def test_token_losses_of_a_classifier():
         batch=(x, y), loss=lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")
     )
     assert info.losses.shape == (6,)
+
+
+@pytest.mark.parametrize("name", TASKS + FORGETTING)
+@pytest.mark.parametrize("losses", [per_sample, per_task], ids=["samples", "tasks"])
+def test_a_batch_in_parts_takes_the_same_step(name, losses):
+    if name in FORGETTING and losses is per_task:
+        pytest.skip("rules that forget take a loss per sample")
+    batch, other = batch_of(7), batch_of(4)
+    given = {"batch": batch} if name in TASKS else {"forget": batch, "retain": other}
+    if "memory" in RULES[name].roles and name in TASKS:
+        given["memory"] = other
+    ends, infos = [], []
+    for micro_batch in (None, 3):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        surgeon = gs.Surgeon(model, optimizer, make(name), micro_batch=micro_batch)
+        infos.append(surgeon.step(**given, loss=losses))
+        ends.append(list(model.parameters()))
+    assert_equal(*ends)
+    assert infos[0].losses.shape == infos[1].losses.shape
+    torch.testing.assert_close(infos[0].losses, infos[1].losses)
+    torch.testing.assert_close(infos[0].gramian, infos[1].gramian)
+
+
+def test_nonsense_parts_are_named():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(gs.InputError, match="micro_batch must be 1 or more or None, got 0"):
+        gs.Surgeon(model, optimizer, gs.PCGrad(), micro_batch=0)
+    with pytest.raises(gs.InputError, match="micro_batch is for captured rows"):
+        gs.Surgeon(model, optimizer, gs.PCGrad(), micro_batch=2, rows="stored")
