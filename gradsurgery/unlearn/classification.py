@@ -49,6 +49,8 @@ def wrong_labels(known: Tensor, classes: int, generator: torch.Generator) -> Ten
     """Labels [B] other than those given, drawn uniformly by a generator on the CPU."""
     if classes < 2:
         raise InputError(f"no wrong label can be drawn of {classes} class")
+    if len(known) and not 0 <= int(known.min()) <= int(known.max()) < classes:
+        raise _out_of_range(known, classes)
     shift = torch.randint(1, classes, known.shape, generator=generator).to(known.device)
     return (known + shift) % classes
 
@@ -73,7 +75,11 @@ def label_losses(found: Tensor, wanted: Tensor) -> Tensor:
     try:
         return F.cross_entropy(found, wanted, reduction="none")
     except IndexError:
-        least, most = int(wanted.min()), int(wanted.max())
-        raise InputError(
-            f"labels must be in [0, {found.shape[1]}), the model's classes, got {least} to {most}"
-        ) from None
+        raise _out_of_range(wanted, found.shape[1]) from None
+
+
+def _out_of_range(known: Tensor, classes: int) -> InputError:
+    least, most = int(known.min()), int(known.max())
+    return InputError(
+        f"labels must be in [0, {classes}), the model's classes, got {least} to {most}"
+    )

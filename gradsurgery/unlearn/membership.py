@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from gradsurgery.unlearn.classification import label_losses
 
 
+# features, all of order one, that vary by less are not stretched to unit deviation: verdicts, and
+# with them the model's gradients, would hang on differences of that size
+LEAST = 0.01
+
+
 def features(logits: Tensor, labels: Tensor) -> Tensor:
     """What a membership model sees of each sample, [N, 2 C + 1], differentiable in the logits.
 
@@ -70,7 +75,7 @@ class MembershipModels(nn.Module):
         """
         self.mean.copy_(seen.mean(0))
         deviation = seen.std(0, correction=0)
-        self.scale.copy_(torch.where(deviation > 0, 1 / deviation.clamp_min(1e-6), 0))
+        self.scale.copy_(torch.where(deviation > 0, 1 / deviation.clamp_min(LEAST), 0))
         wanted = member.to(seen).expand(len(shown), -1)
         weights = _balanced(wanted, shown)
         optimizer = torch.optim.Adam(self.requires_grad_().parameters(), rate)

@@ -31,7 +31,8 @@ def reset_parameters(model: nn.Module, seed: int) -> None:
     Raises:
         InputError: naming a module that owns parameters and cannot draw them.
     """
-    with torch.random.fork_rng(devices=[]):
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         for name, module in model.named_modules():
             reset = getattr(module, "reset_parameters", None)

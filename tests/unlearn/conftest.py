@@ -14,14 +14,15 @@ def cross_entropy(model, batch):
 
 @pytest.fixture
 def problem():
-    """A two-layer network in float64 with 12 samples to forget and 24 to retain."""
+    """A two-layer network in float64, 12 samples to forget, 24 to retain, 10 held out."""
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)).double()
 
     def samples(n):
         images = torch.randn(n, 6, dtype=torch.float64)
         return {"image": images, "label": torch.randint(0, 3, (n,))}
 
-    return SimpleNamespace(model=model, forget=samples(12), retain=samples(24), loss=cross_entropy)
+    sets = {"forget": samples(12), "retain": samples(24), "validation": samples(10)}
+    return SimpleNamespace(model=model, loss=cross_entropy, **sets)
 
 
 @pytest.fixture(autouse=True)

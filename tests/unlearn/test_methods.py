@@ -31,7 +31,8 @@ def run(kind, problem, **options):
     sizes = {f"{drawn}_batch": EVERYTHING for drawn in kind.draws}
     config = kind.Config(**{"optimizer": "sgd", **sizes, **options})
     before = losses(problem)
-    kind(problem.model, problem.loss, problem.forget, problem.retain, config).run()
+    data = (problem.forget, problem.retain, config)
+    kind(problem.model, problem.loss, *data, validation=problem.validation).run()
     return tuple(b - a for a, b in zip(before, losses(problem), strict=True))
 
 

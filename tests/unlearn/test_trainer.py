@@ -28,7 +28,8 @@ def make(kind, problem, **options):
     for size in ("forget_batch", "retain_batch"):
         if hasattr(config, size):
             setattr(config, size, 5)
-    return kind(problem.model, problem.loss, problem.forget, problem.retain, config, seed=3)
+    data = (problem.forget, problem.retain, config)
+    return kind(problem.model, problem.loss, *data, validation=problem.validation, seed=3)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -41,7 +42,7 @@ def test_resumed_run_ends_at_the_same_bits(name, optimizer, problem):
     problem.model.load_state_dict(start)
     first = make(ALL[name], problem, optimizer=optimizer, momentum=0.9)
     steps = first.fit()
-    for _ in range(4):
+    for _ in range(min(4, first.total_steps())):
         next(steps)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
@@ -50,7 +51,8 @@ def test_resumed_run_ends_at_the_same_bits(name, optimizer, problem):
     torch.manual_seed(99)
     second = make(ALL[name], problem, optimizer=optimizer, momentum=0.9)
     second.load_state_dict(torch.load(file, weights_only=True))
-    assert [record["step"] for record in second.fit()] == [5, 6, 7, 8, 9]
+    left = [] if name == "ssd" else [5, 6, 7, 8, 9]  # one step is all of it
+    assert [record["step"] for record in second.fit()] == left
     for key, value in problem.model.state_dict().items():
         assert torch.equal(value, whole[key]), key
 

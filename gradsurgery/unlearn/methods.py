@@ -1,0 +1,110 @@
+"""Every method by its name, and each as one function of a network and its loaders."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+
+from gradsurgery.errors import InputError
+from gradsurgery.unlearn.bad_teacher import BadTeacher
+from gradsurgery.unlearn.boundary_shrink import BoundaryShrink
+from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.data import Data, batches
+from gradsurgery.unlearn.finetune import Finetune
+from gradsurgery.unlearn.gdr_gma import GDRGMATrainer
+from gradsurgery.unlearn.graddiff import GradDiff
+from gradsurgery.unlearn.gru import GRUTrainer
+from gradsurgery.unlearn.l1_sparse import L1Sparse
+from gradsurgery.unlearn.ltu import LTUTrainer
+from gradsurgery.unlearn.neggrad import NegGrad
+from gradsurgery.unlearn.neggradplus import NegGradPlus
+from gradsurgery.unlearn.orthograd import OrthoGradTrainer
+from gradsurgery.unlearn.random_label import RandomLabel
+from gradsurgery.unlearn.retrain import Retrain
+from gradsurgery.unlearn.salun import SalUn
+from gradsurgery.unlearn.scrub import SCRUB
+from gradsurgery.unlearn.ssd import SSD
+from gradsurgery.unlearn.trainer import PerSampleLoss, Trainer
+
+# the name a user types, and in reports the order of the columns
+METHODS: dict[str, type[Trainer]] = {
+    "orthograd": OrthoGradTrainer,
+    "ltu": LTUTrainer,
+    "scrub": SCRUB,
+    "salun": SalUn,
+    "random_label": RandomLabel,
+    "ssd": SSD,
+    "l1_sparse": L1Sparse,
+    "bad_teacher": BadTeacher,
+    "boundary_shrink": BoundaryShrink,
+    "gdr_gma": GDRGMATrainer,
+    "gru": GRUTrainer,
+    "graddiff": GradDiff,
+    "neggradplus": NegGradPlus,
+    "neggrad": NegGrad,
+    "finetune": Finetune,
+}
+
+
+def unlearning(
+    net: nn.Module,
+    retain_loader: Data,
+    forget_loader: Data,
+    val_loader: Data = None,
+    *,
+    method: str = "orthograd",
+    loss: PerSampleLoss = cross_entropy,
+    epochs: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Unlearn the forget loader's samples, as scripts of vision papers call it.
+
+    Args:
+        net: changed in place; its mode (train or eval) is left as it was.
+        retain_loader, forget_loader: a DataLoader of batches (inputs, labels), or all samples as
+            such a pair. Loaders set the batch sizes, in place of the options.
+        val_loader: held-out samples, for methods that need some (LTU).
+        method: a name of `METHODS`, or "retrain".
+        loss: (net, batch) -> per-sample losses [B].
+        epochs: in place of the option `steps`: a method's own epochs where it has some (SCRUB), or
+            passes over the retain loader, or over the forget loader where only that is drawn from.
+        seed: order of samples in memory, and a method's own draws.
+        options: of the method's config, by their names there.
+
+    Returns:
+        net.
+
+    Raises:
+        InputError: an unknown method or option, sets that overlap, labels out of range, ...
+        TrainingError: what was not finite, and when.
+    """
+    known = {**METHODS, "retrain": Retrain}
+    if method not in known:
+        raise InputError(f"method must be one of {', '.join(known)}, got {method!r}")
+    kind = known[method]
+    fields = [f.name for f in dataclasses.fields(kind.Config)]
+    for name in options:
+        if name not in fields:
+            raise InputError(f"{method} has no option {name}; there are {', '.join(fields)}")
+    if epochs is not None and "steps" in options:
+        raise InputError("give epochs or steps, not both")
+    config: Any = kind.Config(**options)
+    if epochs is not None:
+        if "epochs" in fields:
+            config.epochs = epochs
+        else:
+            drawn = "retain" if "retain" in kind.draws else "forget"
+            data = retain_loader if drawn == "retain" else forget_loader
+            size = getattr(config, f"{drawn}_batch", 1)
+            config.steps = epochs * batches(data, size, seed, drawn).per_epoch
+    training = net.training
+    forget = None if method == "retrain" else forget_loader
+    try:
+        return kind(
+            net, loss, forget, retain_loader, config, validation=val_loader, seed=seed
+        ).run()
+    finally:
+        net.train(training)
