@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn.attacks import mia as mia
 from gradsurgery.unlearn.data import Batch
 from gradsurgery.unlearn.trainer import PerSampleLoss
-
-# a loss is clipped here before an attack sees it: one sample forgotten to an enormous loss would
-# otherwise set the scale of the logistic regression for all the others
-LARGEST_LOSS = 50.0  # nats
-ATTACK_SPLITS = 5
 
 
 @torch.no_grad()
@@ -64,40 +60,6 @@ def uis(original_test: float, test: float, unlearned: float, *, kind: str) -> fl
     return (abs(original_test - test) + unwanted) / (2 * original_test)
 
 
-def mia(forget_losses: Tensor, unseen_losses: Tensor, seed: int = 0) -> float:
-    """Accuracy of a loss-based membership attack on forget samples against unseen ones.
-
-    A logistic regression on the per-sample loss, mean accuracy over 5 stratified folds, each
-    predicted by the regression fitted on the others. The larger set is subsampled to the size of
-    the smaller, so 0.5 means the attack cannot tell them apart. Compare with Retrain, not with
-    0.5: wrong labels and an unseen class have losses that stand out in a model that never saw
-    them.
-
-    Args:
-        forget_losses: [n_forget].
-        unseen_losses: [n_unseen], samples no model was trained on.
-        seed: of the subsample and of the folds.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    n = min(len(forget_losses), len(unseen_losses))
-    if n < ATTACK_SPLITS:
-        raise InputError(f"an attack needs at least {ATTACK_SPLITS} samples a side, got {n}")
-    generator = torch.Generator().manual_seed(seed)
-    sides = [
-        side[torch.randperm(len(side), generator=generator)[:n]].clamp(max=LARGEST_LOSS)
-        for side in (forget_losses, unseen_losses)
-    ]
-    features = torch.cat(sides).double().reshape(-1, 1).numpy()
-    member = torch.tensor([1, 0]).repeat_interleave(n).numpy()
-    folds = StratifiedKFold(ATTACK_SPLITS, shuffle=True, random_state=seed)
-    attack = make_pipeline(StandardScaler(), LogisticRegression())
-    return float(cross_val_score(attack, features, member, cv=folds).mean())
-
-
 def gap(metrics: Mapping[str, float], retrain: Mapping[str, float]) -> dict[str, float]:
     """|metric - Retrain's| for every metric both have, and their mean under "mean"."""
     each = {name: abs(value - retrain[name]) for name, value in metrics.items() if name in retrain}
@@ -113,3 +75,31 @@ def spread(values: list[float]) -> dict[str, float | list[float] | None]:
         "std": stdev(values) if len(values) > 1 else None,
         "values": values,
     }
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float | list[float] | None]:
+    """Mean difference a - b over pairs, such as two methods on the same seeds, and how sure it is.
+
+    Args:
+        a: n values.
+        b: n values, b[i] under the conditions of a[i].
+
+    Returns:
+        mean: of the differences. stderr: its standard error, their sample standard deviation over
+        sqrt(n). interval: [low, high], its 95 % interval of Student's t with n - 1 degrees of
+        freedom, right where the differences are about normal. The last two are None for one pair.
+    """
+    if len(a) != len(b) or len(a) == 0:
+        raise InputError(f"a and b must be equally many, at least 1, got {len(a)} and {len(b)}")
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    for i, difference in enumerate(differences):
+        if not math.isfinite(difference):
+            raise InputError(f"a and b must be finite, got {a[i]} and {b[i]} at {i}")
+    center, n = mean(differences), len(differences)
+    if n == 1:
+        return {"mean": center, "stderr": None, "interval": None}
+    from scipy.stats import t
+
+    error = stdev(differences) / math.sqrt(n)
+    reach = float(t.ppf(0.975, n - 1)) * error
+    return {"mean": center, "stderr": error, "interval": [center - reach, center + reach]}

@@ -91,3 +91,39 @@ def test_gap_needs_a_shared_metric():
 def test_spread_is_the_sample_standard_deviation():
     assert metrics.spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "std": 1.0, "values": [1.0, 2.0, 3.0]}
     assert metrics.spread([0.5])["std"] is None
+
+
+def test_paired_by_hand():
+    """Differences 1 and 3: mean 2, standard error 1, and t of one degree of freedom, a Cauchy
+    quantile: tan(0.475 pi) = 12.706. Two degrees: 0.95 sqrt(2 / (4 * 0.975 * 0.025)) = 4.303."""
+    found = metrics.paired([2.0, 7.0], [1.0, 4.0])
+    assert (found["mean"], found["stderr"]) == (2.0, 1.0)
+    reach = math.tan(0.475 * math.pi)
+    assert found["interval"] == pytest.approx([2 - reach, 2 + reach], rel=1e-9)
+    found = metrics.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    reach = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)) / math.sqrt(3)
+    assert found["stderr"] == pytest.approx(1 / math.sqrt(3))
+    assert found["interval"] == pytest.approx([2 - reach, 2 + reach], rel=1e-9)
+
+
+def test_paired_of_one_pair_has_no_error():
+    assert metrics.paired([2.0], [0.5]) == {"mean": 1.5, "stderr": None, "interval": None}
+
+
+def test_paired_interval_holds_the_truth_as_often_as_it_says():
+    hits, rounds = 0, 2000
+    draws = 0.3 + torch.randn(rounds, 4, dtype=torch.float64)
+    for differences in draws.tolist():
+        low, high = metrics.paired(differences, [0.0] * 4)["interval"]
+        hits += low <= 0.3 <= high
+    # a standard error of 0.005; normal quantiles in place of t's would give 0.855
+    assert hits / rounds == pytest.approx(0.95, abs=0.02)
+
+
+def test_paired_names_what_it_cannot_use():
+    with pytest.raises(InputError, match="equally many, at least 1, got 2 and 1"):
+        metrics.paired([1.0, 2.0], [1.0])
+    with pytest.raises(InputError, match="at least 1, got 0 and 0"):
+        metrics.paired([], [])
+    with pytest.raises(InputError, match=r"must be finite, got 2\.0 and nan at 1"):
+        metrics.paired([1.0, 2.0], [1.0, math.nan])
