@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from gradsurgery.errors import InputError
 from gradsurgery.ops import harmonize
@@ -135,12 +136,16 @@ class LTUTrainer(Trainer[LTUConfig]):
         )
         f, forget_loss, forget_after = self._feedback(*self._forgetting(forget))
         f = [self.config.forget_weight * grad for grad in f]
+        if self.config.granularity == "model":  # as one vector: no tensor stands alone
+            f, r = ([parameters_to_vector(side)] for side in (f, r))
         cosine = _cosine(f, r)
         if self.config.harmonize != "none":
             mode, per = self.config.harmonize, self.config.granularity
             f, r = harmonize(f, r, mode=mode, per=per)
-        for parameter, forgets, keeps in zip(self.parameters, f, r, strict=True):
-            parameter.grad = forgets + keeps
+        update = torch.cat([(a + b).flatten() for a, b in zip(f, r, strict=True)])
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, grad in zip(self.parameters, update.split(sizes), strict=True):
+            parameter.grad = grad.view_as(parameter)
         self.optimizer.step()
         return {
             "forget_loss_batch": forget_loss.item(),
@@ -277,5 +282,5 @@ def shifted(batch: Batch, generator: torch.Generator) -> Batch:
 def _cosine(a: list[Tensor], b: list[Tensor]) -> float:
     products = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]
     lengths = [torch.stack([x.norm() for x in side]).norm() for side in (a, b)]
-    value = (torch.stack(products).sum() / (lengths[0] * lengths[1])).item()
+    value = (torch.stack(products).sum() / lengths[0] / lengths[1]).item()
     return value if value == value else 0.0  # of a zero gradient
