@@ -367,7 +367,8 @@ class Surgeon:
                 squares = jacobian.gramian(per="tensor").diagonal(dim1=-2, dim2=-1)
                 reached = (squares != 0).any(-1).tolist()
                 for name, grad, used in zip(jacobian.names, update, reached, strict=True):
-                    self.parameters[name].grad = grad if used else None
+                    parameter = self.parameters[name]
+                    parameter.grad = grad.to(parameter.dtype) if used else None
             elif isinstance(jacobian, (FactoredJacobian, SummedRows)):
                 jacobian.backward(update, release=True)
             else:

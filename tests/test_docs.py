@@ -152,3 +152,11 @@ def test_the_table_of_options_is_the_code():
 def test_versions_agree():
     assert f"*gradsurgery* {gs.__version__}" in README
     assert f"## [{gs.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_unlearning_lists_every_method_in_order():
+    from gradsurgery.unlearn import METHODS
+
+    page = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
+    table = page[page.index("## The methods") : page.index("`Retrain`, from scratch")]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(METHODS)

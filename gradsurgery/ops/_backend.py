@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
@@ -138,8 +139,8 @@ def call(name: str, *args: Any) -> Any:
 
 
 def _plain(tensors: list[torch.Tensor]) -> bool:
-    """Whether nobody but the kernel would see a call: no autograd, transform, mode or compiler."""
-    if torch.compiler.is_compiling():
+    """Whether nobody but the kernel would see a call: no autograd, transform, mode, trace, ..."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     recorded = torch.is_grad_enabled()
     return (
@@ -153,6 +154,7 @@ def _plain(tensors: list[torch.Tensor]) -> bool:
         and _len_torch_function_stack() == 0
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
+        and not _profiler_enabled()
     )
 
 

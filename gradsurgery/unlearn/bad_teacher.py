@@ -5,6 +5,7 @@ Descend KL(incompetent || student) on forget + KL(competent || student) on retai
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +46,14 @@ class BadTeacher(Trainer[BadTeacherConfig]):
 
     Config = BadTeacherConfig
     draws = ("forget", "retain")
+    keeps = ("competent", "incompetent")
 
     def prepare(self) -> None:
-        self.competent, self.incompetent = self.frozen_copy(), self.frozen_copy()
+        self.competent, self.incompetent = self.frozen_copy(), copy.deepcopy(self.model)
         # a seed of its own: with the trainer's the weights may be those the original began with
         seed = torch.randint(2**31, (), generator=self.generator)
         reset_parameters(self.incompetent, int(seed))
+        self.incompetent.eval().requires_grad_(False)
 
     def update(self) -> Record:
         self.optimizer.zero_grad()

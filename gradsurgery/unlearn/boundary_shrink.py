@@ -47,6 +47,7 @@ class BoundaryShrink(Trainer[BoundaryShrinkConfig]):
 
     Config = BoundaryShrinkConfig
     draws = ("forget",)
+    keeps = ("original",)
 
     def prepare(self) -> None:
         self.original = self.frozen_copy()

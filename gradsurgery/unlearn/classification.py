@@ -13,6 +13,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.unlearn.data import Batch
 
 KEYS = ("image", "label")
+NONE = torch.iinfo(torch.int64).min
 
 
 def _parts(batch: Batch) -> tuple[Any, Tensor]:
@@ -73,7 +74,8 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 def label_losses(found: Tensor, wanted: Tensor) -> Tensor:
     """Cross-entropy [B] of logits [B, C] and labels [B]."""
     try:
-        return F.cross_entropy(found, wanted, reduction="none")
+        # no label is ignored: by default -100 would be, with a loss of zero
+        return F.cross_entropy(found, wanted, reduction="none", ignore_index=NONE)
     except IndexError:
         raise _out_of_range(wanted, found.shape[1]) from None
 

@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn.seeds import derived
 
 Batch = Any  # pytree of tensors that share their leading dimension B
 Data = Any  # such a pytree of all samples, or a DataLoader that yields batches
@@ -77,7 +84,7 @@ class Batches:
     def __next__(self) -> Batch:
         epoch, position = divmod(self.drawn, self.per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(derived(self.seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(self.n, generator=generator)
         self.drawn += 1
         return take(self.data, self._order[position * self.size : (position + 1) * self.size])
@@ -85,15 +92,19 @@ class Batches:
     def __iter__(self) -> Batches:
         return self
 
-    def skip(self, drawn: int) -> None:
-        """Go to where `drawn` batches have been drawn."""
-        self.drawn = drawn
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.drawn = state["drawn"]
 
 
 class LoaderBatches:
     """Endless batches of a `DataLoader`, of its sizes and in its order, epoch after epoch.
 
-    A resumed run sees the same samples only where the loader's order is the same each time.
+    Its state has the generators' at the start of the epoch, so that a resumed run draws the same
+    order again and passes over what was drawn; for that a loader's workers must not make samples
+    of random draws of their own.
     """
 
     def __init__(self, loader: DataLoader, name: str) -> None:
@@ -104,23 +115,41 @@ class LoaderBatches:
         if self.per_epoch == 0:
             raise InputError(f"{name}: the loader drops its only batch; use drop_last=False")
         self._running: Iterator[Batch] = iter(())
+        self._position = 0  # batches drawn of the epoch
+        self._start: list[Tensor | None] = [None, None]  # the generators' states at its start
 
     def __next__(self) -> Batch:
         try:
             batch = next(self._running)
         except StopIteration:
-            self._running = iter(self.loader)
+            own = self.loader.generator
+            self._start = [torch.get_rng_state(), None if own is None else own.get_state()]
+            self._running, self._position = iter(self.loader), 0
             batch = next(self._running)
         self.drawn += 1
+        self._position += 1
         return batch
 
     def __iter__(self) -> LoaderBatches:
         return self
 
-    def skip(self, drawn: int) -> None:
-        """Go to where `drawn` batches have been drawn, by drawing them."""
-        while self.drawn < drawn:
-            next(self)
+    def state_dict(self) -> dict[str, Any]:
+        start = list(self._start)
+        return {"drawn": self.drawn, "position": self._position, "start": start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw the epoch again, up to where it was; the generators' states are the caller's to
+        set."""
+        own = self.loader.generator
+        self._running, self._position = iter(()), 0
+        general, special = state["start"]
+        if general is not None:
+            torch.set_rng_state(general)
+            if own is not None and special is not None:
+                own.set_state(special)
+            for _ in range(state["position"]):
+                next(self)
+        self.drawn = state["drawn"]
 
 
 def batches(data: Data, size: int, seed: int, name: str) -> Batches | LoaderBatches:
@@ -132,34 +161,45 @@ def batches(data: Data, size: int, seed: int, name: str) -> Batches | LoaderBatc
 def overlap(forget: Data, retain: Data) -> int:
     """How many samples of `forget` are in `retain` too.
 
-    In memory, samples equal in every value are the same; of loaders over parts of one dataset,
-    those with one index. Of other loaders it cannot be known, and is 0.
+    In memory, samples equal in every value are the same, whatever their dtypes; of loaders over
+    parts of one dataset, those with one index. Of other loaders, and of samplers other than torch's
+    over a whole set or over given indices, it cannot be known, and is 0.
     """
     if isinstance(forget, DataLoader) or isinstance(retain, DataLoader):
         indices = [_indices(data) for data in (forget, retain)]
-        if any(found is None for found in indices) or indices[0][0] is not indices[1][0]:
+        if indices[0] is None or indices[1] is None or indices[0][0] is not indices[1][0]:
             return 0
         return len(indices[0][1] & indices[1][1])
     kept = set(_digests(retain))
     return sum(digest in kept for digest in _digests(forget))
 
 
-def _indices(data: Data) -> Any:
-    """The dataset a loader takes a part of, and the indices of that part."""
+def _indices(data: Data) -> tuple[Any, set[int]] | None:
+    """The dataset that a loader draws from and the indices it draws; None if they are not known."""
     if not isinstance(data, DataLoader):
         return None
+    if isinstance(data.sampler, SubsetRandomSampler):
+        at = [int(i) for i in data.sampler.indices]
+    elif isinstance(data.sampler, (SequentialSampler, RandomSampler)):
+        at = list(range(_loader_count(data)))
+    else:
+        return None
     dataset = data.dataset
-    if isinstance(dataset, Subset):
-        return dataset.dataset, {int(i) for i in dataset.indices}
-    return dataset, set(range(_loader_count(data)))
+    while isinstance(dataset, Subset):
+        at, dataset = [int(dataset.indices[i]) for i in at], dataset.dataset
+    return dataset, set(at)
 
 
 def _digests(data: Batch) -> list[bytes]:
-    """One digest a sample, of all its values."""
-    leaves = [leaf for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
-    rows = [
-        leaf.detach().cpu().reshape(len(leaf), -1).contiguous().view(torch.uint8) for leaf in leaves
-    ]
+    """One digest a sample, of all its values: 1.0 and 1 differ, and -0.0 is 0.0."""
+    paths = sorted(pytree.tree_flatten_with_path(data)[0], key=lambda item: str(item[0]))
+    rows = []
+    for _, leaf in paths:
+        if isinstance(leaf, Tensor):
+            real = leaf.is_floating_point()
+            flat = leaf.detach().cpu().reshape(len(leaf), -1)
+            flat = flat.double() + 0.0 if real else flat.to(torch.int64)
+            rows.append(flat.contiguous().view(torch.uint8))
     return [
         hashlib.blake2b(b"".join(row[i].numpy().tobytes() for row in rows), digest_size=16).digest()
         for i in range(batch_size(data))

@@ -21,6 +21,7 @@ from gradsurgery.unlearn import classification
 from gradsurgery.unlearn.data import Batch, batch_size, take
 from gradsurgery.unlearn.membership import MembershipModels, features, halves
 from gradsurgery.unlearn.meta import Objective, meta_gradient
+from gradsurgery.unlearn.modes import evaluating
 from gradsurgery.unlearn.trainer import Record, Trainer, TrainerConfig, finite, require
 
 Augment = Callable[[Batch, torch.Generator], Batch]
@@ -105,6 +106,7 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     Config = LTUConfig
     draws = ("forget", "retain")
+    keeps = ("auditors",)
 
     def __init__(self, *args: Any, augment: Augment | None = None, **options: Any) -> None:
         self.augment = augment or shifted
@@ -112,8 +114,12 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     def prepare(self) -> None:
         self.auditors: MembershipModels | None = None
+        if min(self.batches["retain"].n, self.batches["retain"].size) < 2:
+            raise InputError("retain: LTU splits a batch into support and query, got 1 sample")
+        if self.config.meta and self.config.order == "second":
+            _refuse_weight_norm(self.model)
         if self.config.feedback == "random_label":
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(self.model):
                 self.classes = self.logits(next(self.whole("forget", 1))).shape[1]
             return
         if self.data["validation"] is None:
@@ -127,15 +133,17 @@ class LTUTrainer(Trainer[LTUConfig]):
         refresh = self.config.refresh
         if self.auditors is not None and refresh and self.step and self.step % refresh == 0:
             self._train_auditors()
-            self._mode()
-        forget = self.draw("forget")
-        support, query = self._split(self.draw("retain"))
+        forget, retain = self.draw("forget"), self.draw("retain")
+        while batch_size(retain) < 2:  # the remainder of a loader's epoch
+            retain = self.draw("retain")
+        support, query = self._split(retain)
         r, retain_loss, retain_after = self._feedback(
             self._objectives(support, self._retain_losses),
             self._objectives(query, self._retain_losses),
         )
         f, forget_loss, forget_after = self._feedback(*self._forgetting(forget))
-        f = [self.config.forget_weight * grad for grad in f]
+        reached = [a is not None or b is not None for a, b in zip(f, r, strict=True)]
+        f, r = self._filled(f, self.config.forget_weight), self._filled(r)
         if self.config.granularity == "model":  # as one vector: no tensor stands alone
             f, r = ([parameters_to_vector(side)] for side in (f, r))
         cosine = _cosine(f, r)
@@ -143,9 +151,9 @@ class LTUTrainer(Trainer[LTUConfig]):
             mode, per = self.config.harmonize, self.config.granularity
             f, r = harmonize(f, r, mode=mode, per=per)
         update = torch.cat([(a + b).flatten() for a, b in zip(f, r, strict=True)])
-        sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, grad in zip(self.parameters, update.split(sizes), strict=True):
-            parameter.grad = grad.view_as(parameter)
+        parts = update.split([parameter.numel() for parameter in self.parameters])
+        for parameter, grad, used in zip(self.parameters, parts, reached, strict=True):
+            parameter.grad = grad.view_as(parameter).to(parameter.dtype) if used else None
         self.optimizer.step()
         return {
             "forget_loss_batch": forget_loss.item(),
@@ -156,20 +164,21 @@ class LTUTrainer(Trainer[LTUConfig]):
             "conflict_rate": float(cosine < 0),
         }
 
-    def extra_state(self) -> dict[str, Any]:
-        return {} if self.auditors is None else {"auditors": self.auditors.state_dict()}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        if self.auditors is not None:
-            self.auditors.load_state_dict(state["auditors"])
-
     # -- the two kinds of feedback
 
     def _feedback(
         self, tune: list[Objective], test: list[Objective]
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    ) -> tuple[list[Tensor | None], Tensor, Tensor]:
         rate = self.config.tune_lr if self.config.meta else 0.0
         return meta_gradient(self.model, tune, test, rate, order=self.config.order)
+
+    def _filled(self, grads: list[Tensor | None], factor: float = 1.0) -> list[Tensor]:
+        """Gradients of one dtype, the widest of the parameters', zero where there is none."""
+        dtype = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
+        return [
+            torch.zeros_like(p, dtype=dtype) if grad is None else factor * grad.to(dtype)
+            for p, grad in zip(self.parameters, grads, strict=True)
+        ]
 
     def _objectives(
         self, batch: Batch, values: Callable[[nn.Module, Batch], Tensor]
@@ -212,8 +221,6 @@ class LTUTrainer(Trainer[LTUConfig]):
         if self.config.split == "augmentation":
             return batch, self.augment(batch, self.generator)
         size = batch_size(batch)
-        if size < 2:
-            raise InputError("retain: LTU splits a batch into support and query, got 1 sample")
         known = classification.labels(batch)
         classes, counts = known.unique(return_counts=True)
         order = torch.randperm(len(classes), generator=self.generator).to(self.device)
@@ -229,12 +236,14 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     @torch.no_grad()
     def _train_auditors(self) -> None:
-        self.model.eval()
         kinds = ("forget", "validation")
         outputs, known = {}, {}
-        for kind in kinds:
-            found = [(self.logits(part), classification.labels(part)) for part in self.whole(kind)]
-            outputs[kind], known[kind] = map(torch.cat, zip(*found, strict=True))
+        with evaluating(self.model):
+            for kind in kinds:
+                found = [
+                    (self.logits(part), classification.labels(part)) for part in self.whole(kind)
+                ]
+                outputs[kind], known[kind] = map(torch.cat, zip(*found, strict=True))
         if self.config.audit_labels == "forget":
             labels = known["forget"].cpu()
             drawn = torch.randint(len(labels), known["validation"].shape, generator=self.generator)
@@ -277,6 +286,19 @@ def shifted(batch: Batch, generator: torch.Generator) -> Batch:
         for image, top, left in zip(padded, tops, lefts, strict=True)
     ]
     return classification.with_inputs(batch, torch.stack(moved))
+
+
+def _refuse_weight_norm(model: nn.Module) -> None:
+    """torch's second derivative of weight norm is wrong."""
+    for name, module in model.named_modules():
+        chained = getattr(module, "parametrizations", {})
+        kinds = [type(each) for chain in chained.values() for each in chain]
+        kinds += [type(hook) for hook in module._forward_pre_hooks.values()]
+        if any(kind.__name__ in ("_WeightNorm", "WeightNorm") for kind in kinds):
+            raise InputError(
+                f"{name or 'model'} has weight norm, whose second derivative torch gets wrong; "
+                'use order="first" or remove it'
+            )
 
 
 def _cosine(a: list[Tensor], b: list[Tensor]) -> float:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradsurgery.errors import InputError
 
 Objective = Callable[[nn.Module], Tensor]  # -> a scalar
-
-
-class _Holder(nn.Module):
-    """A module whose forward is an objective, so that functional_call swaps the parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, objective: Objective) -> Tensor:
-        return objective(self.model)
 
 
 def meta_gradient(
@@ -34,7 +22,7 @@ def meta_gradient(
     rate: float,
     *,
     order: Literal["first", "second"] = "second",
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor | None], Tensor, Tensor]:
     """The gradient of L(t) + M(t - a grad L(t)) at the model's parameters t.
 
     With g = grad L(t), H the Hessian of L at t and v = grad M(t - a g), it is g + v - a H v; first
@@ -47,52 +35,101 @@ def meta_gradient(
         rate: a, 0 or more.
 
     Returns:
-        the gradient, one tensor [*p.shape] per parameter; L(t) and M at the tuned parameters.
+        the gradient, one tensor [*p.shape] per parameter, None where neither L nor M depends on
+        it; L(t) and M at the tuned parameters.
 
     Model-Agnostic Meta-Learning, Finn et al. 2017 (arXiv:1703.03400).
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not named:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
         raise InputError("model: no parameter requires a gradient")
-    parameters = list[Tensor](named.values())
     exact = order == "second" and rate > 0
     whole = exact and len(tune) == 1  # one graph serves both derivatives
+    draws = [_Draws(parameters[0].device) for _ in tune]
     # kernels that fuse attention have no second derivative
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
-        grads, before = _gradient((part(model) for part in tune), parameters, graph=whole)
-        tuned = {
-            f"model.{name}": p.detach().sub(grad.detach(), alpha=rate).requires_grad_()
-            for (name, p), grad in zip(named.items(), grads, strict=True)
-        }
-        holder = _Holder(model)
-        values = (functional_call(holder, tuned, (part,)) for part in test)
-        ahead, after = _gradient(values, list(tuned.values()))
-        result = [grad.detach() + v for grad, v in zip(grads, ahead, strict=True)]
+        values = (drawn.kept(part, model) for drawn, part in zip(draws, tune, strict=True))
+        grads, before = _gradient(values, parameters, whole)
+        with _moved(parameters, grads, rate):
+            ahead, after = _gradient((part(model) for part in test), parameters)
+        detached = [None if grad is None else grad.detach() for grad in grads]
+        result = [_sum(grad, v) for grad, v in zip(detached, ahead, strict=True)]
         if exact:
-            # of several parts each is computed again: no more than one graph is held
-            for part in tune:
-                first = grads if whole else _gradient([part(model)], parameters, graph=True)[0]
-                for total, curved in zip(result, _curved(first, parameters, ahead), strict=True):
-                    total.sub_(curved, alpha=rate)
+            # of several parts each is computed again, with the same draws of dropout: no more than
+            # one graph is held
+            for drawn, part in zip(draws, tune, strict=True):
+                again = [] if whole else [drawn.again(part, model)]
+                first = grads if whole else _gradient(again, parameters, graph=True)[0]
+                curved = _curved(first, parameters, ahead)
+                result = [
+                    _sum(total, None if bent is None else -rate * bent)
+                    for total, bent in zip(result, curved, strict=True)
+                ]
     return result, before, after
 
 
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+@contextmanager
+def _moved(
+    parameters: list[nn.Parameter], grads: list[Tensor | None], rate: float
+) -> Iterator[None]:
+    """Parameters at t - a g inside. Their data is exchanged, not the parameters: whoever holds
+    them, under whatever name, computes at the tuned point, also where it recomputes."""
+    held = [p.data for p in parameters]
+    try:
+        for p, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                p.data = p.data.sub(grad.detach(), alpha=rate)
+        yield
+    finally:
+        for p, data in zip(parameters, held, strict=True):
+            p.data = data
+
+
+class _Draws:
+    """torch's generators before an objective, so that it can be computed again, draws and all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = [device] if device.type == "cuda" else []
+
+    def kept(self, objective: Objective, model: nn.Module) -> Tensor:
+        self.states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self.cuda]
+        return objective(model)
+
+    def again(self, objective: Objective, model: nn.Module) -> Tensor:
+        with torch.random.fork_rng(self.cuda):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.cuda, self.states[1], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            return objective(model)
+
+
 def _gradient(
-    values: Iterable[Tensor], parameters: list[Tensor], graph: bool = False
-) -> tuple[list[Tensor], Tensor]:
+    values: Iterable[Tensor], parameters: Sequence[Tensor], graph: bool = False
+) -> tuple[list[Tensor | None], Tensor]:
     """Of the sum of scalars, and that sum."""
-    grads, total = [], torch.zeros(())
+    grads: list[Tensor | None] = [None] * len(parameters)
+    total = torch.zeros(())
     for value in values:
-        parts = torch.autograd.grad(value, parameters, create_graph=graph, materialize_grads=True)
-        grads = [a + b for a, b in zip(grads, parts, strict=True)] if grads else list(parts)
+        parts = torch.autograd.grad(value, parameters, create_graph=graph, allow_unused=True)
+        grads = [_sum(a, b) for a, b in zip(grads, parts, strict=True)]
         total = total.to(value) + value.detach()
     return grads, total
 
 
-def _curved(grads: list[Tensor], parameters: list[Tensor], along: list[Tensor]) -> list[Tensor]:
+def _curved(
+    grads: list[Tensor | None], parameters: Sequence[Tensor], along: list[Tensor | None]
+) -> Sequence[Tensor | None]:
     """H v, of grads with a graph; those of a linear loss have none."""
-    bent = [(grad, v) for grad, v in zip(grads, along, strict=True) if grad.requires_grad]
+    bent = [
+        (grad, v)
+        for grad, v in zip(grads, along, strict=True)
+        if grad is not None and grad.requires_grad and v is not None
+    ]
     if not bent:
-        return [torch.zeros_like(p) for p in parameters]
+        return [None] * len(parameters)
     outputs, vectors = zip(*bent, strict=True)
-    return list(torch.autograd.grad(outputs, parameters, vectors, materialize_grads=True))
+    return torch.autograd.grad(outputs, parameters, vectors, allow_unused=True)

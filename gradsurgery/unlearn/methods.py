@@ -18,6 +18,7 @@ from gradsurgery.unlearn.graddiff import GradDiff
 from gradsurgery.unlearn.gru import GRUTrainer
 from gradsurgery.unlearn.l1_sparse import L1Sparse
 from gradsurgery.unlearn.ltu import LTUTrainer
+from gradsurgery.unlearn.modes import modes_kept
 from gradsurgery.unlearn.neggrad import NegGrad
 from gradsurgery.unlearn.neggradplus import NegGradPlus
 from gradsurgery.unlearn.orthograd import OrthoGradTrainer
@@ -63,7 +64,7 @@ def unlearning(
     """Unlearn the forget loader's samples, as scripts of vision papers call it.
 
     Args:
-        net: changed in place; its mode (train or eval) is left as it was.
+        net: changed in place; every module's mode (train or eval) is as it was afterwards.
         retain_loader, forget_loader: a DataLoader of batches (inputs, labels), or all samples as
             such a pair. Loaders set the batch sizes, in place of the options.
         val_loader: held-out samples, for methods that need some (LTU).
@@ -100,11 +101,8 @@ def unlearning(
             data = retain_loader if drawn == "retain" else forget_loader
             size = getattr(config, f"{drawn}_batch", 1)
             config.steps = epochs * batches(data, size, seed, drawn).per_epoch
-    training = net.training
     forget = None if method == "retrain" else forget_loader
-    try:
+    with modes_kept(net):
         return kind(
             net, loss, forget, retain_loader, config, validation=val_loader, seed=seed
         ).run()
-    finally:
-        net.train(training)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.attacks import mia as mia
 from gradsurgery.unlearn.data import Batch
+from gradsurgery.unlearn.modes import evaluating
 from gradsurgery.unlearn.trainer import PerSampleLoss
 
 
@@ -21,7 +22,8 @@ def accuracy(model: nn.Module, data: Batch, labels: Tensor | None = None) -> flo
 
     NaN for an empty set: no sample, no accuracy.
     """
-    return share_right(model(data["image"]), data["label"] if labels is None else labels)
+    with evaluating(model):
+        return share_right(model(data["image"]), data["label"] if labels is None else labels)
 
 
 def share_right(logits: Tensor, labels: Tensor) -> float:
@@ -34,7 +36,8 @@ def share_right(logits: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def losses(model: nn.Module, loss: PerSampleLoss, data: Batch) -> Tensor:
     """Per-sample losses, [N]."""
-    return loss(model, data)
+    with evaluating(model):
+        return loss(model, data)
 
 
 def uis(original_test: float, test: float, unlearned: float, *, kind: str) -> float:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -18,6 +16,8 @@ from gradsurgery.errors import InputError
 from gradsurgery.unlearn import classification
 from gradsurgery.unlearn.data import Batch, Data, count, whole
 from gradsurgery.unlearn.finetune import Finetune, FinetuneConfig
+from gradsurgery.unlearn.modes import evaluating
+from gradsurgery.unlearn.seeds import seeded
 from gradsurgery.unlearn.trainer import PerSampleLoss
 
 Measure = Literal["accuracy", "loss"]
@@ -44,13 +44,10 @@ def forget_measure(
         return found.argmax(dim=1) == classification.labels(batch)
 
     each = right if measure == "accuracy" else loss
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for batch in whole(forget, 256, device):
-        values = each(model, batch)
-        total, n = total + values.double().sum().item(), n + len(values)
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(model):
+        for batch in whole(forget, 256, device):
+            values = each(model, batch)
+            total, n = total + values.double().sum().item(), n + len(values)
     return total / n
 
 
@@ -112,7 +109,7 @@ def relearn_steps(
 
     sign = 1 if measure == "accuracy" else -1
     student = copy.deepcopy(model)
-    with _seeded(seed, next(student.parameters()).device):
+    with seeded(seed, next(student.parameters()).device):
         trainer = Finetune(
             student, loss, None, forget, config, probe=probe, probe_every=every, seed=seed
         )
@@ -121,15 +118,3 @@ def relearn_steps(
             if sign * found >= sign * original - margin - ROUNDING:
                 return record["step"]
     return None
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random layers draw from `seed`; the CPU's and the device's generators come back after."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)
-        for used in cuda:
-            with torch.cuda.device(used):
-                torch.cuda.manual_seed(seed)
-        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn.seeds import seeded
 from gradsurgery.unlearn.trainer import Record, Trainer, TrainerConfig
 
 
@@ -25,25 +27,38 @@ class RetrainConfig(TrainerConfig):
 
 
 def reset_parameters(model: nn.Module, seed: int) -> None:
-    """Draw fresh weights by every module's own `reset_parameters`, leaving the global generator
-    alone.
+    """Draw fresh weights by every module's own `reset_parameters`; torch's generators stay.
+
+    Parameters that require no gradient, such as a frozen backbone, stay. So do buffers of modules
+    without a `reset_parameters`: a fixed table is right to stay, but one learned from data would
+    bring back what it was learned from, and needs that method.
 
     Raises:
-        InputError: naming a module that owns parameters and cannot draw them.
+        InputError: naming a parameter that no module draws; the model is then as it was.
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
-        for name, module in model.named_modules():
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
-            elif next(module.parameters(recurse=False), None) is not None:
-                kind = type(module).__name__
-                raise InputError(
-                    f"model: module {name or 'root'} ({kind}) owns parameters but has no "
-                    "reset_parameters(), so it cannot be trained from scratch"
-                )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    named = dict(model.named_parameters())
+    try:
+        with torch.no_grad(), seeded(seed, next(iter(named.values())).device):
+            for parameter in named.values():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    parameter.fill_(math.nan)  # whatever keeps it was not drawn
+            for module in model.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+            for name, parameter in named.items():
+                if not parameter.requires_grad:
+                    parameter.copy_(before[name])
+                elif bool(parameter.isnan().any()):
+                    owner = model.get_submodule(name.rpartition(".")[0])
+                    raise InputError(
+                        f"model: {name} ({type(owner).__name__}) is drawn by no "
+                        "reset_parameters(), so the model cannot be made anew"
+                    )
+    except BaseException:
+        model.load_state_dict(before)
+        raise
 
 
 class Retrain(Trainer[RetrainConfig]):

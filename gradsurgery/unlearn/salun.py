@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.unlearn.data import batch_size
+from gradsurgery.unlearn.modes import evaluating
 from gradsurgery.unlearn.random_label import RandomLabel, RandomLabelConfig
 from gradsurgery.unlearn.trainer import Record, require
 
@@ -46,18 +47,20 @@ class SalUn(RandomLabel[SalUnConfig]):
     """
 
     Config = SalUnConfig
+    keeps = ("masks",)
 
     def prepare(self) -> None:
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
         self.model.zero_grad()
-        for batch in self.whole("forget"):
-            # the sum over samples: it ranks as their mean does
-            self.accumulate(batch, self.losses, batch_size(batch))
-        sizes = [torch.zeros_like(p) if p.grad is None else p.grad.abs() for p in self.parameters]
-        self.model.zero_grad()
-        for module, training in modes.items():
-            module.training = training
+        try:
+            with evaluating(self.model):
+                for batch in self.whole("forget"):
+                    # the sum over samples: it ranks as their mean does
+                    self.accumulate(batch, self.losses, batch_size(batch))
+            sizes = [
+                torch.zeros_like(p) if p.grad is None else p.grad.abs() for p in self.parameters
+            ]
+        finally:
+            self.model.zero_grad()
         self.masks = largest(sizes, self.config.saliency)  # one [*p.shape] per parameter
 
     def update(self) -> Record:

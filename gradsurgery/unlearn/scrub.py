@@ -63,6 +63,7 @@ class SCRUB(Trainer[SCRUBConfig]):
 
     Config = SCRUBConfig
     draws = ("forget", "retain")
+    keeps = ("teacher",)
 
     def prepare(self) -> None:
         self.teacher = self.frozen_copy()
@@ -97,11 +98,15 @@ class SCRUB(Trainer[SCRUBConfig]):
         return self.config.retain_weight * right + self.config.distill_weight * apart
 
 
+NEVER = -1e4  # log of a probability that is zero in any dtype
+
+
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """T² KL(teacher || student), [B], of logits [B, C] divided by the temperature T.
 
     The factor keeps gradients in size whatever T, as in distillation.
     """
-    found = F.log_softmax(student / temperature, 1)
-    wanted = F.log_softmax(teacher / temperature, 1)
+    # a class masked by -inf in both has no share in it; -inf - (-inf) would be NaN
+    found = F.log_softmax(student / temperature, 1).clamp_min(NEVER)
+    wanted = F.log_softmax(teacher / temperature, 1).clamp_min(NEVER)
     return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(1)

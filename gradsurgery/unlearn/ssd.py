@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._inputs import wide
+from gradsurgery.unlearn.modes import evaluating
 from gradsurgery.unlearn.trainer import Record, Trainer, TrainerConfig, finite, require
 
 
@@ -59,10 +60,9 @@ class SSD(Trainer[SSDConfig]):
         return min(1, self.config.steps)
 
     def update(self) -> Record:
-        self.model.eval()
-        forget, forget_batches = self._squares("forget")
-        retain, retain_batches = self._squares("retain")
-        self._mode()
+        with evaluating(self.model):
+            forget, forget_batches = self._squares("forget")
+            retain, retain_batches = self._squares("retain")
         dampened = 0
         for p, f, r in zip(self.parameters, forget, retain, strict=True):
             importance = f / forget_batches

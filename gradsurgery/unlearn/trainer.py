@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import per_sample_losses
@@ -29,11 +31,12 @@ from gradsurgery.unlearn.data import (
     batch_size,
     batches,
     count,
-    overlap,
     take,
     to_device,
     whole,
 )
+from gradsurgery.unlearn.data import overlap as samples_in_both
+from gradsurgery.unlearn.seeds import derived
 
 PerSampleLoss = Callable[[nn.Module, Batch], Tensor]  # -> losses [B]
 Probe = Callable[[nn.Module], dict[str, float]]
@@ -99,19 +102,19 @@ def finite(value: float) -> bool:
     return math.isfinite(value)
 
 
-def learning_rate(config: TrainerConfig, step: int, steps: int) -> float:
-    """Rate of step `step` in [0, steps), a function of the counter alone so that resuming is exact.
+def rate_share(config: TrainerConfig, step: int, steps: int) -> float:
+    """Share of the peak rate in step `step` of [0, steps): of the counter alone, so that resuming
+    is exact.
 
-    cosine: lr (1 + cos(pi t)) / 2. onecycle: linear from lr / 25 over the first 30 %, then cosine
-        to 0.
+    cosine: (1 + cos(pi t)) / 2. onecycle: linear from 1 / 25 over the first 30 %, then cosine to 0.
     """
     t = (step + 0.5) / steps
     warm = 0.3 if config.schedule == "onecycle" else 0.0
     if config.schedule == "constant":
-        return config.lr
+        return 1.0
     if t < warm:
-        return config.lr * (0.04 + 0.96 * t / warm)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (t - warm) / (1 - warm)))
+        return 0.04 + 0.96 * t / warm
+    return 0.5 * (1 + math.cos(math.pi * (t - warm) / (1 - warm)))
 
 
 def make_optimizer(
@@ -148,15 +151,20 @@ class Trainer(ABC, Generic[C]):
             `validation_accuracy`) where `config.stop` needs them.
         probe_every: steps between probes; the first and the last step are always probed.
         seed: order of the data, and the initial weights where a method draws them.
-        optimizer: makes the optimizer of the parameters, in place of the config's.
+        optimizer: makes the optimizer of the parameters, in place of the config's; the config's
+            schedule is of its rates.
         schedule: makes a torch scheduler of the optimizer, stepped once a step, in place of the
             config's.
         callbacks: called with the trainer and each record.
+        overlap: "error" where a sample of `forget` is in `retain` or `validation` too, or "allow",
+            for data that has duplicates.
     """
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     draws: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()  # sets it cannot do without and draws no batches from
+    # attributes, modules or lists of tensors, that a resumed run must find again
+    keeps: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -173,6 +181,7 @@ class Trainer(ABC, Generic[C]):
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         callbacks: Sequence[Callback] = (),
+        overlap: Literal["error", "allow"] = "error",
     ) -> None:
         name = type(self).__name__
         try:
@@ -181,6 +190,15 @@ class Trainer(ABC, Generic[C]):
             raise InputError(str(error).removeprefix("--")) from None
         if config.stop != "never" and probe is None:
             raise InputError(f"stop = {config.stop} needs a probe that measures forget accuracy")
+        if probe_every < 1:
+            raise InputError(f"probe_every must be at least 1, got {probe_every}")
+        if config.micro_batch is not None and config.batch_norm == "train":
+            for path, module in model.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    raise InputError(
+                        f"micro_batch: {path or 'model'} ({type(module).__name__}) would normalize "
+                        "over a part of the batch; set batch_norm = eval, or take whole batches"
+                    )
         self.model, self.loss, self.config, self.seed = model, loss, config, seed
         self.probe, self.probe_every = probe, probe_every
         self.callbacks = tuple(callbacks)
@@ -188,20 +206,23 @@ class Trainer(ABC, Generic[C]):
         for kind in (*self.draws, *self.needs):
             if self.data[kind] is None:
                 raise InputError(f"{kind}: {name} needs this data, got None")
-            count(self.data[kind], kind)
-        if forget is not None and retain is not None:
-            both = overlap(forget, retain)
-            if both:
-                raise InputError(
-                    f"forget and retain overlap: {both} samples are in both, and cannot be "
-                    "forgotten and kept"
-                )
+        for kind, data in self.data.items():
+            if data is not None:
+                count(data, kind)
+        for kind in ("retain", "validation"):
+            if overlap == "error" and forget is not None and self.data[kind] is not None:
+                both = samples_in_both(forget, self.data[kind])
+                if both:
+                    raise InputError(
+                        f"forget and {kind} overlap: {both} samples are in both; if they are "
+                        'duplicates that should be, overlap="allow" goes on'
+                    )
         self.samples = dict.fromkeys(self.data, 0)  # samples seen of each set, with repetitions
         self.batches: dict[str, Batches | LoaderBatches] = {}
-        for offset, kind in enumerate(self.draws):
+        for kind in self.draws:
             size = getattr(config, f"{kind}_batch")
-            self.batches[kind] = batches(self.data[kind], size, seed * 2 + offset, kind)
-        self.generator = torch.Generator().manual_seed(seed)
+            self.batches[kind] = batches(self.data[kind], size, derived(seed, kind), kind)
+        self.generator = torch.Generator().manual_seed(derived(seed, "draws"))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise InputError("model: no parameter requires a gradient: there is nothing to unlearn")
@@ -213,7 +234,9 @@ class Trainer(ABC, Generic[C]):
         make = optimizer or (lambda parameters: make_optimizer(parameters, config))
         self.optimizer = make(self.parameters)
         self.schedule = None if schedule is None else schedule(self.optimizer)
-        self._rates = optimizer is None and schedule is None  # whether the config sets them
+        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise InputError("schedule: ReduceLROnPlateau needs a metric after each step; not here")
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
 
     # -- what a method writes
 
@@ -229,10 +252,17 @@ class Trainer(ABC, Generic[C]):
 
     def extra_state(self) -> dict[str, Any]:
         """What later steps depend on besides model, optimizer, order of data and draws."""
-        return {}
+        held = {name: getattr(self, name) for name in self.keeps}
+        return {k: v.state_dict() if isinstance(v, nn.Module) else v for k, v in held.items()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Continue from `extra_state()`."""
+        for name, value in state.items():
+            held = getattr(self, name)
+            if isinstance(held, nn.Module):
+                held.load_state_dict(value)
+            else:
+                setattr(self, name, to_device(value, self.device))
 
     # -- what a method uses
 
@@ -282,7 +312,10 @@ class Trainer(ABC, Generic[C]):
             each = values(take(batch, slice(at, at + part)))
             (weight / size * each.sum()).backward()
             found.append(each.detach())
-        return torch.cat(found)
+        seen = torch.cat(found)
+        if not bool(seen.isfinite().all()):  # before they reach the weights
+            raise NonFiniteError("a loss of the batch is not finite")
+        return seen
 
     def frozen_copy(self) -> nn.Module:
         """The model as it is now, in evaluation mode, never to be trained."""
@@ -300,10 +333,10 @@ class Trainer(ABC, Generic[C]):
             yield self._told(self._measured({"step": 0, "seconds": self.seconds}))
         total = self.total_steps()
         while self.step < total and not self.stopped:
-            if self._rates:
-                rate = learning_rate(self.config, self.step, total)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+            if self.schedule is None:
+                share = rate_share(self.config, self.step, total)
+                for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+                    group["lr"] = share * peak
             rate = self.optimizer.param_groups[0]["lr"]
             self._mode()
             start = time.perf_counter()
@@ -319,6 +352,8 @@ class Trainer(ABC, Generic[C]):
             if self.probe is not None and (self.step % self.probe_every == 0 or self.step == total):
                 self._measured(record)
             self._check_finite(record)
+            if self.step == total or self.stopped:
+                self._check_model()
             yield self._told(record)
 
     def run(self) -> nn.Module:
@@ -355,25 +390,45 @@ class Trainer(ABC, Generic[C]):
             if isinstance(value, float) and not abs(value) < DIVERGED:
                 raise self._diverged(f"{name} became {value}", self.step)
 
+    def _check_model(self) -> None:
+        """A step's losses are those before it: what it did to the weights shows in them alone."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise self._diverged(f"{name} is no longer finite", self.step)
+
     def _diverged(self, what: str, step: int) -> TrainingError:
         advice = "lower the learning rate or set a forget ceiling"
         return TrainingError(f"{what} at step {step} of {type(self).__name__}: {advice}")
 
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Those that loaders of the sets draw their order from, where these have their own."""
+        loaders = {kind: d for kind, d in self.data.items() if isinstance(d, DataLoader)}
+        return {kind: d.generator for kind, d in loaders.items() if d.generator is not None}
+
     def state_dict(self) -> dict[str, Any]:
-        """All that later steps depend on: tensors and numbers, safe for `weights_only` loading."""
-        return {
+        """All that later steps depend on: tensors and numbers, safe for `weights_only` loading.
+
+        Tensors are copies. A model that is no longer finite is a `TrainingError`: what was saved
+        before stays the last good state.
+        """
+        self._check_model()
+        cuda = self.device.type == "cuda"
+        state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "drawn": {kind: batches.drawn for kind, batches in self.batches.items()},
+            "batches": {kind: found.state_dict() for kind, found in self.batches.items()},
+            "loaders": {kind: own.get_state() for kind, own in self._generators().items()},
             "samples": dict(self.samples),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
             "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
             "stopped": self.stopped,
             "extra": self.extra_state(),
         }
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of a trainer made with the same arguments."""
@@ -381,10 +436,14 @@ class Trainer(ABC, Generic[C]):
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        for kind, drawn in state["drawn"].items():
-            self.batches[kind].skip(drawn)
+        for kind, drawn in state["batches"].items():
+            self.batches[kind].load_state_dict(drawn)
+        for kind, own in self._generators().items():
+            own.set_state(state["loaders"][kind])
         self.samples.update(state["samples"])
         torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.generator.set_state(state["generator"])
         self.step, self.seconds, self.stopped = state["step"], state["seconds"], state["stopped"]
         self.load_extra_state(state["extra"])

@@ -346,7 +346,7 @@ def test_bad_teacher_names_a_module_it_cannot_draw(problem):
             return x * self.scale
 
     problem.model.append(Scale())
-    with pytest.raises(InputError, match=r"module 3 \(Scale\) owns parameters but has no reset"):
+    with pytest.raises(InputError, match=r"3.scale \(Scale\) is drawn by no reset_parameters"):
         make(BadTeacher, problem)
 
 

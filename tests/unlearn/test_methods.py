@@ -145,5 +145,5 @@ def test_retrain_names_a_module_it_cannot_reset(problem):
             return x * self.scale
 
     problem.model.append(Scale())
-    with pytest.raises(InputError, match=r"module 3 \(Scale\) owns parameters but has no reset"):
+    with pytest.raises(InputError, match=r"3.scale \(Scale\) is drawn by no reset_parameters"):
         run(Retrain, problem, steps=1)
