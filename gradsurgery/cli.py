@@ -1,4 +1,4 @@
-"""The command line: gradsurgery unlearn | report | bench | rules | doctor."""
+"""The command line: gradsurgery unlearn | report | compare | bench | rules | doctor."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     unlearn = commands.add_parser("unlearn", help="run an unlearning job", add_help=False)
     unlearn.add_argument("rest", nargs=argparse.REMAINDER)
-    report = commands.add_parser("report", help="write a run's report.html anew")
+    report = commands.add_parser("report", help="a run's verdict and tables; its report.html anew")
     report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    compare = commands.add_parser("compare", help="finished runs in one table and one page")
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    compare.add_argument("--out", type=Path, metavar="FILE", help="HTML page to write")
     bench = commands.add_parser("bench", help="run the benchmarks of a source tree", add_help=False)
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     commands.add_parser("rules", help="the rules of surgery: name, update, what holds of it")
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen = parser.parse_args(arguments)
         if chosen.command == "report":
             _report(chosen.run)
+        elif chosen.command == "compare":
+            _compare(chosen.runs, chosen.out)
         elif chosen.command == "rules":
             from gradsurgery.surgery import table
 
@@ -82,7 +87,8 @@ def _unlearn(arguments: list[str]) -> None:
 
 def _report(path: Path) -> None:
     from gradsurgery.unlearn.finish import write_report
-    from gradsurgery.unlearn.run import RunDirectory
+    from gradsurgery.unlearn.run import RunDirectory, read_json
+    from gradsurgery.unlearn.tables import print_summary
 
     directory = RunDirectory(path)
     if not (directory / "summary.json").exists():
@@ -91,7 +97,25 @@ def _report(path: Path) -> None:
         write_report(directory)
     except OSError as error:
         fail(f"RUN: cannot write to {error.filename or path}: {error.strerror or error}", 2)
-    print(directory / "report.html")
+    print_summary(read_json(directory / "summary.json"))
+    print(f"report {directory / 'report.html'}")
+
+
+def _compare(paths: list[Path], out: Path | None) -> None:
+    from gradsurgery.unlearn import compare
+    from gradsurgery.unlearn.tables import print_summary
+
+    runs = compare.load(paths)
+    summaries = compare.merge(runs)
+    for summary in summaries:
+        print_summary(summary)
+    if out is None:
+        return
+    try:
+        compare.write(out, summaries, runs)
+    except OSError as error:
+        fail(f"--out: cannot write to {error.filename or out}: {error.strerror or error}", 2)
+    print(f"page {out}")
 
 
 def _bench(arguments: list[str]) -> None:

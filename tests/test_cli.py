@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,13 @@ import yaml
 
 import gradsurgery as package
 from gradsurgery.cli import main
+from gradsurgery.unlearn import METHODS
 from gradsurgery.unlearn.command import choose_directory, parse_digits
 from gradsurgery.unlearn.config import to_yaml
 from gradsurgery.unlearn.digits import DigitsCNN
-from gradsurgery.unlearn.finish import print_summary
 from gradsurgery.unlearn.job import DigitsConfig
 from gradsurgery.unlearn.progress import PlainProgress, RichProgress, make_progress
+from gradsurgery.unlearn.tables import print_summary
 
 DIGITS = ("unlearn", "digits")
 # seconds of training for every stage, through the same code as the real job
@@ -38,6 +40,8 @@ TINY = (
     "--probe-every=3",
     "--checkpoint-every=4",
 )
+UNLIKE = ("seconds", "seconds_ratio", "memory")  # what no two runs share
+FOUR = ("--method", "orthograd", "graddiff", "neggrad", "finetune")
 
 
 def gradsurgery(*arguments, cwd, **options):
@@ -54,11 +58,11 @@ def gradsurgery(*arguments, cwd, **options):
 
 
 def numbers(run: Path):
-    """All that a run measured, without the times, which no two runs share."""
+    """All that a run measured, without times and memory, which no two runs share."""
 
     def timeless(value):
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+            return {k: timeless(v) for k, v in value.items() if k not in UNLIKE}
         return value
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -71,7 +75,7 @@ def numbers(run: Path):
 def finished(tmp_path_factory):
     """A run directory made by the command line, and what the command said."""
     folder = tmp_path_factory.mktemp("finished")
-    process = gradsurgery("unlearn", "digits", *TINY, "--method", "all", cwd=folder)
+    process = gradsurgery("unlearn", "digits", *TINY, *FOUR, cwd=folder)
     assert process.returncode == 0, process.stderr
     return SimpleNamespace(path=folder / "runs/digits-mislabeled-1", process=process, cwd=folder)
 
@@ -111,10 +115,12 @@ def test_a_run_leaves_everything_behind(finished):
 def test_a_run_prints_plain_lines_and_one_table_into_a_pipe(finished):
     out = finished.process.stdout
     assert "\x1b" not in out and finished.process.stderr == ""
-    header = next(line for line in out.splitlines() if "OrthoGrad" in line)
-    assert header.split() == ["Original", "Retrain", "OrthoGrad", "GradDiff", "NegGrad", "Finetune"]
-    for row in ("forget set", "retain set", "test", "mean gap to Retrain", "seconds"):
-        assert re.search(rf"^{row}  ", out, re.MULTILINE), row
+    assert re.search(r"^\w+ comes closest to Retrain: .* points away on average", out, re.MULTILINE)
+    header = next(line for line in out.splitlines() if line.startswith(" ") and "gap" in line)
+    columns = ["gap", "behind", "forget", "true", "labels", "retain", "test", "attack", "seconds"]
+    assert header.split() == columns
+    for row in ("Original", "Retrain", "OrthoGrad", "GradDiff", "NegGrad", "Finetune"):
+        assert re.search(rf"^{row} .* \d\.\d$", out, re.MULTILINE), row
     assert out.splitlines()[-1] == "report runs/digits-mislabeled-1/report.html"
 
 
@@ -142,7 +148,7 @@ def test_config_out_is_config_in(finished, tmp_path):
 @pytest.mark.parametrize("lines", [10, 47])
 def test_a_killed_run_continues_to_the_same_bits(lines, finished, tmp_path):
     """SIGKILL as soon as so many steps are logged: in the original, in OrthoGrad."""
-    arguments = (*DIGITS, *TINY, "--method", "all", "--out", "run", "--resume", "auto")
+    arguments = (*DIGITS, *TINY, *FOUR, "--out", "run", "--resume", "auto")
     process = subprocess.Popen(
         [sys.executable, "-m", "gradsurgery", *arguments],
         cwd=tmp_path,
@@ -203,6 +209,9 @@ def test_the_task_decides_the_other_defaults_and_the_user_over_both(tmp_path):
     assert (job.task, job.orthograd.alpha, job.orthograd.lr) == ("class", 0.125, 0.5)
     assert job.graddiff == DigitsConfig.for_task("class").graddiff
     assert parse_digits([]).job == DigitsConfig.for_task("mislabeled")
+    sweep = parse_digits(["--method", "all", "--retain-fraction", "1", "0.1", "0.05"]).job
+    assert sweep.fractions == [1.0, 0.1, 0.05]
+    assert sweep.methods == list(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +225,17 @@ def test_the_task_decides_the_other_defaults_and_the_user_over_both(tmp_path):
         (("--training.steps", "0"), r"--training.steps must be at least 1, got 0"),
         (("--threads", "0"), r"--threads must be from 1 to 1024, got 0"),
         (("--probe-every", "0"), r"--probe-every must be at least 1, got 0"),
+        (("--retain-fraction", "1", "0"), r"--retain-fraction must be in \(0, 1\], got 0.0"),
+        (("--random-percent", "5"), r"--task must be random where --random-percent is given, .*"),
+        (
+            ("--task", "random", "--random-percent", "0.01"),
+            r"--random-percent must leave at least one of 1257 training samples to forget .*",
+        ),
+        (("--tune", "-1"), r"--tune must be at least 0, got -1"),
+        (
+            ("--tune", "2", "--first-seed", "104", "--seeds", "3"),
+            r"--first-seed: --tune chooses the options on seeds .*, so .* 105, 106 would .*",
+        ),
         (("--orthograd.lr", "nan"), r"--orthograd.lr must be positive and finite, got nan"),
         (("--orthograd.alpha", "2"), r"--orthograd.alpha must be in \[0, 1\], got 2.0"),
         (("--orthograd.rtol", "0"), r"--orthograd.rtol must be positive, got 0.0"),
@@ -295,10 +315,31 @@ def test_report_is_written_anew_and_stands_alone(finished, capsys):
     before = report.read_text()
     report.unlink()
     main(["report", str(finished.path)])
-    assert capsys.readouterr().out.strip() == str(report)
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == f"report {report}"
+    assert "comes closest to Retrain" in out
     page = report.read_text()
     assert page == before
     assert not re.search(r"""(src|href)=["'](?!data:)|@import|<script|<link""", page)
+
+
+def test_reports_of_runs_before_there_were_so_many_options_and_metrics(finished, tmp_path, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(finished.path, old)
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    few = ("task", "method", "seeds", "training", "orthograd", "graddiff", "neggrad", "finetune")
+    (old / "config.yaml").write_text(yaml.safe_dump({key: config[key] for key in few}))
+    summary = json.loads((old / "summary.json").read_text())
+    known = ("forget", "repaired", "retain", "test", "mia", "uis", "seconds", "steps")
+    for column in summary["columns"].values():
+        for key in list(column):
+            if key.removeprefix("gap_") not in (*known, "mean"):
+                del column[key]
+    (old / "summary.json").write_text(json.dumps(summary))
+    main(["report", str(old)])
+    assert "comes closest to Retrain" in (old / "report.html").read_text()
+    main(["compare", str(old), str(finished.path)])
+    assert re.search("^OrthoGrad ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_report_says_verdict_first_and_settings_last(finished):
@@ -310,7 +351,7 @@ def test_report_says_verdict_first_and_settings_last(finished):
         "Over the steps",
         "Losses of the forget set",
         "Inside OrthoGrad",
-        "Cost",
+        "<h2>Cost",
         "The images are real",
         "no certified deletion",
         "Settings",
@@ -355,6 +396,10 @@ def test_bars_and_a_drawn_table_on_a_terminal(monkeypatch, capsys):
     assert isinstance(progress, RichProgress)
     with progress.stage("seed 0  orthograd", 10, 0) as advance:
         advance(10)
-    column = {"forget": {"mean": 0.5, "std": None, "values": [0.5]}}
-    print_summary({"task": "class", "seeds": [0], "columns": {"original": column}})
-    assert "Original" in capsys.readouterr().out
+    once = {"mean": 0.5, "std": None, "values": [0.5]}
+    column = {"forget": once, "gap_mean": once, "seconds": once}
+    names = ("original", "retrain", "ltu@0.1")
+    print_summary({"task": "class", "seeds": [0], "columns": dict.fromkeys(names, column)})
+    out = capsys.readouterr().out
+    for text in ("With 10 % of the retain set, LTU ends 50.0 points", "Original", "Retrain"):
+        assert text in out

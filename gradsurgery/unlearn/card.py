@@ -7,7 +7,7 @@ from typing import Any
 from gradsurgery import __version__
 from gradsurgery.unlearn.config import to_dict
 from gradsurgery.unlearn.job import DigitsConfig
-from gradsurgery.unlearn.labels import LABELS, NAMES
+from gradsurgery.unlearn.labels import LABELS, parts, percent, title
 
 WHAT = {
     "mislabeled": "training samples that had been given wrong labels",
@@ -21,7 +21,8 @@ def model_card(config: DigitsConfig, summary: dict[str, Any], seed: int, name: s
     forgotten = summary["forget_sets"][str(seed)]
     index = summary["seeds"].index(seed)
     columns = ["original", "retrain"] + ([name] if name != "retrain" else [])
-    options = to_dict(config.training if name == "retrain" else getattr(config, name))
+    method, _, fraction = parts(name)
+    options = to_dict(config.training if name == "retrain" else getattr(config, method))
     digit = "" if forgotten["class"] is None else f" (digit {forgotten['class']})"
 
     def value(column: str, key: str) -> str:
@@ -34,7 +35,7 @@ def model_card(config: DigitsConfig, summary: dict[str, Any], seed: int, name: s
         for key in keys
     )
     settings = "\n".join(f"| {key} | {setting} |" for key, setting in options.items())
-    return f"""# Digits classifier, unlearned by {NAMES[name]}
+    return f"""# Digits classifier, unlearned by {title(name)}
 
 A convolutional network of 124,426 parameters for 8 x 8 images of handwritten digits, made by
 gradsurgery {__version__}. Load it with
@@ -51,18 +52,18 @@ model.load_state_dict(load_file("model.safetensors"))
 
 - {forgotten["samples"]} {WHAT[config.task]}{digit}, of scikit-learn's digits data set, seed {seed}
 - forget set, SHA-256 of its sorted sample indices: `{forgotten["sha256"]}`
-- method: {NAMES[name]}
+- method: {title(name)}, with {percent(fraction)} of the retain set
 
 ## Numbers of this model (seed {seed})
 
-| | {" | ".join(NAMES[column] for column in columns)} |
+| | {" | ".join(title(column) for column in columns)} |
 |---|{"---|" * len(columns)}
 {rows}
 
 Accuracies and attack accuracies are shares in [0, 1]. Retrain never saw the forget set: near it is
 good, beyond it is not better. summary.json has all seeds and methods.
 
-## Options of {NAMES[name]}
+## Options of {title(name)}
 
 | option | value |
 |---|---|
@@ -71,7 +72,7 @@ good, beyond it is not better. summary.json has all seeds and methods.
 ## Limits
 
 - Unlearning is approximate: no proof and no certified deletion of the data's influence.
-- Privacy was judged by one attack on the loss alone; stronger attacks may find more.
+- Privacy was judged by attacks on the model's outputs alone; stronger ones may find more.
 - Only the named samples were forgotten, not copies or near copies of them in the retain set.
 - The data set is small and clean; nothing here says how the model does on other images.
 """

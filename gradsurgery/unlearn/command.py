@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from gradsurgery.cli import fail
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.config import differences, read_yaml, to_dict, to_yaml, update
-from gradsurgery.unlearn.finish import finish, print_summary
+from gradsurgery.unlearn.finish import finish
 from gradsurgery.unlearn.job import DigitsConfig, run
 from gradsurgery.unlearn.progress import make_progress
 from gradsurgery.unlearn.run import (
@@ -19,7 +19,9 @@ from gradsurgery.unlearn.run import (
     write_atomic,
     write_json,
 )
+from gradsurgery.unlearn.tables import print_summary
 from gradsurgery.unlearn.trainer import TrainingError
+from gradsurgery.unlearn.tune import check, tune
 from gradsurgery.unlearn.tuned import TUNED
 
 RUNS = Path("runs")
@@ -80,6 +82,7 @@ def run_digits(invocation: Invocation) -> None:
 
     config = invocation.job
     config.check()
+    check(config)
     progress = make_progress()
     path = choose_directory(invocation)
     again = f"gradsurgery unlearn digits --config {path}/config.yaml --out {path} --resume auto"
@@ -87,6 +90,9 @@ def run_digits(invocation: Invocation) -> None:
         with RunDirectory(path) as directory:
             progress.say(f"run directory {path}")
             open_directory(directory, config)
+            if config.tune:
+                config = tune(config, directory, progress)
+                write_atomic(directory / "config.yaml", to_yaml(config))
             summary = run(config, directory, progress)
             finish(config, directory, summary)
     except BrokenPipeError:
@@ -116,23 +122,30 @@ def choose_directory(invocation: Invocation) -> Path:
     name = f"digits-{config.task}"
     if invocation.resume == "auto":
         for path in numbered(RUNS, name):
-            if not RunDirectory(path).complete and stored_options(path) == to_dict(config):
+            if not RunDirectory(path).complete and stored_options(path, config) == to_dict(config):
                 return path
     return new_directory(RUNS, name)
 
 
-def stored_options(path: Path) -> dict[str, Any] | None:
-    """The options a run directory was started with, None if it has none."""
+def stored_options(path: Path, config: DigitsConfig) -> dict[str, Any] | None:
+    """The options a run directory was started with, None if it has none.
 
-    return read_yaml(path / "config.yaml", "--out") if (path / "config.yaml").exists() else None
+    A search for options changes them in config.yaml; what it was asked is in tuning.yaml.
+    """
+    asked = path / "tuning.yaml"
+    if not config.tune or not asked.exists():
+        asked = path / "config.yaml"
+    return read_yaml(asked, "--out") if asked.exists() else None
 
 
 def open_directory(directory: RunDirectory, config: DigitsConfig) -> None:
     """Write the options into a new run directory; in an old one, insist that they are the same."""
-    stored = stored_options(directory.path)
+    stored = stored_options(directory.path, config)
     if stored is None:
         if any(directory.path.glob("stages/*.json")):
             raise InputError(f"--out: {directory.path} holds a run without its config.yaml")
+        if config.tune:
+            write_atomic(directory / "tuning.yaml", to_yaml(config))
         write_atomic(directory / "config.yaml", to_yaml(config))
     else:
         changed = differences(stored, to_dict(config))

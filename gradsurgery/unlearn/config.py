@@ -12,14 +12,20 @@ from gradsurgery.errors import InputError
 T = TypeVar("T")
 
 
+def _names(config: Any) -> list[str]:
+    """Options in field order, sections of options after all others."""
+    names = [field.name for field in dataclasses.fields(config)]
+    return sorted(names, key=lambda name: dataclasses.is_dataclass(getattr(config, name)))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values in field order, tuples as lists, ready for YAML and JSON."""
+    """Nested plain values, tuples as lists, ready for YAML and JSON; sections come last."""
     plain = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for name in _names(config):
+        value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        plain[field.name] = list(value) if isinstance(value, tuple) else value
+        plain[name] = list(value) if isinstance(value, tuple) else value
     return plain
 
 
@@ -33,9 +39,9 @@ def update(config: T, changes: dict[str, Any], where: str = "") -> T:
     changed = {}
     for key, value in changes.items():
         name = f"{where}{key}"
-        if key not in hints or key not in {f.name for f in dataclasses.fields(config)}:  # type: ignore[arg-type]
-            known = ", ".join(f.name for f in dataclasses.fields(config))  # type: ignore[arg-type]
-            raise InputError(f"{name} is not an option; there are {known}")
+        known = _names(config)
+        if key not in known:
+            raise InputError(f"{name} is not an option; there are {', '.join(known)}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):

@@ -14,8 +14,8 @@ from gradsurgery.unlearn.data import Batch, take
 Task = Literal["mislabeled", "class", "random"]
 CLASSES = 10
 MISLABELED = 100  # training samples given a wrong label
-RANDOM_SHARE = 0.1  # of the training samples
-TEST_SIZE, VALIDATION_SIZE = 360, 180
+RANDOM_PERCENT = 10.0  # of the training samples
+TEST_SIZE, VALIDATION_SIZE, TRAIN_SIZE = 360, 180, 1257
 # the test set is one and the same for every seed, so no choice made on another seed's validation
 # split can have seen a test sample
 TEST_SEED = 20_260
@@ -81,13 +81,45 @@ class DigitsData:
         return take(held_out, ~forgotten), take(held_out, forgotten)
 
 
-def load(task: str, seed: int, forget_class: int | None = None) -> DigitsData:
+def random_count(percent: float) -> int:
+    """How many of the training samples `percent` of them are; at least one must go and one stay."""
+    if not 0 < percent < 100:
+        raise InputError(f"--random-percent must be in (0, 100), got {percent:g}")
+    count = round(percent / 100 * TRAIN_SIZE)
+    if not 0 < count < TRAIN_SIZE:
+        raise InputError(
+            f"--random-percent must leave at least one of {TRAIN_SIZE} training samples to forget "
+            f"and one to retain, got {percent:g}"
+        )
+    return count
+
+
+def share(data: dict[str, Tensor], fraction: float, seed: int) -> dict[str, Tensor]:
+    """A share in (0, 1] of labeled samples, the same of every class, drawn by `seed`.
+
+    No class loses its last sample. A smaller share is part of a larger one, and the order stays.
+    """
+    labels = data["label"]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        drawn = order[labels[order] == label]
+        kept[drawn[: max(1, round(fraction * len(drawn)))]] = True
+    return take(data, kept)
+
+
+def load(
+    task: str,
+    seed: int,
+    forget_class: int | None = None,
+    random_percent: float = RANDOM_PERCENT,
+) -> DigitsData:
     """Split the digits for one seed.
 
     Test (360) is fixed; validation (180) and training (1,257) are drawn from the rest by `seed`,
     all stratified by class. What to forget: mislabeled, 100 training samples each given another
     label drawn uniformly; class, every training sample of `forget_class` (by default `seed` modulo
-    10); random, 10 % of the training samples.
+    10); random, `random_percent` of the training samples.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -119,7 +151,9 @@ def load(task: str, seed: int, forget_class: int | None = None) -> DigitsData:
         forget_class = seed % CLASSES if forget_class is None else forget_class
         forgotten = train_labels == forget_class
     else:
-        count = MISLABELED if task == "mislabeled" else round(RANDOM_SHARE * len(train))
+        count = MISLABELED
+        if task == "random":
+            count = random_count(random_percent)
         forgotten = torch.zeros(len(train), dtype=torch.bool)
         forgotten[torch.randperm(len(train), generator=generator)[:count]] = True
     forget, retain = take(data, train[forgotten]), take(data, train[~forgotten])

@@ -1,23 +1,104 @@
-"""What methods and metrics are called where people read them, in the order they are shown."""
+"""What stages and metrics are called: to the machine, and where people read them.
 
+A seed's stages are the original, the retrained and the unlearned models. One of the last is named
+METHOD[+VARIANT][@FRACTION]: "ltu", "ltu@0.1" for a tenth of the retain set, "ltu+first order@0.1"
+for other options as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TRAINED = ("original", "retrain")
 NAMES = {
     "original": "Original",
     "retrain": "Retrain",
     "orthograd": "OrthoGrad",
+    "ltu": "LTU",
+    "scrub": "SCRUB",
+    "salun": "SalUn",
+    "random_label": "Random label",
+    "ssd": "SSD",
+    "l1_sparse": "l1-sparse",
+    "bad_teacher": "Bad Teacher",
+    "boundary_shrink": "Boundary shrink",
+    "gdr_gma": "GDR-GMA",
+    "gru": "GRU",
     "graddiff": "GradDiff",
+    "neggradplus": "NegGrad+",
     "neggrad": "NegGrad",
     "finetune": "Finetune",
 }
-# keys of evaluate() in the order they are shown
-LABELS = {
-    "forget": "forget set",
-    "repaired": "forget set, true labels",
-    "retain": "retain set",
-    "test": "test",
-    "test_forgotten": "test, forgotten class",
-    "mia": "membership attack",
-    "uis": "UIS",
-    "gap_mean": "mean gap to Retrain",
-    "steps": "steps",
-    "seconds": "seconds",
+# what a stage measured, in groups and in the order they are shown
+GROUPS = {
+    "Accuracy": {
+        "forget": "forget set",
+        "repaired": "forget set, true labels",
+        "retain": "retain set",
+        "test": "test",
+        "test_forgotten": "test, forgotten class",
+    },
+    "Distance to Retrain": {
+        "gap_mean": "mean gap to Retrain",
+        "tow": "tug of war",
+        "uis": "UIS",
+        "kl_forget": "KL of outputs, forget set",
+        "kl_test": "KL of outputs, test",
+        "js_forget": "Jensen-Shannon, forget set",
+        "js_test": "Jensen-Shannon, test",
+        "activation_forget": "L2 of outputs, forget set",
+        "activation_test": "L2 of outputs, test",
+    },
+    "Membership": {
+        "mia": "membership attack",
+        "mia_confidence": "confidence attack",
+        "mia_entropy": "entropy attack",
+        "mia_modified_entropy": "modified entropy attack",
+        "mia_correctness": "correctness attack",
+        "mia_auc": "AUC of the loss",
+        "mia_tpr": "TPR at 1 % FPR",
+    },
+    "Relearning": {
+        "relearn": "steps to relearn, at most 60",
+    },
+    "Cost": {
+        "steps": "steps",
+        "seconds": "seconds",
+        "seconds_ratio": "seconds over Retrain's",
+        "retain_samples": "retain samples used",
+        "memory": "peak memory, MB",
+    },
 }
+LABELS = {key: label for group in GROUPS.values() for key, label in group.items()}
+# of these the mean gap to Retrain is the mean; every other number is only reported
+COMPARED = ("forget", "repaired", "retain", "test", "test_forgotten", "mia")
+
+
+class Parts(NamedTuple):
+    """What a stage's name says."""
+
+    method: str
+    variant: str
+    fraction: float
+
+
+def stage_name(method: str, fraction: float = 1.0, variant: str = "") -> str:
+    plus = f"+{variant}" if variant else ""
+    return f"{method}{plus}" if fraction == 1 else f"{method}{plus}@{fraction}"
+
+
+def parts(name: str) -> Parts:
+    head, at, fraction = name.rpartition("@")
+    method, _, variant = (head if at else name).partition("+")
+    return Parts(method, variant, float(fraction) if at else 1.0)
+
+
+def title(name: str) -> str:
+    """Method and variant as people read them; which fraction it is the place around it says."""
+    method, variant, _ = parts(name)
+    shown = NAMES.get(method, method)
+    return f"{shown}, {variant}" if variant else shown
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.6g} %"

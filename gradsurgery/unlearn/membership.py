@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gradsurgery.unlearn.classification import label_losses
 
-
 # features, all of order one, that vary by less are not stretched to unit deviation: verdicts, and
 # with them the model's gradients, would hang on differences of that size
 LEAST = 0.01

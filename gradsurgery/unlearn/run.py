@@ -3,6 +3,9 @@ nothing.
 
 config.yaml       the options, to be given back to --config
 env.json          versions, machine, threads
+tuning.yaml       the options as they were given, where the run first searches for better ones
+tuning.jsonl      one line a draw of that search
+tuning/           models it starts from and compares with
 metrics.jsonl     one line a step
 stages/           one JSON a finished stage (a seed's original, retrained or unlearned model)
 models/           its weights
@@ -53,6 +56,16 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON lines of a file, none if there is no file; one that a kill cut short is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -126,7 +139,7 @@ class RunDirectory:
         return self / f"stages/seed{stage[0]}-{stage[1]}.json"
 
     def result(self, stage: Stage) -> dict[str, Any] | None:
-        """What a finished stage measured, None if it has not finished."""
+        """Numbers of a finished stage, None if it has not finished."""
         path = self._stage_path(stage)
         return read_json(path) if path.exists() else None
 
@@ -143,6 +156,10 @@ class RunDirectory:
         write_json(self._stage_path(stage), {"seed": stage[0], "method": stage[1], **result})
         (self / "checkpoint.pt").unlink(missing_ok=True)
 
+    def add(self, stage: Stage, content: dict[str, Any]) -> None:
+        """Add to the numbers of a finished stage."""
+        write_json(self._stage_path(stage), {**(self.result(stage) or {}), **content})
+
     def save_model(self, model: nn.Module, name: str) -> None:
         from safetensors.torch import save
 
@@ -150,10 +167,13 @@ class RunDirectory:
         write_atomic(self / name, save({k: v.contiguous() for k, v in model.state_dict().items()}))
 
     def load_model(self, model: nn.Module, stage: Stage) -> None:
+        """The weights of a finished stage."""
+        self.load_weights(model, f"models/seed{stage[0]}-{stage[1]}.safetensors")
+
+    def load_weights(self, model: nn.Module, name: str) -> None:
         from safetensors.torch import load
 
-        path = self / f"models/seed{stage[0]}-{stage[1]}.safetensors"
-        model.load_state_dict(load(path.read_bytes()))
+        model.load_state_dict(load((self / name).read_bytes()))
 
     # -- the unfinished stage
 
@@ -183,14 +203,12 @@ class RunDirectory:
         self._metrics.flush()
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Lines of metrics.jsonl; one cut short by a kill or a full disk is left out."""
-        path = self / "metrics.jsonl"
-        if not path.exists():
-            return
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        """Lines of metrics.jsonl."""
+        return read_lines(self / "metrics.jsonl")
+
+    def tuning(self) -> Iterator[dict[str, Any]]:
+        """Lines of tuning.jsonl."""
+        return read_lines(self / "tuning.jsonl")
 
     def rewind(self) -> None:
         """Drop the lines of steps that will be taken again: those past the last checkpoint."""

@@ -54,12 +54,47 @@ def test_same_seed_same_split():
     assert torch.equal(first.forget_ids, second.forget_ids)
 
 
+@pytest.mark.parametrize("percent,forgotten", [(1, 13), (5, 63), (10, 126), (99.9, 1256)])
+def test_random_takes_the_share_asked_for(percent, forgotten):
+    data = digits.load("random", seed=0, random_percent=percent)
+    assert len(data.forget["label"]) == forgotten
+    assert len(data.retain["label"]) == digits.TRAIN_SIZE - forgotten
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5])
+def test_a_share_has_every_class_in_proportion(fraction):
+    retain = digits.load("class", seed=0).retain
+    some = digits.share(retain, fraction, seed=1)
+    for label in range(1, 10):
+        n, kept = ((part["label"] == label).sum().item() for part in (retain, some))
+        assert kept == round(fraction * n)
+    assert not (some["label"] == 0).any()
+
+
+def test_a_share_is_drawn_by_the_seed_from_the_larger_ones():
+    retain = digits.load("random", seed=0).retain
+    whole = digits.share(retain, 1.0, seed=1)
+    assert torch.equal(whole["image"], retain["image"])
+    few, more, other = (ids(digits.share(retain, f, s)) for f, s in ((0.1, 1), (0.3, 1), (0.1, 2)))
+    assert few < more < ids(retain)
+    assert few != other
+
+
+def test_no_class_loses_its_last_sample():
+    data = {"image": torch.arange(30.0), "label": torch.tensor([0] * 28 + [1, 2])}
+    assert sorted(digits.share(data, 0.01, seed=0)["label"].tolist()) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
         (("speaker", 0), "--task must be one of mislabeled, class, random, got speaker"),
         (("class", 0, 12), "--forget-class must be a digit from 0 to 9, got 12"),
         (("random", 0, 3), "--forget-class applies to --task class only, got --task random"),
+        (("random", 0, None, 0), r"--random-percent must be in \(0, 100\), got 0"),
+        (("random", 0, None, 100), r"--random-percent must be in \(0, 100\), got 100"),
+        (("random", 0, None, 0.01), r"--random-percent must leave at least one .* to forget"),
+        (("random", 0, None, 99.99), r"--random-percent must leave .* one to retain, got 99.99"),
     ],
 )
 def test_nonsense_is_named(arguments, message):

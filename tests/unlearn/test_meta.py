@@ -105,8 +105,10 @@ def test_second_order_is_the_derivative_of_what_is_promised():
                 for p, d in zip(model.parameters(), direction, strict=True):
                     p.sub_(sign * h * d)
         slope = (ends[0] - ends[1]) / (2 * h)
-        along = sum((g * d).sum().item() for g, d in zip(found, direction, strict=True))
-        short = sum((g * d).sum().item() for g, d in zip(first, direction, strict=True))
+        along, short = (
+            sum((g * d).sum().item() for g, d in zip(side, direction, strict=True))  # type: ignore[operator]
+            for side in (found, first)
+        )
         assert along == pytest.approx(slope, rel=1e-6)
         assert abs(short - slope) > 1e-3 * abs(slope)
 

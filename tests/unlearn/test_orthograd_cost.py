@@ -110,21 +110,27 @@ def results():
 
 
 CONFIG = DigitsConfig(task="class", method=("orthograd",))
+TRAINED = ("original", "retrain")
+
+
+def summary_of(results, *names):
+    forget_sets = {str(seed): {} for seed in sorted({one["seed"] for one in results})}
+    return summarize("class", results, forget_sets, names or (*TRAINED, "orthograd"))
 
 
 def test_the_summary_has_both_times_of_every_seed(results):
-    step = summarize(CONFIG, results, {"0": {}, "1": {}})["step"]["seconds"]
+    step = summary_of(results)["step"]["seconds"]
     assert step["orthograd"]["values"] == [0.03, 0.036]
     assert step["plain"]["mean"] == pytest.approx(0.0095)
 
 
 def test_the_report_shows_both_times_and_their_ratio(results):
-    summary = summarize(CONFIG, results, {"0": {}, "1": {}})
+    summary = summary_of(results)
     page = step_cost(summary)
     # (30 / 10 + 36 / 9) / 2
     for number in ("<b>33.00 ms</b>", "<b>9.50 ms</b>", "<b>3.50 times</b>", "± 4.24 ms"):
         assert number in page
-    one = step_cost(summarize(CONFIG, results[:3], {"0": {}}))
+    one = step_cost(summary_of(results[:3]))
     assert "<b>3.00 times</b>" in one and "<span>±" not in one
 
 
@@ -132,10 +138,10 @@ def test_the_report_shows_both_times_and_their_ratio(results):
 def test_a_run_without_the_times_has_a_report_all_the_same(without, results):
     """Stages finished by an older version."""
     del results[3 * without + 2]["step_seconds"]
-    summary = summarize(CONFIG, results, {"0": {}, "1": {}})
+    summary = summary_of(results)
     assert "step" not in summary
     assert step_cost(summary) == ""
-    other = summarize(replace(CONFIG, method=("retrain",)), results, {"0": {}, "1": {}})
+    other = summary_of(results, *TRAINED)
     assert step_cost(other) == ""
 
 

@@ -1,0 +1,36 @@
+"""Runs of the digits job with hardly any steps: the real code, in seconds."""
+
+from gradsurgery.unlearn.config import to_yaml, update
+from gradsurgery.unlearn.finish import finish
+from gradsurgery.unlearn.job import DigitsConfig, run
+from gradsurgery.unlearn.progress import PlainProgress
+from gradsurgery.unlearn.run import RunDirectory, environment, write_json
+
+FAST = ("neggrad", "finetune")
+
+
+def tiny(task="class", method=FAST, **changes):
+    """Options with a few steps for every stage."""
+    few = {name: {"steps": 3} for name in method}
+    config = update(
+        DigitsConfig(),
+        {
+            "task": task,
+            "method": list(method),
+            "seeds": 1,
+            "probe_every": 3,
+            "training": {"steps": 12},
+            **few,
+        },
+    )
+    return update(config, changes)
+
+
+def finished(path, config, variants=()):
+    """A run directory as the command leaves it; its summary."""
+    with RunDirectory(path) as directory:
+        (path / "config.yaml").write_text(to_yaml(config))
+        write_json(path / "env.json", environment(config.threads))
+        summary = run(config, directory, PlainProgress(), variants)
+        finish(config, directory, summary)
+    return summary
