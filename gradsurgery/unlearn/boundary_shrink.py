@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from gradsurgery.unlearn.trainer import Record, Trainer, TrainerConfig, finite, 
 class BoundaryShrinkConfig(TrainerConfig):
     """Options of Boundary Shrink."""
 
+    batch_norm: Literal["train", "eval"] = "eval"
+    """eval: batch norm keeps its statistics, which would become those of forget samples alone."""
     forget_batch: int = 64
     bound: float = 0.1
     """How far each value of an input is moved to find the class nearby, in units of the inputs;

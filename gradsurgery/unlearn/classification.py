@@ -22,7 +22,11 @@ def _parts(batch: Batch) -> tuple[Any, Tensor]:
     if isinstance(batch, (list, tuple)) and len(batch) == 2:
         return batch[0], batch[1]
     got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-    raise InputError(f"batch must be (inputs, labels) or have {KEYS}, got {got}")
+    if isinstance(batch, (list, tuple)):
+        got = f"{len(batch)} items"
+    raise InputError(
+        f"batch must be (inputs, labels) or have {KEYS}, got {got}; a collate_fn can make it so"
+    )
 
 
 def inputs(batch: Batch) -> Any:
@@ -75,7 +79,7 @@ def label_losses(found: Tensor, wanted: Tensor) -> Tensor:
     """Cross-entropy [B] of logits [B, C] and labels [B]."""
     try:
         # no label is ignored: by default -100 would be, with a loss of zero
-        return F.cross_entropy(found, wanted, reduction="none", ignore_index=NONE)
+        return F.cross_entropy(found, wanted.long(), reduction="none", ignore_index=NONE)
     except IndexError:
         raise _out_of_range(wanted, found.shape[1]) from None
 

@@ -52,6 +52,15 @@ def update(config: T, changes: dict[str, Any], where: str = "") -> T:
     return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
 
+def check_types(config: Any, where: str) -> None:
+    """Raise `InputError` naming an option, `where` before it, whose value is none it can have."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{where}{field.name.replace('_', '-')}"
+        if isinstance(_convert(value, hints[field.name], name), float) and isinstance(value, str):
+            raise InputError(f"{name} must be a number, got {value!r}")
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as the annotation wants it, or an error that names the option."""
     origin, choices = get_origin(hint), get_args(hint)

@@ -27,6 +27,9 @@ Data = Any  # such a pytree of all samples, or a DataLoader that yields batches
 def batch_size(batch: Batch) -> int:
     """Leading dimension shared by every tensor of `batch`."""
     sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
+    if not sizes:
+        got = type(batch).__name__
+        raise InputError(f"batch holds no tensor, got {got}: a Dataset goes into a DataLoader")
     if len(sizes) != 1:
         raise InputError(f"batch: tensors must share one leading dimension, got {sorted(sizes)}")
     return sizes.pop()
@@ -110,7 +113,7 @@ class LoaderBatches:
     def __init__(self, loader: DataLoader, name: str) -> None:
         self.loader, self.drawn = loader, 0
         self.n = count(loader, name)
-        self.size = loader.batch_size or 1
+        self.size = loader.batch_size or self.n  # a batch sampler's batches have any size
         self.per_epoch = len(loader)
         if self.per_epoch == 0:
             raise InputError(f"{name}: the loader drops its only batch; use drop_last=False")
@@ -193,14 +196,16 @@ def _indices(data: Data) -> tuple[Any, set[int]] | None:
 def _digests(data: Batch) -> list[bytes]:
     """One digest a sample, of all its values: 1.0 and 1 differ, and -0.0 is 0.0."""
     paths = sorted(pytree.tree_flatten_with_path(data)[0], key=lambda item: str(item[0]))
-    rows = []
-    for _, leaf in paths:
-        if isinstance(leaf, Tensor):
-            real = leaf.is_floating_point()
-            flat = leaf.detach().cpu().reshape(len(leaf), -1)
-            flat = flat.double() + 0.0 if real else flat.to(torch.int64)
-            rows.append(flat.contiguous().view(torch.uint8))
-    return [
-        hashlib.blake2b(b"".join(row[i].numpy().tobytes() for row in rows), digest_size=16).digest()
-        for i in range(batch_size(data))
-    ]
+    leaves = [leaf for _, leaf in paths if isinstance(leaf, Tensor)]
+    digests = []
+    for at in range(0, batch_size(data), 1024):  # a few at a time: a copy of all could be large
+        rows = []
+        for leaf in leaves:
+            part = leaf[at : at + 1024].detach().cpu()
+            flat = part.reshape(len(part), -1)
+            flat = flat.double() + 0.0 if leaf.is_floating_point() else flat.to(torch.int64)
+            rows.append(flat.contiguous().view(torch.uint8).numpy())
+        for sample in zip(*rows, strict=True):
+            joined = b"".join(values.tobytes() for values in sample)
+            digests.append(hashlib.blake2b(joined, digest_size=16).digest())
+    return digests

@@ -30,7 +30,10 @@ class GradDiffConfig(TrainerConfig):
 
 
 class GradDiff(Trainer[GradDiffConfig]):
-    """A weighted difference of the two losses: conflicts between them are summed, not resolved."""
+    """A weighted difference of the two losses: conflicts between them are summed, not resolved.
+
+    Continual Learning and Private Unlearning, Liu et al. 2022 (arXiv:2203.12817).
+    """
 
     Config = GradDiffConfig
     draws = ("forget", "retain")

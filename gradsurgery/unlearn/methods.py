@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.unlearn.bad_teacher import BadTeacher
 from gradsurgery.unlearn.boundary_shrink import BoundaryShrink
 from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.config import update
 from gradsurgery.unlearn.data import Data, batches
 from gradsurgery.unlearn.finetune import Finetune
 from gradsurgery.unlearn.gdr_gma import GDRGMATrainer
@@ -27,7 +29,7 @@ from gradsurgery.unlearn.retrain import Retrain
 from gradsurgery.unlearn.salun import SalUn
 from gradsurgery.unlearn.scrub import SCRUB
 from gradsurgery.unlearn.ssd import SSD
-from gradsurgery.unlearn.trainer import PerSampleLoss, Trainer
+from gradsurgery.unlearn.trainer import Callback, PerSampleLoss, Probe, Trainer
 
 # the name a user types, and in reports the order of the columns
 METHODS: dict[str, type[Trainer]] = {
@@ -59,20 +61,28 @@ def unlearning(
     loss: PerSampleLoss = cross_entropy,
     epochs: int | None = None,
     seed: int = 0,
+    probe: Probe | None = None,
+    callbacks: Sequence[Callback] = (),
+    overlap: Literal["error", "allow"] = "error",
     **options: Any,
 ) -> nn.Module:
     """Unlearn the forget loader's samples, as scripts of vision papers call it.
 
     Args:
         net: changed in place; every module's mode (train or eval) is as it was afterwards.
-        retain_loader, forget_loader: a DataLoader of batches (inputs, labels), or all samples as
-            such a pair. Loaders set the batch sizes, in place of the options.
-        val_loader: held-out samples, for methods that need some (LTU).
+        retain_loader, forget_loader: a DataLoader of batches, (inputs, labels) or a dictionary of
+            "image" and "label", or all samples as one such batch. Loaders set the batch sizes, in
+            place of the options. Mind the order: a trainer takes forget before retain.
+        val_loader: held-out samples, for methods that need some (LTU), with the transforms of the
+            forget loader; what is later measured on them has been seen.
         method: a name of `METHODS`, or "retrain".
         loss: (net, batch) -> per-sample losses [B].
         epochs: in place of the option `steps`: a method's own epochs where it has some (SCRUB), or
             passes over the retain loader, or over the forget loader where only that is drawn from.
+            In memory one is as many whole batches as there are. Without either, the option's
+            default is taken, whatever the size of the data.
         seed: order of samples in memory, and a method's own draws.
+        probe, callbacks, overlap: as in `Trainer`.
         options: of the method's config, by their names there.
 
     Returns:
@@ -92,7 +102,9 @@ def unlearning(
             raise InputError(f"{method} has no option {name}; there are {', '.join(fields)}")
     if epochs is not None and "steps" in options:
         raise InputError("give epochs or steps, not both")
-    config: Any = kind.Config(**options)
+    if epochs is not None and epochs < 0:
+        raise InputError(f"epochs must be at least 0, got {epochs}")
+    config: Any = update(kind.Config(), options)
     if epochs is not None:
         if "epochs" in fields:
             config.epochs = epochs
@@ -104,5 +116,14 @@ def unlearning(
     forget = None if method == "retrain" else forget_loader
     with modes_kept(net):
         return kind(
-            net, loss, forget, retain_loader, config, validation=val_loader, seed=seed
+            net,
+            loss,
+            forget,
+            retain_loader,
+            config,
+            validation=val_loader,
+            seed=seed,
+            probe=probe,
+            callbacks=callbacks,
+            overlap=overlap,
         ).run()

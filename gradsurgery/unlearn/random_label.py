@@ -45,8 +45,8 @@ class RandomLabel(Trainer[R]):
     among all classes, the true one too. Weights of the two losses are not part of the method; of
     public code, some joins both sets in one loss and some takes them in turn.
 
-    Eternal Sunshine of the Spotless Net, Golatkar et al. 2020 (arXiv:1911.04933), where it is a
-    baseline.
+    Eternal Sunshine of the Spotless Net: Selective Forgetting in Deep Networks, Golatkar et al.
+    2020 (arXiv:1911.04933), where it is a baseline.
     """
 
     Config = RandomLabelConfig

@@ -62,6 +62,7 @@ class SurgicalTrainer(Trainer[S]):
             "conflict_rate": info.conflict_rate,
             "kept_norm": info.kept_norm,
             "rank": None if info.rank is None else int(info.rank),
+            "frozen": len(info.frozen) or None,  # tensors a projection left no signal
         }
         return {name: value for name, value in seen.items() if value is not None}
 

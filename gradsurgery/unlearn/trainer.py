@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import per_sample_losses
 from gradsurgery.unlearn import classification
+from gradsurgery.unlearn.config import check_types
 from gradsurgery.unlearn.data import (
     Batch,
     Batches,
@@ -77,6 +78,7 @@ class TrainerConfig:
 
     def check(self, name: str) -> None:
         """Raise `InputError` naming the first option that makes no sense; `name` is its prefix."""
+        check_types(self, f"--{name}.")
         require(self.steps >= 0, f"{name}.steps", "at least 0", self.steps)
         require(finite(self.lr) and self.lr > 0, f"{name}.lr", "positive and finite", self.lr)
         require(0 <= self.momentum < 1, f"{name}.momentum", "in [0, 1)", self.momentum)
@@ -199,6 +201,11 @@ class Trainer(ABC, Generic[C]):
                         f"micro_batch: {path or 'model'} ({type(module).__name__}) would normalize "
                         "over a part of the batch; set batch_norm = eval, or take whole batches"
                     )
+        if isinstance(loss, nn.Module):
+            raise InputError(
+                f"loss must be a function (model, batch) -> losses [B], got {type(loss).__name__}: "
+                "gradsurgery.unlearn.classification.cross_entropy is one for (inputs, labels)"
+            )
         self.model, self.loss, self.config, self.seed = model, loss, config, seed
         self.probe, self.probe_every = probe, probe_every
         self.callbacks = tuple(callbacks)

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset, TensorDataset
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import METHODS, unlearning
+from gradsurgery.unlearn import METHODS, Finetune, FinetuneConfig, unlearning
+from gradsurgery.unlearn.classification import cross_entropy
 
 CLASSES = 4
 
@@ -102,3 +103,61 @@ def test_a_reduced_loss_is_named(vision):
 
     with pytest.raises(InputError, match=r"one value per sample.*use reduction='none'"):
         unlearning(net, *loaders, method="graddiff", loss=reduced)
+
+
+@pytest.mark.parametrize(
+    "method,options,message",
+    [
+        ("finetune", {"optimizer": "SGD"}, "optimizer must be one of sgd, adam, adamw, got 'SGD'"),
+        ("finetune", {"precision": "bf16"}, "precision must be one of float32, bfloat16"),
+        ("ltu", {"order": "2nd"}, "order must be one of first, second, got '2nd'"),
+        ("finetune", {"lr": "fast"}, "lr must be of type float, got 'fast'"),
+        ("finetune", {"epochs": -1}, "epochs must be at least 0, got -1"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_named(method, options, message, vision):
+    net, *loaders = vision
+    with pytest.raises(InputError, match=message):
+        unlearning(net, *loaders, method=method, **options)
+
+
+def test_a_trainer_of_ones_own_checks_its_choices_too(vision):
+    net, retain, *_ = vision
+    config = FinetuneConfig(schedule="cos")
+    with pytest.raises(InputError, match=r"^Finetune.schedule must be one of constant, cosine"):
+        Finetune(net, cross_entropy, None, retain, config)
+    with pytest.raises(InputError, match=r"^Finetune.lr must be a number, got '1e-3'"):
+        Finetune(net, cross_entropy, None, retain, FinetuneConfig(lr="1e-3"))
+
+
+def test_what_a_loss_or_a_set_is_not_is_named(vision):
+    net, retain, forget, _ = vision
+    with pytest.raises(InputError, match=r"loss must be a function .* got CrossEntropyLoss"):
+        unlearning(net, retain, forget, method="graddiff", loss=nn.CrossEntropyLoss())
+    with pytest.raises(InputError, match=r"batch holds no tensor.* a Dataset goes into a DataL"):
+        unlearning(net, retain.dataset, forget, method="graddiff", steps=1)
+
+
+def test_a_batch_sampler_and_int32_labels_serve(vision):
+    net, retain, forget, validation = vision
+    sampler = BatchSampler(SequentialSampler(retain.dataset), batch_size=8, drop_last=False)
+    loader = DataLoader(retain.dataset, batch_sampler=sampler)
+    images, labels = next(iter(forget))
+    few = (images, labels.int())
+    unlearning(net, loader, few, validation, method="ltu", steps=1, feedback="random_label")
+
+
+def test_callbacks_and_duplicates_through_the_function(vision):
+    net, retain, *_ = vision
+    data, told = retain.dataset.dataset, []
+    forget = DataLoader(Subset(data, range(10, 15)), batch_size=5)
+    unlearning(
+        net,
+        retain,
+        forget,
+        method="graddiff",
+        steps=2,
+        overlap="allow",
+        callbacks=[lambda trainer, record: told.append(record["step"])],
+    )
+    assert told == [1, 2]
