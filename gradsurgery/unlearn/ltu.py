@@ -114,8 +114,6 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     def prepare(self) -> None:
         self.auditors: MembershipModels | None = None
-        if min(self.batches["retain"].n, self.batches["retain"].size) < 2:
-            raise InputError("retain: LTU splits a batch into support and query, got 1 sample")
         if self.config.meta and self.config.order == "second":
             _refuse_weight_norm(self.model)
         if self.config.feedback == "random_label":
@@ -133,10 +131,8 @@ class LTUTrainer(Trainer[LTUConfig]):
         refresh = self.config.refresh
         if self.auditors is not None and refresh and self.step and self.step % refresh == 0:
             self._train_auditors()
-        forget, retain = self.draw("forget"), self.draw("retain")
-        while batch_size(retain) < 2:  # the remainder of a loader's epoch
-            retain = self.draw("retain")
-        support, query = self._split(retain)
+        forget = self.draw("forget")
+        support, query = self._split(self._several())
         r, retain_loss, retain_after = self._feedback(
             self._objectives(support, self._retain_losses),
             self._objectives(query, self._retain_losses),
@@ -163,6 +159,14 @@ class LTUTrainer(Trainer[LTUConfig]):
             "cosine": cosine,
             "conflict_rate": float(cosine < 0),
         }
+
+    def _several(self) -> Batch:
+        """The next retain batch that can be split: the remainder of an epoch may be one sample."""
+        for _ in range(self.batches["retain"].per_epoch + 1):
+            batch = self.draw("retain")
+            if batch_size(batch) > 1:
+                return batch
+        raise InputError("retain: LTU splits a batch into support and query, got 1 sample")
 
     # -- the two kinds of feedback
 
