@@ -52,10 +52,10 @@ def test_fifty_steps_equal_the_reference(optimizer, alpha, way, impl):
 @pytest.mark.parametrize("granularity", ["model", "tensor"])
 @pytest.mark.parametrize("refine", [0, 1])
 def test_parts_as_small_as_a_sample_give_the_whole_batches_step(granularity, refine):
-    forget, retain = batch(5), batch(4)
+    start, forget, retain = mlp(), batch(5), batch(4)
     ends = []
     for micro_batch in (None, 1, 3, 5):
-        model = mlp()
+        model = copy.deepcopy(start)
         rule = gs.OrthoGrad(granularity=granularity, refine=refine)
         surgeon = gs.Surgeon(
             model, torch.optim.SGD(model.parameters(), lr=0.05), rule, micro_batch=micro_batch
