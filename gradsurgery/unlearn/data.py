@@ -54,7 +54,7 @@ def count(data: Data, name: str) -> int:
 
 def _loader_count(loader: DataLoader) -> int:
     try:
-        return len(loader.dataset)  # type: ignore[arg-type]
+        return len(loader.dataset)  # type: ignore[arg-type]  # one without a length is the error
     except TypeError:
         raise InputError("a loader's dataset must have a length: a stream has no epochs") from None
 

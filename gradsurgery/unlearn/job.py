@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, make_dataclass, replace
@@ -28,6 +27,7 @@ from gradsurgery.unlearn.progress import Progress
 from gradsurgery.unlearn.relearn import relearn_steps
 from gradsurgery.unlearn.retrain import Retrain, RetrainConfig
 from gradsurgery.unlearn.run import RunDirectory, Stage, fingerprint
+from gradsurgery.unlearn.seeds import derived
 from gradsurgery.unlearn.trainer import Trainer, TrainingError, require
 from gradsurgery.unlearn.tuned import TUNED
 
@@ -155,11 +155,6 @@ def reproducible(threads: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[1])
 
 
-def stage_seed(seed: int, name: str) -> int:
-    """A seed of its own for each purpose of a run."""
-    return zlib.crc32(f"{seed}/{name}".encode()) % 2**31
-
-
 def make_trainer(
     config: DigitsConfig,
     data: DigitsData,
@@ -175,8 +170,8 @@ def make_trainer(
     options: Any = config.training if training else getattr(config, method)
     retain = data.retain
     if fraction < 1:
-        retain = digits.share(retain, fraction, stage_seed(seed, "retain"))
-    torch.manual_seed(stage_seed(seed, name if training else method))
+        retain = digits.share(retain, fraction, derived(seed, "retain"))
+    torch.manual_seed(derived(seed, name if training else method))
     return kind(
         model,
         cross_entropy,
@@ -187,7 +182,7 @@ def make_trainer(
         probe=make_probe(data) if probed else None,
         # some 20 points make a curve; more would cost more than the training itself
         probe_every=max(config.probe_every, options.steps // 20 if training else 1),
-        seed=stage_seed(seed, name if training else "unlearn"),
+        seed=derived(seed, name if training else "unlearn"),
     )
 
 

@@ -68,6 +68,7 @@ def ranking(summary: Summary, fraction: float) -> list[Place]:
             found = paired([mine[seed] for seed in shared], [best[seed] for seed in shared])
             behind, error = found["mean"], found["stderr"]
         gap = columns[name]["gap_mean"]["mean"]
+        # `paired` returns floats and an interval in one dictionary: these two are floats
         places.append(Place(name, gap, behind, error, len(shared)))  # type: ignore[arg-type]
     return places
 

@@ -19,13 +19,13 @@ from gradsurgery.unlearn.job import (
     make_trainer,
     reproducible,
     run,
-    stage_seed,
 )
 from gradsurgery.unlearn.labels import COMPARED, LABELS, NAMES, parts, stage_name, title
 from gradsurgery.unlearn.metrics import accuracy
 from gradsurgery.unlearn.plots import COLORS, MARKERS
 from gradsurgery.unlearn.progress import PlainProgress
 from gradsurgery.unlearn.run import RunDirectory
+from gradsurgery.unlearn.seeds import derived
 from gradsurgery.unlearn.tables import behind, cell, full_table, lines, main_table
 from gradsurgery.unlearn.verdict import Place, ranking, sentences
 from tests.unlearn.tiny import finished, tiny
@@ -164,7 +164,7 @@ def test_all_methods_of_a_seed_see_the_same_order_and_training_its_own():
     unlearned = [drawn[name] for name in ("finetune", "graddiff", "orthograd", "graddiff@0.5")]
     assert len(set(unlearned)) == 1
     assert len({drawn["original"], drawn["retrain"], drawn["finetune"]}) == 3
-    assert stage_seed(0, "original") != stage_seed(1, "original")
+    assert derived(0, "original") != derived(1, "original")
 
 
 def test_methods_get_a_share_of_the_retain_set_and_training_all_of_it():
