@@ -18,7 +18,6 @@ from gradsurgery import OrthoGrad, Surgeon
 from gradsurgery.step import joined
 from gradsurgery.unlearn.data import whole
 from gradsurgery.unlearn.surgical import SurgicalConfig, SurgicalTrainer
-from gradsurgery.unlearn.surgical import with_ceiling as with_ceiling
 from gradsurgery.unlearn.trainer import finite, make_optimizer, require
 
 TIMED = 9  # steps of either kind; the median of so few is steady to a few percent

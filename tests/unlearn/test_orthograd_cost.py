@@ -13,10 +13,10 @@ from gradsurgery.unlearn.classification import cross_entropy
 from gradsurgery.unlearn.data import take
 from gradsurgery.unlearn.digits import DigitsCNN, load
 from gradsurgery.unlearn.job import DigitsConfig, reproducible, run, summarize
-from gradsurgery.unlearn.orthograd import with_ceiling
 from gradsurgery.unlearn.progress import PlainProgress
 from gradsurgery.unlearn.report import step_cost
 from gradsurgery.unlearn.run import RunDirectory
+from gradsurgery.unlearn.surgical import with_ceiling
 from tests.unlearn.test_job import result
 
 
