@@ -5,10 +5,12 @@ repetitions measured with device events; every ratio is of times in this run.
 """
 
 import argparse
+import copy
 import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -36,6 +38,7 @@ class Bench:
     def __init__(self, device: str, scale: int) -> None:
         self.device, self.scale = torch.device(device), scale
         self.rows: list[dict[str, Any]] = []
+        self.failed: list[str] = []
 
     def size(self, count: int) -> int:
         return max(1, count // self.scale)
@@ -69,6 +72,17 @@ class Bench:
         seconds, spread = self.time(call)
         self.rows.append({"work": name, "seconds": seconds, "spread": spread, **more})
         print(f"{name:<58} {seconds * 1e3:9.3f} ms ± {spread * 1e3:.3f}", flush=True)
+        return seconds
+
+    def measure(self, name: str, call: Callable[[], object], **more: Any) -> float:
+        """As `add`, with the peak of memory, and what of it the call allocates."""
+        if self.device.type != "cuda":
+            return self.add(name, call, **more)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = self.add(name, call, **more)
+        peak = torch.cuda.max_memory_allocated()
+        self.rows[-1] |= {"peak_bytes": peak, "extra_bytes": peak - held}
         return seconds
 
 
@@ -113,7 +127,14 @@ def existing_rows(bench: Bench) -> None:
     bench.rows[-1]["error"] = error((rows @ rows.mT).double(), rows)
     bench.rows[-2] |= {"speedup": plain / ours, "target": "3 x torch.matmul"}
     rows, grad = bench.randn(32, bench.size(10**8)), bench.randn(bench.size(10**8))
-    ours = bench.add("project_out (32, 1e8) float32", lambda: gs.project_out(grad, rows))
+    bench.add("project_out (32, 1e8) float32", lambda: gs.project_out(grad, rows))
+
+
+def factored_rows(bench: Bench) -> None:
+    """Beside QR, of fewer values than 2^31: its libraries count in 32 bits."""
+    columns = bench.size(5 * 10**7)
+    rows, grad = bench.randn(32, columns), bench.randn(columns)
+    ours = bench.add("project_out (32, 5e7) float32", lambda: gs.project_out(grad, rows))
     qr = bench.add("torch.linalg.qr of the same", lambda: torch.linalg.qr(rows.mT))
     bench.rows[-2] |= {"speedup": qr / ours, "target": "50 x torch.linalg.qr"}
 
@@ -174,7 +195,8 @@ def steps(bench: Bench) -> None:
         num_key_value_heads=8 if full else 2,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).to(bench.device, torch.bfloat16).train()
+    with bench.device:
+        model = LlamaForCausalLM(config).to(torch.bfloat16).train()
     length = bench.size(256)
     ids = torch.randint(0, config.vocab_size, (32, length), device=bench.device)
 
@@ -216,16 +238,54 @@ def beside(
     def ours() -> None:
         surgeon.step(forget=ids[:half], retain=ids[half:], loss=loss)
 
-    times, peaks = [], []
-    for name, call in (("plain step", plain), ("OrthoGrad step", ours)):
-        if bench.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        times.append(bench.add(f"{name}, {label}", call))
-        peaks.append(torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 0)
-        bench.rows[-1]["peak_bytes"] = peaks[-1]
+    times = [
+        bench.measure(f"plain step, {label}", plain),
+        bench.measure(f"OrthoGrad step, {label}", ours),
+    ]
     bench.rows[-1] |= {"of_plain": times[1] / times[0], "target": target}
-    if peaks[0]:
-        bench.rows[-1]["memory_of_plain"] = peaks[1] / peaks[0]
+    if peak := bench.rows[-2].get("peak_bytes"):
+        bench.rows[-1]["memory_of_plain"] = bench.rows[-1]["peak_bytes"] / peak
+
+
+def rivals(bench: Bench) -> None:
+    """OrthoGrad in float32 beside a plain step, TorchJD, and QR of torch.func's gradients."""
+    try:
+        from bench_step import PLAIN, RIVALS, distance, parameters, update_of
+    except ImportError as missing:
+        print(f"no {missing.name}: the rivals' steps are left out")
+        return
+    from models import MODELS, loss, text, transformer
+
+    large = {"transformer 768x12 T256": (lambda: transformer(768, 12, 128, 256), text(256))}
+    small = {name: MODELS[name] for name in ("ResNet-18 GN", "transformer 384x6 T64", "MLP 6.3M")}
+    for name, (build, batches) in (small | large).items():
+        model = build().to(bench.device)
+        forget, retain = (
+            tuple(t.to(bench.device) for t in batches(bench.size(16))) for _ in range(2)
+        )
+        copies = {rival: copy.deepcopy(model) for rival in RIVALS}
+        optimizer = torch.optim.SGD(parameters(model), lr=0.0)
+        surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad())
+
+        def ours(
+            surgeon: gs.Surgeon = surgeon,
+            forget: tuple[Tensor, ...] = forget,
+            retain: tuple[Tensor, ...] = retain,
+        ) -> None:
+            surgeon.step(forget=forget, retain=retain, loss=loss)
+
+        update = update_of(ours, model, optimizer)
+        seconds = bench.measure(f"OrthoGrad step, {name}", ours)
+        row = bench.rows[-1]
+        for rival, other in copies.items():
+            optimizer = torch.optim.SGD(parameters(other), lr=0.0)
+            step = RIVALS[rival](other, optimizer, forget, retain)
+            apart = (
+                {}
+                if rival == PLAIN
+                else {"apart": distance(update_of(step, other, optimizer), update)}
+            )
+            row[f"faster than {rival}"] = bench.measure(f"{rival}, {name}", step, **apart) / seconds
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -242,7 +302,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = ["work", "ms", "measured", "target"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        known = {"work", "seconds", "spread", "bytes", "target", "peak_bytes"}
+        known = {"work", "seconds", "spread", "bytes", "target", "peak_bytes", "extra_bytes"}
         measured = ", ".join(f"{k} {v:.3g}" for k, v in row.items() if k not in known)
         cells = [row["work"], f"{row['seconds'] * 1e3:.3f}", measured, row.get("target", "")]
         lines.append("| " + " | ".join(cells) + " |")
@@ -260,13 +320,17 @@ def main() -> None:
     folder = options.out / found["device"].replace(" ", "-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{found['date']}.json"
-    for part in (existing_rows, planes, solves, steps):
-        part(bench)
-        path.write_text(
-            json.dumps({**found, "rows": bench.rows}, indent=1)
-        )  # what a limit cuts off is kept
+    for part in (existing_rows, planes, solves, steps, rivals, factored_rows):
+        try:
+            part(bench)
+        except Exception as failure:  # the other parts are still wanted
+            print(f"{part.__name__} failed: {failure}")
+            bench.failed.append(part.__name__)
+        # what a limit cuts off is kept
+        path.write_text(json.dumps({**found, "rows": bench.rows}, indent=1))
     (folder / "table.md").write_text(table(bench.rows) + "\n")
     print(table(bench.rows))
+    sys.exit(f"failed: {', '.join(bench.failed)}" if bench.failed else 0)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Transformer(nn.Module):
 
     def forward(self, x):
         # positions of each sample, not of the batch: TorchJD takes modules' inputs for batched
-        places = torch.arange(x.shape[1]).expand_as(x)
+        places = torch.arange(x.shape[1], device=x.device).expand_as(x)
         return self.head(self.norm(self.blocks(self.embedding(x) + self.positions(places))))
 
 
