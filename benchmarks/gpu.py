@@ -288,6 +288,11 @@ def rivals(bench: Bench) -> None:
             row[f"faster than {rival}"] = bench.measure(f"{rival}, {name}", step, **apart) / seconds
 
 
+PARTS = {
+    part.__name__: part for part in (existing_rows, planes, solves, steps, rivals, factored_rows)
+}
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -311,6 +316,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divides sizes: a trial of the script")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -320,7 +326,7 @@ def main() -> None:
     folder = options.out / found["device"].replace(" ", "-").lower()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{found['date']}.json"
-    for part in (existing_rows, planes, solves, steps, rivals, factored_rows):
+    for part in (PARTS[name] for name in options.parts or PARTS):
         try:
             part(bench)
         except Exception as failure:  # the other parts are still wanted

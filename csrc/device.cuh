@@ -92,14 +92,19 @@ DeviceRows make_device_rows(const Sources& sources, const char* name);
 DeviceRows make_device_rows(const Tensor& matrices, const char* name);
 // Both Jacobians' rows, over the same blocks.
 DeviceRows join(const DeviceRows& above, const DeviceRows& below);
+// How many rows the last source has, and all rows but those.
+std::int64_t last_source_rows(const DeviceRows& rows);
+DeviceRows without_last_source(const DeviceRows& rows);
 
 // Where the products of rows i >= first with rows j go: to gram, [m - first, m - first], if j too
 // is
-// >= first, else to cross, [m - first, first]. Either may be null.
+// >= first, else to cross, [m - first, first]. Either may be null. `pitch`: from a row of gram to
+// the next, if that is not m - first; of one matrix alone.
 struct Products {
   double* gram;
   double* cross;
   std::int64_t first;
+  std::int64_t pitch = 0;
 };
 
 // Of every matrix of a batch; `out` is the first one's. With `fallback`, products in float32 that
@@ -166,17 +171,14 @@ __device__ inline float widen(BFloat16 value) {
   memcpy(&out, &bits, sizeof(out));
   return out;
 }
-__device__ inline float widen(Float16 value) {
-  __half half;
-  memcpy(&half, &value, sizeof(half));
-  return __half2float(half);
-}
+__device__ inline float widen(Float16 value) { return __half2float(__ushort_as_half(value.bits)); }
 
 __device__ inline void narrow(double value, double* out) { *out = value; }
 __device__ inline void narrow(double value, float* out) { *out = static_cast<float>(value); }
+// The bits by name: of a byte copy of a __half, ptxas 13.0 makes two stores of a byte, the lower
+// one of the value converted to an integer.
 __device__ inline void narrow(double value, Float16* out) {
-  const __half half = __float2half_rn(static_cast<float>(value));
-  memcpy(out, &half, sizeof(half));
+  out->bits = __half_as_ushort(__float2half_rn(static_cast<float>(value)));
 }
 __device__ inline void narrow(double value, BFloat16* out) {
   const float single = static_cast<float>(value);

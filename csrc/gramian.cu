@@ -50,13 +50,43 @@ __global__ void __launch_bounds__(add_threads)
       out.cross[(i - out.first) * out.first + j] = sum;
     }
   } else if (out.gram != nullptr) {
+    const std::int64_t pitch = out.pitch == 0 ? p : out.pitch;
     double* gram = out.gram + blockIdx.z * p * p;
-    gram[(i - out.first) * p + j - out.first] = sum;
-    gram[(j - out.first) * p + i - out.first] = sum;
+    gram[(i - out.first) * pitch + j - out.first] = sum;
+    gram[(j - out.first) * pitch + i - out.first] = sum;
   }
   // every thread that writes here writes the same
   if (range.flag != nullptr && !range.repeat && i == j && !(sum >= least && sum < INFINITY)) {
     *range.flag = 1;
+  }
+}
+
+// Adds the shares of products of the last row, a warp for each. They go as those of add_kernel do;
+// of a Gramian, the last row and column alone.
+__global__ void __launch_bounds__(add_threads)
+    add_border_kernel(const double* parts, std::int64_t shares, std::int64_t groups, std::int64_t m,
+                      Products out) {
+  constexpr int rows = Border<float>::rows;
+  const std::int64_t j = (static_cast<std::int64_t>(blockIdx.x) * add_threads + threadIdx.x) / 32;
+  double sum = 0;
+  if (j < m) {
+    for (std::int64_t s = threadIdx.x % 32; s < shares; s += 32) {
+      sum += parts[s * groups * rows + j];
+    }
+  }
+  sum = warp_sum(sum);
+  if (j >= m || threadIdx.x % 32 != 0) {
+    return;
+  }
+  const std::int64_t i = m - 1;
+  if (j < out.first) {
+    if (out.cross != nullptr) {
+      out.cross[j] = sum;
+    }
+  } else if (out.gram != nullptr) {
+    const std::int64_t pitch = out.pitch == 0 ? m - out.first : out.pitch;
+    out.gram[(i - out.first) * pitch + j - out.first] = sum;
+    out.gram[(j - out.first) * pitch + i - out.first] = sum;
   }
 }
 
@@ -120,6 +150,34 @@ void multiply(const DeviceRows& rows, const Products& out, double* parts, Plan p
          plan.first_tile, plan.tiles, plan.tile, rows.m, out, least, range);
 }
 
+// The products of the last row.
+void border(const DeviceRows& rows, const Products& out, double* parts) {
+  const std::int64_t groups = slices_of(rows.m, Border<float>::rows);
+  dispatch(rows.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Work = Border<T>;
+    std::int64_t most = 0;
+    rows.for_tables(
+        [&](const Table& table, bool) { most = std::max(most, slices_of(table, Work::width)); });
+    const std::int64_t limit = std::max<std::int64_t>(1, max_blocks(Work::rows) / groups);
+    const std::int64_t shares = std::clamp<std::int64_t>(most, 1, limit);
+    const dim3 grid(shares, groups);
+    rows.for_tables([&](const Table& table, bool begin) {
+      launch("gramian: border", &border_kernel<T>, grid, Work::threads, rows.stream, table,
+             slices_of(table, Work::width), parts, begin);
+    });
+    const dim3 warps((rows.m * 32 + add_threads - 1) / add_threads);
+    launch("gramian: sum of the border", &add_border_kernel, warps, add_threads, rows.stream, parts,
+           shares, groups, rows.m, out);
+  });
+}
+
+// Values of all tiles: one row more can ask for many.
+std::int64_t tile_values(std::int64_t m) {
+  const Plan plan(1, m, 0);
+  return plan.tiles * plan.tile * plan.tile;
+}
+
 }  // namespace
 
 std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m) {
@@ -131,6 +189,19 @@ std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m) {
 void row_products(const DeviceRows& rows, Products out, double* scratch, bool precise,
                   bool fallback) {
   if (rows.m == out.first || rows.batch == 0) {
+    return;
+  }
+  // tiles of so few rows hold a border, too
+  const bool bordered = rows.batch == 1 && rows.m > 4;
+  if (bordered && rows.m - out.first == 1) {
+    border(rows, out, scratch + 2);
+    return;
+  }
+  if (bordered && out.first == 0 && tile_values(rows.m - 1) < tile_values(rows.m) &&
+      last_source_rows(rows) == 1) {
+    out.pitch = rows.m;
+    row_products(without_last_source(rows), out, scratch, precise, fallback);
+    border(rows, out, scratch + 2);
     return;
   }
   precise = precise || rows.n < few_columns;

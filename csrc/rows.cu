@@ -101,6 +101,22 @@ DeviceRows join(const DeviceRows& above, const DeviceRows& below) {
   return rows;
 }
 
+std::int64_t last_source_rows(const DeviceRows& rows) {
+  return rows.columns.empty() ? 0 : rows.spans[rows.sources - 1].rows;
+}
+
+DeviceRows without_last_source(const DeviceRows& rows) {
+  DeviceRows head = rows;
+  head.m -= last_source_rows(rows);
+  --head.sources;
+  head.spans.clear();
+  for (std::size_t k = 0; k < rows.columns.size(); ++k) {
+    const auto first = rows.spans.begin() + k * rows.sources;
+    head.spans.insert(head.spans.end(), first, first + head.sources);
+  }
+  return head;
+}
+
 void check_result(const Tensor& tensor, Dtype dtype, std::int64_t numel, int device,
                   const char* name) {
   check_device(tensor, name);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -15,11 +15,25 @@ struct InputError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// Text of a piece of a message. Without the library's streams: where a linker puts a C++ library of
+// its own into the module, their locales are mixed up with those of the one that torch has loaded,
+// and writing a number crashes.
+template <typename Piece>
+std::string text_of(const Piece& piece) {
+  if constexpr (std::is_floating_point_v<Piece>) {
+    char text[32];
+    std::snprintf(text, sizeof(text), "%g", static_cast<double>(piece));
+    return text;
+  } else if constexpr (std::is_integral_v<Piece>) {
+    return std::to_string(piece);
+  } else {
+    return piece;
+  }
+}
+
 template <typename... Pieces>
 [[noreturn]] void fail(const Pieces&... pieces) {
-  std::ostringstream message;
-  (message << ... << pieces);
-  throw InputError(message.str());
+  throw InputError((std::string() + ... + text_of(pieces)));
 }
 
 template <typename... Pieces>

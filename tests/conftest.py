@@ -6,6 +6,7 @@ import sys
 import numpy
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from gradsurgery.ops import _backend
 
@@ -61,6 +62,10 @@ def assert_close():
         torch.testing.assert_close(actual.double(), expected, atol=atol * scale, rtol=rtol)
 
     return compare
+
+
+# what torch.device(...) as a context moves is looked up once: before `unwritten_is_nan`
+_device_constructors()
 
 
 @pytest.fixture(autouse=True)

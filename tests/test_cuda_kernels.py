@@ -110,6 +110,38 @@ def test_gramian_of_more_tensors_than_a_launch_takes(heads, dtype):
     assert gramian_error(gramian_of(sources, False), rows) <= GRAMIAN[False]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("m,n", [(8, 1100), (16, 517), (32, 70), (64, 33), (65, 4), (4, 0)])
+def test_gramian_of_rows_and_one_more(m, n, layout, dtype):
+    rows, vector = LAYOUTS[layout](randn(m, n, dtype=dtype)), randn(1, n, dtype=dtype)
+    gram = gramian_of([[rows], [vector]], False)
+    assert torch.equal(gram, gram.mT)
+    assert gramian_error(gram, matrix([torch.cat([rows, vector])])) <= GRAMIAN[False]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_gramian_of_rows_and_one_more_out_of_float32s_range(scale):
+    rows, vector = (randn(8, 300).double() * scale).float(), randn(1, 300)
+    gram = gramian_of([[rows], [vector]], False)
+    assert gramian_error(gram, matrix([torch.cat([rows, vector])])) <= GRAMIAN[True]
+
+
+@pytest.mark.parametrize("heads", [(5,), (1, 9, 22), (70,)])
+def test_products_of_one_sum_with_its_rows(heads, dtype):
+    widths = [0, 1, 7, 64, 2100, 2, 0, 33] * 13
+    sources = [[randn(m, n, dtype=dtype) for n in widths] for m in heads]
+    rows = torch.cat([matrix(source) for source in sources])
+    weights, m = randn(1, len(rows), dtype=torch.float64), len(rows)
+    outs = [torch.empty(1, n, device=DEVICE, dtype=dtype) for n in widths]
+    cross, gram = (torch.empty(1, k, device=DEVICE, dtype=torch.float64) for k in (m, 1))
+    combine_into(sources, weights, [outs], cross, gram)
+    found = matrix([torch.cat(outs, 1)])
+    assert_combined(torch.cat(outs, 1), weights, rows)
+    size = rows.norm(dim=1) * found.norm()
+    assert ((cross.cpu() - found @ rows.mT).abs() <= 1e-14 * size).all()
+    torch.testing.assert_close(gram.cpu(), found @ found.mT, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("m", [3, 20])
 @pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e19, 1e30])
 def test_gramian_leaves_the_range_of_float32(m, scale):

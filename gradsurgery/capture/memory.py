@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsurgery.capture.convolution import PATCHES, ConvolutionUse
 from gradsurgery.capture.factored import FactoredJacobian
-from gradsurgery.capture.paths import CHUNK
+from gradsurgery.capture.paths import chunk
 from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.trace import Leaf
 from gradsurgery.capture.uses import HALVES, MatrixUse, numbers
@@ -129,7 +129,9 @@ def _forming(plane: Plane) -> int:
     if plane.plan.path == "factored":  # the kernel packs both sides
         return copies + (values + tokens * (height + width)) * value
     count = sum(len(numbers(use.rows).ids) for use in plane.uses) + 1
-    slices = min(max(CHUNK, count * min(height, width)), count * height * width)
+    slices = min(
+        max(chunk(plane.parameter.device), count * min(height, width)), count * height * width
+    )
     return copies + (values + slices) * value
 
 

@@ -12,7 +12,14 @@ from gradsurgery.ops.gramian import gramian_of_parts, gramian_unchecked
 from gradsurgery.ops.pairs import token_pairs
 from gradsurgery.ops.planes import plane_gramian
 
-CHUNK = 1 << 21  # values of all rows' slices formed at a time: they stay in the cache
+# they stay in a CPU's cache; a GPU would wait for the launches of so small slices
+_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
+PICKED = 1 << 24  # products of tokens with picked tokens at a time
+
+
+def chunk(device: torch.device) -> int:
+    """Values of all rows' slices that are formed at a time."""
+    return _CHUNK.get(device.type, _CHUNK["cpu"])
 
 
 def to_rows(blocks: Tensor, rows: Tensor, m: int) -> Tensor:
@@ -57,7 +64,7 @@ def direct(
     if height == 0 or width == 0 or count == 0:
         return torch.zeros(m, m, dtype=torch.float64, device=like.device)
     grain = max([use.grain for use in uses], default=1)
-    step = max(1, CHUNK // max(1, count * width * grain)) * grain
+    step = max(1, chunk(like.device) // max(1, count * width * grain)) * grain
     buffer = like.new_empty(count * min(step, height) * width)
     for lo in range(0, height, step):
         hi = min(lo + step, height)
@@ -74,10 +81,10 @@ def direct(
 
 
 def factored(
-    uses: Sequence[MatrixUse],
+    uses: Sequence[MatrixUse | EmbeddingUse],
     m: int,
     group: tuple[Tensor, Tensor] | None = None,
-    summed: Sequence[MatrixUse] = (),
+    summed: Sequence[MatrixUse | EmbeddingUse] = (),
 ) -> Tensor:
     """Products of tokens on either side of the plane: <G_i, G_j> = sum_tu (l_t l_u) (r_t r_u).
 
@@ -87,24 +94,24 @@ def factored(
     uses = merged(uses)
     n = sum(use.n for use in uses)
     if len(uses) == 1 and group is None:
-        return to_rows(token_pairs(uses[0].left, uses[0].right), uses[0].rows, m)
-    like = group[1] if group is not None else uses[0].left
+        return to_rows(pairs_of(uses[0]), uses[0].rows, m)
+    like = group[1] if group is not None else uses[0].values[-1]
     size = n + (group is not None)
     total = torch.zeros(size, size, dtype=torch.float64, device=like.device)
     starts = list(accumulate((use.n for use in uses), initial=0))
     for a, use in enumerate(uses):
         mine = slice(starts[a], starts[a + 1])
-        total[mine, mine] = token_pairs(use.left, use.right)
+        total[mine, mine] = pairs_of(use)
         for b, other in enumerate(uses[:a]):
             theirs = slice(starts[b], starts[b + 1])
-            part = token_pairs(use.left, use.right, other.left, other.right)
+            part = pairs_of(use, other)
             total[mine, theirs], total[theirs, mine] = part, part.mT
     rows = [use.rows for use in uses]
     if group is not None:
         for a, use in enumerate(uses):
             cross = total[starts[a] : starts[a + 1], -1]
             for other in merged(summed):
-                cross += token_pairs(use.left, use.right, other.left, other.right).sum(1)
+                cross += pairs_of(use, other).sum(1)
             if not summed:
                 cross += use.products(group[1])
         total[-1, :-1] = total[:-1, -1]
@@ -113,21 +120,49 @@ def factored(
     return to_rows(total, joined(*rows), m)
 
 
-def merged(uses: Sequence[MatrixUse]) -> list[MatrixUse]:
+def pairs_of(
+    use: MatrixUse | EmbeddingUse, other: MatrixUse | EmbeddingUse | None = None
+) -> Tensor:
+    """Inner products of the blocks of a use with one another, or with those of another, [n, k]."""
+    other_sides = () if other is None else _sides(other)
+    if other is None or type(use) is type(other):
+        return token_pairs(*_sides(use), *other_sides)
+    if isinstance(use, EmbeddingUse):
+        return pairs_of(other, use).mT
+    assert isinstance(other, EmbeddingUse)
+    # a token of an embedding meets that column of the left side which it picked
+    ids, grads = other.indices.flatten(), wide(other.grads.flatten(0, 1))
+    inside = ids >= 0
+    ids, grads = ids.clamp(min=0), grads * inside[:, None]
+    out = torch.zeros(use.n, other.n, dtype=torch.float64, device=grads.device)
+    step = max(1, PICKED // max(1, use.tokens * len(ids)))
+    for lo in range(0, use.n, step):
+        left, right = use.left[lo : lo + step], wide(use.right[lo : lo + step])
+        pairs = right.flatten(0, 1) @ grads.mT
+        pairs *= left.flatten(0, 1).index_select(1, ids)
+        pairs = pairs.view(len(left), use.tokens, other.n, -1)
+        out[lo : lo + step] = pairs.sum(3).sum(1, dtype=torch.float64)
+    return out
+
+
+def _sides(use: MatrixUse | EmbeddingUse) -> tuple[Tensor, Tensor]:
+    return (use.left, use.right) if isinstance(use, MatrixUse) else (use.indices, use.grads)
+
+
+def merged(uses: Sequence[MatrixUse | EmbeddingUse]) -> list[MatrixUse | EmbeddingUse]:
     """Uses with equally many tokens in a block as one."""
-    alike: dict[tuple, list[MatrixUse]] = {}
+    alike: dict[tuple, list[MatrixUse | EmbeddingUse]] = {}
     for use in uses:
-        alike.setdefault((use.tokens, use.left.dim()), []).append(use)
-    return [
-        group[0]
-        if len(group) == 1
-        else MatrixUse(
-            torch.cat([use.left for use in group]),
-            torch.cat([use.right for use in group]),
-            torch.cat([use.rows for use in group]),
-        )
-        for group in alike.values()
-    ]
+        alike.setdefault((type(use), use.tokens, use.values[0].dim()), []).append(use)
+    return [group[0] if len(group) == 1 else _together(group) for group in alike.values()]
+
+
+def _together(uses: Sequence[MatrixUse | EmbeddingUse]) -> MatrixUse | EmbeddingUse:
+    left, right = (torch.cat(sides) for sides in zip(*map(_sides, uses), strict=True))
+    rows = torch.cat([use.rows for use in uses])
+    if isinstance(uses[0], MatrixUse):
+        return MatrixUse(left, right, rows)
+    return EmbeddingUse(left, right, rows, uses[0].plane[0])
 
 
 def alike(uses: Sequence[RowsUse]) -> bool:

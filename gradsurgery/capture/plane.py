@@ -30,22 +30,27 @@ class Plane:
         self.plan = None if all(isinstance(use, RowsUse) for use in uses) else self._plan()
 
     def _plan(self) -> Plan:
-        tokens, own, summed = [], 0, 0
+        longest = 1
+        counts = {
+            False: [0, 0],
+            True: [0, 0],
+        }  # of embeddings or not: others', `group`'s
         for use in self.uses:
             if use is self.whole:
                 continue
-            tokens.append(use.tokens if isinstance(use, (MatrixUse, ConvolutionUse)) else 1)
+            tokens = use.tokens if isinstance(use, (MatrixUse, ConvolutionUse, EmbeddingUse)) else 1
+            longest = max(longest, tokens)
             inside = len(_apart(use.rows, self.group)[1]) if self.group is not None else 0
-            summed += inside * tokens[-1]
-            own += (use.n - inside) * tokens[-1]
-        longest = max(1, *tokens)
-        products = all(
-            isinstance(use, (MatrixUse, ConvolutionUse)) or use is self.whole for use in self.uses
-        )
-        blocks = -(-own // longest), -(-summed // longest)
+            count = counts[isinstance(use, EmbeddingUse)]
+            count[0] += (use.n - inside) * tokens
+            count[1] += inside * tokens
         device = self.parameter.device.type
-        work = Work(*self.uses[0].plane, longest, *blocks, self.whole is not None, device)
-        return plan(work, products)
+        own, summed = (-(-count // longest) for count in counts[False])
+        height, width = self.uses[0].plane
+        kept = self.whole is not None
+        work = Work(height, width, longest, own, summed, kept, device, *counts[True])
+        uses = [use for use in self.uses if use is not self.whole]
+        return plan(work, _are_products(uses, device))
 
     @cached_property
     def parts(self) -> tuple[list[Use], list[Use]]:
@@ -98,7 +103,7 @@ class Plane:
         own, summed = ([use.wide() for use in part] for part in self.parts)
         if self.plan.path == "factored" and metric is None:
             tokens = summed if self.plan.cross == "tokens" else ()
-            return factored(_matrices(own), m, self._group(), _matrices(tokens))
+            return factored(_products(own), m, self._group(), _products(tokens))
         if all(isinstance(use, EmbeddingUse) for use in own):
             return embedded([cast(EmbeddingUse, use) for use in own], m, self._group(), metric)
         own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
@@ -163,7 +168,19 @@ def _apart(rows: Tensor, group: int) -> tuple[_Side, _Side]:
     return known[group]
 
 
-def _matrices(uses: Sequence[Use]) -> list[MatrixUse]:
+def _are_products(uses: Sequence[Use], device: str) -> bool:
+    """Whether `factored` takes them."""
+    picked = [use for use in uses if isinstance(use, EmbeddingUse)]
+    others = [use for use in uses if not isinstance(use, EmbeddingUse)]
+    if not others:  # a GPU has a kernel for them; elsewhere, they are few rows
+        return device == "cuda"
+    if not picked:
+        return all(isinstance(use, (MatrixUse, ConvolutionUse)) for use in others)
+    return all(isinstance(use, MatrixUse) and use.left.dim() == 3 for use in others)
+
+
+def _products(uses: Sequence[Use]) -> list[MatrixUse | EmbeddingUse]:
     return [
-        use.matrices() if isinstance(use, ConvolutionUse) else cast(MatrixUse, use) for use in uses
+        use.matrices() if isinstance(use, ConvolutionUse) else cast(MatrixUse | EmbeddingUse, use)
+        for use in uses
     ]

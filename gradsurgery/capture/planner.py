@@ -5,6 +5,8 @@ With N tokens in all, T in each of n blocks, and a plane [H, W]:
     factored  the products of tokens, N^2 / 2 (H + W) multiplications
     direct    each block's plane, N H W, and the products of the planes, n^2 / 2 H W
 
+Tokens of an embedding, P in all, meet each other and the N in products over W alone.
+
 Where many samples are summed into one row, the multiplications for its plane cost nothing: the
 update needs them anyway. What remains to be paid is moving the plane, and its products with the
 other rows, by the plane or by its tokens.
@@ -19,11 +21,14 @@ PATHS = ("factored", "direct")
 # multiplications in the time that a kept plane costs a value: to be written, multiplied with itself
 # and read, and two products of fewer tokens where one would do. On a CPU, measured: 48 (Zen 4 and
 # 5), 100 (Xeon). The larger: a plane kept beside the pairs takes memory, too. On a GPU, counted for
-# an H200, not yet measured: 8 bytes at 4 TB/s, and 3.25e14 multiplications a second
+# an H200: 8 bytes at 4 TB/s, and 3.25e14 multiplications a second
 KEEP = {"cpu": 96, "cuda": 650}
-# the same of a plane that is formed and dropped. A CPU does so in its registers and its inner
-# cache; a GPU writes and reads it, 4 bytes at the 5.5 TB/s of its cache, counted as above
-FORM = {"cpu": 0, "cuda": 240}
+# the same of a plane that is formed, multiplied with others and dropped. A CPU does so in its
+# registers and its inner cache; a GPU writes and reads it. Measured on an H200, bfloat16: 16 planes
+# of 4096 x 4096 from 64 tokens each in 0.37 ms, from 1024 in 1.05 ms
+FORM = {"cpu": 0, "cuda": 300}
+# what a product of tokens costs of one that forms a plane; the same H200: 2.6e14 a second at best
+PAIR = {"cpu": 1.0, "cuda": 1.4}
 
 
 class Work(NamedTuple):
@@ -36,6 +41,8 @@ class Work(NamedTuple):
     group: int = 0  # blocks of the summed row
     kept: bool = False  # the summed row's plane exists
     device: str = "cpu"  # torch's type of it
+    picked: int = 0  # tokens of embeddings, of all these blocks
+    picked_group: int = 0  # and of the summed row's
 
 
 class Plan(NamedTuple):
@@ -47,19 +54,28 @@ class Plan(NamedTuple):
 def plan(work: Work, products: bool = True) -> Plan:
     """The cheapest way; GRADSURGERY_PATH=factored|direct forces one.
 
-    `products`: every use is a product of tokens, as that of an embedding is not.
+    `products`: every use is a product of tokens, or an embedding beside one.
     """
-    h, w, t = work.height, work.width, work.tokens
-    own, summed = work.blocks * t, work.group * t
+    h, w = work.height, work.width
+    pair = PAIR.get(work.device, 1.0)
+    own, summed = work.blocks * work.tokens, work.group * work.tokens
     keep = KEEP.get(work.device, 0) * h * w if work.group else 0
     form = FORM.get(work.device, 0) * work.blocks
+
+    def pairs(tokens: float, others: float, picked: float, others_picked: float) -> float:
+        mixed = tokens * others_picked + picked * others + picked * others_picked
+        return pair * (tokens * others * (h + w) + mixed * w)
+
+    inner = pairs(own, own, work.picked, work.picked) / 2
     options = [Plan("direct", "plane", (own + form + (work.blocks + 1) ** 2 / 2) * h * w + keep)]
     if work.group or work.kept:
-        options.append(Plan("factored", "plane", own**2 / 2 * (h + w) + own * h * w + keep))
+        options.append(Plan("factored", "plane", inner + own * h * w + keep))
     if work.group:
-        options.append(Plan("factored", "tokens", (own / 2 + summed) * own * (h + w) + keep))
+        outer = pairs(own, summed, work.picked, work.picked_group)
+        options.append(Plan("factored", "tokens", inner + outer + keep))
     if not work.kept:
-        options.append(Plan("factored", "none", (own + summed) ** 2 / 2 * (h + w)))
+        both, picked = own + summed, work.picked + work.picked_group
+        options.append(Plan("factored", "none", pairs(both, both, picked, picked) / 2))
     if not products:
         return options[0]
     forced = os.environ.get("GRADSURGERY_PATH", "")

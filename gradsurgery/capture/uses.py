@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gradsurgery.ops._backend import choose
 from gradsurgery.ops._inputs import wide
-from gradsurgery.ops.plane_sum import IMPLEMENTATIONS, plane_sum, plane_sum_triton
+from gradsurgery.ops.plane_sum import IMPLEMENTATIONS, plane_sum, plane_sum_cuda
+from gradsurgery.ops.planes import SMALL
 
 
 class Numbers(NamedTuple):
@@ -78,13 +79,18 @@ class Use:
 
     def wide(self) -> "Use":
         """The use with 16-bit values as float32, to be computed with."""
-        if not any(t.dtype in HALVES for t in self.values):
+        if not any(t.dtype in HALVES for t in self.values) or self.takes_halves:
             return self
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
         for name in self.tensors:
             part.__dict__[name] = wide(getattr(self, name))
         return part
+
+    @property
+    def takes_halves(self) -> bool:
+        """Whether 16-bit values are computed with as they are."""
+        return False
 
     @property
     def n(self) -> int:
@@ -112,6 +118,10 @@ class Use:
 
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+def _kernels_take_halves(device: str) -> bool:
+    return choose("plane_sum", IMPLEMENTATIONS, device) is plane_sum_cuda
 
 
 def scale(out: Tensor, beta: float) -> Tensor:
@@ -183,12 +193,9 @@ class MatrixUse(Use):
     def tokens(self) -> int:
         return self.left.shape[-2]
 
-    def wide(self) -> Use:
-        if self.left.dtype in HALVES:
-            kernel = choose("plane_sum", IMPLEMENTATIONS, self.left.device.type)
-            if kernel is plane_sum_triton:  # takes 16 bits as they are
-                return self
-        return super().wide()
+    @property
+    def takes_halves(self) -> bool:
+        return _kernels_take_halves(self.left.device.type)
 
     def transposed(self) -> "MatrixUse":
         turned = "left" if self.inputs == "right" else "right"
@@ -227,7 +234,17 @@ class MatrixUse(Use):
         scale(out, beta).add_(part)
 
     def products(self, vector: Tensor) -> Tensor:
-        left, right = wide(self.left), wide(self.right)
+        left, right = self.left, self.right
+        if (
+            left.is_cuda
+            and left.dtype == torch.bfloat16
+            and left.dim() == 3
+            and math.prod(self.plane) >= SMALL
+        ):
+            # `vector` rounded as the tokens were, for tensor cores, as `plane_gramian` has it
+            moved = torch.mm(left.flatten(0, 1), vector.to(left.dtype), out_dtype=torch.float32)
+            return (moved.view_as(right) * right).flatten(1).sum(1, dtype=torch.float64)
+        left, right = wide(left), wide(right)
         vector = vector.to(left.dtype)
         if left.dim() == 3:  # one product for all blocks
             moved = (left.flatten(0, 1) @ vector).view_as(right)
@@ -252,6 +269,14 @@ class EmbeddingUse(Use):
         self.indices, self.grads, self.rows = indices, grads.flatten(2), rows
         self.plane = (size, self.grads.shape[2])
 
+    @property
+    def tokens(self) -> int:
+        return self.indices.shape[1]
+
+    @property
+    def takes_halves(self) -> bool:
+        return _kernels_take_halves(self.grads.device.type)
+
     def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
         inside = (self.indices >= lo) & (self.indices < hi)
         block, _ = where = inside.nonzero(as_tuple=True)
@@ -266,8 +291,9 @@ class EmbeddingUse(Use):
 
     def products(self, vector: Tensor) -> Tensor:
         inside = self.indices >= 0
-        picked = vector[self.indices.clamp(min=0)].to(self.grads.dtype)
-        sums = (picked * self.grads).flatten(2).sum(2, dtype=torch.float64)
+        grads = wide(self.grads)
+        picked = vector[self.indices.clamp(min=0)].to(grads.dtype)
+        sums = (picked * grads).flatten(2).sum(2, dtype=torch.float64)
         return (sums * inside).sum(1)
 
     def compact(self, numbers: Tensor) -> "EmbeddingUse":

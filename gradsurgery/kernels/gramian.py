@@ -139,7 +139,7 @@ def tile_of(m: int, dtype: torch.dtype, precise: bool) -> tuple[int, int, int]:
         return (16 if m <= 16 or dtype.itemsize == 2 else 32), 16, 4
     depth = 1 if dtype == torch.float32 else 2  # tf32x3 splits both operands
     if m <= 16:
-        return 16, 32 * depth, 4
+        return 16, 32 if dtype == torch.float32 else 256, 4
     if m <= 32 or (m > 64 and dtype == torch.float32):  # two tiles of 64 would not
         return 32, 16 * depth, 4
     return 64, 16 * depth, 8

@@ -121,7 +121,7 @@ def plane_gramian(left: Tensor, right: Tensor, offsets: Tensor, kept: Tensor | N
     short = left.dtype == torch.float16  # of range: planes leave it
     small = left.dtype == torch.bfloat16 and height * width < SMALL
     stored = torch.float32 if short or small else left.dtype
-    rows, high, wide, tokens, depth = tile_of(m, left.dtype, stored)
+    rows, high, wide, tokens, depth, warps, stages = tile_of(m, left.dtype, stored)
     size = m * high * wide * stored.itemsize
     tiles = cdiv(height, high) * cdiv(width, wide)
     programs = max(1, min(tiles, PROGRAMS, BUFFER // size))
@@ -146,18 +146,20 @@ def plane_gramian(left: Tensor, right: Tensor, offsets: Tensor, kept: Tensor | N
             depth,
             precision(left.dtype),
             precision(stored),
-            **options(8, 3),
+            **options(warps, stages),
         )
     out = parts.sum(0)[:m, :m]
     return out.tril() + out.tril(-1).mT
 
 
-def tile_of(m: int, dtype: torch.dtype, stored: torch.dtype) -> tuple[int, int, int, int, int]:
-    """Rows, height and width of a tile, tokens and columns of a step."""
+def tile_of(m: int, dtype: torch.dtype, stored: torch.dtype) -> tuple[int, ...]:
+    """Rows, height and width of a tile, tokens and columns of a step, warps, stages."""
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
     depth = 64 if stored.itemsize == 2 else 16
     if dtype == torch.float64:
-        return rows, 32, 32, 16, depth
+        return rows, 32, 32, 16, depth, 8, 3
     if dtype == torch.float32:
-        return rows, 64, 64 if rows < 64 else 32, 16, depth
-    return rows, 64, 64, 64, depth
+        return rows, 64, 64 if rows < 64 else 32, 16, depth, 8, 3
+    if rows == 16 and stored.itemsize == 2:  # of those tried on an H200
+        return rows, 128, 64, 64, depth, 4, 4
+    return rows, 64, 64, 64, depth, 8, 3

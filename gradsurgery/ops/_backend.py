@@ -83,11 +83,12 @@ def _capable() -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
 
-def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether the kernels for this tensor are Triton's."""
+def runs_triton(tensor: torch.Tensor, among: bool = False) -> bool:
+    """Whether the kernels for this tensor are Triton's; `among`: if there are native ones too."""
     if not tensor.is_cuda and os.environ.get("GRADSURGERY_BACKEND") != "triton":
         return False
-    return _backends(tensor.device.type)[1][:1] == ["triton"]
+    usable = _backends(tensor.device.type)[1]
+    return "triton" in (usable if among else usable[:1])
 
 
 def runs_cuda(tensor: torch.Tensor) -> bool:

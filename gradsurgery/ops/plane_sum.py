@@ -42,19 +42,39 @@ def plane_sum_native(
     torch.autograd.graph.increment_version(out)  # as torch's own in-place operations do
 
 
-def plane_sum_triton(
-    left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
-) -> None:
-    from gradsurgery.kernels import plane_sum as kernels
+def plane_sum_cuda(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float) -> None:
+    """By cuBLAS, which no kernel of ours keeps up with; 16-bit tokens into a float32 sum.
 
+    Weighted tokens are rounded as the tokens were. float16 ones could leave their range, and go
+    through Triton.
+    """
     left, right = alike(left, right)
-    kernels.plane_sum(left, right, weights, out, beta)
+    if left.dtype == torch.float16 or not left.is_cuda:  # or its interpreter
+        from gradsurgery.kernels import plane_sum as kernels
+
+        kernels.plane_sum(left, right, weights, out, beta)
+    else:
+        each = weights.to(wide(left[:0]).dtype)[:, None, None]
+        if left.shape[-1] <= right.shape[-1]:
+            left = torch.mul(left, each, out=torch.empty_like(left))
+        else:
+            right = torch.mul(right, each, out=torch.empty_like(right))
+        x, y = left.flatten(0, 1), right.flatten(0, 1)
+        to = out
+        if out.stride(-1) != 1:
+            x, y, to = y, x, out.mT
+        if x.dtype == to.dtype:
+            to.addmm_(x.mT, y, beta=beta)
+        elif beta == 0:
+            torch.mm(x.mT, y, out_dtype=to.dtype, out=to)
+        else:
+            torch.addmm(to, x.mT, y, out_dtype=to.dtype, beta=beta, out=to)
     torch.autograd.graph.increment_version(out)
 
 
 IMPLEMENTATIONS = {
     ("torch", "any"): plane_sum_reference,
     ("native", "cpu"): plane_sum_native,
-    ("triton", "cuda"): plane_sum_triton,
+    ("triton", "cuda"): plane_sum_cuda,
 }
 OPERATORS["plane_sum"] = IMPLEMENTATIONS

@@ -11,7 +11,9 @@ from gradsurgery.ops._inputs import alike, wide
 from gradsurgery.ops.gramian import gramian_unchecked
 
 CHUNK = 1 << 21  # values of all rows' slices that the reference forms at a time
-BUFFER = 32 << 20  # bytes of them on a GPU: an H200 caches 50 MiB
+BUFFER = 32 << 20  # bytes of a kernel's tiles of them on a GPU: an H200 caches 50 MiB
+# and of slices made by matrix products: an H200 moves more in the time of the launches for each
+SLICE = 256 << 20
 # Of planes of fewer values, bfloat16 ones would cost accuracy: each rounding is 2^-9 of a value, in
 # the products of two planes some 2^-9 / sqrt(values) of the norms
 SMALL = 1 << 16
@@ -109,13 +111,13 @@ def plane_gramian_triton(
 def plane_gramian_chunked(
     left: Tensor, right: Tensor, lengths: Sequence[int], kept: Tensor | None
 ) -> Tensor:
-    """Of [N, a] and [N, b], the tokens of row after row; no slice leaves a GPU's cache."""
+    """Of [N, a] and [N, b], the tokens of row after row, a slice of the planes at a time."""
     n, height, width = len(lengths), left.shape[-1], right.shape[-1]
     if left.dtype == torch.float16 or height * width < SMALL:  # planes leave float16's range
         left, right = wide(left), wide(right)
     m = n + (kept is not None)
     out = left.new_zeros(m, m, dtype=torch.float64)
-    step = max(1, min(height, BUFFER // max(1, m * width * left.element_size())))
+    step = max(1, min(height, SLICE // max(1, m * width * left.element_size())))
     buffer = left.new_empty(m * step * width)
     if _pads(lengths):
         parts = [(slice(0, n), padded(left, lengths), padded(right, lengths))]

@@ -13,11 +13,11 @@ from gradsurgery.errors import InputError
         (Work(384, 1536, 32, 16), "factored", 251_658_240),
         # of 1024 tokens. Direct: (16384 + 17^2 / 2) 384 1536; factored: 1024 times the above
         (Work(384, 1536, 1024, 16), "direct", (16384 + 144.5) * 384 * 1536),
-        # a GPU writes each plane and reads it, 240 multiplications a value, 16 times
-        (Work(4096, 4096, 512, 16, device="cuda"), "direct", (8192 + 3840 + 144.5) * 4096**2),
+        # a GPU writes each plane and reads it, 300 multiplications a value, 16 times
+        (Work(4096, 4096, 512, 16, device="cuda"), "direct", (8192 + 4800 + 144.5) * 4096**2),
         # 300 tokens are more than 16 blocks of 4096 x 4096 pay for in pairs, but for those writes
         (Work(4096, 4096, 300, 16), "direct", (4800 + 144.5) * 4096**2),
-        (Work(4096, 4096, 300, 16, device="cuda"), "factored", 4800**2 / 2 * 8192),
+        (Work(4096, 4096, 300, 16, device="cuda"), "factored", 1.4 * 4800**2 / 2 * 8192),
         # a device nobody counted for
         (Work(4096, 4096, 300, 16, device="xpu"), "direct", (4800 + 144.5) * 4096**2),
     ],
@@ -32,6 +32,19 @@ def test_a_summed_row_of_few_tokens_is_not_kept():
     # 16 samples beside 16 summed, 16 tokens each: all pairs, 512^2 / 2 (768 + 3072)
     found = plan(Work(768, 3072, 16, 16, group=16))
     assert found == ("factored", "none", 512**2 / 2 * 3840)
+
+
+def test_tokens_of_an_embedding_meet_over_the_width_alone():
+    # a tied vocabulary of 128 x 32: 2 blocks of 3 tokens of the head, 10 picked in both
+    found = plan(Work(128, 32, 3, 2, picked=10))
+    assert found == ("factored", "none", (6 * 6 * (128 + 32) + 2 * 6 * 10 * 32 + 10 * 10 * 32) / 2)
+    # beside 1 summed of 3 tokens and 5 picked; by the plane, 96 multiplications a value
+    found = plan(Work(128, 32, 3, 2, group=1, picked=10, picked_group=5))
+    assert found == (
+        "factored",
+        "none",
+        (9 * 9 * (128 + 32) + 2 * 9 * 15 * 32 + 15 * 15 * 32) / 2,
+    )
 
 
 def test_a_row_that_exists_is_met_as_a_plane():
