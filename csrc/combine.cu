@@ -11,14 +11,14 @@ namespace gradsurgery::cuda {
 namespace {
 
 constexpr int threads = 256;
-constexpr int depth = 4;  // rows whose loads are on their way at a time
-
 // Blocks of threads at most; each takes neighboring slices.
 constexpr std::int64_t max_blocks = blocks(1 << 16);
 
 template <typename T, int R>
 struct Sums {
-  static constexpr int units = R == 1 && per_unit<T> <= 4 ? 2 : 1;
+  // of one out: enough loads on their way to keep the memory busy where rows are few
+  static constexpr int units = R > 1 ? 1 : sizeof(T) == 8 ? 2 : 16 / per_unit<T>;
+  static constexpr int depth = units == 4 ? 2 : 4;    // rows whose loads are on their way at a time
   static constexpr int values = units * per_unit<T>;  // columns of each thread
   static constexpr int width = threads * values;      // columns of a slice
   static constexpr int resident =
@@ -75,10 +75,10 @@ __global__ void __launch_bounds__(threads, Sums<T, R>::resident)
           const char* data = span.data + z * span.batch + at * sizeof(T);
           const std::int64_t count = span.rows < limit - i ? span.rows : limit - i;
 #pragma unroll 1
-          for (std::int64_t first = 0; first < count; first += depth) {
-            uint4 values[depth][Work::units];
+          for (std::int64_t first = 0; first < count; first += Work::depth) {
+            uint4 values[Work::depth][Work::units];
 #pragma unroll
-            for (int d = 0; d < depth; ++d) {
+            for (int d = 0; d < Work::depth; ++d) {
 #pragma unroll
               for (int u = 0; u < Work::units; ++u) {
                 if (first + d < count) {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(threads, Sums<T, R>::resident)
               }
             }
 #pragma unroll
-            for (int d = 0; d < depth; ++d) {
+            for (int d = 0; d < Work::depth; ++d) {
               if (first + d < count) {
 #pragma unroll
                 for (int k = 0; k < R; ++k) {

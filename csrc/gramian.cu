@@ -231,15 +231,31 @@ void row_products(const DeviceRows& rows, Products out, double* scratch, bool pr
 
 namespace gradsurgery {
 
-std::int64_t gramian_scratch(std::int64_t m) { return cuda::row_products_scratch(1, m); }
+namespace {
 
-void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise) {
+cuda::DeviceRows checked_rows(const Sources& sources, const Tensor& out, const Tensor& scratch) {
   const cuda::DeviceRows rows = cuda::make_device_rows(sources, "sources");
   cuda::check_result(out, Dtype::float64, rows.m * rows.m, rows.device, "out");
   cuda::check_result(scratch, Dtype::float64, gramian_scratch(rows.m), rows.device, "scratch");
+  return rows;
+}
+
+}  // namespace
+
+std::int64_t gramian_scratch(std::int64_t m) { return cuda::row_products_scratch(1, m); }
+
+void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise) {
+  const cuda::DeviceRows rows = checked_rows(sources, out, scratch);
   const cuda::DeviceGuard guard(rows.device);
   cuda::row_products(rows, {out.data_as<double>(), nullptr, 0}, scratch.data_as<double>(), precise,
                      true);
+}
+
+void gramian_border_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch) {
+  const cuda::DeviceRows rows = checked_rows(sources, out, scratch);
+  check(rows.m > 4, "sources have ", rows.m, " rows; with fewer than 5, take the whole Gramian");
+  const cuda::DeviceGuard guard(rows.device);
+  cuda::border(rows, {out.data_as<double>(), nullptr, 0}, scratch.data_as<double>() + 2);
 }
 
 }  // namespace gradsurgery

@@ -21,6 +21,9 @@ std::int64_t orthonormalize_scratch(std::int64_t batch, std::int64_t m);
 std::int64_t weighting_scratch(const std::string& problem, std::int64_t count, std::int64_t m);
 
 void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise);
+// The products of the last row with all rows, in float64: the last row and column of the Gramian
+// `out`, [m, m]. Scratch as for that.
+void gramian_border_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch);
 
 // As combine() in combine.h, but without a verdict on the outs, which would wait for the GPU: what
 // is not finite propagates. `scratch`, that of a Gramian of m + p rows, goes with `cross` or

@@ -119,6 +119,22 @@ def test_gramian_of_rows_and_one_more(m, n, layout, dtype):
     assert gramian_error(gram, matrix([torch.cat([rows, vector])])) <= GRAMIAN[False]
 
 
+@pytest.mark.parametrize("m", [5, 17, 70])
+def test_the_border_of_a_gramian(m, dtype):
+    rows, columns = randn(m, 1100, dtype=dtype), [7, 1000, 93]
+    gram = torch.full((m, m), torch.nan, dtype=torch.float64, device=DEVICE)
+    scratch = gram.new_empty(_C.gramian_scratch(m))
+    sources = [list(part.split(columns, 1)) for part in (rows[:-1], rows[-1:])]
+    _C.gramian_border_cuda(sources, gram, scratch)
+    exact = matrix([rows]) @ matrix([rows])[-1]
+    size = matrix([rows]).norm(dim=1) * matrix([rows])[-1].norm()
+    assert ((gram[-1].cpu() - exact).abs() <= 1e-14 * size).all()
+    assert torch.equal(gram[:, -1], gram[-1])
+    assert gram[:-1, :-1].isnan().all()
+    with pytest.raises(InputError, match="sources have 4 rows"):
+        _C.gramian_border_cuda([[rows[:4]]], gram, scratch)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_gramian_of_rows_and_one_more_out_of_float32s_range(scale):
     rows, vector = (randn(8, 300).double() * scale).float(), randn(1, 300)
