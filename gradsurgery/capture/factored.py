@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,12 @@ from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
 from gradsurgery.capture.moments import Moment, moment
 from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Plane
-from gradsurgery.capture.uses import RowsUse, Use, joined
+from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check
 from gradsurgery.ops.combine import combine_unchecked
 
+WIDE = dict.fromkeys(HALVES, torch.float32)  # rows of a parameter may be wider than it
 RELEASED = "this Jacobian was released by backward(weights, release=True)"
 
 
@@ -261,23 +262,26 @@ class FactoredJacobian:
             self._versions = []  # which hold what is to be freed
         if self._graph is not None:
             yield from self._graph.combine(weights, self.parameters)
-        exist: dict[tuple, list[int]] = {}
+        exist: dict[tuple, list[tuple[int, list[RowsUse]]]] = {}
         for k, plane in enumerate(self._planes):
             if plane is None:
                 continue
-            uses = plane.rows
-            if uses and uses[0].blocks.dtype == self.parameters[k].dtype:
-                exist.setdefault(_key(uses), []).append(k)
+            uses, dtype = plane.rows, self.parameters[k].dtype
+            if uses and uses[0].blocks.dtype in (dtype, WIDE.get(dtype)):
+                exist.setdefault(_key(uses), []).append((k, uses))
                 continue
             yield k, plane.update(weights[k], add, release)
             if release:
                 self._planes[k], self._uses[k] = None, []
-        for ks in exist.values():
-            parts = list(zip(*(cast(list[RowsUse], self._uses[k]) for k in ks), strict=True))
-            rows = joined(*(part[0].rows for part in parts)).to(weights.device)
+        for alike in exist.values():
+            ks = [k for k, _ in alike]
+            parts = list(zip(*(uses for _, uses in alike), strict=True))
+            rows = placed(joined(*(part[0].rows for part in parts)), weights.device)
             mine = (weights[:1] if weights.stride(0) == 0 else weights[ks])[:, rows]
             sums = combine_unchecked([[use.flat for use in part] for part in parts], mine)
-            yield from ((k, s.view_as(self.parameters[k])) for k, s in zip(ks, sums, strict=True))
+            for k, total in zip(ks, sums, strict=True):
+                parameter = self.parameters[k]
+                yield k, total.view_as(parameter).to(parameter.dtype)
         for derived in self._derived:
             ks = [self._place[id(p)] for p in derived.parameters]
             known: list[tuple[Tensor, list[Tensor | None]]] = []
@@ -347,7 +351,7 @@ class FactoredJacobian:
             for k, mine in enumerate(self._uses):
                 for use in (*mine, *through.get(k, ())):
                     part = use.wide().products(vectors[k].reshape(use.plane))
-                    out[k].index_add_(0, use.rows.to(device), part.to(device))
+                    out[k].index_add_(0, placed(use.rows, device), part.to(device))
         return out
 
     def row_norms(self) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.capture.trace import Leaf, misused
-from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, plane_of
+from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
 from gradsurgery.capture.views import Simple
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import wide
@@ -63,7 +63,7 @@ class Derived:
         for leaf, uses in self.leaves:
             out = wide(uses[0].values[-1][:0]).new_zeros(uses[0].plane)
             for use in uses:
-                use.wide().combine(weights[use.rows.to(weights.device)], out)
+                use.wide().combine(weights[placed(use.rows, weights.device)], out)
             grads.append(out.view(leaf.shape))
         return self._back([leaf for leaf, _ in self.leaves], grads, False)
 

@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, joined, numbers
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, joined, numbers, placed
 from gradsurgery.ops._inputs import wide
 from gradsurgery.ops.gramian import gramian_of_parts, gramian_unchecked
 from gradsurgery.ops.pairs import token_pairs
@@ -26,7 +26,7 @@ def to_rows(blocks: Tensor, rows: Tensor, m: int) -> Tensor:
     """Sums [n, n] over the blocks of each row, [m, m]."""
     if rows.shape[0] == m and numbers(rows).distinct:
         return blocks
-    rows = rows.to(blocks.device)
+    rows = placed(rows, blocks.device)
     half = blocks.new_zeros(m, len(rows)).index_add_(0, rows, blocks)
     return blocks.new_zeros(m, m).index_add_(1, rows, half)
 

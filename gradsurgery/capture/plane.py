@@ -1,5 +1,6 @@
 """One parameter's rows: the path to their Gramian, and their weighted sum."""
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.paths import alike, direct, embedded, factored, stored
 from gradsurgery.capture.planner import Plan, Work, plan
-from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, scale
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, placed, scale
 from gradsurgery.ops._inputs import wide
+
+FORMED_ON = {"cuda"}  # where `_formed` pays: a CPU launches nothing
 
 
 class Plane:
@@ -23,11 +26,11 @@ class Plane:
     """
 
     def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
-        self.parameter, self.uses = parameter, uses
-        self.whole = _whole(uses)
+        self.parameter, self.uses = parameter, _formed(uses)
+        self.whole = _whole(self.uses)
         self.group = group if self.whole is None else int(self.whole.rows)
         self.kept: Tensor | None = None  # [H, W], the row `group`
-        self.plan = None if all(isinstance(use, RowsUse) for use in uses) else self._plan()
+        self.plan = None if all(isinstance(use, RowsUse) for use in self.uses) else self._plan()
 
     def _plan(self) -> Plan:
         longest = 1
@@ -71,7 +74,7 @@ class Plane:
         """[H, W]; fresh memory costs most when it is first written, so it is written once."""
         out = wide(self.parameter.detach()).new_empty(self.uses[0].plane)
         for k, use in enumerate(uses):
-            use.wide().combine(weights[use.rows.to(weights.device)], out, beta=1 if k else 0)
+            use.wide().combine(weights[placed(use.rows, weights.device)], out, beta=1 if k else 0)
         return out
 
     def group_plane(self) -> Tensor:
@@ -128,12 +131,30 @@ class Plane:
             else:
                 beta = float(weights[self.group])
             for use in self.parts[0]:
-                use.wide().combine(weights[use.rows.to(weights.device)], out, beta)
+                use.wide().combine(weights[placed(use.rows, weights.device)], out, beta)
                 beta = 1
             scale(out, beta)
             if give:
                 self.kept = None
         return out.view(self.parameter.shape).to(self.parameter.dtype)
+
+
+def _formed(uses: list[Use]) -> list[Use]:
+    """On a GPU, planes much smaller than their tokens as rows that exist, as those of LoRA are.
+
+    The rows of all parameters are then multiplied at once, and no parameter waits for launches of
+    its own.
+    """
+    products = [use for use in uses if isinstance(use, MatrixUse)]
+    small = products and all(
+        use.left.device.type in FORMED_ON
+        and use.left.dim() == 3
+        and 2 * math.prod(use.plane) <= use.tokens * sum(use.plane)
+        for use in products
+    )
+    if not small or not all(isinstance(use, (MatrixUse, RowsUse)) for use in uses):
+        return uses
+    return [use.formed() if isinstance(use, MatrixUse) else use.wide() for use in uses]
 
 
 def _whole(uses: Sequence[Use]) -> RowsUse | None:

@@ -27,6 +27,7 @@ class Numbers(NamedTuple):
     some_none: bool  # -1 occurs
     apart: dict  # by one row: its blocks and the others
     joined: dict  # by other rows: these and those
+    placed: dict  # by device: the rows there
 
 
 def numbers(rows: Tensor) -> Numbers:
@@ -36,7 +37,7 @@ def numbers(rows: Tensor) -> Numbers:
         ids, index = rows.unique(return_inverse=True)
         distinct = torch.equal(index, torch.arange(len(ids), device="cpu"))
         some_none = len(ids) > 0 and int(ids[0]) < 0
-        known = Numbers(ids, index, distinct, some_none, {}, {})
+        known = Numbers(ids, index, distinct, some_none, {}, {}, {})
         vars(rows)["_numbers"] = known
     return known
 
@@ -56,6 +57,16 @@ def joined(*rows: Tensor) -> Tensor:
     if key not in known:
         known[key] = torch.cat(rows), rows[1:]  # these live, or their ids would be others'
     return known[key][0]
+
+
+def placed(rows: Tensor, device: torch.device) -> Tensor:
+    """The rows on a device; kept with them, like their numbers."""
+    if rows.device == device:
+        return rows
+    known = numbers(rows).placed
+    if device not in known:
+        known[device] = rows.to(device)
+    return known[device]
 
 
 class Use:
@@ -200,6 +211,15 @@ class MatrixUse(Use):
     def transposed(self) -> "MatrixUse":
         turned = "left" if self.inputs == "right" else "right"
         return MatrixUse(self.right, self.left, self.rows, turned)
+
+    def formed(self) -> RowsUse:
+        """The same gradients, which then exist."""
+        left, right = self.left.mT, self.right
+        if left.is_cuda and left.dtype in HALVES and left.dtype == right.dtype:
+            planes = torch.bmm(left, right, out_dtype=torch.float32)
+        else:
+            planes = wide(left) @ wide(right)
+        return RowsUse(planes, self.rows)
 
     def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
         left, right = wide(self.left), wide(self.right)

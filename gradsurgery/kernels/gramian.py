@@ -15,7 +15,7 @@ from gradsurgery.kernels.tiles import cdiv, multiply, on, options, precision
 
 PROGRAMS = 1024  # per launch at most; the same on every GPU, and so are the sums
 FEW_COLUMNS = 1 << 14  # take no longer in float64, and float32 sums of few average nothing out
-RUN = 4  # steps whose products are summed before they go into the float64 sum
+RUN = 256  # columns, or a step, whose products are summed before they go into the float64 sum
 
 
 @triton.jit
@@ -108,7 +108,8 @@ def _sum(sources: Sequence[Sequence[Tensor]], m: int, precise: bool, repeat: Ten
     rows, depth, warps = tile_of(m, first.dtype, precise)
     tiles = cdiv(m, rows)
     widest = max(block.shape[1] for block in sources[0])
-    shares = max(1, min(cdiv(widest, depth * RUN), PROGRAMS // max(1, tiles * (tiles + 1) // 2)))
+    run = max(1, RUN // depth)
+    shares = max(1, min(cdiv(widest, depth * run), PROGRAMS // max(1, tiles * (tiles + 1) // 2)))
     parts = first.new_zeros(shares, tiles, tiles, rows, rows, dtype=torch.float64)
     for blocks in zip(*sources, strict=True):
         blocks = tuple(block if block.stride(1) == 1 else block.contiguous() for block in blocks)
@@ -124,7 +125,7 @@ def _sum(sources: Sequence[Sequence[Tensor]], m: int, precise: bool, repeat: Ten
                     tiles == 1,
                     rows,
                     depth,
-                    RUN,
+                    run,
                     precision(first.dtype),
                     precise,
                     **options(warps, 4),

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
 from gradsurgery.ops._inputs import alike, wide
-from gradsurgery.ops.gramian import gramian_unchecked
+from gradsurgery.ops.gramian import gramian_of_parts
 
 CHUNK = 1 << 21  # values of all rows' slices that the reference forms at a time
 BUFFER = 32 << 20  # bytes of a kernel's tiles of them on a GPU: an H200 caches 50 MiB
 # and of slices made by matrix products: an H200 moves more in the time of the launches for each
 SLICE = 256 << 20
+ALIGNED = 64  # rows: matrix products of operands that begin anywhere take four times as long
 # Of planes of fewer values, bfloat16 ones would cost accuracy: each rounding is 2^-9 of a value, in
 # the products of two planes some 2^-9 / sqrt(values) of the norms
 SMALL = 1 << 16
@@ -118,6 +119,7 @@ def plane_gramian_chunked(
     m = n + (kept is not None)
     out = left.new_zeros(m, m, dtype=torch.float64)
     step = max(1, min(height, SLICE // max(1, m * width * left.element_size())))
+    step = min(height, step + -step % ALIGNED)
     buffer = left.new_empty(m * step * width)
     if _pads(lengths):
         parts = [(slice(0, n), padded(left, lengths), padded(right, lengths))]
@@ -134,7 +136,9 @@ def plane_gramian_chunked(
             torch.bmm(x[..., lo:hi].mT, y, out=planes[which])
         if kept is not None:
             planes[-1] = kept[lo:hi]
-        out += gramian_unchecked([planes.flatten(1)])
+        rows = planes.flatten(1)
+        parts = [[rows]] if kept is None else [[rows[:-1]], [rows[-1:]]]
+        out += gramian_of_parts(parts)
     return out
 
 
@@ -147,6 +151,9 @@ def by_row(
     left: Sequence[Tensor], right: Sequence[Tensor], rows: Sequence[Tensor], count: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """[N, a] and [N, b], the tokens of row after row, and how many each has."""
+    if len(left) == 1 and torch.equal(rows[0].cpu(), torch.arange(count, device="cpu")):
+        x, y = alike(left[0].flatten(0, 1), right[0].flatten(0, 1))
+        return x, y, [left[0].shape[1]] * count
     which = torch.cat(
         [r.cpu().repeat_interleave(x.shape[1]) for x, r in zip(left, rows, strict=True)]
     )

@@ -13,11 +13,16 @@ from gradsurgery.errors import InputError
         (Work(384, 1536, 32, 16), "factored", 251_658_240),
         # of 1024 tokens. Direct: (16384 + 17^2 / 2) 384 1536; factored: 1024 times the above
         (Work(384, 1536, 1024, 16), "direct", (16384 + 144.5) * 384 * 1536),
-        # a GPU writes each plane and reads it, 300 multiplications a value, 16 times
-        (Work(4096, 4096, 512, 16, device="cuda"), "direct", (8192 + 4800 + 144.5) * 4096**2),
+        # a GPU writes each plane and reads it, 300 multiplications a value, 16 times: 8192 + 4800 +
+        # 17^2 / 2; and the launches
+        (
+            Work(4096, 4096, 512, 16, device="cuda"),
+            "direct",
+            (8192 + 4800 + 144.5) * 4096**2 + 2e11,
+        ),
         # 300 tokens are more than 16 blocks of 4096 x 4096 pay for in pairs, but for those writes
         (Work(4096, 4096, 300, 16), "direct", (4800 + 144.5) * 4096**2),
-        (Work(4096, 4096, 300, 16, device="cuda"), "factored", 1.4 * 4800**2 / 2 * 8192),
+        (Work(4096, 4096, 300, 16, device="cuda"), "factored", 1.4 * 4800**2 / 2 * 8192 + 5e10),
         # a device nobody counted for
         (Work(4096, 4096, 300, 16, device="xpu"), "direct", (4800 + 144.5) * 4096**2),
     ],
@@ -45,6 +50,13 @@ def test_tokens_of_an_embedding_meet_over_the_width_alone():
         "none",
         (9 * 9 * (128 + 32) + 2 * 9 * 15 * 32 + 15 * 15 * 32) / 2,
     )
+
+
+def test_a_gpu_meets_tokens_of_an_embedding_as_pairs():
+    # by count, planes would be cheaper
+    work = Work(4096, 4096, 2048, 16, device="cuda")
+    assert plan(work).path == "direct"
+    assert plan(work._replace(picked=16 * 2048)).path == "factored"
 
 
 def test_a_row_that_exists_is_met_as_a_plane():
