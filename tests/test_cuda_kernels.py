@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.ops._backend import _C, native_available
+from gradsurgery.ops._backend import _C, TRITON, native_available
 from gradsurgery.ops.bargaining import bargaining_weights_native, bargaining_weights_reference
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.cone import cone_weights_native, cone_weights_reference
 from gradsurgery.ops.conflict_averse import conflict_averse_weights_native
 from gradsurgery.ops.eigen import eigen_native
-from gradsurgery.ops.gramian import gramian_of
+from gradsurgery.ops.gramian import FEW_ROWS, gramian_of
 from gradsurgery.ops.orthonormalize import orthonormalize_native
 from gradsurgery.ops.pairwise import pairwise_weights_native, pairwise_weights_reference
 from gradsurgery.ops.weighting import (
@@ -38,6 +38,7 @@ pytestmark = pytest.mark.skipif(
 # of the largest |error| / (|g_i| |g_j|): float32 products, in sums of 32 that few columns do not
 # average out, and float64 products
 GRAMIAN = {False: 3e-7, True: 1e-14}
+TRITONS = 1e-6  # as tests/kernels has it
 # an out is rounded once
 ROUNDING = {torch.float64: 1e-13, torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
@@ -92,7 +93,10 @@ def test_gramian_matches_float64(m, n, precise, dtype):
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 32, 100, 300])
 def test_gramian_of_many_columns(m, dtype):
     rows = randn(m, 1_000_003, dtype=dtype)
-    assert gramian_error(gramian_of([[rows]], False), matrix([rows])) <= GRAMIAN[False]
+    # many rows of 16 bits go to Triton's kernel, for its tensor cores, if there is one
+    triton = TRITON and m > FEW_ROWS and dtype.itemsize == 2
+    limit = TRITONS if triton else GRAMIAN[False]
+    assert gramian_error(gramian_of([[rows]], False), matrix([rows])) <= limit
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -119,8 +119,8 @@ def plane_gramian_chunked(
     m = n + (kept is not None)
     out = left.new_zeros(m, m, dtype=torch.float64)
     step = max(1, min(height, SLICE // max(1, m * width * left.element_size())))
-    step = min(height, step + -step % ALIGNED)
-    buffer = left.new_empty(m * step * width)
+    step += -step % ALIGNED
+    buffer = left.new_empty(m * min(step, height) * width)
     if _pads(lengths):
         parts = [(slice(0, n), padded(left, lengths), padded(right, lengths))]
     else:  # a row at a time
@@ -137,8 +137,7 @@ def plane_gramian_chunked(
         if kept is not None:
             planes[-1] = kept[lo:hi]
         rows = planes.flatten(1)
-        parts = [[rows]] if kept is None else [[rows[:-1]], [rows[-1:]]]
-        out += gramian_of_parts(parts)
+        out += gramian_of_parts([[rows]] if kept is None else [[rows[:-1]], [rows[-1:]]])
     return out
 
 

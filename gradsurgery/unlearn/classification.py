@@ -77,6 +77,9 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 def label_losses(found: Tensor, wanted: Tensor) -> Tensor:
     """Cross-entropy [B] of logits [B, C] and labels [B]."""
+    # a GPU would stop the process with an assertion that names nothing
+    if not wanted.is_cpu and bool(((wanted < 0) | (wanted >= found.shape[1])).any()):
+        raise _out_of_range(wanted, found.shape[1])
     try:
         # no label is ignored: by default -100 would be, with a loss of zero
         return F.cross_entropy(found, wanted.long(), reduction="none", ignore_index=NONE)

@@ -199,3 +199,18 @@ for dtype, limit in LIMITS.items():
 @instruction_sets.each
 def test_every_instruction_set(isa):
     instruction_sets.prints_nothing(isa, EVERY_SHAPE)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("lengths", [[5] * 4, [1, 40, 2, 3], [0, 3, 0, 0]], ids=str)
+@pytest.mark.parametrize("height", [0, 1, 64, 200])
+def test_slices_of_a_gpu(height, lengths, kept, monkeypatch):
+    """Its way over several slices, which no CPU takes by itself."""
+    monkeypatch.setattr(planes, "SLICE", 1)  # as few rows as it may
+    left, right = torch.randn(sum(lengths), height), torch.randn(sum(lengths), 7)
+    plane = torch.randn(height, 7) if kept else None
+    out = planes.plane_gramian_chunked(left, right, lengths, plane)
+    rows = [x.mT @ y for x, y in zip(left.split(lengths), right.split(lengths), strict=True)]
+    rows = torch.stack(rows + [plane] * kept).flatten(1).double()
+    size = rows.norm(dim=1)
+    assert ((out - rows @ rows.mT).abs() <= 1e-6 * size[:, None] * size).all()
