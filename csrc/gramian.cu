@@ -1,5 +1,5 @@
 // Products of rows with rows, G = J Jᵀ: each block of threads sums a share of the columns, a second
-// kernel adds the shares in their order. Compiled, not yet run on a GPU.
+// kernel adds the shares in their order.
 #include <type_traits>
 
 #include "gramian.cuh"

@@ -1,6 +1,6 @@
 // GPU twins of the CPU operators, named and called alike. All work goes to the current stream of
 // the tensors' device; nothing waits for it, reads from it or allocates, so a CUDA graph can hold a
-// call. Compiled, not yet run on a GPU.
+// call.
 #pragma once
 
 #include <cstdint>

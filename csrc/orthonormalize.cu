@@ -1,6 +1,5 @@
 // J = Rᵀ Q by CholeskyQR2, batched: the Gramians and the sums are row_products() and
-// weighted_sums(), what lies between is done here, a block of threads for each matrix. Compiled,
-// not yet run on a GPU.
+// weighted_sums(), what lies between is done here, a block of threads for each matrix.
 #include "dense.h"
 #include "device.cuh"
 

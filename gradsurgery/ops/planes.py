@@ -20,7 +20,7 @@ ALIGNED = 64  # rows: matrix products of operands that begin anywhere take four 
 SMALL = 1 << 16
 # Padded to the longest row, a token costs 2 flops a value at 650 TFLOP/s, 3.1 fs; the kernel that
 # takes rows as long as they are reads its operands from the cache, 32 flops a byte, at 5.5 TB/s:
-# 8.5 fs. From counting, for an H200; not yet measured.
+# 8.5 fs. From counting, for an H200.
 PADDING = 2.7
 MOST_ROWS = 64  # of that kernel
 
