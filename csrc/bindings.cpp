@@ -192,6 +192,15 @@ void cone_weights_cpu(const Tensor& gramian, const Tensor& products, const Tenso
   GRADSURGERY_SELECT(cone_weights)(gram, b, x, missed, batch, vectors, m, rtol, noise, threads);
 }
 
+void dual_projection_weights_cpu(const Tensor& gramian, const std::optional<Tensor>& given,
+                                 const Tensor& weights, double rtol, double noise, int threads) {
+  const auto [gram, batch, m] = gramians(gramian);
+  const double* mine = given ? contiguous(*given, m, "given") : nullptr;
+  double* w = contiguous(weights, batch * m, "weights");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(dual_projection_weights)(gram, mine, w, batch, m, rtol, noise, threads);
+}
+
 void conflict_averse_weights_cpu(const Tensor& gramian, const Tensor& weights, double c,
                                  double rtol, double noise, int threads) {
   const auto [gram, batch, m] = gramians(gramian);
@@ -290,6 +299,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("rtol"), py::arg("threads"));
   module.def("cone_weights_cpu", &cone_weights_cpu, py::arg("gramian"), py::arg("products"),
              py::arg("coefficients"), py::arg("residual"), py::arg("rtol"), py::arg("noise"),
+             py::arg("threads"));
+  module.def("dual_projection_weights_cpu", &dual_projection_weights_cpu, py::arg("gramian"),
+             py::arg("given"), py::arg("weights"), py::arg("rtol"), py::arg("noise"),
              py::arg("threads"));
   module.def("conflict_averse_weights_cpu", &conflict_averse_weights_cpu, py::arg("gramian"),
              py::arg("weights"), py::arg("c"), py::arg("rtol"), py::arg("noise"),

@@ -76,6 +76,42 @@ struct ConeProjection {
   }
 };
 
+// A weighted sum of the rows projected on their dual cone, as weights of the rows.
+struct DualProjection {
+  const double* gramian;  // [count, m, m]
+  const double* given;    // [m], weights of the sum; null for the mean
+  double* weights;        // [count, m]
+  std::int64_t count, m;
+  double rtol, noise;
+
+  static GRADSURGERY_HOST_DEVICE std::int64_t workspace(std::int64_t m) {
+    return Cone<Alone>::workspace(m) + m;
+  }
+
+  template <typename Team>
+  GRADSURGERY_HOST_DEVICE void solve(std::int64_t b, double* work, Team team) const {
+    const double* gram = gramian + b * m * m;
+    const double mean = 1.0 / static_cast<double>(m);
+    double* products = work;
+    for (std::int64_t i = team.thread(); i < m; i += team.threads()) {
+      products[i] = 0;
+    }
+    for (std::int64_t j = 0; j < m; ++j) {  // neighbors, many at a time
+      const double weight = given == nullptr ? mean : given[j];
+      for (std::int64_t i = team.thread(); i < m; i += team.threads()) {
+        products[i] -= gram[j * m + i] * weight;
+      }
+    }
+    team.sync();
+    Cone<Team> cone(gram, m, rtol, noise, work + m, team);
+    cone.solve(products, weights + b * m);
+    for (std::int64_t i = team.thread(); i < m; i += team.threads()) {
+      weights[b * m + i] += given == nullptr ? mean : given[i];
+    }
+    team.sync();
+  }
+};
+
 struct ConflictAverse {
   const double* gramian;  // [count, m, m]
   double* weights;        // [count, m]

@@ -43,6 +43,12 @@ void cone_weights(const double* gramian, const double* products, double* coeffic
       threads);
 }
 
+void dual_projection_weights(const double* gramian, const double* given, double* weights,
+                             std::int64_t batch, std::int64_t m, double rtol, double noise,
+                             int threads) {
+  run(dense::DualProjection{gramian, given, weights, batch, m, rtol, noise}, threads);
+}
+
 void conflict_averse_weights(const double* gramian, double* weights, std::int64_t batch,
                              std::int64_t m, double c, double rtol, double noise, int threads) {
   run(dense::ConflictAverse{gramian, weights, batch, m, c, rtol, noise}, threads);

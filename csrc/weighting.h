@@ -20,6 +20,13 @@ GRADSURGERY_DECLARE(void cone_weights(const double* gramian, const double* produ
                                       std::int64_t vectors, std::int64_t m, double rtol,
                                       double noise, int threads))
 
+// A weighted sum of the rows, given [m] or null for the mean, projected on their dual cone, as
+// weights [b, m].
+GRADSURGERY_DECLARE(void dual_projection_weights(const double* gramian, const double* given,
+                                                 double* weights, std::int64_t batch,
+                                                 std::int64_t m, double rtol, double noise,
+                                                 int threads))
+
 // CAGrad's direction as weights [b, m].
 GRADSURGERY_DECLARE(void conflict_averse_weights(const double* gramian, double* weights,
                                                  std::int64_t batch, std::int64_t m, double c,

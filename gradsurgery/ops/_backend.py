@@ -134,12 +134,12 @@ def call(name: str, *args: Any) -> Any:
 
     A solve on a small Gramian takes a few microseconds, the way through the dispatcher forty.
     """
-    if _plain([arg for arg in args if isinstance(arg, torch.Tensor)]):
+    if plain([arg for arg in args if isinstance(arg, torch.Tensor)]):
         return choose(name, OPERATORS[name], "cpu")(*args)
     return getattr(torch.ops.gradsurgery, name)(*args)
 
 
-def _plain(tensors: list[torch.Tensor]) -> bool:
+def plain(tensors: list[torch.Tensor]) -> bool:
     """Whether nobody but the kernel would see a call: no autograd, transform, mode, trace, ..."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

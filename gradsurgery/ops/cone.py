@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, call, register, runs_cuda
+from gradsurgery.ops._backend import _C, OPERATORS, call, choose, plain, register, runs_cuda
 from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
 from gradsurgery.ops.weighting import default_rtol, scratch_for
 
@@ -144,6 +144,29 @@ def cone_weights_native(
     else:
         _C.cone_weights_cpu(*args, rtol, noise, torch.get_num_threads())
     return x, residual
+
+
+def dual_projection_weights(
+    gramian: Tensor, given: Tensor | None, rtol: float, noise: float
+) -> Tensor:
+    """given + x: givenᵀ J projected on the dual cone { v : J v ≥ 0 }, as weights [..., m].
+
+    Args:
+        gramian: [..., m, m] float64, finite.
+        given: [m] float64; None for the mean of the rows.
+    """
+    seen = [gramian] if given is None else [gramian, given]
+    native = choose("cone_weights", OPERATORS["cone_weights"], gramian.device.type)
+    if native is cone_weights_native and plain(seen):
+        # one call, on the thread that it came from: the rest of a rule takes longer than to solve
+        weights = gramian.new_empty(gramian.shape[:-1])
+        args = (gramian.contiguous(), given, weights, rtol, noise)
+        _C.dual_projection_weights_cpu(*args, torch.get_num_threads())
+        return weights
+    if given is None:
+        given = gramian.new_full(gramian.shape[-1:], 1 / max(gramian.shape[-1], 1))
+    x, _ = call("cone_weights", gramian, -(given @ gramian).unsqueeze(-2), rtol, noise)
+    return given + x.squeeze(-2)
 
 
 def _fake(gramian: Tensor, products: Tensor, rtol: float, noise: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradsurgery.ops._backend import call
 from gradsurgery.ops._inputs import check
+from gradsurgery.ops.cone import dual_projection_weights
 from gradsurgery.surgery.rule import Index, Rule, chosen, mean_of, preference, to_device
 
 
@@ -73,16 +74,20 @@ class DualProj(Rule):
     preference: Sequence[float] | None = None
 
     def _weights(self, gram: Tensor, rtol: float, memory: Index = ()) -> Tensor:
-        given = wanted(self.preference, gram, memory)
-        products = -(given @ gram).unsqueeze(-2)
-        dual, _ = call("cone_weights", gram, products, rtol, rtol**2)
-        return given + dual.squeeze(-2)
+        mean = self.preference is None and not some(memory)
+        given = None if mean else wanted(self.preference, gram, memory)
+        return dual_projection_weights(gram, given, rtol, rtol**2)
+
+
+def some(memory: Index) -> bool:
+    """Whether rows were named at all."""
+    return not (isinstance(memory, tuple) and len(memory) == 0)
 
 
 def wanted(given: Sequence[float] | None, gram: Tensor, memory: Index) -> Tensor:
     """Weights [m] of the rows before surgery, 0 for those of the memory."""
     m = gram.shape[-1]
-    past = chosen(memory, m, "memory")
+    past = chosen(memory, m, "memory") if some(memory) else []
     if not past:
         return preference(given, gram)
     if given is None:

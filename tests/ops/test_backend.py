@@ -65,24 +65,24 @@ def test_whoever_must_see_a_call_sees_it():
     gramian, products = torch.eye(3).double(), torch.ones(1, 3).double()
     solve = gs.ops.cone_weights
     assert seen_by_dispatcher(lambda: solve(gramian, products)) == ["gradsurgery::cone_weights"]
-    assert _backend._plain([gramian, products])
+    assert _backend.plain([gramian, products])
 
     wanted = products.clone().requires_grad_()
-    assert not _backend._plain([gramian, wanted])
+    assert not _backend.plain([gramian, wanted])
     assert solve(gramian, wanted)[0].requires_grad
     with torch.no_grad():
-        assert _backend._plain([gramian, wanted])
+        assert _backend.plain([gramian, wanted])
 
     states = []
-    torch.func.vmap(lambda row: states.append(_backend._plain([row])) or row)(products)
+    torch.func.vmap(lambda row: states.append(_backend.plain([row])) or row)(products)
     with torch.autograd.forward_ad.dual_level():
-        states.append(_backend._plain([products]))
-    torch.compile(
-        lambda x: x + (1 if _backend._plain([x]) else 0), backend="eager", fullgraph=True
-    )(products)
+        states.append(_backend.plain([products]))
+    torch.compile(lambda x: x + (1 if _backend.plain([x]) else 0), backend="eager", fullgraph=True)(
+        products
+    )
     with torch._subclasses.FakeTensorMode() as mode:
-        states.append(_backend._plain([mode.from_tensor(products)]))
-    states.append(_backend._plain([torch.nn.Parameter(products, requires_grad=False)]))
+        states.append(_backend.plain([mode.from_tensor(products)]))
+    states.append(_backend.plain([torch.nn.Parameter(products, requires_grad=False)]))
     assert states == [False] * 4
 
 

@@ -6,6 +6,7 @@ from scipy.optimize import nnls
 
 import gradsurgery as gs
 from gradsurgery.ops import cone_weights
+from gradsurgery.ops.cone import dual_projection_weights
 from gradsurgery.ops.weighting import default_rtol
 from tests.inputs import CONFLICTING, exact_gramian, gaussian, half_space
 
@@ -275,3 +276,28 @@ def test_compiles_into_one_graph(impl):
     compiled = torch.compile(cone_weights, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(gramian, products), cone_weights(gramian, products), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 0)])
+@pytest.mark.parametrize("m", [0, 1, 2, 7, 33])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_sum_projected_on_the_dual_cone(given, m, batch):
+    """One call, or by `cone_weights` where someone has to see the steps: the same weights."""
+    rows = torch.randn(*batch, m, 5, dtype=torch.float64)
+    gram = (rows @ rows.mT).mT
+    wanted = torch.rand(m, dtype=torch.float64) if given else None
+    weights = dual_projection_weights(gram, wanted, 1e-7, 1e-14)
+    seen = dual_projection_weights(gram.clone().requires_grad_(), wanted, 1e-7, 1e-14)
+    assert seen.requires_grad
+    assert weights.shape == (*batch, m)
+    torch.testing.assert_close(weights, seen.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_a_sum_projected_on_the_dual_cone_by_hand():
+    # rows (1, 0) and (-2, 2): their sum (-1, 2) opposes the first; without that, it is (0, 2)
+    rows = torch.tensor([[1.0, 0], [-2, 2]], dtype=torch.float64)
+    weights = dual_projection_weights(rows @ rows.mT, torch.ones(2).double(), 1e-7, 1e-14)
+    torch.testing.assert_close(weights @ rows, torch.tensor([0.0, 2]).double())
+    # the mean (-0.5, 1), likewise
+    weights = dual_projection_weights(rows @ rows.mT, None, 1e-7, 1e-14)
+    torch.testing.assert_close(weights @ rows, torch.tensor([0.0, 1]).double())
