@@ -121,7 +121,7 @@ struct Cone {
         }
       }
       team.sync();
-      if (ordered_cholesky(factor, k, ld(), rtol, team) == k) {
+      if (ordered_cholesky(factor, k, ld(), rtol, k, team) == k) {
         return k;
       }
       for (std::int64_t i = team.thread(); i < k; i += team.threads()) {

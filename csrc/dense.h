@@ -168,18 +168,19 @@ GRADSURGERY_HOST_DEVICE inline void subtract(double* __restrict__ values,
 
 // Cholesky in the rows' own order of a Gramian [m, m] of unit or zero rows, ld values from one row
 // to the next, in place: L in the lower triangle, Lᵀ in the upper one. A row not farther than rtol
-// from the span of those before has diagonal and column zero. Returns how many are farther.
+// from the span of those before has diagonal and column zero, and so has one after `most` that are,
+// as many as there are dimensions: it seems to be by rounding. Returns how many are farther.
 template <typename Team = Alone>
 GRADSURGERY_HOST_DEVICE inline std::int64_t ordered_cholesky(double* gram, std::int64_t m,
                                                              std::int64_t ld, double rtol,
-                                                             Team team = {}) {
+                                                             std::int64_t most, Team team = {}) {
   constexpr std::int64_t width = 8;  // columns of a panel: a value beyond it is read once for each
   std::int64_t rank = 0;
   for (std::int64_t begin = 0; begin < m; begin += width) {
     const std::int64_t end = begin + width < m ? begin + width : m;
     for (std::int64_t j = begin; j < end; ++j) {
       const double distance = gram[j * ld + j];
-      const bool taken = distance > rtol * rtol;
+      const bool taken = distance > rtol * rtol && rank < most;
       const double root = taken ? std::sqrt(distance) : 0;
       rank += taken;
       team.sync();                     // all have read the diagonal

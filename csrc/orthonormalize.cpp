@@ -27,10 +27,10 @@ Tensor matrix(const Tensor& batch, std::int64_t b) {
 // One pass of CholeskyQR: from a Gramian [m, m] the weights W = L⁻¹ D and R = (D⁻¹ L)ᵀ, D the
 // inverse norms.
 std::int64_t factorize(std::vector<double>& gram, double* weights, double* factor, std::int64_t m,
-                       double rtol) {
+                       double rtol, std::int64_t most) {
   std::vector<double> scale(m);
   dense::normalize(gram.data(), scale.data(), m);
-  std::int64_t rank = dense::ordered_cholesky(gram.data(), m, m, rtol);
+  std::int64_t rank = dense::ordered_cholesky(gram.data(), m, m, rtol, most);
   dense::invert_lower(gram.data(), weights, m);
   for (std::int64_t i = 0; i < m; ++i) {
     for (std::int64_t j = 0; j < m; ++j) {
@@ -55,7 +55,7 @@ std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double
       return 0;
     }
   }
-  std::int64_t rank = factorize(gram, weights.data(), first.data(), m, rtol);
+  std::int64_t rank = factorize(gram, weights.data(), first.data(), m, rtol, rows.n);
   double inverse = 0;  // |L⁻¹|², of the normalized rows
   for (std::int64_t i = 0; i < m * m; ++i) {
     inverse += weights[i] * norms[i % m] * weights[i] * norms[i % m];
@@ -66,7 +66,7 @@ std::int64_t cholesky_qr(const Rows& rows, const Rows& q, double* factor, double
     return rank;
   }
   combine(rows, weights.data(), q, nullptr, gram.data(), true, threads);
-  factorize(gram, weights.data(), second.data(), m, 0);
+  factorize(gram, weights.data(), second.data(), m, 0, m);
   combine(q, weights.data(), q, nullptr, nullptr, true, threads);
   for (std::int64_t i = 0; i < m; ++i) {
     for (std::int64_t l = i; l < m; ++l) {

@@ -19,7 +19,7 @@ constexpr std::int64_t max_batch = cuda::blocks(4096);
 // inverse norms; norms and rank only where not null.
 __global__ void __launch_bounds__(max_threads, 1)
     factorize_kernel(double* grams, double* scales, double* weights, double* factors, double* norms,
-                     std::int64_t* rank, std::int64_t m, double rtol) {
+                     std::int64_t* rank, std::int64_t m, double rtol, std::int64_t most) {
   const BlockTeam team;
   const std::int64_t b = blockIdx.x;
   double* gram = grams + b * m * m;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(max_threads, 1)
     team.sync();
   }
   dense::normalize(gram, scale, m, team);
-  const std::int64_t taken = dense::ordered_cholesky(gram, m, m, rtol, team);
+  const std::int64_t taken = dense::ordered_cholesky(gram, m, m, rtol, most, team);
   dense::invert_lower(gram, weight, m, team);
   for (std::int64_t i = team.row(); i < m; i += team.rows()) {
     for (std::int64_t j = team.lane(); j < m; j += team.lanes()) {
@@ -92,13 +92,13 @@ void orthonormalize_part(const Tensor& rows, const Tensor& q, double* factor, do
 
   cuda::row_products(source, {gram, nullptr, 0}, parts, true, false);
   cuda::launch("orthonormalize: factorize", &factorize_kernel, grid, threads, source.stream, gram,
-               scale, weights, first, norms, rank, m, rtol);
+               scale, weights, first, norms, rank, m, rtol, source.n);
   cuda::weighted_sums(source, weights, out, true);
   // Q is orthonormal to eps cond², 1e-4 at 1e6; a second pass leaves it so to rounding
   cuda::row_products(out, {gram, nullptr, 0}, parts, true, false);
   cuda::launch("orthonormalize: factorize", &factorize_kernel, grid, threads, source.stream, gram,
                scale, weights, second, static_cast<double*>(nullptr),
-               static_cast<std::int64_t*>(nullptr), m, 0.0);
+               static_cast<std::int64_t*>(nullptr), m, 0.0, m);
   cuda::weighted_sums(out, weights, out, true);
   cuda::launch("orthonormalize: multiply", &multiply_kernel, grid, threads, source.stream, second,
                first, factor, m);

@@ -246,7 +246,7 @@ struct Bargaining {
         step[i] = -gradient[i] * curvature[i];
       }
       team.sync();
-      if (ordered_cholesky(factor, m, ld, 0.0, team) < m) {
+      if (ordered_cholesky(factor, m, ld, 0.0, m, team) < m) {
         break;
       }
       solve_ordered(factor, step, m, ld, true, team);

@@ -245,6 +245,15 @@ def test_is_batched(batch, m, n, impl, dtype):
             torch.testing.assert_close(got[at], expected, rtol=tolerance, atol=tolerance)
 
 
+def test_more_rows_than_dimensions_have_no_larger_rank(impl):
+    """However near to one another those before are: some of these are 1e-4 apart."""
+    rows = torch.randn(2000, 3, 2, dtype=torch.float64)
+    q, r, rank = gs.orthonormalize(rows, return_rank=True)
+    assert (rank == 2).all()
+    apart = (r.mT @ q - rows).norm(dim=-1) / rows.norm(dim=-1)
+    assert apart.max() <= 1e-8  # what a row left out is made of comes from the Gramian
+
+
 def test_a_batch_of_different_ranks(impl):
     rows = torch.stack([torch.randn(6, 40), torch.zeros(6, 40), duplicate(6, 40).float()])
     q, r, rank = gs.orthonormalize(rows, return_rank=True)
