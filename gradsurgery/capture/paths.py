@@ -12,7 +12,7 @@ from gradsurgery.ops.gramian import gramian_of_parts, gramian_unchecked
 from gradsurgery.ops.pairs import token_pairs
 from gradsurgery.ops.planes import plane_gramian
 
-# they stay in a CPU's cache; a GPU would wait for the launches of so small slices
+# a CPU's stay in its cache; of so small ones, a GPU would do nothing but begin
 _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 PICKED = 1 << 24  # products of tokens with picked tokens at a time
 
@@ -137,12 +137,23 @@ def pairs_of(
     out = torch.zeros(use.n, other.n, dtype=torch.float64, device=grads.device)
     step = max(1, PICKED // max(1, use.tokens * len(ids)))
     for lo in range(0, use.n, step):
-        left, right = use.left[lo : lo + step], wide(use.right[lo : lo + step])
-        pairs = right.flatten(0, 1) @ grads.mT
-        pairs *= left.flatten(0, 1).index_select(1, ids)
-        pairs = pairs.view(len(left), use.tokens, other.n, -1)
-        out[lo : lo + step] = pairs.sum(3).sum(1, dtype=torch.float64)
+        left, right = use.left[lo : lo + step], use.right[lo : lo + step]
+        picked = wide(left.flatten(0, 1).index_select(1, ids))
+        pairs = wide(right).flatten(0, 1) @ grads.mT
+        # lines divided by their size: products of small ones stay in float32's range
+        sizes = power_of_two(picked), power_of_two(pairs)
+        pairs = (pairs / sizes[1]) * (picked / sizes[0])
+        sums = pairs.view(*left.shape[:2], other.n, -1).sum(3).double()
+        sums *= (sizes[0].double() * sizes[1].double()).view(*left.shape[:2], 1)
+        out[lo : lo + step] = sums.sum(1)
     return out
+
+
+def power_of_two(lines: Tensor) -> Tensor:
+    """One near the largest size in each line, [N, M] -> [N, 1]; 1 for zeros."""
+    largest = lines.abs().amax(1, keepdim=True) if lines.shape[1] else lines.new_ones(len(lines), 1)
+    exponent = torch.where(largest > 0, largest, 1).log2().floor()
+    return exponent.clamp(-126, 126).exp2()
 
 
 def _sides(use: MatrixUse | EmbeddingUse) -> tuple[Tensor, Tensor]:

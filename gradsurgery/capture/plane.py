@@ -34,10 +34,8 @@ class Plane:
 
     def _plan(self) -> Plan:
         longest = 1
-        counts = {
-            False: [0, 0],
-            True: [0, 0],
-        }  # of embeddings or not: others', `group`'s
+        # tokens of rows of their own and of `group`, of products and of embeddings
+        counts = {False: [0, 0], True: [0, 0]}
         for use in self.uses:
             if use is self.whole:
                 continue

@@ -53,6 +53,19 @@ def test_gramian_and_update(path, padding, head, groups, monkeypatch):
     torch.testing.assert_close(update, weights @ rows, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e15])
+def test_small_and_large_gradients_keep_their_products(size):
+    left, right = size * torch.randn(3, 4, 9), torch.randn(3, 4, 5)
+    ids, grads = torch.randint(9, (2, 6)), size * torch.randn(2, 6, 5)
+    head = paths.MatrixUse(left, right, torch.arange(3))
+    picked = paths.EmbeddingUse(ids, grads, torch.arange(2), 9)
+    planes = torch.zeros(2, 9, 5, dtype=torch.float64)
+    for plane, rows, values in zip(planes, ids, grads.double(), strict=True):
+        plane.index_add_(0, rows, values)
+    exact = (left.double().mT @ right.double()).flatten(1) @ planes.flatten(1).mT
+    torch.testing.assert_close(paths.pairs_of(head, picked), exact, rtol=1e-5, atol=size**2 * 1e-5)
+
+
 def test_the_tokens_meet_by_hand():
     # two samples of a vocabulary of 3 x 2. G: row 0 gets (1, 2), row 2 gets (3, 0) of sample 0;
     # row 2 gets (1, 1), twice, of sample 1. E: sample 0 picked row 2 with (5, 6), sample 1 nothing
