@@ -41,6 +41,9 @@ def choose(name: str, implementations: Implementations, device: str) -> Callable
 
 
 def key_of(name: str, implementations: Implementations, device: str) -> tuple[str, str]:
+    best = "native", device
+    if best in implementations and native_available(device) and not _forced():
+        return best
     forced, usable = _backends(device)
     for backend in usable:
         key = KEYS.get(backend) or (backend, device)
@@ -53,7 +56,7 @@ def key_of(name: str, implementations: Implementations, device: str) -> tuple[st
 
 def _backends(device: str) -> tuple[str, list[str]]:
     """The one that is forced, and those that can run on this type of device, best first."""
-    forced = os.environ.get("GRADSURGERY_BACKEND", "")
+    forced = _forced()
     if forced and forced not in BACKENDS:
         raise InputError(f"GRADSURGERY_BACKEND={forced}: must be one of {', '.join(BACKENDS)}")
     usable = []
@@ -64,6 +67,10 @@ def _backends(device: str) -> tuple[str, list[str]]:
     if forced in ("", "torch"):
         usable.append("torch")
     return forced, usable
+
+
+def _forced() -> str:
+    return os.environ.get("GRADSURGERY_BACKEND", "")
 
 
 def native_available(device: str) -> bool:

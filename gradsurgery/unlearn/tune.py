@@ -80,8 +80,8 @@ SPACES: dict[str, Space] = {
     "ltu": {
         **PAIRED,
         "steps": (80, 160),
-        "lr": LogUniform(5e-4, 3e-3),
-        "tune_lr": LogUniform(3e-4, 1e-2),
+        "lr": LogUniform(3e-4, 3e-3),
+        "tune_lr": LogUniform(3e-4, 5e-2),
         "forget_weight": (0.3, 1.0, 3.0),
         "model_steps": (50, 200),
     },

@@ -47,7 +47,9 @@ def test_tables_go_between_the_marks_and_a_second_run_does_nothing_twice(tmp_pat
     places = [text.index(part) for part in order]
     assert places == sorted(places)
     assert "| | gap | behind | forget | retain | test | forgotten | attack | seconds |" in text
-    assert "| OrthoGrad, as it is: off each sample, whole model |" in text
+    apart = TUNED["class"]["orthograd"].get("granularity") == "tensor"
+    tuned = "off each sample, " + ("each tensor" if apart else "whole model")
+    assert f"| OrthoGrad, as it is: {tuned} |" in text
     # one original and one retrained model serve all of a seed
     models = [path.name for path in (tmp_path / "runs/class-seed1/models").iterdir()]
     assert sorted(name for name in models if "orthograd" not in name and "neggrad" not in name) == [
