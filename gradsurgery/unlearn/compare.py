@@ -126,7 +126,7 @@ def _merged(task: str, runs: list[Run]) -> Summary:
 def render(summaries: Sequence[Summary], runs: Sequence[Run]) -> str:
     """One page: a verdict for every task first, then its tables and pictures."""
     from gradsurgery.unlearn.page import numbers, page, sweep, verdict
-    from gradsurgery.unlearn.report import NOT_MEASURED, REAL, TITLES, asked, cost
+    from gradsurgery.unlearn.report import REAL, TITLES, asked, cost, not_measured
 
     title = "Unlearning digits: runs compared"
     body = f"<h1>{title}</h1>"
@@ -137,7 +137,7 @@ def render(summaries: Sequence[Summary], runs: Sequence[Run]) -> str:
         body += f'<h2>{heading}</h2><p class="soft">{escape(asked(summary))}</p>'
         body += numbers(summary) + sweep(summary) + cost(summary)
     body += f"<h2>What is real, and what these numbers cannot say</h2><p>{REAL}</p>"
-    body += f"<p>{NOT_MEASURED}</p><h2>Runs</h2><ul>"
+    body += f"<p>{not_measured(summaries)}</p><h2>Runs</h2><ul>"
     body += "".join(f"<li>{escape(str(run.path))}</li>" for run in runs)
     return page(title, f"{body}</ul>")
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import METHODS, digits, metrics
+from gradsurgery.unlearn import METHODS, digits, metrics, shadows
 from gradsurgery.unlearn.classification import cross_entropy
 from gradsurgery.unlearn.config import update
 from gradsurgery.unlearn.cost import measured as cost_of
@@ -81,6 +81,9 @@ class DigitsConfig(MethodOptions):
     tune: int = 0
     """First draw each method's options at random so many times and keep what does best on
     validation data, on seeds of its own."""
+    shadows: int = 0
+    """Shadow models of U-LiRA, an attack on every sample: so many originals, retrained and, of each
+    method, unlearned models more for every seed. 0: no such attack; a few do."""
     threads: int = 1
     """CPU threads of torch; the model is so small that more gain little, and on a busy machine they
     cost a lot. Another number can change the last bits of every result."""
@@ -125,6 +128,7 @@ class DigitsConfig(MethodOptions):
         for fraction in self.retain_fraction:
             require(0 < fraction <= 1, "retain-fraction", "in (0, 1]", fraction)
         require(self.tune >= 0, "tune", "at least 0", self.tune)
+        require(self.shadows in (0, *range(2, 1001)), "shadows", "0, or 2 to 1000", self.shadows)
         require(1 <= self.threads <= 1024, "threads", "from 1 to 1024", self.threads)
         require(self.probe_every >= 1, "probe-every", "at least 1", self.probe_every)
         require(self.checkpoint_every >= 1, "checkpoint-every", "at least 1", self.checkpoint_every)
@@ -239,10 +243,10 @@ def run(
             for name in TRAINED:
                 _train(config, directory, progress, data, (seed, name), {})
             for name in TRAINED:
-                _measure(directory, progress, data, (seed, name))
+                _measure(config, directory, progress, data, (seed, name))
             for each, options in zip(everything, changed, strict=True):
                 _train(options, directory, progress, data, (seed, each.name), each.changes)
-                _measure(directory, progress, data, (seed, each.name))
+                _measure(options, directory, progress, data, (seed, each.name))
     names = [*TRAINED, *(each.name for each in everything)]
     return summarize(config.task, directory.results(), forget_sets, names)
 
@@ -300,7 +304,13 @@ def _train(
     )
 
 
-def _measure(directory: RunDirectory, progress: Progress, data: DigitsData, stage: Stage) -> None:
+def _measure(
+    config: DigitsConfig,
+    directory: RunDirectory,
+    progress: Progress,
+    data: DigitsData,
+    stage: Stage,
+) -> None:
     """Add to a stage's result what its model is like, unless that is known."""
     seed, name = stage
     done = directory.result(stage) or {}
@@ -316,6 +326,8 @@ def _measure(directory: RunDirectory, progress: Progress, data: DigitsData, stag
     if name != "original":
         steps = relearn_steps(model, cross_entropy, data.forget, bar, RELEARN)
         measured["relearn"] = RELEARN.steps if steps is None else steps
+    if config.shadows and name not in TRAINED:
+        measured |= shadows.attack(config, directory, progress, data, stage)
     losses = {
         key: metrics.losses(model, cross_entropy, part).tolist()
         for key, part in (("forget", data.forget), ("test", data.test))

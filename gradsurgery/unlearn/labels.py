@@ -57,6 +57,8 @@ GROUPS = {
         "mia_correctness": "correctness attack",
         "mia_auc": "AUC of the loss",
         "mia_tpr": "TPR at 1 % FPR",
+        "ulira": "U-LiRA",
+        "ulira_auc": "AUC of U-LiRA",
     },
     "Relearning": {
         "relearn": "steps to relearn, at most 60",

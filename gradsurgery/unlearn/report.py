@@ -1,5 +1,6 @@
 """report.html: one self-contained page, the verdict first, pictures next, settings last."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -23,12 +24,6 @@ TITLES = {
     "class": "Unlearning one digit",
     "random": "Unlearning random digits",
 }
-NOT_MEASURED = (
-    "Unlearning here is approximate: no proof and no certified deletion. Not measured: attacks "
-    "that train models of their own (shadow models, U-LiRA), what later fine-tuning on other data "
-    "brings back, the deletion of several forget sets in turn. Peak memory is of the first steps "
-    "and of the whole process, so a few MB of it are chance."
-)
 REAL = (
     "The images are real: 1,797 digits written by hand, from scikit-learn (UCI's Optical "
     "Recognition of Handwritten Digits). Test is one fixed set of 360; validation (180) and "
@@ -67,7 +62,7 @@ def render(
 {cost(summary)}
 <h2>What is real, and what these numbers cannot say</h2>
 <p>{REAL}{REAL_TASK[task]}</p>
-<p>{NOT_MEASURED}</p>
+<p>{not_measured([summary])}</p>
 <h2>Settings</h2>
 {searched(tuning)}
 {settings(config, names)}
@@ -77,6 +72,18 @@ def render(
 <code style="overflow-wrap: anywhere">{forget["sha256"]}</code></p>
 """
     return page(TITLES[task], body)
+
+
+def not_measured(summaries: Sequence[Summary]) -> str:
+    columns = [column for summary in summaries for column in summary["columns"].values()]
+    attacked = any("ulira" in column for column in columns)
+    missing = "" if attacked else "attacks that train models of their own (shadow models, U-LiRA), "
+    return (
+        "Unlearning here is approximate: no proof and no certified deletion. Not measured: "
+        f"{missing}what later fine-tuning on "
+        "other data brings back, the deletion of several forget sets in turn. Peak memory is of "
+        "the first steps and of the whole process, so a few MB of it are chance."
+    )
 
 
 def asked(summary: Summary) -> str:
