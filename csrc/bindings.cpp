@@ -192,13 +192,18 @@ void cone_weights_cpu(const Tensor& gramian, const Tensor& products, const Tenso
   GRADSURGERY_SELECT(cone_weights)(gram, b, x, missed, batch, vectors, m, rtol, noise, threads);
 }
 
-void dual_projection_weights_cpu(const Tensor& gramian, const std::optional<Tensor>& given,
+// false, and nothing written, if a value of the Gramian is not finite
+bool dual_projection_weights_cpu(const Tensor& gramian, const std::optional<Tensor>& given,
                                  const Tensor& weights, double rtol, double noise, int threads) {
   const auto [gram, batch, m] = gramians(gramian);
   const double* mine = given ? contiguous(*given, m, "given") : nullptr;
   double* w = contiguous(weights, batch * m, "weights");
   py::gil_scoped_release release;
+  if (!GRADSURGERY_SELECT(all_finite)(gram, batch * m * m)) {
+    return false;
+  }
   GRADSURGERY_SELECT(dual_projection_weights)(gram, mine, w, batch, m, rtol, noise, threads);
+  return true;
 }
 
 void conflict_averse_weights_cpu(const Tensor& gramian, const Tensor& weights, double c,

@@ -152,8 +152,11 @@ def dual_projection_weights(
     """given + x: givenᵀ J projected on the dual cone { v : J v ≥ 0 }, as weights [..., m].
 
     Args:
-        gramian: [..., m, m] float64, finite.
+        gramian: [..., m, m] float64.
         given: [m] float64; None for the mean of the rows.
+
+    Raises:
+        NonFiniteError: a Gramian with NaN or infinity (CPU).
     """
     seen = [gramian] if given is None else [gramian, given]
     native = choose("cone_weights", OPERATORS["cone_weights"], gramian.device.type)
@@ -161,7 +164,8 @@ def dual_projection_weights(
         # one call, on the thread that it came from: the rest of a rule takes longer than to solve
         weights = gramian.new_empty(gramian.shape[:-1])
         args = (gramian.contiguous(), given, weights, rtol, noise)
-        _C.dual_projection_weights_cpu(*args, torch.get_num_threads())
+        if not _C.dual_projection_weights_cpu(*args, torch.get_num_threads()):
+            check_gramian_finite(gramian)
         return weights
     if given is None:
         given = gramian.new_full(gramian.shape[-1:], 1 / max(gramian.shape[-1], 1))

@@ -60,6 +60,7 @@ class Rule:
     remembers: ClassVar[tuple[str, ...]] = ()  # names in the state
     merges: ClassVar[tuple[str, ...]] = ()  # batches of a step of which the mean row is enough
     weighted: ClassVar[bool] = True  # whether the update is a weighted sum of the rows
+    checks: ClassVar[bool] = False  # whether `_weights` itself refuses what is not finite
 
     granularity: Literal["model", "module", "tensor"] = "model"
     precondition: Literal["optimizer"] | None = None
@@ -82,7 +83,8 @@ class Rule:
                 a slice or a mask [m].
         """
         gram = as_gramian(gramian)
-        check_gramian_finite(gram)
+        if not self.checks:
+            check_gramian_finite(gram)
         rtol = default_rtol(gram.shape[-1], gramian.dtype)
         return self._weights(gram, rtol, **self._named(given, roles))
 

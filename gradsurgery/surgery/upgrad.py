@@ -70,6 +70,7 @@ class DualProj(Rule):
     properties: ClassVar[frozenset[str]] = frozenset(
         {"equivariant", "non-conflicting", "stationary"}
     )
+    checks: ClassVar[bool] = True
 
     preference: Sequence[float] | None = None
 
