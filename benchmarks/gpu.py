@@ -316,6 +316,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    # [] for none: argparse holds what is absent against the choices, too
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="what to measure; all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=int, default=1, help="divides sizes: a trial of the script")

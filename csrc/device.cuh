@@ -96,10 +96,9 @@ DeviceRows join(const DeviceRows& above, const DeviceRows& below);
 std::int64_t last_source_rows(const DeviceRows& rows);
 DeviceRows without_last_source(const DeviceRows& rows);
 
-// Where the products of rows i >= first with rows j go: to gram, [m - first, m - first], if j too
-// is
-// >= first, else to cross, [m - first, first]. Either may be null. `pitch`: from a row of gram to
-// the next, if that is not m - first; of one matrix alone.
+// Where the products of rows i >= first with rows j go: to gram, [m - first, m - first], if j also
+// is >= first, else to cross, [m - first, first]. Either may be null. `pitch`: from a row of gram
+// to the next, if that is not m - first; of one matrix alone.
 struct Products {
   double* gram;
   double* cross;
