@@ -9,6 +9,7 @@
 #include "combine.h"
 #include "cpu.h"
 #include "gramian.h"
+#include "group_norm.h"
 #include "launchers.h"
 #include "orthonormalize.h"
 #include "pairs.h"
@@ -142,6 +143,37 @@ void plane_sum_cpu(const Tensor& left, const Tensor& right, const Tensor& weight
   const double* w = weights.data_as<double>();
   py::gil_scoped_release release;
   GRADSURGERY_SELECT(plane_sum)(tokens, w, beta, out, threads);
+}
+
+void group_norm_double_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& u,
+                                    const Tensor& weight, const Tensor& p, const Tensor& q,
+                                    const Tensor& mean, const Tensor& rstd, const Tensor& to_dy,
+                                    const Tensor& to_x, const Tensor& to_weight, int threads) {
+  check(x.ndim == 3 && x.numel() > 0 && (x.dtype == Dtype::float32 || x.dtype == Dtype::float64),
+        "x must be [N, C, L], not empty, float32 or float64, got ", x.shape_text(), " ",
+        name(x.dtype));
+  const std::int64_t batch = x.size(0), channels = x.size(1);
+  check(mean.ndim == 2 && mean.size(0) == batch && mean.size(1) > 0 && channels % mean.size(1) == 0,
+        "mean must be [", batch, ", G], G a divisor of ", channels, ", got ", mean.shape_text());
+  const auto agrees = [&](const Tensor& tensor, std::int64_t size, const char* what) {
+    check(tensor.numel() == size && tensor.is_contiguous() && tensor.device == Device::cpu &&
+              tensor.dtype == x.dtype,
+          what, " must be ", size, " contiguous values on the CPU, ", name(x.dtype), ", got ",
+          tensor.shape_text(), " ", name(tensor.dtype));
+  };
+  for (const auto& [tensor, what] :
+       {std::pair{&x, "x"}, {&dy, "dy"}, {&u, "u"}, {&to_dy, "to_dy"}, {&to_x, "to_x"}}) {
+    agrees(*tensor, x.numel(), what);
+  }
+  for (const auto& [tensor, what] : {std::pair{&weight, "weight"}, {&p, "p"}, {&q, "q"}}) {
+    agrees(*tensor, channels, what);
+  }
+  agrees(mean, mean.numel(), "mean");
+  agrees(rstd, mean.numel(), "rstd");
+  agrees(to_weight, batch * channels, "to_weight");
+  py::gil_scoped_release release;
+  GRADSURGERY_SELECT(group_norm_double_backward)
+  ({dy, x, u, weight, p, q, mean, rstd, to_dy, to_x, to_weight}, threads);
 }
 
 // [..., m, m] float64 on the CPU as a batch of matrices.
@@ -288,6 +320,10 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("threads"));
   module.def("combine_cpu", &combine_cpu, py::arg("sources"), py::arg("weights"), py::arg("outs"),
              py::arg("cross"), py::arg("gram"), py::arg("precise"), py::arg("threads"));
+  module.def("group_norm_double_backward_cpu", &group_norm_double_backward_cpu, py::arg("dy"),
+             py::arg("x"), py::arg("u"), py::arg("weight"), py::arg("p"), py::arg("q"),
+             py::arg("mean"), py::arg("rstd"), py::arg("to_dy"), py::arg("to_x"),
+             py::arg("to_weight"), py::arg("threads"));
   module.def(
       "orthonormalize_cpu",
       [](const Tensor& rows, const Tensor& q, const Tensor& factor, const Tensor& norms,

@@ -1,4 +1,5 @@
-"""Operators on rows that exist and on Gramians: one file each, public function first."""
+"""Operators on rows that exist and on Gramians, and a group norm for second derivatives: one file
+each, public function first."""
 
 from gradsurgery.ops.bargaining import bargaining_weights
 from gradsurgery.ops.combine import combine
@@ -6,6 +7,7 @@ from gradsurgery.ops.cone import cone_weights
 from gradsurgery.ops.conflict_averse import conflict_averse_weights
 from gradsurgery.ops.eigen import eigen
 from gradsurgery.ops.gramian import gramian
+from gradsurgery.ops.group_norm import group_norm
 from gradsurgery.ops.harmonize import harmonize
 from gradsurgery.ops.orthonormalize import orthonormalize
 from gradsurgery.ops.pairwise import pairwise_weights
@@ -20,6 +22,7 @@ __all__ = [
     "conflict_averse_weights",
     "eigen",
     "gramian",
+    "group_norm",
     "harmonize",
     "orthonormalize",
     "pairwise_weights",

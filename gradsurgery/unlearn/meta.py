@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from gradsurgery.errors import InputError
+from gradsurgery.ops.group_norm import group_norm
 
 Objective = Callable[[nn.Module], Tensor]  # -> a scalar
 
@@ -46,8 +49,11 @@ def meta_gradient(
     exact = order == "second" and rate > 0
     whole = exact and len(tune) == 1  # one graph serves both derivatives
     draws = [_Draws(parameters[0].device) for _ in tune]
-    # kernels that fuse attention have no second derivative
-    with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+    with ExitStack() as stack:
+        if exact:
+            # kernels that fuse attention have no second derivative
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_FasterGroupNorm())
         values = (drawn.kept(part, model) for drawn, part in zip(draws, tune, strict=True))
         grads, before = _gradient(values, parameters, whole)
         with _moved(parameters, grads, rate):
@@ -66,6 +72,20 @@ def meta_gradient(
                     for total, bent in zip(result, curved, strict=True)
                 ]
     return result, before, after
+
+
+class _FasterGroupNorm(TorchFunctionMode):
+    """Inside it `F.group_norm`, and so `nn.GroupNorm`, is ours."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        chosen = group_norm if func is F.group_norm else func
+        return chosen(*args, **(kwargs or {}))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn import meta
 from gradsurgery.unlearn.meta import meta_gradient
 
 
@@ -150,6 +151,25 @@ def test_attention_has_a_second_derivative():
         model, [lambda m: (m(x) ** 2).sum()], [lambda m: m(x).abs().sum()], 0.1
     )
     assert all(grad.isfinite().all() for grad in found)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_group_norm_changes_nothing_but_the_time(monkeypatch, channels_last):
+    """Its own second derivative serves inside, torch's gives the same."""
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten())
+    model.append(nn.Linear(54, 3)).double()
+    x, y = torch.randn(2, 4, 2, 5, 5, dtype=torch.float64), torch.randint(0, 3, (2, 4))
+    if channels_last:
+        x = x.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (2, 4))
+        model.to(memory_format=torch.channels_last)
+    sides = [[lambda m, k=k: nn.functional.cross_entropy(m(x[k]), y[k])] for k in (0, 1)]
+    calls, ours = [], meta.group_norm
+    monkeypatch.setattr(meta, "group_norm", lambda *a, **k: calls.append(a) or ours(*a, **k))
+    found, *_ = meta_gradient(model, *sides, 0.5)
+    assert len(calls) == 2
+    monkeypatch.setattr(meta, "group_norm", nn.functional.group_norm)
+    expected, *_ = meta_gradient(model, *sides, 0.5)
+    torch.testing.assert_close(found, expected)
 
 
 def test_nothing_to_differentiate_is_named():
