@@ -40,6 +40,8 @@ ABLATIONS = [  # label, method, options that differ
     ("no tuning step", "ltu", {"meta": False}),
     ("no membership feedback", "ltu", {"feedback": "random_label"}),
     ("no harmonization", "ltu", {"harmonize": "none"}),
+    ("models see outputs", "ltu", {"model_features": "outputs"}),
+    ("models see the loss", "ltu", {"model_features": "loss"}),
     ("first order", "ltu", {"order": "first"}),
     ("second order", "ltu", {"order": "second"}),
     ("off each sample", "orthograd", {"retain": "samples"}),

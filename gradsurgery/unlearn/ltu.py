@@ -19,7 +19,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.ops import harmonize
 from gradsurgery.unlearn import classification
 from gradsurgery.unlearn.data import Batch, batch_size, take
-from gradsurgery.unlearn.membership import MembershipModels, features, halves
+from gradsurgery.unlearn.membership import Features, MembershipModels, features, halves
 from gradsurgery.unlearn.meta import Objective, meta_gradient
 from gradsurgery.unlearn.modes import evaluating
 from gradsurgery.unlearn.trainer import Record, Trainer, TrainerConfig, finite, require
@@ -50,6 +50,9 @@ class LTUConfig(TrainerConfig):
     models: int = 4
     """K, membership models, at least 2; each step takes half of them as support, drawn anew.
     (inferred)"""
+    model_features: Features = "outputs"
+    """What a membership model sees of a sample: outputs, the sorted softmax, the loss and the
+    label; loss, that alone, which leaves fewer ways to deceive it. (inferred)"""
     model_hidden: int = 32
     """Units of a membership model's hidden layer. (inferred)"""
     model_steps: int = 200
@@ -207,7 +210,7 @@ class LTUTrainer(Trainer[LTUConfig]):
 
         def verdicts(which: Tensor) -> Callable[[nn.Module, Batch], Tensor]:
             def values(model: nn.Module, part: Batch) -> Tensor:
-                seen = features(self.logits(part, model), classification.labels(part))
+                seen = self._seen(self.logits(part, model), classification.labels(part))
                 return F.softplus(auditors(seen, which)).mean(0)  # cross-entropy with "no"
 
             return values
@@ -238,6 +241,9 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     # -- membership models
 
+    def _seen(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return features(logits, labels, self.config.model_features)
+
     @torch.no_grad()
     def _train_auditors(self) -> None:
         kinds = ("forget", "validation")
@@ -261,7 +267,7 @@ class LTUTrainer(Trainer[LTUConfig]):
                 "validation: membership models need 2 forget samples and 2 held-out ones, "
                 f"got {sizes[0]} and {sizes[1]}"
             )
-        seen = torch.cat([features(outputs[kind], known[kind]) for kind in kinds]).double()
+        seen = torch.cat([self._seen(outputs[kind], known[kind]) for kind in kinds]).double()
         member = torch.tensor([1, 0]).repeat_interleave(torch.tensor(sizes))
         models = self.config.models
         shown = halves(member, models, self.generator).to(self.device)

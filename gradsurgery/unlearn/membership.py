@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,19 @@ from gradsurgery.unlearn.classification import label_losses
 LEAST = 0.01
 
 
-def features(logits: Tensor, labels: Tensor) -> Tensor:
-    """What a membership model sees of each sample, [N, 2 C + 1], differentiable in the logits.
+Features = Literal["outputs", "loss"]
 
-    The softmax in descending order [C], the loss at the label, log(1 + loss) [1], and the label,
-    one-hot [C].
+
+def features(logits: Tensor, labels: Tensor, which: Features = "outputs") -> Tensor:
+    """What a membership model sees of each sample, differentiable in the logits.
+
+    outputs, [N, 2 C + 1]: the softmax in descending order [C], the loss at the label, log(1 + loss)
+    [1], and the label, one-hot [C]. loss, [N, 1]: log(1 + loss) alone.
     """
-    shares = logits.softmax(-1).sort(-1, descending=True).values
     loss = label_losses(logits, labels).log1p().unsqueeze(-1)
+    if which == "loss":
+        return loss
+    shares = logits.softmax(-1).sort(-1, descending=True).values
     known = F.one_hot(labels, logits.shape[-1]).to(logits)
     return torch.cat([shares, loss, known], -1)
 

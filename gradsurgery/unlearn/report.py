@@ -17,6 +17,7 @@ from gradsurgery.unlearn.page import (
     sweep,
     verdict,
 )
+from gradsurgery.unlearn.tune import winner
 from gradsurgery.unlearn.verdict import Summary, fractions, methods, ranking
 
 TITLES = {
@@ -257,20 +258,17 @@ def searched(tuning: list[dict[str, Any]]) -> str:
     """How the options were found, where the run searched for them."""
     if not tuning:
         return ""
-    draws = max(sum(line["method"] == name for line in tuning) for name in _methods(tuning))
+    draws = [line["method"] for line in tuning if "final" not in line]
     found = {}
-    for name in _methods(tuning):
-        gaps = [line["gap"] for line in tuning if line["method"] == name and "gap" in line]
-        found[title(name)] = f"{min(gaps):.4f}" if gaps else "every draw failed"
+    for name in dict.fromkeys(draws):
+        won = winner([line for line in tuning if line["method"] == name])
+        found[title(name)] = f"{won['gap']:.4f}" if "gap" in won else "every draw failed"
     return (
-        f"<p>Each method's options are the best of {draws} random draws on validation data, on "
-        "seeds that are not among these. The mean gap to Retrain they had there:</p>"
+        f"<p>Each method's options are the best of {draws.count(draws[0])} random draws on "
+        "validation data, on seeds that are not among these. The mean gap to Retrain they had "
+        "there:</p>"
         f"<details><summary>Search</summary>{facts(found)}</details>"
     )
-
-
-def _methods(tuning: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(line["method"] for line in tuning))
 
 
 def settings(config: dict[str, Any], names: list[str]) -> str:

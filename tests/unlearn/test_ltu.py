@@ -171,19 +171,25 @@ def test_random_labels_need_no_held_out_samples(problem):
     assert problem.loss(problem.model, problem.forget).mean() > start + 0.1
 
 
-def test_forgetting_lowers_what_the_auditors_say(problem, unseen):
+@pytest.mark.parametrize("which", ["outputs", "loss"])
+def test_forgetting_lowers_what_the_auditors_say(which, problem, unseen):
     for _ in range(200):  # the samples to forget are learned first
         loss = problem.loss(problem.model, problem.forget).mean()
         grads = torch.autograd.grad(loss, list(problem.model.parameters()))
         with torch.no_grad():
             for p, g in zip(problem.model.parameters(), grads, strict=True):
                 p -= 0.5 * g
-    trainer = make(problem, unseen, steps=40, lr=0.02)
-    seen = [features(problem.model(problem.forget["image"]), problem.forget["label"])]
+    trainer = make(problem, unseen, steps=40, lr=0.02, model_features=which)
+
+    def looked_at():
+        return features(problem.model(problem.forget["image"]), problem.forget["label"], which)
+
+    seen = [looked_at()]
     trainer.run()
-    seen.append(features(problem.model(problem.forget["image"]), problem.forget["label"]))
+    seen.append(looked_at())
     auditors = trainer.auditors
     assert auditors is not None
+    assert auditors.mean.numel() == (1 if which == "loss" else 7)
     with torch.no_grad():
         before, after = (auditors(x).sigmoid().mean() for x in seen)
     assert before > 0.7
@@ -241,6 +247,7 @@ def test_features_by_hand():
     (row,) = features(logits, torch.tensor([0])).tolist()
     expected = [0.75, 0.25, 0.0, math.log(1 + math.log(4)), 1.0, 0.0, 0.0]
     assert row == pytest.approx(expected)
+    assert features(logits, torch.tensor([0]), "loss").tolist() == [pytest.approx(expected[3:4])]
 
 
 def test_halves_are_balanced_and_opposite():

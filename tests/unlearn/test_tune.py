@@ -17,7 +17,16 @@ from gradsurgery.unlearn.config import to_dict, to_yaml, update
 from gradsurgery.unlearn.job import DigitsConfig
 from gradsurgery.unlearn.progress import PlainProgress
 from gradsurgery.unlearn.run import RunDirectory
-from gradsurgery.unlearn.tune import SEEDS, SPACES, LogUniform, check, draws, space, tune
+from gradsurgery.unlearn.tune import (
+    FINAL_SEEDS,
+    SEEDS,
+    SPACES,
+    LogUniform,
+    check,
+    draws,
+    space,
+    tune,
+)
 from tests.unlearn.tiny import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +42,9 @@ def spaces(monkeypatch):
 
 @pytest.fixture
 def one_seed(monkeypatch):
+    """For the draws, and one for the best of them."""
     monkeypatch.setattr(search, "SEEDS", (105,))
+    monkeypatch.setattr(search, "FINAL_SEEDS", (107,))
 
 
 def searched(path, config):
@@ -76,6 +87,8 @@ def test_draws_are_those_that_were_published():
     published: dict[tuple[str, str], list] = {}
     for line in (ROOT / "docs/digits_tuning.jsonl").read_text().splitlines():
         trial = json.loads(line)
+        if "final" in trial:
+            continue
         options = trial["options"].items()
         plain = {key: math.inf if value == "inf" else value for key, value in options}
         published.setdefault((trial["task"], trial["method"]), []).append(plain)
@@ -101,6 +114,49 @@ def test_the_smallest_gap_wins_and_every_draw_is_a_line(tmp_path, spaces, one_se
         assert {key: getattr(chosen, key) for key in winner} == winner
     assert best.tune == 0
     assert best.graddiff == config.graddiff
+
+
+def test_the_best_quarter_is_run_on_further_seeds(tmp_path, spaces, one_seed, monkeypatch):
+    """Scores are made up here: the draw that is best on the first seed is not on both."""
+    scores = [0.5, 0.1, 0.9, 0.2, 0.3, 0.8, 0.7, 0.6, 0.35]  # of the draws on seed 105
+    further = {0.1: 0.7, 0.2: 0.3}  # on 107: means of 0.4 and 0.25
+    seen = []
+
+    def tried(config, ready, method, options):
+        (seed,) = ready
+        given = draws(method, config.task, getattr(config, method), 9)
+        first = scores[given.index(options)]
+        seen.append((seed, first))
+        gap = first if seed == 105 else further[first]
+        return {"task": config.task, "method": method, "options": options, "gap": gap}
+
+    monkeypatch.setattr(search, "try_out", tried)
+    monkeypatch.setattr(search, "prepare", lambda *arguments: dict.fromkeys(arguments[-1]))
+    config = tiny(method=("neggrad",), tune=9)
+    best, lines = searched(tmp_path, config)
+    assert seen == [*((105, score) for score in scores), (107, 0.1), (107, 0.2)]
+    assert [line["gap"] for line in lines if "final" in line] == [0.4, 0.25]
+    options = draws("neggrad", "class", config.neggrad, 9)
+    assert best.neggrad.lr == options[3]["lr"]
+
+    # what has been run is not run again, what a kill left out is
+    assert searched(tmp_path, config) == (best, lines)
+    file = tmp_path / "tuning.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    assert searched(tmp_path, config) == (best, lines)
+    assert seen[11:] == [(107, 0.2)]
+
+
+def test_a_finalist_that_fails_does_not_win(tmp_path, spaces, one_seed, monkeypatch):
+    def tried(config, ready, method, options):
+        line = {"task": config.task, "method": method, "options": options}
+        return {**line, "gap": options["lr"]} if 105 in ready else {**line, "error": "diverged"}
+
+    monkeypatch.setattr(search, "try_out", tried)
+    monkeypatch.setattr(search, "prepare", lambda *arguments: dict.fromkeys(arguments[-1]))
+    best, lines = searched(tmp_path, tiny(method=("neggrad",), tune=8))
+    assert [line["error"] for line in lines if "final" in line] == ["diverged"] * 2
+    assert best.neggrad.lr == min(line["options"]["lr"] for line in lines)
 
 
 def test_test_data_are_never_looked_at(tmp_path, spaces, one_seed, monkeypatch):
@@ -170,9 +226,11 @@ def test_draws_that_fail_are_lines_without_a_gap(tmp_path, one_seed, monkeypatch
 def test_no_result_is_reported_for_a_tuning_seed():
     check(update(DigitsConfig(), {"tune": 4, "seeds": 5}))
     check(update(DigitsConfig(), {"first_seed": SEEDS[0]}))  # nothing is tuned
-    last = SEEDS[-1]
+    last = FINAL_SEEDS[-1]
     with pytest.raises(InputError, match=rf"--first-seed: --tune .* results for {last} would"):
         check(update(DigitsConfig(), {"tune": 1, "first_seed": last, "seeds": 3}))
+    with pytest.raises(InputError, match=rf"results for {SEEDS[0]}, {SEEDS[1]} would"):
+        check(update(DigitsConfig(), {"tune": 1, "first_seed": SEEDS[0], "seeds": 2}))
 
 
 def test_a_run_searches_first_and_keeps_what_it_found(tmp_path, spaces, one_seed, capsys):
