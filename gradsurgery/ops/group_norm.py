@@ -56,7 +56,10 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *_Gradient.apply(dy, *ctx.saved_tensors), None, None
+        x, weight, mean, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this is differentiated in turn
+            return *_Gradient.apply(dy, x, weight, mean, rstd), None, None
+        return *_native_backward(dy.contiguous(), x, mean, rstd, weight), None, None
 
 
 class _Gradient(torch.autograd.Function):

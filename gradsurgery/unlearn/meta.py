@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -49,29 +49,35 @@ def meta_gradient(
     exact = order == "second" and rate > 0
     whole = exact and len(tune) == 1  # one graph serves both derivatives
     draws = [_Draws(parameters[0].device) for _ in tune]
-    with ExitStack() as stack:
-        if exact:
-            # kernels that fuse attention have no second derivative
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_FasterGroupNorm())
-        values = (drawn.kept(part, model) for drawn, part in zip(draws, tune, strict=True))
-        grads, before = _gradient(values, parameters, whole)
-        with _moved(parameters, grads, rate):
-            ahead, after = _gradient((part(model) for part in test), parameters)
-        detached = [None if grad is None else grad.detach() for grad in grads]
-        result = [_sum(grad, v) for grad, v in zip(detached, ahead, strict=True)]
-        if exact:
-            # of several parts each is computed again, with the same draws of dropout: no more than
-            # one graph is held
-            for drawn, part in zip(draws, tune, strict=True):
-                again = [] if whole else [drawn.again(part, model)]
-                first = grads if whole else _gradient(again, parameters, graph=True)[0]
-                curved = _curved(first, parameters, ahead)
-                result = [
-                    _sum(total, None if bent is None else -rate * bent)
-                    for total, bent in zip(result, curved, strict=True)
-                ]
+    if exact:
+        tune = [_twice_differentiable(part) for part in tune]
+    values = (drawn.kept(part, model) for drawn, part in zip(draws, tune, strict=True))
+    grads, before = _gradient(values, parameters, whole)
+    with _moved(parameters, grads, rate):
+        ahead, after = _gradient((part(model) for part in test), parameters)
+    detached = [None if grad is None else grad.detach() for grad in grads]
+    result = [_sum(grad, v) for grad, v in zip(detached, ahead, strict=True)]
+    if exact:
+        # of several parts each is computed again, with the same draws of dropout: no more than
+        # one graph is held
+        for drawn, part in zip(draws, tune, strict=True):
+            again = [] if whole else [drawn.again(part, model)]
+            first = grads if whole else _gradient(again, parameters, graph=True)[0]
+            curved = _curved(first, parameters, ahead)
+            result = [
+                _sum(total, None if bent is None else -rate * bent)
+                for total, bent in zip(result, curved, strict=True)
+            ]
     return result, before, after
+
+
+def _twice_differentiable(objective: Objective) -> Objective:
+    def value(model: nn.Module) -> Tensor:
+        # kernels that fuse attention have no second derivative
+        with sdpa_kernel(SDPBackend.MATH), _FasterGroupNorm():
+            return objective(model)
+
+    return value
 
 
 class _FasterGroupNorm(TorchFunctionMode):

@@ -166,7 +166,7 @@ def test_group_norm_changes_nothing_but_the_time(monkeypatch, channels_last):
     calls, ours = [], meta.group_norm
     monkeypatch.setattr(meta, "group_norm", lambda *a, **k: calls.append(a) or ours(*a, **k))
     found, *_ = meta_gradient(model, *sides, 0.5)
-    assert len(calls) == 2
+    assert len(calls) == 1  # the test loss is differentiated once
     monkeypatch.setattr(meta, "group_norm", nn.functional.group_norm)
     expected, *_ = meta_gradient(model, *sides, 0.5)
     torch.testing.assert_close(found, expected)
