@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from gradsurgery.errors import InputError
 from gradsurgery.ops._backend import _C, OPERATORS, choose
@@ -23,11 +25,13 @@ def group_norm(
     """`torch.nn.functional.group_norm`, for second derivatives.
 
     Of float32 and float64 [N, C, *] with a weight and a bias, both [C], the gradient can be
-    differentiated once; anything else is torch's.
+    differentiated once; anything else, and what stands in a transform, is torch's.
     """
     if weight is None or bias is None or not _serves(input, weight, bias, num_groups):
         return F.group_norm(input, num_groups, weight, bias, eps)
-    return _GroupNorm.apply(input.contiguous(), weight, bias, num_groups, eps)
+    # native_group_norm reads whatever lies in memory
+    given = (each.contiguous() for each in (input, weight, bias))
+    return _GroupNorm.apply(*given, num_groups, eps)
 
 
 def _serves(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> bool:
@@ -42,6 +46,8 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> bool:
         and groups > 0
         and x.shape[1] % groups == 0
         and not torch.is_autocast_enabled(x.device.type)
+        and peek_interpreter_stack() is None  # vmap, jvp, ...
+        and forward_ad._current_level < 0
     )
 
 

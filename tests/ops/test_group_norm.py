@@ -1,8 +1,11 @@
 """Group norm whose gradient is differentiated by one kernel."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import gradsurgery as gs
 from gradsurgery.ops import _backend
@@ -94,6 +97,20 @@ def test_badly_scaled(scale, impl, dtype):
     assert max(errors((3, 8, 20), 2, dtype, given)) <= 10 * LIMITS[dtype]
 
 
+def test_strided_weights(impl, dtype):
+    x, *_ = case((2, 4, 5))
+    x = x.to(dtype).requires_grad_()
+    weights = torch.randn(4, 2, dtype=dtype, requires_grad=True)
+
+    def second(norm):
+        y = norm(x, 2, *weights.unbind(1))
+        first = torch.autograd.grad(y.pow(3).sum(), (x, weights), create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), (x, weights))]
+
+    for a, b in zip(second(group_norm), second(F.group_norm), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_layouts(impl, dtype):
     """Channels last, and gradients that come in strided or as zeros."""
     x, weight, bias, dy, *_ = case((2, 4, 3, 5))
@@ -126,6 +143,24 @@ def test_layouts(impl, dtype):
 )
 def test_the_rest_is_torchs(arguments):
     assert torch.equal(group_norm(*arguments), F.group_norm(*arguments))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_transforms_are_torchs():
+    x, w = torch.randn(3, 2, 4, 5), torch.randn(4)
+    torch.testing.assert_close(
+        torch.func.vmap(lambda each: group_norm(each, 2, w, w))(x),
+        torch.stack([F.group_norm(each, 2, w, w) for each in x]),
+    )
+    tangents = []
+    for norm in (group_norm, F.group_norm):
+        one = partial(norm, num_groups=2, weight=w, bias=w)
+        tangents.append(torch.func.jvp(one, (x[0],), (x[1],))[1])
+    torch.testing.assert_close(*tangents)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0], x[1])
+        tangent = forward_ad.unpack_dual(group_norm(dual, 2, w, w)).tangent
+    torch.testing.assert_close(tangent, tangents[0])
 
 
 def test_torch_says_what_is_wrong():
