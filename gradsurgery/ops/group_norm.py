@@ -51,6 +51,7 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> bool:
     )
 
 
+# torch declares backward(ctx, *grads), which named gradients do not match: hence the ignores
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
