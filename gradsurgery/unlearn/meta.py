@@ -49,10 +49,9 @@ def meta_gradient(
     exact = order == "second" and rate > 0
     whole = exact and len(tune) == 1  # one graph serves both derivatives
     draws = [_Draws(parameters[0].device) for _ in tune]
-    if exact:
-        tune = [_twice_differentiable(part) for part in tune]
-    values = (drawn.kept(part, model) for drawn, part in zip(draws, tune, strict=True))
-    grads, before = _gradient(values, parameters, whole)
+    with _twice_differentiable(exact):
+        values = (drawn.kept(part, model) for drawn, part in zip(draws, tune, strict=True))
+        grads, before = _gradient(values, parameters, whole)
     with _moved(parameters, grads, rate):
         ahead, after = _gradient((part(model) for part in test), parameters)
     detached = [None if grad is None else grad.detach() for grad in grads]
@@ -61,9 +60,10 @@ def meta_gradient(
         # of several parts each is computed again, with the same draws of dropout: no more than
         # one graph is held
         for drawn, part in zip(draws, tune, strict=True):
-            again = [] if whole else [drawn.again(part, model)]
-            first = grads if whole else _gradient(again, parameters, graph=True)[0]
-            curved = _curved(first, parameters, ahead)
+            with _twice_differentiable(True):
+                again = [] if whole else [drawn.again(part, model)]
+                first = grads if whole else _gradient(again, parameters, graph=True)[0]
+                curved = _curved(first, parameters, ahead)
             result = [
                 _sum(total, None if bent is None else -rate * bent)
                 for total, bent in zip(result, curved, strict=True)
@@ -71,13 +71,17 @@ def meta_gradient(
     return result, before, after
 
 
-def _twice_differentiable(objective: Objective) -> Objective:
-    def value(model: nn.Module) -> Tensor:
-        # kernels that fuse attention have no second derivative
-        with sdpa_kernel(SDPBackend.MATH), _FasterGroupNorm():
-            return objective(model)
+@contextmanager
+def _twice_differentiable(wanted: bool) -> Iterator[None]:
+    """Kernels that fuse attention have no second derivative, and group norm has a faster one.
 
-    return value
+    Around derivatives too: activation checkpointing computes there again what it did before.
+    """
+    if not wanted:
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH), _FasterGroupNorm():
+        yield
 
 
 class _FasterGroupNorm(TorchFunctionMode):

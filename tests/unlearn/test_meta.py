@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import meta
@@ -170,6 +171,31 @@ def test_group_norm_changes_nothing_but_the_time(monkeypatch, channels_last):
     monkeypatch.setattr(meta, "group_norm", nn.functional.group_norm)
     expected, *_ = meta_gradient(model, *sides, 0.5)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_activation_checkpoints_change_nothing(parts):
+    """What is computed again, in the derivatives, is what was computed before."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.into = nn.GroupNorm(2, 6), nn.Linear(5, 30)
+
+        def inner(self, x):
+            q, k, v = self.into(self.norm(x)).unflatten(-1, (3, 2, 5)).permute(2, 0, 3, 1, 4)
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False) if self.saves else self.inner(x)
+
+    model = Net()
+    x = torch.randn(parts + 1, 4, 6, 5)
+    losses = [lambda m, each=each: m(each).pow(2).sum() for each in x]
+    found = []
+    for model.saves in (False, True):
+        found.append(meta_gradient(model, losses[:-1], losses[-1:], 0.1)[0])
+    torch.testing.assert_close(*found)
 
 
 def test_nothing_to_differentiate_is_named():
