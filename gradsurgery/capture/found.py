@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.capture.fallback import one_by_one, spread
+from gradsurgery.capture.graph import Place, roots, under
 from gradsurgery.capture.junctions import prepare
 from gradsurgery.capture.layout import Layout, compress
 from gradsurgery.capture.leaves import Derived, oriented, vjps
 from gradsurgery.capture.rules import OPAQUE, base_name
-from gradsurgery.capture.trace import Leaf, Meeting, Mixing, Trace, roots, trace, under
+from gradsurgery.capture.trace import Leaf, Meeting, Mixing, Trace, trace
 from gradsurgery.capture.uses import RowsUse, Use, numbers, occurring, plane_of
-from gradsurgery.capture.views import Place, resolve, shape_of
+from gradsurgery.capture.views import resolve, shape_of
 from gradsurgery.errors import InputError
 
 if TYPE_CHECKING:

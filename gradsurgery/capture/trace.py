@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from gradsurgery.capture.graph import Place, ordered, under
 from gradsurgery.capture.layout import Layout, merge
 from gradsurgery.capture.probe import probe
 from gradsurgery.capture.rules import COUPLED, MANY, OPAQUE, RULES, base_name
-from gradsurgery.capture.views import Place, resolve, shape_of
+from gradsurgery.capture.views import resolve, shape_of
 from gradsurgery.errors import InputError
 
 
@@ -78,32 +78,6 @@ class Trace:
             for meeting in leaf.meetings
             for nr, layout in meeting.outs.items()
         )
-
-
-def roots(losses: Tensor) -> Place:
-    edge = torch.autograd.graph.get_gradient_edge(losses)
-    return edge.node, edge.output_nr
-
-
-def ordered(root: Any) -> dict[Any, Sequence[Place]]:
-    """All nodes under `root`, each before the nodes it gets its inputs from; and these."""
-    order: list[tuple[Any, Sequence[Place]]] = []
-    following = root.next_functions  # each time it is asked for, it is made anew
-    stack = [(root, following, iter(following))]
-    entered = {root}
-    while stack:
-        node, following, children = stack[-1]
-        for child, _ in children:
-            if child is not None and child not in entered:
-                entered.add(child)
-                beneath = child.next_functions
-                stack.append((child, beneath, iter(beneath)))
-                break
-        else:
-            stack.pop()
-            order.append((node, following))
-    order.reverse()
-    return dict(order)
 
 
 def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], count: int) -> Trace:
@@ -249,23 +223,6 @@ def misused(error: Exception) -> str | None:
     if "modified by an inplace operation" in text:
         return f"losses: a tensor that their gradients need was modified in place: {text}"
     return None
-
-
-def under(place: Place) -> tuple[set[Any], list[nn.Parameter]]:
-    """The nodes and the parameters that a tensor was computed from."""
-    seen: set[Any] = set()
-    found: list[nn.Parameter] = []
-    stack = [place[0]]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.append(variable)
-        stack.extend(child for child, _ in node.next_functions)
-    return seen, found
 
 
 def _set_apart_coupled(found: Trace, sampled: set[Any]) -> None:

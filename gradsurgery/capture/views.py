@@ -1,12 +1,12 @@
 """Tensors that are parameters seen another way."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
+from gradsurgery.capture.graph import Place
 from gradsurgery.capture.rules import base_name, wrap
 
-Place = tuple[Any, int]  # (node, output): a tensor of the forward pass, and its gradient
 VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"}
 COPIES = {"Clone", "ToCopy", "Alias"}
 SPLITS = {"Split", "UnsafeSplit", "SplitWithSizes", "UnsafeSplitWithSizes"}

@@ -1,0 +1,52 @@
+"""Walks through autograd's graph."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Place = tuple[Any, int]  # (node, output): a tensor of the forward pass, and its gradient
+
+
+def roots(losses: Tensor) -> Place:
+    edge = torch.autograd.graph.get_gradient_edge(losses)
+    return edge.node, edge.output_nr
+
+
+def ordered(root: Any) -> dict[Any, Sequence[Place]]:
+    """All nodes under `root`, each before the nodes it gets its inputs from; and these."""
+    order: list[tuple[Any, Sequence[Place]]] = []
+    following = root.next_functions  # each time it is asked for, it is made anew
+    stack = [(root, following, iter(following))]
+    entered = {root}
+    while stack:
+        node, following, children = stack[-1]
+        for child, _ in children:
+            if child is not None and child not in entered:
+                entered.add(child)
+                beneath = child.next_functions
+                stack.append((child, beneath, iter(beneath)))
+                break
+        else:
+            stack.pop()
+            order.append((node, following))
+    order.reverse()
+    return dict(order)
+
+
+def under(place: Place) -> tuple[set[Any], list[nn.Parameter]]:
+    """The nodes and the parameters that a tensor was computed from."""
+    seen: set[Any] = set()
+    found: list[nn.Parameter] = []
+    stack = [place[0]]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        stack.extend(child for child, _ in node.next_functions)
+    return seen, found
