@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradsurgery.capture.factored import FactoredJacobian
+from gradsurgery.capture.graph import roots
+from gradsurgery.capture.kept import as_before, functions
 from gradsurgery.capture.memory import needed
 from gradsurgery.capture.tape import Tape, tape
 from gradsurgery.capture.uses import RowsUse, Use, Within
@@ -206,10 +208,12 @@ def _undone(model: nn.Module, batch: Any) -> Iterator[None]:
 
 def _loop(losses: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Each parameter's gradients of every loss, [len(losses), p.numel()], by autograd alone."""
-    rows = [
-        torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True)
-        for each in losses
-    ]
+    rows = []
+    with as_before(functions([roots(losses)[0]])) as kept:
+        for each in losses:
+            kept.put_back()
+            grads = torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True)
+            rows.append(kept.owned(grads))
     return [
         torch.stack([torch.zeros_like(p) if g is None else g.to_dense() for g in column]).reshape(
             len(losses), -1

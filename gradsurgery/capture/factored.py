@@ -1,16 +1,19 @@
 """FactoredJacobian: rows of a model, never stored."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.capture.kept import Kept
 from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
 from gradsurgery.capture.moments import Moment, moment
 from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Plane
+from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check
@@ -25,12 +28,15 @@ class Graph(NamedTuple):
 
     losses: Tensor
     rows: Tensor  # [numel], -1 for none
+    kept: Kept | None = None  # what Functions must find as it was
 
     def outputs(self, weights: Tensor) -> Iterator[tuple[list[int], Tensor]]:
         """Parameters of the same weights, of [L, m], and what to start their backward pass with."""
         rows = self.rows.to(weights.device)
         sets, which = weights.unique(dim=0, return_inverse=True)
         for k, w in enumerate(sets):
+            if self.kept is not None:
+                self.kept.put_back()
             outputs = torch.where(rows >= 0, w[rows.clamp(min=0)], 0).to(self.losses)
             yield (which == k).nonzero().flatten().tolist(), outputs.view(self.losses.shape)
 
@@ -39,16 +45,28 @@ class Graph(NamedTuple):
     ) -> Iterator[tuple[int, Tensor]]:
         for mine, outputs in self.outputs(weights):
             held = [parameters[i] for i in mine]
-            grads = torch.autograd.grad(
-                self.losses, held, outputs, retain_graph=True, allow_unused=True
-            )
+            with self._named_errors():
+                grads = torch.autograd.grad(
+                    self.losses, held, outputs, retain_graph=True, allow_unused=True
+                )
             yield from ((i, grad) for i, grad in zip(mine, grads, strict=True) if grad is not None)
 
     def backward(self, weights: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """As an ordinary backward pass does, hooks of parameters included."""
         for mine, outputs in self.outputs(weights):
             held = [parameters[i] for i in mine]
-            torch.autograd.backward(self.losses, outputs, retain_graph=True, inputs=held)
+            with self._named_errors():
+                torch.autograd.backward(self.losses, outputs, retain_graph=True, inputs=held)
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            why = refusal(error, self.losses)
+            if why is None:
+                raise
+            raise InputError(why) from error
 
 
 class FactoredJacobian:

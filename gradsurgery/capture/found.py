@@ -3,19 +3,22 @@
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
-from gradsurgery.capture.fallback import one_by_one, spread
-from gradsurgery.capture.graph import Place, roots, under
+from gradsurgery.capture.descent import Arrived, Descent, Mixed, not_linear
+from gradsurgery.capture.fallback import apart, one_by_one, spread
+from gradsurgery.capture.graph import Place, ordered, roots, under
+from gradsurgery.capture.hooks import Sampled, scale_of
 from gradsurgery.capture.junctions import prepare
+from gradsurgery.capture.kept import Kept, as_before, functions, is_function
 from gradsurgery.capture.layout import Layout, compress
 from gradsurgery.capture.leaves import Derived, oriented, vjps
+from gradsurgery.capture.probe import dense
+from gradsurgery.capture.recomputed import read_again, recomputed_once
 from gradsurgery.capture.rules import OPAQUE, base_name
 from gradsurgery.capture.trace import Leaf, Meeting, Mixing, Trace, trace
 from gradsurgery.capture.uses import RowsUse, Use, numbers, occurring, plane_of
@@ -33,15 +36,52 @@ class Found:
         self.owner, self.losses, self.uses = owner, losses, uses
         self.place = {id(p): k for k, p in enumerate(owner.parameters)}
         self.derived: list[Derived] = []
+        self.weighted: Kept | None = None
+        self.asked: bool | None = None  # whether all passes showed what weighted losses change
+        self.unsure = False  # whether the ways back from leaves are linear
         self.rowwise: dict[int, str] = {}  # parameters whose rows are got one by one: why
         self.warned: list[str] = []
         self.slow: dict[str, dict[str, None]] = {}  # operations without a rule: names
 
-    def run(self, rows: Tensor, retain_graph: bool) -> None:
+    def run(self, rows: Tensor, retain_graph: bool, weighted: bool = False) -> Kept | None:
+        """Goes down from the losses.
+
+        Args:
+            rows: [numel] of each loss; -1 for none.
+            retain_graph: keep the graph for others.
+            weighted: backward passes of weighted losses will follow: what they need to find as it
+                was is returned.
+        """
+        if not weighted:
+            self._run(rows, retain_graph)
+            return None
+        self.weighted = kept = Kept(functions([roots(self.losses)[0]]))
+        self._run(rows, True)
+        if self.asked:
+            kept.forget_the_rest()
+        return kept
+
+    def _run(self, rows: Tensor, retain_graph: bool) -> None:
         distinct = occurring(rows)
         if len(distinct) == 1:
             self._whole(rows, int(distinct), retain_graph)
             return
+        with recomputed_once():
+            self._descend(rows, retain_graph)
+        if self.unsure:
+            self._bend()
+        if self.rowwise:
+            self._row_by_row(rows)
+        self._reach_all()
+        self.warned += [
+            f"{', '.join(names)}: there is no rule for {operation}, so the rows are got one by "
+            f"one, exactly but slowly, and stored.{_compiled(operation)}"
+            for operation, names in self.slow.items()
+        ]
+        if self.warned:
+            warnings.warn("; ".join(self.warned), UserWarning, stacklevel=4)
+
+    def _descend(self, rows: Tensor, retain_graph: bool) -> None:
         found = self._trace(rows)
         passes = [(rows, found)]
         if found.mixed or found.scattered:
@@ -57,19 +97,16 @@ class Found:
                 self.rowwise.setdefault(self.place[id(p)], "it has a hook")
         self._spread([leaf for _, found in passes for leaf in found.leaves])
         last = len(passes) - 1
-        rowwise = bool(self.rowwise)
+        if last > 0:
+            read_again(ordered(roots(self.losses)[0]))
         for k, (part, found) in enumerate(passes):
-            self._pass(part, found, retain_graph or k < last or rowwise or bool(self.derived))
-        if rowwise:
-            self._row_by_row(rows)
-        self._reach_all()
-        self.warned += [
-            f"{', '.join(names)}: there is no rule for {operation}, so the rows are got one by "
-            f"one, exactly but slowly, and stored.{_compiled(operation)}"
-            for operation, names in self.slow.items()
-        ]
-        if self.warned:
-            warnings.warn("; ".join(self.warned), UserWarning, stacklevel=3)
+            rowwise = bool(self.rowwise)
+            keep = retain_graph or k < last or rowwise or bool(self.derived)
+            try:
+                self._pass(part, found, keep)
+            except Mixed as mixed:
+                self._mixed_by_hook(mixed, [found for _, found in passes])
+                self._pass(part, found, True)
 
     def _reach_all(self) -> None:
         """Parameters in the graph get a gradient, though it be zero, as from a backward pass."""
@@ -137,6 +174,22 @@ class Found:
                 else f"{operations} computes across samples"
             )
 
+    def _mixed_by_hook(self, mixed: Mixed, found: Sequence[Trace]) -> None:
+        """What is below has no rows of its own, or has them got one by one."""
+        parameters = under(mixed.place)[1]
+        mine = sorted({self.place[id(p)] for p in parameters if id(p) in self.place})
+        names = ", ".join(self.owner.names[k] for k in mine)
+        if self.owner.coupled == "refuse":
+            raise InputError(
+                f"{mixed.name} computes across samples, or answers differently each time, so the "
+                f"losses have no rows of their own in what is below it: {names}. Have it work "
+                "sample by sample, or ask for gs.tape(model, coupled='exact')"
+            )
+        for k in mine:
+            self.rowwise[k] = f"{mixed.name} computes across samples"
+            self.uses[k] = []
+        self._spread([leaf for each in found for leaf in each.leaves])
+
     def _spread(self, leaves: Sequence[Leaf]) -> None:
         """A tensor has all the parameters it is computed from got one by one, or none."""
         if not self.rowwise:
@@ -185,68 +238,103 @@ class Found:
                 self._whole(rows, int(distinct), retain_graph)
             return
         leaves = [leaf for leaf in found.leaves if not self._is_rowwise(leaf)]
-        with _recomputed_once():
-            finishes = {
-                id(meeting): prepare(meeting, leaf.shape)
-                for leaf in leaves
-                for meeting in leaf.meetings
-            }
+        watched = self._watched(found)
+        met = [meeting for leaf in leaves for meeting in leaf.meetings]
+        read_again(ordered(roots(self.losses)[0]) if watched is not None else (m.node for m in met))
+        finishes = {
+            id(meeting): prepare(meeting, leaf.shape)
+            for leaf in leaves
+            for meeting in leaf.meetings
+        }
         direct = [d for d in found.direct if self.place[id(d.parameter)] not in self.rowwise]
-        places: dict[Place, int] = {}
-        for leaf in leaves:
-            for meeting in leaf.meetings:
-                for nr in meeting.outs:
-                    places.setdefault((meeting.node, nr), len(places))
-        for d in direct:
-            places.setdefault(d.place, len(places))
+        places: dict[Place, None] = dict.fromkeys(
+            (meeting.node, nr) for meeting in met for nr in meeting.outs
+        )
+        places.update(dict.fromkeys(d.place for d in direct))
         if not places:
             return
-        unknown = any(finish is None for finish in finishes.values())
-        grads = list(
-            torch.autograd.grad(
-                self.losses,
-                [GradientEdge(*place) for place in places],
-                self._outputs(rows),
-                retain_graph=retain_graph or unknown,
-                allow_unused=True,
-            )
+        unknown = [
+            (leaf, meeting)
+            for leaf in leaves
+            for meeting in leaf.meetings
+            if finishes[id(meeting)] is None
+        ]
+        own = [(leaf, meeting) for leaf, meeting in unknown if is_function(meeting.node)]
+        descent = Descent(
+            self.losses,
+            places,
+            below=[leaf.place for leaf in (leaves if watched is not None else [x for x, _ in own])],
+            handing=dict.fromkeys(meeting.node for _, meeting in own if meeting.whole is not None),
+            watched=watched,
+            weighted=self.weighted,
         )
+        self.asked = watched is not None and self.asked is not False
+        before = Kept(meeting.node for _, meeting in own if meeting.whole is None)
+        arrived = descent.run(rows, self.owner.model, retain_graph or bool(unknown))
         with torch.no_grad():
             for d in direct:
-                self._direct(d.parameter, grads[places[d.place]], d.layout)
+                self._direct(d.parameter, arrived.grads[d.place], d.layout)
             for leaf in leaves:
-                made = self._uses_of(leaf, finishes, places, grads)
+                made = self._uses_of(leaf, finishes, arrived, before)
                 if made:
                     self._place(leaf, made)
+
+    def _watched(self, found: Trace) -> Sampled | None:
+        """The operations that gradients pass, where a hook or a Function may do more to them."""
+        if self.owner.clock.may_be_hooked(found.sampled):
+            return found.sampled
+        if self.weighted is not None and any(is_function(node) for node in found.sampled):
+            return found.sampled
+        return None
 
     def _is_rowwise(self, leaf: Leaf) -> bool:
         return bool(self.rowwise) and any(
             self.place.get(id(p)) in self.rowwise for p in leaf.below[1]
         )
 
-    def _uses_of(
-        self, leaf: Leaf, finishes: dict, places: dict[Place, int], grads: list
-    ) -> list[Use]:
+    def _uses_of(self, leaf: Leaf, finishes: dict, arrived: Arrived, before: Kept) -> list[Use]:
         made = []
         for meeting in leaf.meetings:
-            mine = [None] * len(meeting.node._input_metadata)
+            mine: list[Tensor | None] = [None] * len(meeting.node._input_metadata)
             for nr in meeting.outs:
-                mine[nr] = grads[places[(meeting.node, nr)]]
+                mine[nr] = arrived.grads[meeting.node, nr]
             if all(grad is None for grad in mine):
                 continue
             finish = finishes[id(meeting)]
             if finish is not None:
-                use = finish(mine[0])
+                grad = mine[0]
+                assert grad is not None
+                use = finish(grad)
             else:
-                use = spread(meeting, mine, leaf.shape)
-                if use is None:
-                    use = one_by_one(meeting, mine, leaf.shape)
-                    if meeting.whole is None:
-                        self._slow(leaf, meeting)
+                use = self._asked(leaf, meeting, mine, arrived, before)
             if numbers(use.rows).some_none:
                 use = use.select((use.rows >= 0).nonzero().flatten())
             made.append(use)
         return made
+
+    def _asked(
+        self,
+        leaf: Leaf,
+        meeting: Meeting,
+        grads: list[Tensor | None],
+        arrived: Arrived,
+        before: Kept,
+    ) -> RowsUse:
+        """The rows of a meeting that no junction knows."""
+        use = spread(meeting, grads, leaf.shape)
+        if use is not None:
+            return use
+        handed = arrived.handed.get(meeting.node)
+        if handed is not None:
+            child, nr = meeting.node.next_functions[meeting.k]
+            return apart(meeting, dense(handed[meeting.k], child, nr), grads, leaf.shape)
+        if meeting.whole is None:
+            self._slow(leaf, meeting)
+        if not is_function(meeting.node):
+            return one_by_one(meeting, grads, leaf.shape)
+        with as_before([meeting.node]):
+            before.put_back()  # the pass may have changed what it kept
+            return one_by_one(meeting, grads, leaf.shape)
 
     def _slow(self, leaf: Leaf, meeting: Meeting) -> None:
         names = {
@@ -271,7 +359,9 @@ class Found:
 
     def _place(self, leaf: Leaf, made: list[Use]) -> None:
         """To the parameter the leaf is a view of, or to those it is computed from."""
-        simple = resolve(leaf.place)
+        itself = hasattr(leaf.place[0], "variable")
+        hooked = not itself and self.owner.clock.may_be_hooked(leaf.below[0])
+        simple = None if hooked else resolve(leaf.place)
         if simple is not None:
             turned = [oriented(use, simple) for use in made]
             if self._add(self.place[id(simple.parameter)], *turned):
@@ -279,6 +369,23 @@ class Found:
         derived = Derived([p for p in leaf.below[1] if id(p) in self.place])
         derived.leaves.append((leaf, made))
         self.derived.append(derived)
+        self.unsure |= hooked or any(map(is_function, leaf.below[0]))
+
+    def _bend(self) -> None:
+        """Leaves whose way back is not linear take it together, row by row."""
+        every = Derived(list({id(p): p for d in self.derived for p in d.parameters}.values()))
+        every.leaves = [leaf for derived in self.derived for leaf in derived.leaves]
+        if every.is_linear():
+            return
+        names = ", ".join(self.owner.names[self.place[id(p)]] for p in every.parameters)
+        if self.weighted is not None:
+            raise InputError(not_linear(f"what {names} passes through"))
+        every.bent = True
+        self.derived = [every]
+        self.warned.append(
+            f"{names}: a hook or a Function on what is computed from them is not linear in its "
+            "gradient, so the rows are got one by one, exactly but slowly, and stored"
+        )
 
     def _row_by_row(self, rows: Tensor) -> None:
         """Exact rows of some parameters, by a backward pass per row."""
@@ -287,7 +394,10 @@ class Found:
         ids = occurring(rows)
         vectors = (rows == ids[:, None]).to(self.losses.dtype).to(self.losses.device)
         vectors = vectors.view(len(ids), *self.losses.shape)
-        grads = vjps([self.losses], parameters, [vectors], True)
+        nodes = functions([roots(self.losses)[0]])
+        grads = vjps([self.losses], parameters, [vectors], True, nodes)
+        if self.weighted is not None:
+            self._expect_linear(grads, ks, vectors)
         for k, grad in zip(ks, grads, strict=True):
             self.uses[k] = [] if grad is None else [RowsUse(grad, ids)]
         why = sorted(set(self.rowwise.values()))
@@ -296,11 +406,21 @@ class Found:
             f"{names}: {'; '.join(why)}, so the rows are got by a backward pass each and stored"
         )
 
-
-def _recomputed_once() -> AbstractContextManager:
-    """What a checkpoint recomputes, it recomputes once for all reads inside, where torch can."""
-    group = getattr(torch.utils.checkpoint, "GraphExecGroup", None)
-    return nullcontext() if group is None else group()
+    def _expect_linear(
+        self, rows: Sequence[Tensor | None], ks: Sequence[int], vectors: Tensor
+    ) -> None:
+        """Where weighted losses follow: their backward pass has to give the sum of the rows."""
+        scale, whole = scale_of(self.losses.dtype), vectors.sum(0)
+        parameters = [self.owner.parameters[k] for k in ks]
+        for factor in (1.0, -scale, 1 / scale):
+            sums = vjps([self.losses], parameters, [whole * factor], False)
+            for k, row, total in zip(ks, rows, sums, strict=True):
+                if row is None or total is None:
+                    continue
+                size = row.abs().sum(0).max() * abs(factor)
+                away = (total - row.sum(0) * factor).abs().nan_to_num(0, 0).max()
+                if away > 256 * torch.finfo(row.dtype).eps * size + torch.finfo(row.dtype).tiny:
+                    raise InputError(not_linear(f"what {self.owner.names[k]} passes through"))
 
 
 def _alike(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use] | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from gradsurgery.capture.hooks import linear, scale_of
+from gradsurgery.capture.kept import as_before, functions
 from gradsurgery.capture.trace import Leaf, misused
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
 from gradsurgery.capture.views import Simple
@@ -34,31 +36,74 @@ def oriented(use: Use, simple: Simple) -> Use | None:
 class Derived:
     """Leaves computed from the same parameters, and the way back: their graph, kept.
 
-    Rows of leaves are turned into rows of parameters by vmapped vector-Jacobian products.
+    Rows of leaves are turned into rows of parameters by vector-Jacobian products: vmapped, and
+    sums of rows by one, unless hooks or Functions on the way are `bent`, not linear.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Sequence[nn.Parameter], bent: bool = False) -> None:
+        self.parameters, self.bent = list(parameters), bent
         self.leaves: list[tuple[Leaf, list[Use]]] = []
 
     def with_uses(self, change: Callable[[Use], Use]) -> "Derived":
         """The same leaves with other uses."""
-        other = Derived(self.parameters)
+        other = Derived(self.parameters, self.bent)
         other.leaves = [(leaf, [change(use) for use in uses]) for leaf, uses in self.leaves]
         return other
+
+    def is_linear(self) -> bool:
+        """Whether the way back from all leaves together is linear, by random gradients."""
+        generator = torch.Generator().manual_seed(0)
+
+        def gradients() -> list[Tensor]:
+            return [
+                torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu")
+                for leaf, _ in self.leaves
+            ]
+
+        one, other = gradients(), gradients()
+        leaves = [leaf for leaf, _ in self.leaves]
+        nodes = functions(leaf.place[0] for leaf in leaves)
+        with as_before(nodes) as kept:
+
+            def back(grads: Sequence[Tensor], factor: float = 1) -> list[Tensor]:
+                kept.put_back()
+                found = self._back(leaves, [self._placed(g * factor) for g in grads], False)
+                return [
+                    p.new_zeros(()) if g is None else g
+                    for g, p in zip(found, self.parameters, strict=True)
+                ]
+
+            whole, scale = back(one), scale_of(metas_of(leaves)[0].dtype)
+            if any(
+                not linear(a, b, factor)
+                for factor in (-scale, 1 / scale)
+                for a, b in zip(whole, back(one, factor=factor), strict=True)
+            ):
+                return False
+            sums = back([a + b for a, b in zip(one, other, strict=True)])
+            both = zip(whole, back(other), sums, strict=True)
+            return all(linear(a + b, c, 1) for a, b, c in both)
+
+    def _placed(self, grad: Tensor) -> Tensor:
+        return grad.to(self.parameters[0].device)
 
     def rows(self, m: int) -> list[Tensor]:
         """[m, *p.shape] per parameter."""
         totals = [p.new_zeros(m, *p.shape) for p in self.parameters]
-        for leaf, uses in self.leaves:
-            dense = dense_rows(uses, m).view(m, *leaf.shape)
-            for total, grad in zip(totals, self._back([leaf], [dense], True), strict=True):
+        groups = [self.leaves] if self.bent else [[each] for each in self.leaves]
+        for group in groups:
+            leaves = [leaf for leaf, _ in group]
+            dense = [dense_rows(uses, m).view(m, *leaf.shape) for leaf, uses in group]
+            for total, grad in zip(totals, self._back(leaves, dense, True), strict=True):
                 if grad is not None:
                     total += grad
         return totals
 
     def combine(self, weights: Tensor) -> list[Tensor | None]:
         """w^T J per parameter."""
+        if self.bent:
+            rows = self.rows(len(weights))
+            return [torch.tensordot(weights.to(row.dtype), row, 1) for row in rows]
         grads = []
         for leaf, uses in self.leaves:
             out = wide(uses[0].values[-1][:0]).new_zeros(uses[0].plane)
@@ -70,11 +115,11 @@ class Derived:
     def _back(
         self, leaves: Sequence[Leaf], grads: Sequence[Tensor], batched: bool
     ) -> list[Tensor | None]:
-        metas = [leaf.place[0]._input_metadata[leaf.place[1]] for leaf in leaves]
-        grads = [g.to(meta.dtype) for g, meta in zip(grads, metas, strict=True)]
+        grads = [g.to(meta.dtype) for g, meta in zip(grads, metas_of(leaves), strict=True)]
         edges = [GradientEdge(*leaf.place) for leaf in leaves]
+        nodes = functions(leaf.place[0] for leaf in leaves) if batched else []
         try:
-            return list(vjps(edges, self.parameters, grads, batched))
+            return list(vjps(edges, self.parameters, grads, batched, nodes))
         except RuntimeError as error:
             why = misused(error)
             if why is None:
@@ -82,24 +127,42 @@ class Derived:
             raise InputError(why) from error
 
 
+def metas_of(leaves: Sequence[Leaf]) -> list[Any]:
+    """Of each leaf, its dtype and the like."""
+    found = []
+    for leaf in leaves:
+        node, nr = leaf.place
+        variable = getattr(node, "variable", None)
+        found.append(node._input_metadata[nr] if variable is None else variable)
+    return found
+
+
 def vjps(
-    outputs: Sequence[Any], inputs: Sequence[Any], grads: Sequence[Tensor], batched: bool
+    outputs: Sequence[Any],
+    inputs: Sequence[Any],
+    grads: Sequence[Tensor],
+    batched: bool,
+    nodes: Sequence[Any] = (),
 ) -> Sequence[Tensor | None]:
-    """autograd.grad, with a leading dimension of vectors if `batched`; the graph stays."""
+    """autograd.grad, with a leading dimension of vectors if `batched`; the graph stays.
+
+    nodes: Functions on the way, which keep what they kept, vector by vector.
+    """
     options = {"retain_graph": True, "allow_unused": True}
     if not batched:
         return torch.autograd.grad(outputs, inputs, grads, **options)
-    try:
-        return torch.autograd.grad(outputs, inputs, grads, is_grads_batched=True, **options)
-    except RuntimeError:  # an operation that vmap cannot batch
-        each = [
-            torch.autograd.grad(outputs, inputs, [g[i] for g in grads], **options)
-            for i in range(len(grads[0]))
-        ]
-        return [
-            None if g[0] is None else torch.stack([part.to_dense() for part in g])
-            for g in zip(*each, strict=True)
-        ]
+    with as_before(nodes) as kept:
+        try:
+            return torch.autograd.grad(outputs, inputs, grads, is_grads_batched=True, **options)
+        except RuntimeError:  # an operation that vmap cannot batch
+            each = []
+            for i in range(len(grads[0])):
+                kept.put_back()
+                each.append(torch.autograd.grad(outputs, inputs, [g[i] for g in grads], **options))
+            return [
+                None if g[0] is None else torch.stack([part.to_dense() for part in g])
+                for g in zip(*each, strict=True)
+            ]
 
 
 def unmixed(like: Tensor) -> AbstractContextManager:

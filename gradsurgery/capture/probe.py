@@ -2,44 +2,70 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.kept import as_before, is_function
 from gradsurgery.capture.layout import Layout, compress, constant
+from gradsurgery.capture.recomputed import read_again
 from gradsurgery.capture.rules import SHARED, Answer, Shape
-from gradsurgery.errors import NonFiniteError
+from gradsurgery.errors import InputError, NonFiniteError
+
+_SIZES = (1.0, 2.0**-8, 2.0**-16)  # of what is asked with: 16 bits overflow soon
 
 
 def call(node: Any, grads: Sequence[Tensor | None], *, summed: bool = True) -> list[Tensor | None]:
     """A node's backward for the gradients of its outputs: one gradient for each edge.
 
-    They are as autograd hands them on, but dense; `summed` over what was broadcast.
+    They are as autograd hands them on, but dense; `summed` over what was broadcast. What the node
+    keeps is afterwards what it was.
     """
-    if hasattr(node, "apply"):  # a torch.autograd.Function, which has answers for what is no Tensor
-        given = [
-            torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device) if g is None else g
-            for g, meta in zip(grads, node._input_metadata, strict=True)
-        ]
-        answer = node.apply(*given)
-        answer = answer if isinstance(answer, tuple) else (answer,)
-        wanted = (a for a, needed in zip(answer, node.needs_input_grad, strict=False) if needed)
-        found = [None if child is None else next(wanted) for child, _ in node.next_functions]
+    read_again([node])
+    if is_function(node):
+        with as_before([node]), _drawn_again(grads):
+            found = [None if g is None else g.clone() for g in _applied(node, grads)]
+    elif hasattr(node, "apply"):
+        found = _applied(node, grads)
     else:
         answer = node(*grads)
         found = list(answer if isinstance(answer, tuple) else (answer,))
     for k, (child, nr) in enumerate(node.next_functions):
-        grad = found[k]
-        if child is None or grad is None:
-            continue
-        variable = getattr(child, "variable", None)
-        like = child._input_metadata[nr] if variable is None else variable
-        grad = grad.to_dense() if grad.layout != torch.strided else grad
-        grad = grad.real if grad.is_complex() and not like.dtype.is_complex else grad
-        shape = tuple(like.shape)
-        found[k] = grad.sum_to_size(shape) if summed and grad.shape != shape else grad
+        if child is not None:
+            found[k] = dense(found[k], child, nr, summed)
     return found
+
+
+def dense(grad: Tensor | None, child: Any, nr: int, summed: bool = True) -> Tensor | None:
+    """A gradient as the node `child` takes it for its output `nr`, but dense."""
+    if grad is None:
+        return None
+    variable = getattr(child, "variable", None)
+    like = child._input_metadata[nr] if variable is None else variable
+    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    grad = grad.real if grad.is_complex() and not like.dtype.is_complex else grad
+    shape = tuple(like.shape)
+    return grad.sum_to_size(shape) if summed and grad.shape != shape else grad
+
+
+def _applied(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of a torch.autograd.Function, which has answers for what is no Tensor too."""
+    given = [
+        torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device) if g is None else g
+        for g, meta in zip(grads, node._input_metadata, strict=True)
+    ]
+    answer = node.apply(*given)
+    answer = answer if isinstance(answer, tuple) else (answer,)
+    wanted = (a for a, needed in zip(answer, node.needs_input_grad, strict=False) if needed)
+    return [None if child is None else next(wanted) for child, _ in node.next_functions]
+
+
+def _drawn_again(grads: Sequence[Tensor | None]) -> AbstractContextManager:
+    """Random numbers that a Function draws are drawn again by whoever draws next."""
+    devices = {g.device for g in grads if g is not None and g.is_cuda}
+    return torch.random.fork_rng(sorted(d.index or 0 for d in devices))
 
 
 def probe(
@@ -47,29 +73,16 @@ def probe(
 ) -> list[Answer]:
     """The layouts that the operation's own backward shows, for any operation.
 
-    It is linear: an element of an input's gradient that depends on one row only is the same
-    whether the other rows' gradients are there or not, and zero without that row's. Rows are told
-    apart by the bits of their numbers, one call for each.
+    An element of an input's gradient that depends on one row only is the same whether the other
+    rows' gradients are there or not, and zero without that row's. Rows are told apart by the bits
+    of their numbers, one call for each.
+
+    Raises:
+        InputError: a backward that does not answer the same when it is asked again.
+        NonFiniteError: gradients that are not finite however small what they are asked with.
     """
-    generator = torch.Generator().manual_seed(0)
-    grads: list[Tensor | None] = []
-    ids: list[Tensor | None] = []
-    for nr, meta in enumerate(node._input_metadata):
-        layout = outs.get(nr)
-        if layout is None:
-            grads.append(None)
-            ids.append(None)
-            continue
-        shape = tuple(meta.shape)
-        numbers = layout.elements(shape).to(meta.device)
-        grad = torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0
-        if meta.dtype.is_complex:
-            other = torch.randn(shape, generator=generator, dtype=torch.float64) + 3.0
-            grad = torch.complex(grad, other)  # or an operation on one part would seem to pass none
-        grads.append((grad.to(meta.dtype).to(meta.device)).masked_fill(numbers < 0, 0))
-        ids.append(numbers)
     with torch.no_grad():
-        whole = [None if g is None else g.detach().clone() for g in call(node, grads)]
+        grads, ids, whole = _whole(node, outs)
         known = [None if g is None else g.isfinite() for g in whole]
         rows = [
             torch.zeros(() if g is None else g.shape, dtype=torch.int64, device="cpu")
@@ -86,9 +99,13 @@ def probe(
                 if not separate[k] or ins[k] is None or full is None or finite is None:
                     continue
                 part = torch.zeros_like(full) if part is None else part
-                there = (part - full).abs() <= _roundings(full.dtype) * full.abs()
+                there = same(part, full)
                 separate[k] = bool((there | (part == 0) | ~finite).all())
                 rows[k] |= (there & (full != 0)).cpu().long() << bit
+        if may_keep(node):
+            again = call(node, grads)
+            if not all(steady(a, b) for a, b in zip(again, whole, strict=True)):
+                raise InputError(unsteady(node.name()))
     answers: list[Answer] = []
     for k, shape in enumerate(ins):
         full, finite = whole[k], known[k]
@@ -106,6 +123,71 @@ def probe(
                 raise NonFiniteError(f"{node.name()}: its gradient is not finite")
             answers.append(answer)
     return answers
+
+
+def steady(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two answers to the same question agree."""
+    if a is None or b is None:
+        return a is b
+    return bool((same(a, b) | ~(a.isfinite() & b.isfinite())).all())
+
+
+def unsteady(name: str) -> str:
+    return (
+        f"{name}: its backward gives another answer each time it is called, so it cannot be asked "
+        "which rows its gradients belong to. Have it compute one loss a sample, a scalar, which is "
+        "never asked, or make it depend on its arguments alone"
+    )
+
+
+def _questions(
+    node: Any, outs: dict[int, Layout], size: float
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of the outputs, random and of this size, and the rows of their elements."""
+    generator = torch.Generator().manual_seed(0)
+    grads: list[Tensor | None] = []
+    ids: list[Tensor | None] = []
+    for nr, meta in enumerate(node._input_metadata):
+        layout = outs.get(nr)
+        if layout is None:
+            grads.append(None)
+            ids.append(None)
+            continue
+        shape = tuple(meta.shape)
+        numbers = layout.elements(shape).to(meta.device)
+        grad = torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0
+        if meta.dtype.is_complex:
+            other = torch.randn(shape, generator=generator, dtype=torch.float64) + 3.0
+            grad = torch.complex(grad, other)  # or an operation on one part would seem to pass none
+        grad = (size * grad).to(meta.dtype).to(meta.device)
+        grads.append(grad.masked_fill(numbers < 0, 0))
+        ids.append(numbers)
+    return grads, ids
+
+
+def _whole(
+    node: Any, outs: dict[int, Layout]
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """Questions as large as can be answered, with their rows and the answers."""
+    first = None
+    for size in _SIZES:
+        grads, ids = _questions(node, outs, size)
+        whole = [None if g is None else g.detach().clone() for g in call(node, grads)]
+        first = first or (grads, ids, whole)
+        if all(g is None or bool(g.isfinite().all()) for g in whole):
+            return grads, ids, whole
+    assert first is not None
+    return first
+
+
+def may_keep(node: Any) -> bool:
+    """Whether an operation is somebody's own, which may keep what is seen nowhere."""
+    return is_function(node) or "CppNode" in node.name()
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two sums of the same numbers are equal, up to the order of their terms."""
+    return (a - b).abs() <= _roundings(b.dtype) * b.abs()
 
 
 def _roundings(dtype: torch.dtype) -> float:

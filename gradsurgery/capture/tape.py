@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from gradsurgery.capture.factored import FactoredJacobian, Graph
 from gradsurgery.capture.found import Found
+from gradsurgery.capture.hooks import Clock
 from gradsurgery.capture.leaves import unmixed
+from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.trace import misused
 from gradsurgery.capture.uses import Use, numbers
 from gradsurgery.errors import InputError, NonFiniteError
@@ -24,6 +26,7 @@ class Tape:
     def __init__(self, model: nn.Module, named: dict[str, nn.Parameter], coupled: str) -> None:
         self.model, self.coupled = model, coupled
         self.names, self.parameters = list(named), list(named.values())
+        self.clock = Clock.now()
 
     def jacobian(
         self,
@@ -61,7 +64,7 @@ class Tape:
             flat, into = flat[rows >= 0], rows[rows >= 0]
         summed = flat.new_zeros(m).index_add_(0, into.to(flat.device), flat)
         uses: list[list[Use]] = [[] for _ in self.parameters]
-        found = Found(self, losses, uses)
+        found, kept = Found(self, losses, uses), None
         if m > 0:
             finite = summed.isfinite()
             if not bool(finite.all()):
@@ -69,13 +72,15 @@ class Tape:
                 raise NonFiniteError(f"losses: row {row} is not finite: {float(summed[row])}")
             try:
                 with unmixed(losses):
-                    found.run(rows, retain_graph or combine == "backward")
-            except RuntimeError as error:
-                why = misused(error)
+                    kept = found.run(rows, retain_graph, weighted=combine == "backward")
+            except InputError:
+                raise
+            except Exception as error:
+                why = refusal(error, losses) or misused(error)
                 if why is None:
                     raise
                 raise InputError(why) from error
-        graph = Graph(losses, rows) if combine == "backward" else None
+        graph = Graph(losses, rows, kept) if combine == "backward" else None
         return FactoredJacobian(
             list(self.names), list(self.parameters), m, summed, uses, found.derived, graph
         )

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gradsurgery.capture.graph import Place, ordered, under
-from gradsurgery.capture.layout import Layout, merge
+from gradsurgery.capture.kept import is_function
+from gradsurgery.capture.layout import Layout, constant, merge
 from gradsurgery.capture.probe import probe
 from gradsurgery.capture.rules import COUPLED, MANY, OPAQUE, RULES, base_name
 from gradsurgery.capture.views import resolve, shape_of
@@ -66,6 +67,8 @@ class Trace:
 
     leaves: list[Leaf] = field(default_factory=list)
     direct: list[Direct] = field(default_factory=list)
+    # operations that samples went through, losses first, and the layouts of their outputs
+    sampled: dict[Any, dict[int, Layout]] = field(default_factory=dict)
     # why some parameters have no rows of their own: which parameters
     mixed: dict[Mixing, list[nn.Parameter]] = field(default_factory=dict)
 
@@ -101,7 +104,6 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
 
     found = Trace()
     arrivals: dict[Place, list[tuple[Meeting | None, Layout | str]]] = {place: [(None, layout)]}
-    sampled: set[Any] = set()
     shapes: dict[Any, Sequence[tuple[int, ...]]] = {}
     for node in useful:
         variable = variables.get(node)
@@ -127,8 +129,11 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
             arrived = arrivals.pop((node, nr), None)
             if arrived is None:
                 continue
-            came = [meeting for meeting, _ in arrived if meeting is not None]
             whole = _agreed([answer for _, answer in arrived], shape)
+            if whole is None and variable is None:
+                arrived = [_not_assumed(each, shapes, useful, count) for each in arrived]
+                whole = _agreed([answer for _, answer in arrived], shape)
+            came = [meeting for meeting, _ in arrived if meeting is not None]
             if whole is not None and not (whole.constant and _own(arrived, (node, nr))):
                 outs[nr] = whole
             else:
@@ -145,7 +150,7 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
         if variable is not None:
             found.direct.append(Direct(variable, (node, 0), outs[0], came))
             continue
-        sampled.add(node)
+        found.sampled[node] = outs
         ins = [shapes[child][nr] if child in useful else None for child, nr in following]
         for k, answer in enumerate(answers_of(node, outs, shapes[node], ins, count)):
             if isinstance(answer, Layout) and answer.empty:
@@ -154,7 +159,7 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
                 child, nr = following[k]
                 meeting = Meeting(node, k, outs, answer if isinstance(answer, Layout) else None)
                 arrivals.setdefault((child, nr), []).append((meeting, answer))
-    _set_apart_coupled(found, sampled)
+    _set_apart_coupled(found)
     _share_direct(found)
     return found
 
@@ -192,9 +197,40 @@ def answers_of(
     if rule is not None:
         answers = (list(rule(node, outs, shapes, ins)) + answers)[: len(ins)]
     if any(s is not None and a is None for s, a in zip(ins, answers, strict=True)):
-        asked = _asked(node, outs, ins, count)
+        row = _assumed(node, outs)
+        asked = [row] * len(ins) if row is not None else _asked(node, outs, ins, count)
         answers = [b if a is None else a for a, b in zip(answers, asked, strict=True)]
     return answers
+
+
+def _assumed(node: Any, outs: dict[int, Layout]) -> Layout | None:
+    """The answer of a Function whose outputs are all of one row: so are its inputs' gradients.
+
+    Functions are not to be called more often than needed: who knows what they keep.
+    """
+    if not is_function(node):
+        return None
+    rows = {int(row) for layout in outs.values() for row in layout.rows} - {-1}
+    return constant(rows.pop()) if len(rows) == 1 else None
+
+
+def _not_assumed(
+    arrived: tuple["Meeting | None", Layout | str],
+    shapes: dict[Any, Sequence[tuple[int, ...]]],
+    useful: set[Any],
+    count: int,
+) -> tuple["Meeting | None", Layout | str]:
+    """Where rows seem to meet, a Function is asked all the same: it may use one sample of many."""
+    meeting, _ = arrived
+    if meeting is None or _assumed(meeting.node, meeting.outs) is None:
+        return arrived
+    ins = [
+        shapes[child][nr] if child in useful else None for child, nr in meeting.node.next_functions
+    ]
+    asked = _asked(meeting.node, meeting.outs, ins, count)[meeting.k]
+    if not isinstance(asked, Layout):
+        return arrived
+    return Meeting(meeting.node, meeting.k, meeting.outs, asked), asked
 
 
 def _asked(
@@ -225,12 +261,12 @@ def misused(error: Exception) -> str | None:
     return None
 
 
-def _set_apart_coupled(found: Trace, sampled: set[Any]) -> None:
+def _set_apart_coupled(found: Trace) -> None:
     """A tensor that rows share, computed from what belongs to single rows, couples the rows."""
     kept = []
     for leaf in found.leaves:
         nodes, parameters = leaf.below
-        if not leaf.coupled and nodes.isdisjoint(sampled):
+        if not leaf.coupled and nodes.isdisjoint(found.sampled):
             kept.append(leaf)
             continue
         operations = sorted({meeting.node.name() for meeting in leaf.meetings})

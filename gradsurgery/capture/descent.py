@@ -1,0 +1,187 @@
+"""Backward passes by autograd's engine, from the losses down to where parameters meet samples."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from gradsurgery.capture.graph import Place, roots, under
+from gradsurgery.capture.hooks import (
+    Sampled,
+    Watch,
+    bending,
+    bits,
+    culprit,
+    linear,
+    mixing,
+    scale_of,
+)
+from gradsurgery.capture.kept import Kept, as_before, is_function
+from gradsurgery.errors import InputError
+
+MODULE_HOOKS = {"BackwardHookFunctionBackward"}  # torch's own, which only pass on
+
+
+class Arrived(NamedTuple):
+    """What a pass brought."""
+
+    grads: dict[Place, Tensor | None]  # of outputs, as the nodes below take them
+    handed: Mapping[Any, Sequence[Tensor | None]]  # what some nodes gave, edge by edge
+
+
+class Mixed(Exception):
+    """A hook has rows depend on one another."""
+
+    def __init__(self, name: str, place: Place) -> None:
+        super().__init__(name)
+        self.name, self.place = name, place
+
+
+class Descent:
+    """One pass, and those that ask whether it can be trusted.
+
+    Args:
+        losses: where it starts.
+        places: whose gradients are wanted.
+        below: tensors just below nodes that have to be called.
+        handing: nodes whose gradients are wanted as they give them.
+        watched: all nodes between, where hooks may be; None where there are none.
+        weighted: where passes of weighted losses will follow, what these must find as it was.
+    """
+
+    def __init__(
+        self,
+        losses: Tensor,
+        places: Iterable[Place],
+        *,
+        below: Iterable[Place] = (),
+        handing: Iterable[Any] = (),
+        watched: Sampled | None = None,
+        weighted: Kept | None = None,
+    ) -> None:
+        self.losses, self.root = losses, roots(losses)
+        self.places, self.below = list(places), list(below)
+        self.handing = list(handing)
+        self.watched, self.weighted = watched, weighted
+        self.functions = [node for node in watched or () if is_function(node)]
+
+    def run(self, rows: Tensor, model: nn.Module, retain_graph: bool) -> Arrived:
+        """The gradients, for the sum of all losses that have a row.
+
+        rows: [numel] of each loss; -1 for none.
+
+        Raises:
+            Mixed: a hook that has rows depend on one another.
+            InputError: what is not linear, where it has to be.
+        """
+        outputs = (rows >= 0).to(self.losses.dtype).view(self.losses.shape).to(self.losses.device)
+        if self.watched is None:
+            return self._pass(outputs, retain_graph)[0]
+        before = Kept(self.functions)
+        arrived, full = self._pass(outputs, True)
+        full.kept_apart(before)
+        grads = dict(zip(arrived.grads, before.owned(arrived.grads.values()), strict=True))
+        handed = {node: before.owned(given) for node, given in arrived.handed.items()}
+        arrived = Arrived(grads, handed)
+        hooked = self._hooked(full)
+        if hooked or self.weighted is not None:
+            with as_before(self.functions):
+
+                def again(outputs: Tensor) -> tuple[Arrived, Watch]:
+                    before.put_back()
+                    return self._pass(outputs, True)
+
+                if hooked:
+                    self._ask_for_rows(full, rows, outputs, model, again)
+                if self.weighted is not None:
+                    self._ask_for_linearity(full, arrived, outputs, model, again)
+                    self.weighted.note_changes()
+        return arrived
+
+    def _hooked(self, full: Watch) -> bool:
+        met = {node for node, _ in self.places}
+        for hook in full.hooks:
+            if hook.nr is None and hook.node in met and hook.node.name() not in MODULE_HOOKS:
+                raise InputError(
+                    f"{hook.node.name()} has a hook of its own, by grad_fn.register_hook, which "
+                    "may change what its parameters get; hook the tensor, by Tensor.register_hook"
+                )
+        return bool(full.hooks)
+
+    def _pass(self, outputs: Tensor, retain_graph: bool) -> tuple[Arrived, Any]:
+        handed: dict[Any, Sequence[Tensor | None]] = {}
+        found: dict[Place, Tensor | None] = {}
+        edges = dict.fromkeys([*self.places, *self.below])
+        with ExitStack() as stack:
+            watch = None
+            if self.watched is not None:
+                outputs = outputs.clone()  # a hook may write to it
+                watch = stack.enter_context(Watch(self.watched, self.root, outputs))
+            for node in self.handing:
+                handle = node.register_hook(
+                    lambda grads, _, node=node: handed.__setitem__(node, grads)
+                )
+                stack.callback(handle.remove)
+            grads = torch.autograd.grad(
+                self.losses,
+                [GradientEdge(*place) for place in edges],
+                outputs,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        found.update(zip(edges, grads, strict=True))
+        if watch is not None:
+            for node, nr in self.places:
+                if node in watch.taken:  # after its hooks: autograd's own are from before them
+                    found[node, nr] = watch.taken[node][nr]
+        return Arrived(found, handed), watch
+
+    def _ask_for_rows(
+        self,
+        full: Watch,
+        rows: Tensor,
+        outputs: Tensor,
+        model: nn.Module,
+        again: Callable[[Tensor], tuple[Arrived, Watch]],
+    ) -> None:
+        for bit in range(bits(int(rows.max()) + 1)):
+
+            def inside(numbers: Tensor, bit: int = bit) -> Tensor:
+                return (numbers >> bit) & 1 == 1
+
+            mask = inside(rows).view(outputs.shape).to(outputs.device)
+            _, masked = again(outputs * mask)
+            found = mixing(full, masked, inside)
+            if found is not None:
+                raise Mixed(culprit(full, found, model), (found.node, found.nr))
+
+    def _ask_for_linearity(
+        self,
+        full: Watch,
+        arrived: Arrived,
+        outputs: Tensor,
+        model: nn.Module,
+        again: Callable[[Tensor], tuple[Arrived, Watch]],
+    ) -> None:
+        scale = scale_of(self.losses.dtype)
+        for factor in (-scale, 1 / scale):
+            below, scaled = again(outputs * factor)
+            found = bending(full, scaled, factor)
+            if found is not None:
+                raise InputError(not_linear(culprit(full, found, model)))
+            for place in self.below:
+                whole, part = arrived.grads[place], below.grads[place]
+                if whole is not None and part is not None and not linear(whole, part, factor):
+                    below_it = {id(p) for p in under(place)[1]}
+                    names = [n for n, p in model.named_parameters() if id(p) in below_it]
+                    raise InputError(not_linear(f"what {', '.join(names)} passes through"))
+
+
+def not_linear(name: str) -> str:
+    return (
+        f"{name} is not linear in its gradient, so a backward pass of weighted losses does not "
+        "give the weighted sum of their rows; use combine='stored'"
+    )

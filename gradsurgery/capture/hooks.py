@@ -1,0 +1,232 @@
+"""Hooks between the losses and the parameters, asked like operations where they change a gradient.
+
+Nothing tells from outside which tensors have hooks. But whoever registers one makes a handle, and
+handles and nodes are counted: where none was made since the tape began, there is no hook. Else the
+pass is watched. A hook that changed no gradient is an observer, called as often as by any backward
+pass. One that did is asked: what it makes of a row's gradient must be the same without the others.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
+from torch.nn.modules._functions import BackwardHookFunction
+from torch.utils.hooks import BackwardHook, RemovableHandle
+
+from gradsurgery.capture.graph import Place
+from gradsurgery.capture.kept import Kept
+from gradsurgery.capture.layout import Layout
+
+Sampled = dict[Any, dict[int, Layout]]  # operations, losses first: the layouts of their outputs
+# how much smaller and larger losses are made to see whether all below is linear in them
+SCALES = {torch.float16: 2.0**4, torch.float64: 2.0**200}
+
+
+class Clock(NamedTuple):
+    """How many handles there were, and how many nodes this thread had made."""
+
+    handles: int
+    nodes: int
+
+    @classmethod
+    def now(cls) -> "Clock":
+        return cls(RemovableHandle.next_id, _get_sequence_nr())
+
+    def may_be_hooked(self, nodes: Iterable[Any]) -> bool:
+        """Whether a hook can be on any of these, in a graph made since then."""
+        if RemovableHandle.next_id != self.handles:
+            return True
+        return any(node._sequence_nr() < self.nodes for node in nodes)
+
+
+class Hook(NamedTuple):
+    """What changed a gradient: at the output `nr` of a node, or in what the node gave."""
+
+    node: Any
+    nr: int | None
+    functions: Sequence[Callable]
+
+
+class Watch:
+    """Sees what every node takes and gives in a backward pass, after all hooks; for one pass."""
+
+    def __init__(self, sampled: Sampled, root: Place, outputs: Tensor) -> None:
+        self.sampled = sampled
+        self.taken: dict[Any, Sequence[Tensor | None]] = {}
+        self._came: dict[Place, list[tuple[Tensor, int]]] = {root: [(outputs, outputs._version)]}
+        self._gave: dict[Any, Sequence[Tensor | None]] = {}
+        self._before: dict[Any, Sequence[Callable]] = {}  # hooks of others on nodes
+        self._after: dict[Any, Sequence[Callable]] = {}
+        self._handles: list[RemovableHandle] = []
+        self.hooks: list[Hook] = []  # that changed a gradient, losses first
+
+    def __enter__(self) -> "Watch":
+        for node in self.sampled:
+            take, give = partial(self._take, node), partial(self._give, node)
+            for register, mine, others in (
+                (node.register_prehook, take, self._before),
+                (node.register_hook, give, self._after),
+            ):
+                handle = register(mine)
+                self._handles.append(handle)
+                hooks = handle.hooks_dict_ref() or {}
+                others[node] = [hook for hook in hooks.values() if hook is not mine]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _take(self, node: Any, grads: Sequence[Tensor | None]) -> None:
+        self.taken[node] = grads
+
+    def _give(self, node: Any, grads: Sequence[Tensor | None], _: object) -> None:
+        if self._after[node]:
+            self._gave[node] = grads
+        for place, grad in zip(node.next_functions, grads, strict=True):
+            if grad is not None and place[0] in self.sampled:
+                self._came.setdefault(place, []).append((grad, grad._version))
+
+    def kept_apart(self, kept: Kept) -> None:
+        """What it saw does not change when what Functions keep is put back."""
+        self.hooks = list(self._hooks())
+        self.taken = {node: kept.owned(grads) for node, grads in self.taken.items()}
+
+    def _hooks(self) -> Iterator[Hook]:
+        """Those that changed a gradient, losses first."""
+        for node, taken in self.taken.items():
+            for nr, grad in enumerate(taken):
+                came = self._came.get((node, nr))
+                if grad is not None and came and _changed(came, grad):
+                    yield Hook(node, nr, self._before[node])
+            # what an operation would have given cannot be known; such a one gives what it takes
+            if self._after[node] and not (
+                _passes_on(node)
+                and all(a is b for a, b in zip(self._gave.get(node, taken), taken, strict=True))
+            ):
+                yield Hook(node, None, self._after[node])
+
+
+def _passes_on(node: Any) -> bool:
+    return type(node) is BackwardHookFunction._backward_cls
+
+
+def _changed(came: list[tuple[Tensor, int]], grad: Tensor) -> bool:
+    """Whether a gradient is no longer the sum of what came."""
+    first, version = came[0]
+    if len(came) == 1:  # what a hook returned is another tensor, though its values be the same
+        return grad is not first or grad._version != version
+    total = first.to(grad.dtype)
+    size = total.abs()
+    for other, _ in came[1:]:
+        total, size = total + other, size + other.abs()
+    near = (grad - total).abs() <= 4 * len(came) * torch.finfo(grad.dtype).eps * size
+    return not bool((near | (grad == total) | (grad.isnan() & total.isnan())).all())
+
+
+class Difference(NamedTuple):
+    """Where a pass took another gradient than expected."""
+
+    node: Any
+    nr: int
+
+
+def mixing(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> Difference | None:
+    """The first place where rows depend on others, from a pass of some rows alone.
+
+    inside: of row numbers, whether the masked pass had them.
+    """
+    for node, outs in full.sampled.items():
+        for nr, layout in outs.items():
+            whole, part = _at(full, node, nr), _at(masked, node, nr)
+            if whole is None or part is None:
+                continue
+            rows = layout.elements(tuple(whole.shape)).to(whole.device)
+            mine = inside(rows) & (rows >= 0)
+            size = whole.abs()
+            sizes = size.new_zeros(int(rows.max()) + 2 if rows.numel() else 1)
+            sizes.scatter_reduce_(0, (rows + 1).flatten(), size.flatten(), "amax")
+            near = (part - whole).abs() <= _roundings(whole) * sizes[rows + 1]
+            none = ~part.isfinite()  # 0 / 0, where a hook divides by what a sample has not
+            fine = torch.where(mine, near | (none & ~whole.isfinite()), (part == 0) | none)
+            if not bool(fine.all()):
+                return Difference(node, nr)
+    return None
+
+
+def bending(full: Watch, scaled: Watch, factor: float) -> Difference | None:
+    """The first place that is not linear, from a pass of all losses times a factor."""
+    for node, outs in full.sampled.items():
+        for nr in outs:
+            whole, part = _at(full, node, nr), _at(scaled, node, nr)
+            if whole is not None and part is not None and not linear(whole, part, factor):
+                return Difference(node, nr)
+    return None
+
+
+def linear(whole: Tensor, scaled: Tensor, factor: float) -> bool:
+    """Whether one is the other times a factor, as far as both can be known."""
+    expected = whole * factor
+    known = expected.isfinite() & scaled.isfinite()
+    if not bool(known.any()):
+        return True
+    away = torch.where(known, (scaled - expected).abs(), 0)
+    size = torch.where(known, expected.abs(), 0).max()
+    return bool((away <= _roundings(whole) * size + torch.finfo(whole.dtype).tiny).all())
+
+
+def _at(watch: Watch, node: Any, nr: int) -> Tensor | None:
+    taken = watch.taken.get(node)
+    return None if taken is None else taken[nr]
+
+
+def _roundings(like: Tensor) -> float:
+    return 64 * torch.finfo(like.dtype).eps
+
+
+def scale_of(dtype: torch.dtype) -> float:
+    return SCALES.get(dtype, 2.0**40)
+
+
+def culprit(full: Watch, difference: Difference, model: nn.Module) -> str:
+    """The name of the hook, or of the operation, that is the reason of a difference."""
+    order = {node: k for k, node in enumerate(full.sampled)}
+    last = order[difference.node]
+    above = [hook for hook in full.hooks if order[hook.node] <= last]
+    above = [hook for hook in above if hook.node is not difference.node or hook.nr is not None]
+    if not above:
+        gave = [
+            node
+            for node in full.sampled
+            if (difference.node, difference.nr) in list(node.next_functions)
+        ]
+        return ", ".join(sorted({node.name() for node in gave})) or difference.node.name()
+    return named(max(above, key=lambda hook: order[hook.node]), model)
+
+
+def named(hook: Hook, model: nn.Module) -> str:
+    module = next(filter(None, map(_module_of, hook.functions)), None)
+    if module is not None:
+        known = {id(m): name for name, m in model.named_modules()}
+        name = known.get(id(module), "")
+        return f"the backward hook of {name or 'the model'} ({type(module).__name__})"
+    if hook.nr is None:
+        return f"a hook on {hook.node.name()}"
+    shape = list(hook.node._input_metadata[hook.nr].shape)
+    return f"a hook on the output of {hook.node.name()}, {shape}"
+
+
+def _module_of(function: Callable) -> nn.Module | None:
+    """The module that torch registered a hook for."""
+    for cell in getattr(function, "__closure__", None) or ():
+        if isinstance(cell.cell_contents, BackwardHook):
+            return cell.cell_contents.module
+    return None
+
+
+def bits(count: int) -> int:
+    return max(1, math.ceil(math.log2(max(count, 2))))

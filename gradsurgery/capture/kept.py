@@ -1,0 +1,203 @@
+"""What a torch.autograd.Function keeps for its backward pass, put back after it was asked.
+
+A backward pass may write into what it kept: scale a gradient that the forward pass made, update a
+largest value, count its calls. Autograd calls it once, so whoever calls it more often must leave
+everything as it was.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _unsafe_set_version_counter
+from torch.nn.modules._functions import BackwardHookFunction
+
+from gradsurgery.capture.graph import ordered
+
+DEPTH = 3  # of attributes of attributes that are looked into
+CONTAINERS = (dict, list, set)
+SIMPLE = (bool, int, float, complex, str, type(None), Tensor, *CONTAINERS)
+
+
+def is_function(node: Any) -> bool:
+    """Whether a node is a torch.autograd.Function of somebody's."""
+    return hasattr(node, "apply") and type(node) is not BackwardHookFunction._backward_cls
+
+
+def functions(roots: Iterable[Any]) -> list[Any]:
+    """The torch.autograd.Functions in the graph under some nodes."""
+    found = {node: None for root in roots for node in ordered(root) if is_function(node)}
+    return list(found)
+
+
+@contextmanager
+def as_before(nodes: Iterable[Any]) -> Iterator["Kept"]:
+    """All that these Functions keep is afterwards what it was; `Kept.put_back` does it at once."""
+    kept = Kept(nodes)
+    try:
+        yield kept
+    finally:
+        kept.put_back()
+
+
+class Kept:
+    """Copies of what Functions could change: what they saved, their attributes, those of their
+    class, and variables that their backward uses from around it.
+    """
+
+    def __init__(self, nodes: Iterable[Any]) -> None:
+        self._storages: dict[int, tuple[Any, Tensor]] = {}
+        self._versions: dict[int, tuple[Tensor, int]] = {}
+        self._names: list[tuple[Any, dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._seen: set[int] = set()
+        self._written: set[int] = set()
+        for node in nodes:
+            self._look_at(node)
+
+    def put_back(self) -> None:
+        for owner, before in self._names:
+            _put_names_back(owner, before)
+        for container, before in self._containers:
+            _put_content_back(container, before)
+        with torch.no_grad():
+            for storage, before in self._storages.values():
+                if storage.nbytes() != before.numel():
+                    storage.resize_(before.numel())
+                _bytes(storage).copy_(before)
+        for tensor, version in self._versions.values():
+            _unsafe_set_version_counter((tensor,), (version,))
+
+    def owned(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Gradients, as copies where putting back would change them."""
+        return [
+            g.clone() if g is not None and g.untyped_storage()._cdata in self._storages else g
+            for g in grads
+        ]
+
+    def note_changes(self) -> None:
+        """Remember which memory is not as it was."""
+        self._written |= {
+            key
+            for key, (storage, before) in self._storages.items()
+            if storage.nbytes() != before.numel() or not torch.equal(_bytes(storage), before)
+        }
+        self._written |= {
+            tensor.untyped_storage()._cdata
+            for tensor, version in self._versions.values()
+            if tensor._version != version
+        }
+
+    def forget_the_rest(self) -> None:
+        """Keep only copies of memory that was seen to be changed."""
+        self._storages = {key: self._storages[key] for key in self._written}
+
+    def _look_at(self, node: Any) -> None:
+        if not any(_packed(saved) for saved in node._raw_saved_tensors):
+            with suppress(RuntimeError):  # freed by an earlier pass: calling it will say so
+                for tensor in node.saved_tensors:
+                    self._keep(tensor, DEPTH)
+        self._keep_names(node, vars(node), DEPTH)
+        for kind in type(node)._forward_cls.__mro__:
+            if kind.__module__.partition(".")[0] == "torch":
+                continue
+            names = {k: v for k, v in vars(kind).items() if isinstance(v, SIMPLE) and k[:2] != "__"}
+            self._keep_names(kind, names, DEPTH)
+            backward = getattr(kind, "backward", None)
+            if isinstance(backward, FunctionType):
+                self._keep_surroundings(backward)
+
+    def _keep_surroundings(self, function: FunctionType) -> None:
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                value = cell.cell_contents
+                if isinstance(value, (*SIMPLE, nn.Module)):
+                    self._keep_names(cell, {"cell_contents": value}, DEPTH)
+        known = function.__globals__
+        names = {k: known[k] for k in function.__code__.co_names if k in known}
+        names = {k: v for k, v in names.items() if isinstance(v, SIMPLE)}
+        if names:
+            self._containers.append((known, names))
+            for value in names.values():
+                self._keep(value, DEPTH)
+
+    def _keep_names(self, owner: Any, names: dict[str, Any], depth: int) -> None:
+        self._names.append((owner, dict(names)))
+        for value in names.values():
+            self._keep(value, depth)
+
+    def _keep(self, value: Any, depth: int) -> None:
+        if depth == 0 or id(value) in self._seen:
+            return
+        if isinstance(value, Tensor):
+            self._keep_tensor(value)
+        elif isinstance(value, tuple):
+            for each in value:
+                self._keep(each, depth)
+        elif isinstance(value, CONTAINERS):
+            self._seen.add(id(value))
+            self._containers.append((value, value.copy()))
+            for each in list(value.values() if isinstance(value, dict) else value):
+                self._keep(each, depth - 1)
+        elif isinstance(value, nn.Module) or type(value).__module__.partition(".")[0] not in (
+            "torch",
+            "builtins",
+            "functools",
+        ):
+            names = getattr(value, "__dict__", None)
+            if isinstance(names, dict) and not isinstance(value, (type, FunctionType)):
+                self._seen.add(id(value))
+                self._keep_names(value, names, depth - 1)
+
+    def _keep_tensor(self, tensor: Tensor) -> None:
+        # weights are not what a backward pass writes to, and copies of them would be large
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return
+        if tensor.layout != torch.strided or tensor.is_meta:
+            return
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # a wrapper without memory of its own
+            return
+        if storage._cdata not in self._storages:
+            self._storages[storage._cdata] = storage, _bytes(storage).clone()
+        if not tensor.is_inference():
+            self._versions.setdefault(id(tensor), (tensor, tensor._version))
+
+
+def _packed(saved: Any) -> bool:
+    """Whether a saved tensor is made anew each time it is read, by hooks."""
+    return getattr(saved, "unpack_hook", None) is not None
+
+
+def _bytes(storage: Any) -> Tensor:
+    return torch.zeros(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _put_names_back(owner: Any, before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        if getattr(owner, name, None) is not value:
+            setattr(owner, name, value)
+    if not isinstance(owner, type) and "cell_contents" not in before:
+        for name in [name for name in vars(owner) if name not in before]:
+            delattr(owner, name)
+
+
+def _put_content_back(container: Any, before: Any) -> None:
+    if isinstance(before, list):
+        container[:] = before
+    elif isinstance(before, set):
+        container.clear()
+        container |= before
+    elif container is not before:
+        if len(container) != len(before) and not _is_globals(container):
+            for name in [name for name in container if name not in before]:
+                del container[name]
+        container.update(before)
+
+
+def _is_globals(names: dict) -> bool:
+    return "__name__" in names and "__builtins__" in names

@@ -1,0 +1,343 @@
+"""Backward passes that change what they kept: as from one ordinary backward pass, or refused."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import gradsurgery as gs
+from tests.capture.oracle import BATCH, batch, energy, labels, mlp
+
+X = batch()
+
+
+def rows_of(model, forward):
+    """[m, n], each loss from a graph of its own: what a backward pass changed does not matter."""
+    count = len(forward())
+    return torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(forward()[i], model.parameters())])
+            for i in range(count)
+        ]
+    )
+
+
+def exact(model, forward, *, combine="stored", warns=False):
+    rows = rows_of(model, forward)
+    with gs.tape(model) as tape:
+        losses = forward()
+    if warns:
+        with pytest.warns(UserWarning, match="no rule for"):
+            jacobian = tape.jacobian(losses, combine=combine)
+    else:
+        jacobian = tape.jacobian(losses, combine=combine)
+    torch.testing.assert_close(jacobian.gramian(), rows @ rows.mT)
+    weights = torch.randn(len(rows), dtype=torch.float64)
+    for _ in range(2):
+        update = torch.cat([u.flatten() for u in jacobian.combine(weights)])
+        torch.testing.assert_close(update, weights @ rows)
+    return losses, rows
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Of one sample: the gradient is made forwards and scaled in place backwards."""
+
+    @staticmethod
+    def forward(ctx, logits, label):
+        p = logits.softmax(-1)
+        loss = -p[label].log()
+        p[label] -= 1
+        ctx.grad = p
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.grad.mul_(g), None
+
+
+class FusedLinear(torch.autograd.Function):
+    """The same, of a head's inputs and weight, both gradients made forwards."""
+
+    @staticmethod
+    def forward(ctx, x, weight, label):
+        p = (weight @ x).softmax(-1)
+        loss = -p[label].log()
+        p[label] -= 1
+        ctx.save_for_backward(weight.T @ p, p[:, None] * x)
+        return loss
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return x.mul_(g), weight.mul_(g), None
+
+
+class Scaled(torch.autograd.Function):
+    """Of a batch [B, n]: what it kept is doubled by each call."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(torch.full_like(x, 3.0))
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (factor,) = ctx.saved_tensors
+        out = g * factor
+        factor.mul_(2)
+        return out
+
+
+class Counting(torch.autograd.Function):
+    """Counts calls wherever a Function can: in itself, in its class, in a module, in a closure."""
+
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x, weight, module):
+        ctx.module, ctx.calls = module, 0
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, g):
+        Counting.calls += 1
+        ctx.calls += 1
+        ctx.module.amax.copy_(torch.maximum(ctx.module.amax, g.abs().max()))
+        ctx.module.history.append(float(g.abs().max()))
+        ctx.module.count += 1
+        x, weight = ctx.saved_tensors
+        return g @ weight, g.T @ x, None
+
+
+class Counter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.count, self.history = nn.Parameter(batch(4, 7, seed=3)), 0, []
+        self.register_buffer("amax", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        return Counting.apply(x, self.weight, self)
+
+    def state(self):
+        return Counting.calls, self.count, list(self.history), float(self.amax)
+
+
+@pytest.mark.parametrize("combine", ["stored", "backward"])
+def test_a_gradient_scaled_in_place(combine):
+    model, y = nn.Linear(5, 4).double(), labels()
+    exact(
+        model,
+        lambda: torch.stack([CrossEntropy.apply(a, b) for a, b in zip(model(X), y, strict=True)]),
+        combine=combine,
+    )
+
+
+@pytest.mark.parametrize("combine", ["stored", "backward"])
+def test_gradients_of_a_head_scaled_in_place(combine):
+    model, y = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 4, bias=False)]).double(), labels()
+    exact(
+        model,
+        lambda: torch.stack(
+            [
+                FusedLinear.apply(a, model[1].weight, b)
+                for a, b in zip(model[0](X).tanh(), y, strict=True)
+            ]
+        ),
+        combine=combine,
+    )
+
+
+def test_torch_linear_cross_entropy_in_chunks():
+    """It refuses a second call of its backward."""
+    model, y = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 8, bias=False)]).double(), labels(8, 12)
+    chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    x, y = batch(3, 4, 5), y.view(3, 4)
+    exact(
+        model,
+        lambda: torch.stack(
+            [
+                F.linear_cross_entropy(h, model[1].weight, t, options=chunks)
+                for h, t in zip(model[0](x).tanh(), y, strict=True)
+            ]
+        ),
+    )
+
+
+@pytest.mark.parametrize("combine", ["stored", "backward"])
+def test_saved_tensors_written_to(combine):
+    model = mlp()
+    forward = lambda: energy(model[2](Scaled.apply(model[0](X)).tanh()))  # noqa: E731
+    exact(model, forward, combine=combine)
+
+
+def test_refusing_leaves_everything_as_it_was():
+    model = mlp()
+
+    def forward():
+        return energy(model[2](Scaled.apply(model[0](X)).tanh()))
+
+    with gs.tape(model) as tape:
+        losses = forward()
+    with pytest.raises(gs.InputError, match="computes across samples"):
+        tape.jacobian(losses.softmax(0))
+    want = torch.autograd.grad(forward().sum(), model[0].weight)
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), model[0].weight), want)
+
+
+@pytest.mark.parametrize("where", ["rows of it", "below it"])
+def test_it_is_called_as_often_as_by_a_backward_pass(where):
+    def run(step):
+        Counting.calls = 0
+        torch.manual_seed(0)
+        body, counter = nn.Linear(5, 7).double(), Counter()
+        model = nn.ModuleList([body, counter])
+        counter.weight.requires_grad_(where == "rows of it")
+        step(model, lambda: energy(counter(body(X).tanh())))
+        return counter.state()
+
+    def plain(model, forward):
+        forward().sum().backward()
+
+    def captured(model, forward):
+        with gs.tape(model) as tape:
+            losses = forward()
+        tape.jacobian(losses).gramian()
+
+    with pytest.warns(UserWarning) if where == "rows of it" else nullcontext():
+        found = run(captured)
+    assert found == run(plain)
+
+
+def test_rows_of_a_stateful_operation_without_a_rule():
+    body, counter = nn.Linear(5, 7).double(), Counter()
+    model = nn.ModuleList([body, counter])
+    exact(model, lambda: energy(counter(body(X).tanh())), warns=True)
+
+
+class Restless(torch.autograd.Function):
+    """What it keeps is out of anybody's sight."""
+
+    @staticmethod
+    def forward(ctx, x, memory):
+        ctx.memory = memory
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.memory(), None
+
+
+def test_refused_by_name_where_it_cannot_be_put_back():
+    numbers = iter(range(1, 1000))
+    model = mlp()
+    with gs.tape(model) as tape:
+        losses = energy(model[2](Restless.apply(model[0](X).tanh(), numbers.__next__)))
+    with pytest.raises(gs.InputError, match=r"RestlessBackward: .*another answer"):
+        tape.jacobian(losses)
+
+
+class Noisy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 + torch.rand_like(g))
+
+
+def test_random_numbers_are_drawn_as_by_one_backward_pass():
+    """What it draws while it is asked, it draws again."""
+    model = mlp()
+
+    def forward():
+        return energy(model[2](Noisy.apply(model[0](X).tanh())))
+
+    torch.manual_seed(3)
+    forward().sum().backward()
+    want, drawn = [p.grad.clone() for p in model.parameters()], torch.rand(())
+    torch.manual_seed(3)
+    with gs.tape(model) as tape:
+        losses = forward()
+    update = tape.jacobian(losses).combine(torch.ones(BATCH))
+    torch.testing.assert_close(update, want)
+    assert torch.rand(()) == drawn
+
+
+class Picked(torch.autograd.Function):
+    """One loss of a whole batch's outputs."""
+
+    @staticmethod
+    def forward(ctx, x, i):
+        ctx.save_for_backward(x)
+        ctx.i = i
+        return x[i].square().sum()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        out = torch.zeros_like(x)
+        out[ctx.i] = 2 * x[ctx.i] * g
+        return out, None
+
+
+def test_a_scalar_of_a_whole_batch_is_asked_which_sample_it_used():
+    model = mlp()
+    exact(model, lambda: torch.stack([Picked.apply(model(X), i) for i in range(BATCH)]))
+
+
+class Large(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2.0**14
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2.0**14
+
+
+def test_large_factors_in_float16():
+    """What an operation is asked with does not overflow."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4).half()
+    with gs.tape(model) as tape:
+        losses = Large.apply(model(X.half()) * 2.0**-20).float().square().sum(1)
+    assert tape.jacobian(losses).gramian().diagonal().gt(0).all()
+
+
+class Unit(torch.autograd.Function):
+    """Not linear, but each sample's gradient is by its own norm."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g / (g.norm(dim=1, keepdim=True) + 1e-12)
+
+
+def test_gradients_by_the_norm_of_each_sample():
+    model = mlp()
+
+    def forward():
+        return energy(model[2](Unit.apply(model[0](X).tanh())))
+
+    exact(model, forward)
+    with gs.tape(model) as tape:
+        losses = forward()
+    with pytest.raises(gs.InputError, match=r"UnitBackward is not linear .* combine='stored'"):
+        tape.jacobian(losses, combine="backward")
+
+
+def test_check_says_the_same():
+    model = mlp()
+
+    def loss(model, x):
+        return energy(model[2](Scaled.apply(model[0](x)).tanh()))
+
+    checked = gs.check(model, X, loss=loss)
+    assert checked.exact, checked
