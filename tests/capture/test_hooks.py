@@ -1,0 +1,325 @@
+"""Hooks between the losses and the parameters: exact where they work sample by sample."""
+
+import pytest
+import torch
+from torch import nn
+
+import gradsurgery as gs
+from tests.capture.oracle import BATCH, agrees, batch, energy, mlp
+
+X = batch()
+
+
+def doubled(grad):
+    return 2 * grad
+
+
+def clipped(grad):
+    return grad.clamp(-0.1, 0.1)
+
+
+def per_sample(grad):
+    return grad / (grad.flatten(1).norm(dim=1).view(-1, *[1] * (grad.dim() - 1)) + 1e-12)
+
+
+def in_place(grad):
+    grad.mul_(3)
+
+
+def by_std(grad):
+    return grad / grad.std()
+
+
+def by_norm_in_place(grad):
+    grad.div_(grad.norm())
+
+
+def clipped_by_norm(grad):
+    return grad * min(1.0, 0.1 / float(grad.norm()))
+
+
+def centered(grad):
+    return grad - grad.mean(0)
+
+
+def noisy(grad):
+    return grad + torch.randn_like(grad)
+
+
+def shuffled(grad):
+    return grad.roll(1, 0)
+
+
+OWN = [doubled, clipped, per_sample, in_place]
+MIXING = [by_std, by_norm_in_place, clipped_by_norm, centered, noisy, shuffled]
+
+
+class Hooked(nn.Module):
+    """Three layers, a residual connection, and a hook on the tensor of one name."""
+
+    def __init__(self, where, hook):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.where, self.hook = where, hook
+        self.double()
+
+    def at(self, name, x):
+        if name == self.where:
+            x.register_hook(self.hook)
+        return x
+
+    def forward(self, x):
+        h = self.at("first", self.first(x))
+        h = self.at("residual", h + self.at("middle", self.middle(self.at("tanh", h.tanh()))))
+        return self.at("last", self.last(h))
+
+
+WHERE = ["first", "tanh", "middle", "residual", "last", "losses"]
+
+
+def losses_of(model, x):
+    losses = energy(model(x))
+    return model.at("losses", losses)
+
+
+@pytest.mark.parametrize("hook", OWN)
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("shape", [(BATCH, 5), (BATCH, 3, 5)], ids=["tokens 1", "tokens 3"])
+def test_exact_where_samples_are_apart(hook, where, shape):
+    if where == "losses" and hook is per_sample:
+        hook = doubled
+    model, x = Hooked(where, hook), batch(*shape)
+    agrees(model, lambda: losses_of(model, x))
+
+
+@pytest.mark.parametrize("hook", MIXING)
+@pytest.mark.parametrize("where", WHERE)
+def test_mixing_is_refused_by_name(hook, where):
+    model = Hooked(where, hook)
+    with gs.tape(model) as tape:
+        losses = losses_of(model, X)
+    with pytest.raises(gs.InputError, match=r"a hook on the output of \w+, \[.*\] comp"):
+        tape.jacobian(losses)
+    if hook is noisy:  # no two passes agree
+        return
+    warns = ["a hook on the output of", "a backward pass each"]
+    agrees(model, lambda: losses_of(model, X), coupled="exact", warns=warns)
+
+
+MODULES = {
+    "full": lambda module, hook: module.register_full_backward_hook(
+        lambda module, inputs, outputs: tuple(None if g is None else hook(g) for g in inputs)
+    ),
+    "full pre": lambda module, hook: module.register_full_backward_pre_hook(
+        lambda module, outputs: tuple(hook(g) for g in outputs)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("hook", [doubled, clipped, per_sample])
+def test_module_hooks(kind, place, hook):
+    model = mlp()
+    MODULES[kind](model[place], hook)
+    agrees(model, lambda: energy(model(X)))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("hook", [by_std, clipped_by_norm, centered])
+def test_mixing_module_hooks(kind, hook):
+    model = mlp()
+    MODULES[kind](model[1], hook)
+    with gs.tape(model) as tape:
+        losses = energy(model(X))
+    with pytest.raises(gs.InputError, match=r"the backward hook of 1 \(Tanh\) computes across"):
+        tape.jacobian(losses)
+    info = gs.check(model, X, loss=lambda model, x: energy(model(x)))
+    assert info.refused is not None
+    assert "the backward hook of 1 (Tanh)" in info.refused
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.Mean())
+    with pytest.raises(gs.InputError, match="the backward hook of 1"):
+        surgeon.step(batch=X, loss=lambda model, x: energy(model(x)))
+
+
+def test_a_hook_of_a_node():
+    """One that changes what a layer's parameters get is refused; elsewhere it is like any hook."""
+    model = mlp()
+
+    def forward(place, hook):
+        out = model[0](X)
+        if place == "layer":
+            out.grad_fn.register_hook(hook)
+        out = out.tanh()
+        if place == "tanh":
+            out.grad_fn.register_hook(hook)
+        return energy(model[2](out))
+
+    agrees(model, lambda: forward("tanh", lambda inputs, outputs: (2 * inputs[0],)))
+    with gs.tape(model) as tape:
+        losses = forward("layer", lambda inputs, outputs: None)
+    with pytest.raises(gs.InputError, match=r"AddmmBackward0 has a hook of its own"):
+        tape.jacobian(losses)
+    with gs.tape(model) as tape:
+        losses = forward("tanh", lambda inputs, outputs: (inputs[0] / inputs[0].norm(),))
+    with pytest.raises(gs.InputError, match="a hook on TanhBackward0 computes across samples"):
+        tape.jacobian(losses)
+
+
+def test_observers_are_called_once():
+    """And the rows they saw nothing changed of are as without them."""
+    model, seen = mlp(), []
+    model[1].register_full_backward_hook(lambda *_: seen.append("module"))
+
+    def forward():
+        hidden = model[1](model[0](X))
+        hidden.register_hook(lambda grad: seen.append("tensor"))
+        hidden.retain_grad()
+        return energy(model[2](hidden))
+
+    with gs.tape(model) as tape:
+        losses = forward()
+    tape.jacobian(losses).gramian()
+    assert sorted(seen) == ["module", "tensor"]
+
+
+def test_a_hook_made_after_the_tape():
+    model = mlp()
+    with gs.tape(model) as tape:
+        hidden = model[0](X)
+        losses = energy(model[2](hidden.tanh()))
+    hidden.register_hook(doubled)
+    rows = [torch.autograd.grad(loss, model[0].bias, retain_graph=True)[0] for loss in losses]
+    gram = tape.jacobian(losses).gramian(per="tensor")[1]
+    torch.testing.assert_close(gram, torch.stack(rows) @ torch.stack(rows).T)
+
+
+def test_a_hook_made_before_the_tape():
+    model = mlp()
+    hidden = model[0](X)
+    hidden.register_hook(doubled)
+    with gs.tape(model) as tape:
+        losses = energy(model[2](hidden.tanh()))
+    rows = [torch.autograd.grad(loss, model[0].bias, retain_graph=True)[0] for loss in losses]
+    gram = tape.jacobian(losses).gramian(per="tensor")[1]
+    torch.testing.assert_close(gram, torch.stack(rows) @ torch.stack(rows).T)
+
+
+# not linear
+
+
+@pytest.mark.parametrize("hook", [clipped, per_sample])
+def test_weighted_losses_need_what_is_linear(hook):
+    model = Hooked("tanh", hook)
+    with gs.tape(model) as tape:
+        losses = losses_of(model, X)
+    with pytest.raises(gs.InputError, match=r"TanhBackward0, \[6, 5\] is not linear .*'stored'"):
+        tape.jacobian(losses, combine="backward")
+    agrees_backward(Hooked("tanh", doubled))
+
+
+def agrees_backward(model):
+    with gs.tape(model) as tape:
+        losses = losses_of(model, X)
+    rows = [torch.autograd.grad(v, list(model.parameters()), retain_graph=True) for v in losses]
+    jacobian = tape.jacobian(losses, combine="backward")
+    weights = torch.randn(len(losses), dtype=torch.float64)
+    for found, row in zip(jacobian.combine(weights), zip(*rows, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.tensordot(weights, torch.stack(row), 1))
+
+
+def clip_of_weight(grad):
+    return grad.clamp(-0.3, 0.3)
+
+
+def unit_weight(grad):
+    return grad / grad.norm()
+
+
+class Computed(nn.Module):
+    """A weight with a hook on what is computed from it."""
+
+    def __init__(self, way, hook):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.way, self.hook = nn.Linear(5, 4).double(), way, hook
+
+    def forward(self, x):
+        weight, bias = self.linear.weight, self.linear.bias
+        seen = {
+            "product": lambda: weight * 1.5,
+            "transpose": lambda: weight.t(),
+            "view": lambda: weight.view(-1),
+            "rows": lambda: weight[:2],
+            "two uses": lambda: weight * 1.5,
+        }[self.way]()
+        seen.register_hook(self.hook)
+        if self.way == "transpose":
+            return x @ seen + bias
+        if self.way == "view":
+            return x @ seen.view(4, 5).t() + bias
+        if self.way == "rows":
+            return x @ seen.t() + bias[:2]
+        if self.way == "two uses":
+            return nn.functional.linear(x.tanh(), seen.exp(), bias) + x @ seen.t()
+        return nn.functional.linear(x, seen, bias)
+
+
+WAYS = ["product", "transpose", "view", "rows", "two uses"]
+
+
+@pytest.mark.parametrize("hook", [doubled, clip_of_weight, unit_weight])
+@pytest.mark.parametrize("way", WAYS)
+def test_hooks_on_what_is_computed_from_a_weight(hook, way):
+    """Rows and update agree: each row is what its own backward pass gives."""
+    model = Computed(way, hook)
+    warns = [] if hook is doubled else ["linear.weight.* is not linear in its gradient"]
+    agrees(model, lambda: energy(model(X)), warns=warns)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weighted_losses_through_it_are_refused(way):
+    model = Computed(way, clip_of_weight)
+    with gs.tape(model) as tape:
+        losses = energy(model(X))
+    with pytest.raises(gs.InputError, match=r"linear.weight.* is not linear .*'stored'"):
+        tape.jacobian(losses, combine="backward")
+
+
+def test_a_clipping_hook_on_a_parameter_and_weighted_losses():
+    model = mlp()
+    model[0].weight.register_hook(clipped)
+    with gs.tape(model) as tape:
+        losses = energy(model(X))
+    with pytest.raises(gs.InputError, match=r"0.weight passes through is not linear .*'stored'"):
+        tape.jacobian(losses, combine="backward")
+
+
+class Clamping(torch.autograd.Function):
+    """A parametrization whose backward clamps."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.round(decimals=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-0.3, 0.3)
+
+
+class Straight(Clamping):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.mark.parametrize("function", [Clamping, Straight])
+def test_functions_of_a_weight(function):
+    model = nn.Linear(5, 4).double()
+
+    def forward():
+        return energy(nn.functional.linear(X, function.apply(model.weight), model.bias))
+
+    warns = ["weight: .* is not linear"] if function is Clamping else []
+    agrees(model, forward, warns=warns)
