@@ -35,9 +35,9 @@ class Arrived(NamedTuple):
 class Mixed(Exception):
     """A hook has rows depend on one another."""
 
-    def __init__(self, name: str, place: Place) -> None:
+    def __init__(self, name: str, nodes: Sequence[Any]) -> None:
         super().__init__(name)
-        self.name, self.place = name, place
+        self.name, self.nodes = name, nodes  # what is below them has no rows of its own
 
 
 class Descent:
@@ -156,7 +156,8 @@ class Descent:
             _, masked = again(outputs * mask)
             found = mixing(full, masked, inside)
             if found is not None:
-                raise Mixed(culprit(full, found, model), (found.node, found.nr))
+                nodes = [*(hook.node for hook in full.hooks), found.node]
+                raise Mixed(culprit(full, found, model), nodes)
 
     def _ask_for_linearity(
         self,

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from gradsurgery.capture.descent import Arrived, Descent, Mixed, not_linear
 from gradsurgery.capture.fallback import apart, one_by_one, spread
 from gradsurgery.capture.graph import Place, ordered, roots, under
-from gradsurgery.capture.hooks import Sampled, scale_of
+from gradsurgery.capture.hooks import Sampled
 from gradsurgery.capture.junctions import prepare
 from gradsurgery.capture.kept import Kept, as_before, functions, is_function
 from gradsurgery.capture.layout import Layout, compress
-from gradsurgery.capture.leaves import Derived, oriented, vjps
+from gradsurgery.capture.leaves import Derived, oriented
 from gradsurgery.capture.probe import dense
 from gradsurgery.capture.recomputed import read_again, recomputed_once
+from gradsurgery.capture.rowwise import Rowwise
 from gradsurgery.capture.rules import OPAQUE, base_name
 from gradsurgery.capture.trace import Leaf, Meeting, Mixing, Trace, trace
 from gradsurgery.capture.uses import RowsUse, Use, numbers, occurring, plane_of
@@ -39,7 +40,7 @@ class Found:
         self.weighted: Kept | None = None
         self.asked: bool | None = None  # whether all passes showed what weighted losses change
         self.unsure = False  # whether the ways back from leaves are linear
-        self.rowwise: dict[int, str] = {}  # parameters whose rows are got one by one: why
+        self.rowwise = Rowwise(owner)
         self.warned: list[str] = []
         self.slow: dict[str, dict[str, None]] = {}  # operations without a rule: names
 
@@ -70,8 +71,12 @@ class Found:
             self._descend(rows, retain_graph)
         if self.unsure:
             self._bend()
-        if self.rowwise:
-            self._row_by_row(rows)
+        if self.rowwise.reasons:
+            for k, use in self.rowwise.rows(losses=self.losses, rows=rows):
+                self.uses[k] = [] if use is None else [use]
+            if self.weighted is not None:
+                self.rowwise.expect_linear(self.losses, self.uses, rows)
+            self.warned.append(self.rowwise.warning())
         self._reach_all()
         self.warned += [
             f"{', '.join(names)}: there is no rule for {operation}, so the rows are got one by "
@@ -94,14 +99,14 @@ class Found:
             self._coupled(mixing, parameters)
         for p in self.owner.parameters:
             if p._backward_hooks:
-                self.rowwise.setdefault(self.place[id(p)], "it has a hook")
-        self._spread([leaf for _, found in passes for leaf in found.leaves])
+                self.rowwise.reasons.setdefault(self.place[id(p)], "it has a hook")
+        self.rowwise.spread(leaf for _, found in passes for leaf in found.leaves)
         last = len(passes) - 1
         if last > 0:
             read_again(ordered(roots(self.losses)[0]))
         for k, (part, found) in enumerate(passes):
-            rowwise = bool(self.rowwise)
-            keep = retain_graph or k < last or rowwise or bool(self.derived)
+            again = bool(self.rowwise.reasons or self.derived)
+            keep = retain_graph or k < last or again
             try:
                 self._pass(part, found, keep)
             except Mixed as mixed:
@@ -168,7 +173,7 @@ class Found:
                 "model.eval(), use another operation, or ask for gs.tape(model, coupled='exact')"
             )
         for k in mine:
-            self.rowwise[k] = (
+            self.rowwise.reasons[k] = (
                 f"nothing is known of {operations}"
                 if why == OPAQUE
                 else f"{operations} computes across samples"
@@ -176,8 +181,8 @@ class Found:
 
     def _mixed_by_hook(self, mixed: Mixed, found: Sequence[Trace]) -> None:
         """What is below has no rows of its own, or has them got one by one."""
-        parameters = under(mixed.place)[1]
-        mine = sorted({self.place[id(p)] for p in parameters if id(p) in self.place})
+        parameters = {id(p) for node in mixed.nodes for p in under((node, 0))[1]}
+        mine = sorted(self.place[p] for p in parameters & set(self.place))
         names = ", ".join(self.owner.names[k] for k in mine)
         if self.owner.coupled == "refuse":
             raise InputError(
@@ -186,26 +191,9 @@ class Found:
                 "sample by sample, or ask for gs.tape(model, coupled='exact')"
             )
         for k in mine:
-            self.rowwise[k] = f"{mixed.name} computes across samples"
+            self.rowwise.reasons[k] = f"{mixed.name} computes across samples"
             self.uses[k] = []
-        self._spread([leaf for each in found for leaf in each.leaves])
-
-    def _spread(self, leaves: Sequence[Leaf]) -> None:
-        """A tensor has all the parameters it is computed from got one by one, or none."""
-        if not self.rowwise:
-            return
-        mine = [
-            {self.place[id(p)] for p in leaf.below[1] if id(p) in self.place} for leaf in leaves
-        ]
-        more = True
-        while more:
-            more = False
-            for ks in mine:
-                known = ks & set(self.rowwise)
-                if known and known != ks:
-                    why = self.rowwise[min(known)]
-                    self.rowwise.update(dict.fromkeys(ks - known, why))
-                    more = True
+        self.rowwise.spread(leaf for each in found for leaf in each.leaves)
 
     def _outputs(self, rows: Tensor) -> Tensor:
         kept = (rows >= 0).to(self.losses.dtype).view(self.losses.shape)
@@ -237,7 +225,7 @@ class Found:
             if len(distinct):
                 self._whole(rows, int(distinct), retain_graph)
             return
-        leaves = [leaf for leaf in found.leaves if not self._is_rowwise(leaf)]
+        leaves = [leaf for leaf in found.leaves if not self.rowwise.has(leaf)]
         watched = self._watched(found)
         met = [meeting for leaf in leaves for meeting in leaf.meetings]
         read_again(ordered(roots(self.losses)[0]) if watched is not None else (m.node for m in met))
@@ -246,7 +234,9 @@ class Found:
             for leaf in leaves
             for meeting in leaf.meetings
         }
-        direct = [d for d in found.direct if self.place[id(d.parameter)] not in self.rowwise]
+        direct = [
+            d for d in found.direct if self.place[id(d.parameter)] not in self.rowwise.reasons
+        ]
         places: dict[Place, None] = dict.fromkeys(
             (meeting.node, nr) for meeting in met for nr in meeting.outs
         )
@@ -286,11 +276,6 @@ class Found:
         if self.weighted is not None and any(is_function(node) for node in found.sampled):
             return found.sampled
         return None
-
-    def _is_rowwise(self, leaf: Leaf) -> bool:
-        return bool(self.rowwise) and any(
-            self.place.get(id(p)) in self.rowwise for p in leaf.below[1]
-        )
 
     def _uses_of(self, leaf: Leaf, finishes: dict, arrived: Arrived, before: Kept) -> list[Use]:
         made = []
@@ -386,41 +371,6 @@ class Found:
             f"{names}: a hook or a Function on what is computed from them is not linear in its "
             "gradient, so the rows are got one by one, exactly but slowly, and stored"
         )
-
-    def _row_by_row(self, rows: Tensor) -> None:
-        """Exact rows of some parameters, by a backward pass per row."""
-        ks = sorted(self.rowwise)
-        parameters = [self.owner.parameters[k] for k in ks]
-        ids = occurring(rows)
-        vectors = (rows == ids[:, None]).to(self.losses.dtype).to(self.losses.device)
-        vectors = vectors.view(len(ids), *self.losses.shape)
-        nodes = functions([roots(self.losses)[0]])
-        grads = vjps([self.losses], parameters, [vectors], True, nodes)
-        if self.weighted is not None:
-            self._expect_linear(grads, ks, vectors)
-        for k, grad in zip(ks, grads, strict=True):
-            self.uses[k] = [] if grad is None else [RowsUse(grad, ids)]
-        why = sorted(set(self.rowwise.values()))
-        names = ", ".join(self.owner.names[k] for k in ks)
-        self.warned.append(
-            f"{names}: {'; '.join(why)}, so the rows are got by a backward pass each and stored"
-        )
-
-    def _expect_linear(
-        self, rows: Sequence[Tensor | None], ks: Sequence[int], vectors: Tensor
-    ) -> None:
-        """Where weighted losses follow: their backward pass has to give the sum of the rows."""
-        scale, whole = scale_of(self.losses.dtype), vectors.sum(0)
-        parameters = [self.owner.parameters[k] for k in ks]
-        for factor in (1.0, -scale, 1 / scale):
-            sums = vjps([self.losses], parameters, [whole * factor], False)
-            for k, row, total in zip(ks, rows, sums, strict=True):
-                if row is None or total is None:
-                    continue
-                size = row.abs().sum(0).max() * abs(factor)
-                away = (total - row.sum(0) * factor).abs().nan_to_num(0, 0).max()
-                if away > 256 * torch.finfo(row.dtype).eps * size + torch.finfo(row.dtype).tiny:
-                    raise InputError(not_linear(f"what {self.owner.names[k]} passes through"))
 
 
 def _alike(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use] | None:

@@ -152,7 +152,8 @@ def mixing(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> Di
             sizes.scatter_reduce_(0, (rows + 1).flatten(), size.flatten(), "amax")
             near = (part - whole).abs() <= _roundings(whole) * sizes[rows + 1]
             none = ~part.isfinite()  # 0 / 0, where a hook divides by what a sample has not
-            fine = torch.where(mine, near | (none & ~whole.isfinite()), (part == 0) | none)
+            known = whole.isfinite()
+            fine = torch.where(mine, torch.where(known, near, none), (part == 0) | none)
             if not bool(fine.all()):
                 return Difference(node, nr)
     return None

@@ -1,0 +1,84 @@
+"""Parameters whose rows are got one by one, by a backward pass for each row."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradsurgery.capture.descent import not_linear
+from gradsurgery.capture.graph import roots
+from gradsurgery.capture.hooks import scale_of
+from gradsurgery.capture.kept import functions
+from gradsurgery.capture.leaves import vjps
+from gradsurgery.capture.trace import Leaf
+from gradsurgery.capture.uses import RowsUse, Use, occurring
+from gradsurgery.errors import InputError
+
+if TYPE_CHECKING:
+    from gradsurgery.capture.tape import Tape
+
+
+class Rowwise:
+    """Which parameters, and why: `reasons` by their places."""
+
+    def __init__(self, owner: "Tape") -> None:
+        self.owner = owner
+        self.reasons: dict[int, str] = {}
+        self._place = {id(p): k for k, p in enumerate(owner.parameters)}
+
+    def has(self, leaf: Leaf) -> bool:
+        return bool(self.reasons) and any(
+            self._place.get(id(p)) in self.reasons for p in leaf.below[1]
+        )
+
+    def spread(self, leaves: Iterable[Leaf]) -> None:
+        """A tensor has all the parameters it is computed from got one by one, or none."""
+        if not self.reasons:
+            return
+        mine = [{self._place[id(p)] for p in x.below[1] if id(p) in self._place} for x in leaves]
+        more = True
+        while more:
+            more = False
+            for ks in mine:
+                known = ks & set(self.reasons)
+                if known and known != ks:
+                    why = self.reasons[min(known)]
+                    self.reasons.update(dict.fromkeys(ks - known, why))
+                    more = True
+
+    def rows(self, losses: Tensor, rows: Tensor) -> Iterator[tuple[int, RowsUse | None]]:
+        """Exact rows of each parameter; None where no loss depends on it."""
+        ks, ids = sorted(self.reasons), occurring(rows)
+        vectors = (rows == ids[:, None]).to(losses.dtype).to(losses.device)
+        grads = vjps(
+            [losses],
+            [self.owner.parameters[k] for k in ks],
+            [vectors.view(len(ids), *losses.shape)],
+            True,
+            functions([roots(losses)[0]]),
+        )
+        for k, grad in zip(ks, grads, strict=True):
+            yield k, None if grad is None else RowsUse(grad, ids)
+
+    def expect_linear(self, losses: Tensor, uses: Sequence[Sequence[Use]], rows: Tensor) -> None:
+        """Where weighted losses follow: their backward pass has to give the sum of the rows."""
+        ks, scale = sorted(self.reasons), scale_of(losses.dtype)
+        parameters = [self.owner.parameters[k] for k in ks]
+        whole = (rows >= 0).to(losses.dtype).to(losses.device).view(losses.shape)
+        for factor in (1.0, -scale, 1 / scale):
+            sums = vjps([losses], parameters, [whole * factor], False)
+            for k, total in zip(ks, sums, strict=True):
+                if total is None or not uses[k]:
+                    continue
+                (row,), eps = uses[k][0].values, torch.finfo(total.dtype)
+                size = row.abs().sum(0).max() * abs(factor)
+                away = (total - row.sum(0) * factor).abs().nan_to_num(0, 0).max()
+                if away > 256 * eps.eps * size + eps.tiny:
+                    name = self.owner.names[k]
+                    raise InputError(not_linear(f"what {name} passes through"))
+
+    def warning(self) -> str:
+        why = sorted(set(self.reasons.values()))
+        names = ", ".join(self.owner.names[k] for k in sorted(self.reasons))
+        return f"{names}: {'; '.join(why)}, so the rows are got by a backward pass each and stored"
