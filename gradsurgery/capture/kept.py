@@ -7,6 +7,7 @@ everything as it was.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dis import get_instructions
 from types import FunctionType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 
 from gradsurgery.capture.graph import ordered
 
+BINDS = "STORE_GLOBAL"
 DEPTH = 3  # of attributes of attributes that are looked into
 CONTAINERS = (dict, list, set)
 SIMPLE = (bool, int, float, complex, str, type(None), Tensor, *CONTAINERS)
@@ -117,12 +119,13 @@ class Kept:
                 if isinstance(value, (*SIMPLE, nn.Module)):
                     self._keep_names(cell, {"cell_contents": value}, DEPTH)
         known = function.__globals__
-        names = {k: known[k] for k in function.__code__.co_names if k in known}
-        names = {k: v for k, v in names.items() if isinstance(v, SIMPLE)}
+        for name in function.__code__.co_names:
+            if isinstance(known.get(name), SIMPLE):
+                self._keep(known[name], DEPTH)
+        bound = {each.argval for each in get_instructions(function) if each.opname == BINDS}
+        names = {name: known[name] for name in bound if name in known}
         if names:
             self._containers.append((known, names))
-            for value in names.values():
-                self._keep(value, DEPTH)
 
     def _keep_names(self, owner: Any, names: dict[str, Any], depth: int) -> None:
         self._names.append((owner, dict(names)))

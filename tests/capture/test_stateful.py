@@ -90,8 +90,11 @@ class Scaled(torch.autograd.Function):
         return out
 
 
+TALLY, LATEST = [], 0.0
+
+
 class Counting(torch.autograd.Function):
-    """Counts calls wherever a Function can: in itself, in its class, in a module, in a closure."""
+    """Counts calls wherever a Function can: in itself, its class, a module, and around it."""
 
     calls = 0
 
@@ -103,6 +106,9 @@ class Counting(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        global LATEST
+        LATEST = float(g.abs().max())
+        TALLY.append(LATEST)
         Counting.calls += 1
         ctx.calls += 1
         ctx.module.amax.copy_(torch.maximum(ctx.module.amax, g.abs().max()))
@@ -122,7 +128,7 @@ class Counter(nn.Module):
         return Counting.apply(x, self.weight, self)
 
     def state(self):
-        return Counting.calls, self.count, list(self.history), float(self.amax)
+        return Counting.calls, self.count, list(self.history), float(self.amax), list(TALLY), LATEST
 
 
 @pytest.mark.parametrize("combine", ["stored", "backward"])
@@ -191,6 +197,7 @@ def test_refusing_leaves_everything_as_it_was():
 def test_it_is_called_as_often_as_by_a_backward_pass(where):
     def run(step):
         Counting.calls = 0
+        TALLY.clear()
         torch.manual_seed(0)
         body, counter = nn.Linear(5, 7).double(), Counter()
         model = nn.ModuleList([body, counter])
