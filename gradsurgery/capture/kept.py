@@ -120,7 +120,7 @@ class Kept:
                     self._keep_names(cell, {"cell_contents": value}, DEPTH)
         known = function.__globals__
         for name in function.__code__.co_names:
-            if isinstance(known.get(name), SIMPLE):
+            if name in known and isinstance(known[name], SIMPLE):
                 self._keep(known[name], DEPTH)
         bound = {each.argval for each in get_instructions(function) if each.opname == BINDS}
         names = {name: known[name] for name in bound if name in known}
