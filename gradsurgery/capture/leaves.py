@@ -47,6 +47,13 @@ class Derived:
         other.leaves = [(leaf, [change(use) for use in uses]) for leaf, uses in self.leaves]
         return other
 
+    def of(self, parameters: Sequence[nn.Parameter]) -> "Derived":
+        """The same leaves, for those of these parameters alone that they are computed from."""
+        own = {id(parameter) for parameter in parameters}
+        other = Derived([p for p in self.parameters if id(p) in own])
+        other.leaves = self.leaves
+        return other
+
     def rows(self, m: int) -> list[Tensor]:
         """[m, *p.shape] per parameter."""
         totals = [p.new_zeros(m, *p.shape) for p in self.parameters]
