@@ -25,9 +25,11 @@ def steppable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         not isinstance(optimizer, torch.optim.SparseAdam),
         f"optimizer: {name} steps on sparse gradients, and an update of rows is dense; use Adam",
     )
+    # of the class: a scheduler's wrapper around the bound method shows the function's `self`
+    given = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     needed = [
         parameter.name
-        for parameter in inspect.signature(optimizer.step).parameters.values()
+        for parameter in given
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]

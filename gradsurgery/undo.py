@@ -43,8 +43,8 @@ class Undo:
             self._taken = _Taken(self._model, self.optimizer)
         self._known = set(self.optimizer.state)
         # fused kernels tell no tensor's version that they change it: -1 is none's
-        fused = any(group.get("fused") for group in self.optimizer.param_groups)
-        self._versions = [-1 if fused else parameter._version for parameter in self.held]
+        fused = {bool(group.get("fused")) for group in self.optimizer.param_groups}
+        self._versions = [-1 if True in fused else parameter._version for parameter in self.held]
 
     def keep(self) -> None:
         """To be called when all have moved: there is nothing to put back any more."""
@@ -68,7 +68,7 @@ class Undo:
         """Whether torch's own optimizer has changed a parameter."""
         if self._versions is None or self._taken is not None:
             return False
-        return any(p._version != v for p, v in zip(self.held, self._versions, strict=True))
+        return [parameter._version for parameter in self.held] != self._versions
 
     def _put_back(self) -> None:
         with torch.no_grad():
