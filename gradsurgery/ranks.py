@@ -70,7 +70,7 @@ def _kind(kind: type, places: tuple[str, ...]) -> str | None:
     if not found:
         return None
     known = [KNOWN[base.__name__] for base in found if base.__name__ in KNOWN]
-    return known[0] if known else found[-1].__name__
+    return known[0] if known else found[0].__name__
 
 
 def _refused(what: str, kind: str) -> InputError:

@@ -14,7 +14,7 @@ from gradsurgery.diagnosis import Diagnosis, diagnose
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_count
 from gradsurgery.optimizers import steppable
-from gradsurgery.ranks import check_alone
+from gradsurgery.ranks import check_alone, check_one_rank
 from gradsurgery.surgery import InputProjection, Rule, Solution
 from gradsurgery.undo import Undo
 
@@ -205,8 +205,7 @@ class Surgeon:
             info = _seen(self.rule, rows, solution)
             self._set_grads(rows, solution, update)
             undo.begin()
-            self.optimizer.step()
-            undo.keep()
+            undo.step()
         return replace(info, seconds=time.perf_counter() - start)
 
     def _looked_up(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -222,9 +221,11 @@ class Surgeon:
                     outside[name] = parameter
         for name, parameter in self.model.named_parameters():
             before = self._known.get(name, parameter)
-            replaced = before is not parameter and id(before) in held and id(parameter) not in held
+            if before is parameter or id(before) not in held or id(parameter) in held:
+                continue
+            check_one_rank(self.model)  # which replaces parameters too
             check(
-                not (replaced and parameter.requires_grad),
+                not parameter.requires_grad,
                 f"model: parameter {name} was replaced, and the optimizer holds the one from "
                 "before: make an optimizer and a Surgeon of the model as it is",
             )

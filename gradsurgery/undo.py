@@ -1,6 +1,7 @@
 """What an error or an interrupt must not leave half done: buffers, parameters, memories."""
 
 import copy
+from operator import methodcaller
 from types import TracebackType
 from typing import Any
 
@@ -14,10 +15,8 @@ from gradsurgery.surgery import Rule
 class Undo:
     """Around a step, twice (`with undo, undo:`), for an interrupt may come while the first ends.
 
-    At the end `.grad` of what the optimizer holds is as it was. Unless `keep` was reached, or
-    parameters have moved, so are the model's buffers, what the rule remembers and the optimizer.
-    Nothing here raises, but an interrupt may come between any two lines: what was done is told by
-    the state of things and not by the line that was reached.
+    At the end `.grad` of what the optimizer holds is as it was. Unless parameters have moved, so
+    are the model's buffers, what the rule remembers and the optimizer.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> None:
@@ -28,7 +27,7 @@ class Undo:
         self._buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
         self._remembered = dict(rule._state)  # tensors in it are replaced, never changed
         self._model = model
-        self._kept = False
+        self._done: list[None] = []
         self._versions: list[int] | None = None
         self._taken: _Taken | None = None
 
@@ -42,13 +41,16 @@ class Undo:
         if copies or runs_foreign_code(self.optimizer):
             self._taken = _Taken(self._model, self.optimizer)
         self._known = set(self.optimizer.state)
-        # fused kernels tell no tensor's version that they change it: -1 is none's
-        fused = {bool(group.get("fused")) for group in self.optimizer.param_groups}
-        self._versions = [-1 if True in fused else parameter._version for parameter in self.held]
+        self._versions = [parameter._version for parameter in self.held]
+
+    def step(self) -> None:
+        """The optimizer's step, and the note that it is done."""
+        # in one call of C: an interrupt comes between lines of Python, and there are none here
+        self._done.extend(map(methodcaller("step"), (self.optimizer,)))
 
     def keep(self) -> None:
-        """To be called when all have moved: there is nothing to put back any more."""
-        self._kept = True
+        """In place of `step`, when all have moved: there is nothing to put back any more."""
+        self._done.append(None)
 
     def __enter__(self) -> "Undo":
         return self
@@ -59,7 +61,7 @@ class Undo:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._kept and not self._moved():
+        if not self._done and not self._moved():
             self._put_back()
         for parameter, grad in zip(self.held, self._grads, strict=True):
             parameter.grad = grad

@@ -85,8 +85,8 @@ def check_shapes(given: Sequence[Tensor], name: str, shapes: Sequence[Sequence[i
 def check_count(name: str, value: object, otherwise: str = "") -> None:
     """`value` must be an int of 1 or more."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    got = value if isinstance(value, (bool, int, float, str)) else type(value).__name__
-    check(whole and cast(int, value) >= 1, f"{name} must be 1 or more{otherwise}, got {got!r}")
+    got = repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
+    check(whole and cast(int, value) >= 1, f"{name} must be 1 or more{otherwise}, got {got}")
 
 
 def _as_list(tensors: Iterable[Tensor], name: str) -> list[Tensor]:
