@@ -156,7 +156,9 @@ class Surgeon:
 
         Either `forget` and `retain`, for rules that tell them apart (OrthoGrad, GRU, ...): raise
         the forget loss and keep the retain losses; or `batch`, for all others (PCGrad, UPGrad,
-        ...): lower the losses of all rows. Batches are pytrees of tensors, leading dimension B.
+        ...): lower the losses of all rows. Batches are containers of tensors of the same leading
+        dimension B, in any nesting: tuples, lists, dicts and other mappings (what a tokenizer
+        gives), named tuples, dataclasses, attrs classes. `loss` gets them in the same types.
 
         Args:
             loss: (model, batch) -> per-sample losses [B], those that training lowers; for `batch`
@@ -167,6 +169,12 @@ class Surgeon:
             batch: one row for each sample or task.
             memory: samples, or tasks on them, not to be opposed, one row each, for rules with
                 memory rows (OrthoGrad, UPGrad, DualProj, GEM, AGEM).
+
+        Raises:
+            InputError: batches the rule has no use for, an entry of one that is no tensor of
+                samples, losses that are no rows or do not depend on the model, parameters of the
+                loss that get no weights from the rule. The message names it, nothing has changed.
+            NonFiniteError: a row that is not finite.
         """
         start = time.perf_counter()
         name, roles = type(self.rule).__name__, self.rule.roles

@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch._C._distributed_c10d import FileStore
+from torch.multiprocessing.spawn import spawn
 
 import gradsurgery as gs
 
@@ -53,13 +54,14 @@ def _ddp(model):
 
 
 def _composed(model):
-    from torch.distributed._composable import replicate
+    from torch.distributed._composable.replicate import replicate
 
     return replicate(model)
 
 
 def _tensor(model):
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
 
     mesh = init_device_mesh("cpu", (RANKS,))
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
@@ -124,7 +126,7 @@ def _work(rank, folder):
     early = gs.Surgeon(model, sgd(model), gs.Mean())  # before there are ranks
     early.step(batch=data(), loss=loss)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS
+        "gloo", store=FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS
     )
     for kind, (wrap, _) in WRAPPED.items():
         wrapped = wrap(network())
@@ -147,7 +149,7 @@ def _work(rank, folder):
 def told(tmp_path_factory):
     """What each call said, on either rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_work, args=(str(folder),), nprocs=RANKS)
+    spawn(_work, args=(str(folder),), nprocs=RANKS)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 

@@ -56,7 +56,7 @@ def _made(optimizer, way):
     rule = gs.PCGrad()
     surgeon = gs.Surgeon(model, optimizer, rule, **WAYS[way])
     surgeon.step(batch=batch(3), loss=classification)
-    model.layers[0].weight.grad = torch.ones(8, 6).double()
+    next(model.parameters()).grad = torch.ones(8, 6).double()
     return surgeon, batch(3)
 
 
@@ -131,7 +131,7 @@ def _outcomes(optimizer, way, at):
     while True:
         k += at.stride
         surgeon = copy.deepcopy(start)  # without `.grad`
-        surgeon.model.layers[0].weight.grad = torch.ones(8, 6).double()
+        next(surgeon.model.parameters()).grad = torch.ones(8, 6).double()
         try:
             with at(k) as place:
                 surgeon.step(batch=data, loss=classification)

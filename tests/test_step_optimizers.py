@@ -100,7 +100,7 @@ def test_names_an_option_that_parameters_cannot_have(name, option):
 
 def test_a_step_of_ones_own_that_needs_more_than_gradients_is_named():
     class Searching(torch.optim.SGD):
-        def step(self, losses, closure=None):
+        def step(self, losses, closure=None):  # type: ignore[override]
             raise AssertionError
 
     model = mlp()
@@ -113,7 +113,7 @@ def test_an_optimizer_of_ones_own_steps():
         def __init__(self, params):
             super().__init__(params, {"lr": 0.1})
 
-        def step(self, *args, closure=None, **kwargs):
+        def step(self, *args, closure=None, **kwargs):  # type: ignore[override]
             for group in self.param_groups:
                 for p in group["params"]:
                     p.data.sub_(p.grad, alpha=group["lr"])
@@ -147,7 +147,7 @@ class Wrapper(torch.optim.Optimizer):
 
     param_groups = property(lambda self: self.optimizer.param_groups)
 
-    def step(self, closure=None):
+    def step(self, closure=None):  # type: ignore[override]
         """Accumulates: no step."""
 
 

@@ -337,7 +337,7 @@ def test_a_function_without_gradient_is_in_the_graph(summed):
             return x.clone()
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, *grads):
             return None
 
     model = mlp()
