@@ -23,7 +23,7 @@ from gradsurgery.batch import (
 )
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.memory import needed
-from gradsurgery.capture.tape import Tape, tape
+from gradsurgery.capture.tape import NO_ROWS, Tape, tape
 from gradsurgery.capture.uses import RowsUse, Use, Within
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check as require
@@ -128,13 +128,14 @@ def check(
     with _undone(model, batch), torch.enable_grad():
         with tape(model) as recorder:
             losses = _losses(model, _some(batch, 2), loss)
-            require(recorder.reaches(losses), DETACHED)
             exact = _loop(losses, list(named.values()))
             try:
                 jacobian, slow = _watched(recorder, losses)
             except NonFiniteError:
                 raise
             except InputError as error:
+                if str(error) == NO_ROWS:
+                    raise
                 refused = str(error)
         if jacobian is None:
             paths, slow = _refused(model, _some(batch, 2), loss, named)

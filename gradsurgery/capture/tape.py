@@ -17,7 +17,7 @@ from gradsurgery.capture.uses import Use, numbers
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import DTYPES, check
 
-DETACHED = (
+NO_ROWS = (
     "losses do not depend on the model's parameters: they were detached, computed under "
     "torch.no_grad or by another model, such as a copy, or every parameter is frozen"
 )
@@ -87,7 +87,7 @@ class Tape:
                 if why is None:
                     raise
                 raise InputError(why) from error
-            check(any(uses[: self.own]) or self.reaches(losses), DETACHED)
+            check(any(uses[: self.own]) or self.reaches(losses), NO_ROWS)
         graph = Graph(losses, rows) if combine == "backward" else None
         return FactoredJacobian(
             list(self.names), list(self.parameters), m, summed, uses, found.derived, graph
@@ -103,7 +103,7 @@ class Tape:
         check(losses.is_floating_point(), f"losses must be floating point, got {losses.dtype}")
         check(
             losses.requires_grad or losses.numel() == 0,
-            DETACHED,
+            NO_ROWS,
         )
         if groups is None:
             return torch.arange(losses.numel(), device="cpu")
