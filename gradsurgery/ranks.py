@@ -25,18 +25,17 @@ KNOWN = {"FSDPModule": "fully_shard (FSDP2)", "ReplicateModule": "replicate", "D
 
 def check_one_rank(model: nn.Module) -> None:
     """Raise where the model, a part of it or a parameter is spread over ranks or devices."""
-    for name, module in model.named_modules():
-        kind = _kind(type(module), MODULES)
-        if kind is not None:
-            raise _refused(f"model: {name} is" if name else "model is", kind)
-    for name, parameter in model.named_parameters():
-        kind = _kind(type(parameter), MODULES)
-        if kind is None and getattr(parameter, "_is_flat_param", False):
-            kind = "FullyShardedDataParallel"
-        if kind is None and hasattr(parameter, "ds_id"):
-            kind = "DeepSpeed's ZeRO"
-        if kind is not None:
-            raise _refused(f"model: parameter {name} is", kind)
+    # in every step: names are looked for where there is something to name
+    if any(_kind(kind, MODULES) for kind in {type(module) for module in model.modules()}):
+        for name, module in model.named_modules():
+            kind = _kind(type(module), MODULES)
+            if kind is not None:
+                raise _refused(f"model: {name} is" if name else "model is", kind)
+    if any(_kind_of_parameter(parameter) for parameter in model.parameters()):
+        for name, parameter in model.named_parameters():
+            kind = _kind_of_parameter(parameter)
+            if kind is not None:
+                raise _refused(f"model: parameter {name} is", kind)
 
 
 def check_one_rank_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -64,13 +63,21 @@ def check_alone(process_group: object) -> None:
         )
 
 
-@lru_cache(maxsize=1024)  # a model has many modules of few types, and is looked at in every step
+@lru_cache(maxsize=1024)  # a model has many modules and parameters, of few types
 def _kind(kind: type, places: tuple[str, ...]) -> str | None:
     found = [base for base in kind.__mro__ if f"{base.__module__}.".startswith(places)]
     if not found:
         return None
     known = [KNOWN[base.__name__] for base in found if base.__name__ in KNOWN]
     return known[0] if known else found[0].__name__
+
+
+def _kind_of_parameter(parameter: nn.Parameter) -> str | None:
+    if getattr(parameter, "_is_flat_param", False):
+        return "FullyShardedDataParallel"
+    if hasattr(parameter, "ds_id"):
+        return "DeepSpeed's ZeRO"
+    return _kind(type(parameter), MODULES)
 
 
 def _refused(what: str, kind: str) -> InputError:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradsurgery.batch import Loss, batch_size, trainable
 from gradsurgery.collect import Collected, Collector
 from gradsurgery.diagnosis import Diagnosis, diagnose
+from gradsurgery.errors import InputError
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_count
 from gradsurgery.optimizers import steppable
@@ -227,16 +228,15 @@ class Surgeon:
                     names = group.get("param_names")
                     name = names[k] if names else f"optimizer.param_groups[{g}]['params'][{k}]"
                     outside[name] = parameter
-        for name, parameter in self.model.named_parameters():
-            before = self._known.get(name, parameter)
-            if before is parameter or id(before) not in held or id(parameter) in held:
-                continue
-            check_one_rank(self.model)  # which replaces parameters too
-            check(
-                not parameter.requires_grad,
-                f"model: parameter {name} was replaced, and the optimizer holds the one from "
-                "before: make an optimizer and a Surgeon of the model as it is",
-            )
+        foreign = held.keys() - own
+        gone = {name for name, known in self._known.items() if id(known) in foreign}
+        for name, parameter in self.model.named_parameters() if gone else ():
+            if name in gone and parameter.requires_grad and id(parameter) not in held:
+                check_one_rank(self.model)  # what spreads a model replaces parameters too
+                raise InputError(
+                    f"model: parameter {name} was replaced, and the optimizer holds the one from "
+                    "before: make an optimizer and a Surgeon of the model as it is"
+                )
         named = trainable(self.model, list(held.values()))
         check_alone(self.process_group)
         check(

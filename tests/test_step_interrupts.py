@@ -125,6 +125,7 @@ def _outcomes(optimizer, way, at):
     before = _state(surgeon)
     surgeon.step(batch=data, loss=classification)
     after = _state(surgeon)
+    assert not torch.equal(after["rule.draws"], before["rule.draws"])
     counts = {"undone": 0, "whole": 0}
     start = copy.deepcopy(_made(optimizer, way)[0])
     k = 1 - at.stride
