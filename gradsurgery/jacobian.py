@@ -1,21 +1,28 @@
 """What a Jacobian is to the rest of the library, and `DenseJacobian`, rows that exist."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
-from torch.utils import _pytree as pytree
 
+from gradsurgery.batch import (
+    DETACHED,
+    Loss,
+    batch_size,
+    map_batch,
+    per_sample_losses,
+    refilled,
+    tensors,
+    trainable,
+)
 from gradsurgery.errors import InputError
 from gradsurgery.ops import combine, gramian
-from gradsurgery.ops._inputs import as_blocks, check, flat
+from gradsurgery.ops._inputs import as_blocks, check, check_count, check_shapes, flat
 
 if TYPE_CHECKING:
     from gradsurgery.capture import FactoredJacobian
-
-Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> per-sample losses [B]
 
 
 class Jacobian(Protocol):
@@ -63,6 +70,7 @@ class DenseJacobian:
             self.names = [str(k) for k in range(len(self.blocks))]
         self.parameters = list(parameters) if parameters is not None else None
         self.losses = losses
+        self.reached: list[bool] | None = None  # by the losses; None where it is not known
         self.m = self.blocks[0].shape[0]
         self.sizes = [block.shape[1:].numel() for block in self.blocks]
         if self.parameters is not None:
@@ -96,35 +104,39 @@ class DenseJacobian:
             InputError: a reduced loss, an empty or ragged batch, a module that couples samples.
         """
         check(rows in ("samples", "mean"), f"rows must be 'samples' or 'mean', got {rows!r}")
-        check(chunk_size >= 1, f"chunk_size must be 1 or more, got {chunk_size}")
+        check_count("chunk_size", chunk_size)
+        named = trainable(model, parameters)
         _check_independent(model)
         size = batch_size(batch)
-        named = trainable(model, parameters)
         params = list(named.values())
         if rows == "mean":
             with torch.enable_grad():
                 losses = per_sample_losses(loss(model, batch), size)
-                check(losses.requires_grad, "loss does not depend on the model's parameters")
-                grads = torch.autograd.grad(losses.mean(), params, allow_unused=True)
+                grads = gradients(losses.mean(), params)
+            check(any(g is not None for g in grads), DETACHED)
             blocks = [
-                torch.zeros_like(p)[None] if g is None else g[None]
+                torch.zeros_like(p)[None] if g is None else g.to_dense()[None]
                 for p, g in zip(params, grads, strict=True)
             ]
-            return cls(dict(zip(named, blocks, strict=True)), params, losses.detach().mean()[None])
+            mean = losses.detach().mean()[None]
+            found = cls(dict(zip(named, blocks, strict=True)), params, mean)
+            found.reached = [g is not None for g in grads]
+            return found
 
         holder = _Holder(model, loss)
 
         def sample_loss(
             values: dict[str, Tensor],
             buffers: dict[str, Tensor],
-            sample: Any,
+            sample: list[Tensor],
         ) -> Tensor:
-            one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0), sample)
+            one = refilled(batch, [leaf.unsqueeze(0) for leaf in sample])
             return per_sample_losses(functional_call(holder, (values, buffers), (one,)), 1)[0]
 
         per_sample = vmap(
             grad_and_value(sample_loss), in_dims=(None, None, 0), randomness="different"
         )
+        leaves = tensors(batch)
         values = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
         # copies, for a forward that updates them: what torch.func makes must not stay on the model
         buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
@@ -132,19 +144,21 @@ class DenseJacobian:
         losses = None
         for start in range(0, size, chunk_size):
             part = slice(start, start + chunk_size)
-            chunk = pytree.tree_map(lambda leaf, part=part: leaf[part], batch)
-            grads, value = per_sample(values, buffers, chunk)
+            grads, value = per_sample(values, buffers, [leaf[part] for leaf in leaves])
             losses = value.new_empty(size) if losses is None else losses
             losses[part] = value
             for name, block in blocks.items():
                 block[part] = grads[f"model.{name}"]
-        if not any(bool(block.any()) for block in blocks.values()):
-            # vmap(grad) gives zeros for a loss that was detached; autograd tells it from flat ones
-            first = pytree.tree_map(lambda leaf: leaf[:1], batch)
-            with torch.enable_grad():
-                value = functional_call(holder, ({}, buffers), (first,))
-            check(value.requires_grad, "loss does not depend on the model's parameters")
-        return cls(blocks, params, losses)
+        found = cls(blocks, params, losses)
+        found.reached = [bool(block.any()) for block in blocks.values()]
+        if not all(found.reached):
+            # vmap(grad) gives zeros for a loss that was detached, or is of another model; autograd
+            # tells it from flat ones
+            grads = gradients(first_loss(model, batch, loss), params)
+            pairs = zip(found.reached, grads, strict=True)
+            found.reached = [known or grad is not None for known, grad in pairs]
+            check(any(found.reached), DETACHED)
+        return found
 
     def gramian(
         self,
@@ -158,6 +172,8 @@ class DenseJacobian:
         """
         if metric is None:
             return gramian(self.blocks, per=per, precise=True)
+        check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
+        check_shapes(metric, "metric", self._shapes())
         grams = [
             gramian([block * weight.sqrt()], precise=True)
             for block, weight in zip(self.blocks, metric, strict=True)
@@ -186,15 +202,16 @@ class DenseJacobian:
         Args:
             vectors: one [*p.shape] per block. Their sum over tensors is J v.
         """
-        shapes = [list(block.shape[1:]) for block in self.blocks]
-        got = [list(vector.shape) for vector in vectors]
-        check(got == shapes, f"vectors must be like the parameters, {shapes}, got {got}")
+        check_shapes(vectors, "vectors", self._shapes())
         return torch.stack(
             [
                 block.reshape(self.m, -1).double() @ vector.reshape(-1).double()
                 for block, vector in zip(self.blocks, vectors, strict=True)
             ]
         )
+
+    def _shapes(self) -> list[torch.Size]:
+        return [block.shape[1:] for block in self.blocks]
 
     def row_norms(self) -> Tensor:
         """Euclidean norms of the rows, [m] float64."""
@@ -211,13 +228,17 @@ class DenseJacobian:
         blocks = [torch.cat(blocks) for blocks in zip(*(j.blocks for j in jacobians), strict=True)]
         losses = [j.losses for j in jacobians if j.losses is not None]
         whole = torch.cat(losses) if len(losses) == len(jacobians) else None
-        return cls(dict(zip(first.names, blocks, strict=True)), first.parameters, whole)
+        made = cls(dict(zip(first.names, blocks, strict=True)), first.parameters, whole)
+        known = [j.reached for j in jacobians if j.reached is not None]
+        if len(known) == len(jacobians):
+            made.reached = [any(each) for each in zip(*known, strict=True)]
+        return made
 
 
 J = TypeVar("J", DenseJacobian, "FactoredJacobian")
 
 
-def concat(jacobians: Sequence[J]) -> J:
+def concat(jacobians: Iterable[J]) -> J:
     """The rows of several Jacobians of the same parameters, in order, as one.
 
     Stored rows are copied; those of a tape are not, so they may come from several tapes.
@@ -226,9 +247,18 @@ def concat(jacobians: Sequence[J]) -> J:
         InputError: none at all, other names, shapes, dtypes, devices or parameters, or a mixture
             of stored and captured rows.
     """
-    check(len(jacobians) > 0, "jacobians is an empty sequence")
-    first = jacobians[0]
-    for i, other in enumerate(jacobians):
+    kind = type(jacobians).__name__
+    many = isinstance(jacobians, Iterable) and not isinstance(jacobians, (Tensor, Mapping, str))
+    check(many, f"jacobians must be a sequence of Jacobians, got {kind}")
+    parts: list[Any] = list(jacobians)
+    check(len(parts) > 0, "jacobians is an empty sequence")
+    first = parts[0]
+    for i, other in enumerate(parts):
+        check(
+            callable(getattr(type(other), "concat", None)),
+            f"jacobians[{i}] must be a DenseJacobian or the Jacobian of a tape, "
+            f"got {type(other).__name__}",
+        )
         kinds = type(other).__name__, type(first).__name__
         check(
             type(other) is type(first),
@@ -253,7 +283,7 @@ def concat(jacobians: Sequence[J]) -> J:
             same or isinstance(other, DenseJacobian),
             f"jacobians[{i}] is of other parameters than jacobians[0]: of another model, or a copy",
         )
-    return type(first).concat(jacobians)
+    return type(first).concat(parts)
 
 
 class SummedRows:
@@ -313,32 +343,20 @@ def _columns(
     return [(list(p.shape), p.dtype, p.device) for p in jacobian.parameters]
 
 
-def trainable(
-    model: nn.Module, parameters: Sequence[nn.Parameter] | None = None
-) -> dict[str, nn.Parameter]:
-    """The model's parameters that require gradients, by name; only `parameters` if given."""
-    wanted = None if parameters is None else {id(parameter) for parameter in parameters}
-    named = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (wanted is None or id(parameter) in wanted)
-    }
-    check(len(named) > 0, "model has no parameter to differentiate: all are frozen or left out")
-    return named
+def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    """Of a scalar, whose graph is freed; None for parameters that it does not depend on."""
+    if not loss.requires_grad:
+        return [None] * len(parameters)
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
-def batch_size(batch: Any, name: str = "batch") -> int:
-    """B, the leading dimension that all tensors of a batch share."""
-    leaves = pytree.tree_leaves(batch)
-    check(len(leaves) > 0, f"{name} holds no tensor")
-    for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-            got = "a tensor of shape []" if isinstance(leaf, Tensor) else repr(leaf)
-            raise InputError(f"{name} must hold tensors with a leading batch dimension, got {got}")
-    sizes = sorted({leaf.shape[0] for leaf in leaves})
-    check(len(sizes) == 1, f"{name} holds tensors of different batch sizes: {sizes}")
-    check(sizes[0] > 0, f"{name} is empty")
-    return sizes[0]
+def first_loss(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
+    """The loss of the first sample, with its graph, a scalar; buffers stay as they are."""
+    buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
+    first = map_batch(lambda leaf: leaf[:1], batch)
+    with torch.enable_grad():
+        losses = functional_call(_Holder(model, loss), ({}, buffers), (first,))
+    return per_sample_losses(losses, 1)[0]
 
 
 class _Holder(nn.Module):
@@ -350,17 +368,6 @@ class _Holder(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.loss(self.model, batch)
-
-
-def per_sample_losses(losses: Tensor, size: int) -> Tensor:
-    """`losses`, if they are [size]."""
-    check(isinstance(losses, Tensor), f"loss must return a Tensor, got {type(losses).__name__}")
-    check(
-        losses.shape == (size,),
-        f"loss must return one value per sample, [{size}], got {list(losses.shape)}"
-        + ("; use reduction='none'" if losses.dim() == 0 else ""),
-    )
-    return losses
 
 
 def _check_independent(model: nn.Module) -> None:

@@ -11,16 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from gradsurgery.batch import (
+    DETACHED,
+    Loss,
+    batch_size,
+    map_batch,
+    per_sample_losses,
+    tensors,
+    trainable,
+)
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.graph import roots
 from gradsurgery.capture.kept import as_before, functions
 from gradsurgery.capture.memory import needed
-from gradsurgery.capture.tape import Tape, tape
+from gradsurgery.capture.tape import NO_ROWS, Tape, tape
 from gradsurgery.capture.uses import RowsUse, Use, Within
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.jacobian import Loss, batch_size, per_sample_losses, trainable
 from gradsurgery.ops._inputs import check as require
 
 SLOW, REFUSED, STORED, UNREACHED = "one row at a time", "refused", "stored rows", "not reached"
@@ -129,6 +136,8 @@ def check(
             except NonFiniteError:
                 raise
             except InputError as error:
+                if str(error) == NO_ROWS:
+                    raise
                 refused = str(error)
         if jacobian is None:
             paths, slow = _refused(model, _some(batch, 2), loss, named)
@@ -170,14 +179,12 @@ def _rows(groups: Tensor | None, size: int) -> Tensor:
 
 def _some(batch: Any, count: int) -> Any:
     """`count` samples from the batch's beginning, again from there if it has fewer."""
-    return pytree.tree_map(
-        lambda leaf: leaf[torch.arange(count, device=leaf.device) % len(leaf)], batch
-    )
+    return map_batch(lambda leaf: leaf[torch.arange(count, device=leaf.device) % len(leaf)], batch)
 
 
 def _losses(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
     losses = per_sample_losses(loss(model, batch), batch_size(batch))
-    require(losses.requires_grad, "loss does not depend on the model's parameters")
+    require(losses.requires_grad, DETACHED)
     return losses
 
 
@@ -187,7 +194,7 @@ def _undone(model: nn.Module, batch: Any) -> Iterator[None]:
     owned = [(module, dict(module._buffers)) for module in model.modules()]
     copies = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     grads = [(p, p.grad) for p in model.parameters()]
-    leaves = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(batch)]
+    leaves = [*model.parameters(), *model.buffers(), *tensors(batch)]
     devices = sorted({leaf.device.index or 0 for leaf in leaves if leaf.is_cuda})
     try:
         with torch.random.fork_rng(devices):

@@ -16,7 +16,7 @@ from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, check_shapes
 from gradsurgery.ops.combine import combine_unchecked
 
 WIDE = dict.fromkeys(HALVES, torch.float32)  # rows of a parameter may be wider than it
@@ -135,6 +135,24 @@ class FactoredJacobian:
         losses = torch.cat([jacobian.losses for jacobian in jacobians])
         return cls(first.names, first.parameters, start, losses, uses, derived)
 
+    @property
+    def reached(self) -> list[bool]:
+        """Which parameters the losses depend on, though it be with a zero gradient."""
+        derived = {id(p) for part in self._derived for p in part.parameters}
+        return [
+            bool(mine) or id(p) in derived
+            for p, mine in zip(self.parameters, self._uses, strict=True)
+        ]
+
+    def columns(self, places: Sequence[int]) -> "FactoredJacobian":
+        """The same rows, of some of the parameters only."""
+        self._need_pairs("columns")
+        names, kept = [self.names[k] for k in places], [self.parameters[k] for k in places]
+        uses = [self._uses[k] for k in places]
+        derived = [part.of(kept) for part in self._derived]
+        derived = [part for part in derived if part.parameters]
+        return FactoredJacobian(names, kept, self.m, self.losses, uses, derived)
+
     def gramian(
         self,
         *,
@@ -152,6 +170,7 @@ class FactoredJacobian:
         """
         check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
         if metric is not None:
+            check_shapes(metric, "metric", [p.shape for p in self.parameters])
             self._need_pairs("metric")
             grams = self._compute(metric)
         elif per == "model":
@@ -360,6 +379,7 @@ class FactoredJacobian:
         Args:
             vectors: one tensor [*p.shape] per parameter.
         """
+        check_shapes(vectors, "vectors", [p.shape for p in self.parameters])
         self._need_pairs("products")
         self._check_usable()
         device = self.parameters[0].device

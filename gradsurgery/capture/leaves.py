@@ -87,6 +87,13 @@ class Derived:
     def _placed(self, grad: Tensor) -> Tensor:
         return grad.to(self.parameters[0].device)
 
+    def of(self, parameters: Sequence[nn.Parameter]) -> "Derived":
+        """The same leaves, for those of these parameters alone that they are computed from."""
+        own = {id(parameter) for parameter in parameters}
+        other = Derived([p for p in self.parameters if id(p) in own], self.bent)
+        other.leaves = self.leaves
+        return other
+
     def rows(self, m: int) -> list[Tensor]:
         """[m, *p.shape] per parameter."""
         totals = [p.new_zeros(m, *p.shape) for p in self.parameters]

@@ -1,31 +1,44 @@
 """The recorder: `tape(model)` around a forward pass, `jacobian(losses)` for its rows."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.batch import trainable
 from gradsurgery.capture.factored import FactoredJacobian, Graph
 from gradsurgery.capture.found import Found
+from gradsurgery.capture.graph import roots, under
 from gradsurgery.capture.hooks import Clock
 from gradsurgery.capture.leaves import unmixed
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.trace import misused
 from gradsurgery.capture.uses import Use, numbers
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.jacobian import trainable
 from gradsurgery.ops._inputs import DTYPES, check
+
+NO_ROWS = (
+    "losses do not depend on the model's parameters: they were detached, computed under "
+    "torch.no_grad or by another model, such as a copy, or every parameter is frozen"
+)
 
 
 class Tape:
     """What `tape` gives: turns losses of the forward pass inside it into a Jacobian."""
 
-    def __init__(self, model: nn.Module, named: dict[str, nn.Parameter], coupled: str) -> None:
-        self.model, self.coupled = model, coupled
-        self.names, self.parameters = list(named), list(named.values())
+    def __init__(
+        self,
+        model: nn.Module,
+        named: dict[str, nn.Parameter],
+        coupled: str,
+        outside: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        self.model, self.coupled, self.own = model, coupled, len(named)
+        columns = {**named, **(outside or {})}
+        self.names, self.parameters = list(columns), list(columns.values())
         self.clock = Clock.now()
 
     def jacobian(
@@ -80,18 +93,23 @@ class Tape:
                 if why is None:
                     raise
                 raise InputError(why) from error
+            check(any(uses[: self.own]) or self.reaches(losses), NO_ROWS)
         graph = Graph(losses, rows, kept) if combine == "backward" else None
         return FactoredJacobian(
             list(self.names), list(self.parameters), m, summed, uses, found.derived, graph
         )
+
+    def reaches(self, losses: Tensor) -> bool:
+        """Whether autograd's graph leads from the losses to any of the model's parameters."""
+        own = {id(parameter) for parameter in self.parameters[: self.own]}
+        return any(id(parameter) in own for parameter in under(roots(losses))[1])
 
     def _rows(self, losses: Tensor, groups: Tensor | None) -> Tensor:
         check(isinstance(losses, Tensor), f"losses must be a Tensor, got {type(losses).__name__}")
         check(losses.is_floating_point(), f"losses must be floating point, got {losses.dtype}")
         check(
             losses.requires_grad or losses.numel() == 0,
-            "losses do not depend on the model's parameters: they were detached, computed under "
-            "torch.no_grad, or every parameter is frozen",
+            NO_ROWS,
         )
         if groups is None:
             return torch.arange(losses.numel(), device="cpu")
@@ -112,6 +130,7 @@ def tape(
     *,
     parameters: Sequence[nn.Parameter] | None = None,
     coupled: Literal["refuse", "exact"] = "refuse",
+    outside: Mapping[str, nn.Parameter] | None = None,
 ) -> Iterator[Tape]:
     """Record a forward pass of `model`, for the Jacobian of its losses.
 
@@ -124,14 +143,16 @@ def tape(
         coupled: what to do about operations that compute across samples, such as batch
             normalization in training mode: "refuse" them by name, or get the rows below them
             "exact", by a backward pass per row.
+        outside: parameters that are not the model's, by name, such as learned weights of losses:
+            more columns, after the model's.
     """
     check(isinstance(model, nn.Module), f"model must be a Module, got {type(model).__name__}")
     check(coupled in ("refuse", "exact"), f"coupled must be 'refuse' or 'exact', got {coupled!r}")
     named = trainable(model, parameters)
-    for name, parameter in named.items():
+    for name, parameter in {**named, **(outside or {})}.items():
         if parameter.dtype not in DTYPES:
             raise InputError(f"parameter {name} must be floating point, got {parameter.dtype}")
-    recorder = Tape(model, named, coupled)
+    recorder = Tape(model, named, coupled, outside)
     # whoever compiled a model has imported the compiler; nobody else should wait for that
     compiles = "torch._dynamo" in sys.modules
     with torch.compiler.set_stance("force_eager") if compiles else nullcontext():

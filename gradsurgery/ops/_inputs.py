@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -71,6 +71,22 @@ def check_alike(
         vector[0].device == like.device,
         f"{name} is on {vector[0].device}, {of} is on {like.device}",
     )
+
+
+def check_shapes(given: Sequence[Tensor], name: str, shapes: Sequence[Sequence[int]]) -> None:
+    """`given` must be one tensor per parameter, of these shapes."""
+    wanted, plain = [list(shape) for shape in shapes], isinstance(given, Sequence)
+    got: object = type(given).__name__
+    if plain:
+        got = [list(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in given]
+    check(got == wanted, f"{name} must be like the parameters, {wanted}, got {got}")
+
+
+def check_count(name: str, value: object, otherwise: str = "") -> None:
+    """`value` must be an int of 1 or more."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    got = repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
+    check(whole and cast(int, value) >= 1, f"{name} must be 1 or more{otherwise}, got {got}")
 
 
 def _as_list(tensors: Iterable[Tensor], name: str) -> list[Tensor]:

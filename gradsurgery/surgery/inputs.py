@@ -4,10 +4,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from gradsurgery.batch import Loss, batch_size, map_batch, per_sample_losses
 from gradsurgery.capture import tape
-from gradsurgery.jacobian import Loss, batch_size, per_sample_losses
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.rule import one_of
 
@@ -42,7 +41,7 @@ class InputProjection:
         """
         size = count = batch_size(batch)
         if size == 1:  # the gradient of one sample alone is formed and not kept as tokens
-            batch, size = pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), batch), 2
+            batch, size = map_batch(lambda leaf: torch.cat([leaf, leaf]), batch), 2
         with torch.enable_grad(), tape(self.model) as recorder:
             jacobian = recorder.jacobian(per_sample_losses(loss(self.model, batch), size))
         for name, found in zip(jacobian.names, jacobian.input_moments(), strict=True):

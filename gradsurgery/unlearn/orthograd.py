@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from gradsurgery import OrthoGrad, Surgeon
-from gradsurgery.step import joined
+from gradsurgery.batch import joined
 from gradsurgery.unlearn.data import whole
 from gradsurgery.unlearn.surgical import SurgicalConfig, SurgicalTrainer
 from gradsurgery.unlearn.trainer import finite, make_optimizer, require

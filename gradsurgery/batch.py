@@ -1,0 +1,251 @@
+"""What everybody says of batches: their tensors, their size, their losses, who is trained."""
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gradsurgery.errors import InputError
+from gradsurgery.ops._inputs import check
+from gradsurgery.ranks import check_one_rank
+
+Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> per-sample losses [B]
+DETACHED = (
+    "loss does not depend on the model's parameters: it was detached, computed under "
+    "torch.no_grad, or by another model, such as a copy"
+)
+
+
+class _Container(NamedTuple):
+    """A part of a batch that holds others."""
+
+    labels: list[str]  # of its entries, as they are written in Python
+    entries: list[Any]
+    filled: Callable[[list[Any]], Any]  # one like it, of other entries
+
+
+def map_batch(function: Callable[[Tensor], Any], batch: Any) -> Any:
+    """`batch` with `function` applied to each of its tensors, in containers of the same types.
+
+    Served are the pytrees of torch (tuples, lists, dicts, named tuples, what was registered), other
+    mappings, such as `transformers.BatchEncoding`, and instances of dataclasses and attrs classes.
+    What is neither a container nor a tensor stays as it is.
+    """
+    container = _opened(batch)
+    if container is None:
+        return function(batch) if isinstance(batch, Tensor) else batch
+    return container.filled([map_batch(function, entry) for entry in container.entries])
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in the order in which `map_batch` meets them."""
+    return [leaf for _, leaf in _walk(batch, "") if isinstance(leaf, Tensor)]
+
+
+def refilled(batch: Any, values: Sequence[Tensor]) -> Any:
+    """`batch` with other tensors, given in the order of `tensors`."""
+    following = iter(values)
+    return map_batch(lambda _: next(following), batch)
+
+
+def batch_size(batch: Any, name: str = "batch") -> int:
+    """B, the leading dimension that all tensors of a batch share.
+
+    Fields of dataclasses and attrs classes may be None.
+
+    Raises:
+        InputError: an entry, which is named, that is no tensor with a batch dimension; no tensor at
+            all; different sizes; no samples.
+    """
+    sizes: dict[int, None] = {}
+    for label, leaf in _walk(batch, name):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            sizes[leaf.shape[0]] = None
+        elif not isinstance(leaf, _Opened):
+            where = "" if label == name else f" in {label}"
+            advice = "" if where or leaf is None else "; pass a dict, tuple or dataclass of tensors"
+            raise InputError(
+                f"{name} must hold tensors with a leading batch dimension, "
+                f"got {_described(leaf)}{where}{advice}"
+            )
+    check(len(sizes) > 0, f"{name} holds no tensor")
+    check(len(sizes) == 1, f"{name} holds tensors of different batch sizes: {sorted(sizes)}")
+    size = next(iter(sizes))
+    check(size > 0, f"{name} is empty")
+    return size
+
+
+def joined(first: Any, second: Any) -> Any | None:
+    """Two batches as one, samples of the first before those of the second.
+
+    None where they differ in structure, or a pair of tensors in dtype, device or sample shape.
+    """
+    sides = [list(_walk(batch, "")) for batch in (first, second)]
+    if len(sides[0]) != len(sides[1]):
+        return None
+    pairs = []
+    for (label, a), (other, b) in zip(*sides, strict=True):
+        if label != other or isinstance(a, Tensor) != isinstance(b, Tensor):
+            return None
+        if isinstance(a, Tensor):
+            if (a.dtype, a.device, a.shape[1:]) != (b.dtype, b.device, b.shape[1:]):
+                return None
+            pairs.append((a, b))
+        elif a != b:  # containers of different types
+            return None
+    return refilled(first, [torch.cat(pair) for pair in pairs])
+
+
+def tokens(batch: Any) -> int:
+    """An estimate, from shapes alone: the same for the same batches.
+
+    Of integers each is one; of numbers, those of the longest dimension of a sample go together.
+    """
+    return max(
+        leaf.numel() // (max((1, *leaf.shape[1:])) if leaf.is_floating_point() else 1)
+        for leaf in tensors(batch)
+    )
+
+
+def trainable(
+    model: nn.Module, parameters: Sequence[nn.Parameter] | None = None
+) -> dict[str, nn.Parameter]:
+    """The model's parameters that require gradients, by name; only `parameters` if given.
+
+    Raises:
+        InputError: there is none, or the model is spread over several processes or devices.
+    """
+    check_one_rank(model)
+    wanted = None if parameters is None else {id(parameter) for parameter in parameters}
+    named = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (wanted is None or id(parameter) in wanted)
+    }
+    check(len(named) > 0, "model has no parameter to differentiate: all are frozen or left out")
+    return named
+
+
+def per_sample_losses(losses: Tensor, size: int) -> Tensor:
+    """`losses`, if they are [size]."""
+    check(isinstance(losses, Tensor), f"loss must return a Tensor, got {type(losses).__name__}")
+    check(
+        losses.shape == (size,),
+        f"loss must return one value per sample, [{size}], got {list(losses.shape)}"
+        + ("; use reduction='none'" if losses.dim() == 0 else ""),
+    )
+    return losses
+
+
+class _Opened(NamedTuple):
+    """Stands for a container in a walk: two are equal where their types are."""
+
+    kind: type
+
+
+def _walk(batch: Any, label: str) -> Iterator[tuple[str, Any]]:
+    """All that a batch is made of, each with its label: containers before what they hold."""
+    container = _opened(batch)
+    if container is None:
+        yield label, batch
+        return
+    yield label, _Opened(type(batch))
+    optional = bool(_fields(batch))
+    for part, entry in zip(container.labels, container.entries, strict=True):
+        if entry is None and optional:
+            yield label + part, _Opened(type(None))
+        else:
+            yield from _walk(entry, label + part)
+
+
+def _opened(node: Any) -> _Container | None:
+    """None for what is no container: a tensor, or what no batch may hold."""
+    if isinstance(node, (Tensor, str, bytes)):
+        return None
+    if type(node) in pytree.SUPPORTED_NODES or pytree.is_namedtuple_instance(node):
+        return _of_pytree(node)
+    if isinstance(node, Mapping):
+        keys = list(node)
+        made = lambda values: _of_mapping(node, dict(zip(keys, values, strict=True)))  # noqa: E731
+        return _Container([f"[{key!r}]" for key in keys], [node[key] for key in keys], made)
+    names = _fields(node)
+    if names:
+        made = lambda values: _of_fields(node, dict(zip(names, values, strict=True)))  # noqa: E731
+        return _Container([f".{name}" for name in names], [getattr(node, n) for n in names], made)
+    return None
+
+
+def _of_pytree(node: Any) -> _Container:
+    def is_leaf(part: Any) -> bool:
+        return part is not node
+
+    entries, structure = pytree.tree_flatten(node, is_leaf=is_leaf)
+    try:
+        paths = pytree.tree_flatten_with_path(node, is_leaf=is_leaf)[0]
+        labels = [pytree.keystr(path) for path, _ in paths]
+    except ValueError:  # registered without names for its entries
+        labels = [f"[{k}]" for k in range(len(entries))]
+    return _Container(labels, entries, lambda values: pytree.tree_unflatten(values, structure))
+
+
+def _fields(node: Any) -> list[str]:
+    """Of an instance of a dataclass or of an attrs class; none of anything else."""
+    if isinstance(node, type) or type(node) in pytree.SUPPORTED_NODES or isinstance(node, Mapping):
+        return []
+    if dataclasses.is_dataclass(node):
+        return [field.name for field in dataclasses.fields(node)]
+    return [field.name for field in getattr(type(node), "__attrs_attrs__", ())]
+
+
+def _of_mapping(node: Mapping, values: dict[Any, Any]) -> Any:
+    """A mapping like `node`."""
+    if not isinstance(node, (dict, UserDict)):  # a copy might share what it stores its entries in
+        try:
+            return type(node)(values)  # type: ignore[call-arg]
+        except Exception as error:
+            raise InputError(
+                f"a {type(node).__name__} cannot be made of other tensors: pass dict(batch)"
+            ) from error
+    made: Any = copy.copy(node)
+    for key, value in values.items():
+        made[key] = value
+    _same_elsewhere(node, made, [(node[key], value) for key, value in values.items()])
+    return made
+
+
+def _of_fields(node: Any, values: dict[str, Any]) -> Any:
+    """An instance like `node`; no `__init__` and no `__post_init__` sees its values again."""
+    made = copy.copy(node)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)  # of a frozen one too
+    _same_elsewhere(node, made, [(getattr(node, name), value) for name, value in values.items()])
+    return made
+
+
+def _same_elsewhere(node: Any, made: Any, pairs: Sequence[tuple[Any, Any]]) -> None:
+    """What `made` holds in attributes, beside its entries, follows them: or other samples' stay."""
+    new = {id(value): changed for value, changed in pairs}
+    own = {id(changed) for _, changed in pairs}
+    for name, value in list(getattr(made, "__dict__", {}).items()):
+        if id(value) in new:
+            object.__setattr__(made, name, new[id(value)])
+        elif isinstance(value, Tensor) and id(value) not in own:
+            raise InputError(
+                f"a {type(node).__name__} holds a tensor as attribute {name!r}, beside its "
+                "entries: pass a dict of all its tensors"
+            )
+        elif name == "_encodings":  # what a tokenizer knows of all samples
+            object.__setattr__(made, name, None)
+
+
+def _described(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return "a tensor of shape []"
+    if leaf is None or type(leaf) in (bool, int, float):
+        return repr(leaf)
+    return f"a {type(leaf).__name__}"

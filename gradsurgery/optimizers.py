@@ -1,0 +1,83 @@
+"""Which optimizers can be stepped on given gradients, and what runs in their steps."""
+
+import inspect
+from typing import cast
+
+import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from gradsurgery.ops._inputs import check
+from gradsurgery.ranks import check_one_rank_optimizer
+
+
+def steppable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """`optimizer`, or the one that accelerate wrapped, if one step on `.grad` alone is a step.
+
+    Raises:
+        InputError: one that needs a closure, sparse gradients or a graph of its steps, or that
+            scales gradients down or steps on several ranks; the message says what to use instead.
+    """
+    if any(f"{base.__module__}.".startswith("accelerate.") for base in type(optimizer).__mro__):
+        optimizer = _inside(optimizer)
+    name = type(optimizer).__name__
+    check_one_rank_optimizer(optimizer)
+    check(
+        not isinstance(optimizer, torch.optim.SparseAdam),
+        f"optimizer: {name} steps on sparse gradients, and an update of rows is dense; use Adam",
+    )
+    # of the class: a scheduler's wrapper around the bound method shows the function's `self`
+    given = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    needed = [
+        parameter.name
+        for parameter in given
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    check(
+        not needed,
+        f"optimizer: {name}.step needs {', '.join(needed)}, to compute losses again within a step, "
+        "where there is no rule; use an optimizer that steps on gradients, such as SGD or Adam",
+    )
+    for group in optimizer.param_groups:
+        check(
+            not group.get("differentiable"),
+            f"optimizer: {name} has differentiable=True, and parameters are stepped in place; "
+            "use differentiable=False",
+        )
+        check(
+            not (group.get("capturable") and any(p.is_cpu for p in group["params"])),
+            f"optimizer: {name} has capturable=True, which is for parameters on a GPU; "
+            "use capturable=False",
+        )
+    return optimizer
+
+
+def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether anything but torch's own optimizer can raise in `optimizer.step()`."""
+    kind = type(optimizer)
+    step = vars(optimizer).get("step", kind.step)
+    if getattr(step, "_wrapped_by_lr_sched", False):  # counts steps, for a warning
+        step = step.__wrapped__
+    return (
+        not kind.__module__.startswith("torch.optim.")
+        or not kind.step.__module__.startswith("torch.optim.")
+        or step is not kind.step
+        or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
+    )
+
+
+def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer in accelerate's wrapper, which leaves out steps while gradients accumulate."""
+    name, inner = type(optimizer).__name__, getattr(optimizer, "optimizer", None)
+    check(
+        isinstance(inner, torch.optim.Optimizer),
+        f"optimizer: {name} is stepped by another engine, not on given gradients; "
+        "use the optimizer itself, in one process",
+    )
+    check(
+        getattr(optimizer, "scaler", None) is None,
+        f"optimizer: {name} has a GradScaler, which would divide the update by a scale that it "
+        "does not have; use mixed_precision='bf16' or 'no'",
+    )
+    return cast(torch.optim.Optimizer, inner)
