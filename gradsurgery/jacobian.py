@@ -9,6 +9,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from gradsurgery.errors import InputError
+from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.ops import combine, gramian
 from gradsurgery.ops._inputs import as_blocks, check, flat
 
@@ -105,10 +106,10 @@ class DenseJacobian:
             with torch.enable_grad():
                 losses = per_sample_losses(loss(model, batch), size)
                 check(losses.requires_grad, "loss does not depend on the model's parameters")
-                grads = torch.autograd.grad(losses.mean(), params, allow_unused=True)
+                grads = list(torch.autograd.grad(losses.mean(), params, allow_unused=True))
             blocks = [
                 torch.zeros_like(p)[None] if g is None else g[None]
-                for p, g in zip(params, grads, strict=True)
+                for p, g in zip(params, own(grads), strict=True)
             ]
             return cls(dict(zip(named, blocks, strict=True)), params, losses.detach().mean()[None])
 
@@ -169,16 +170,18 @@ class DenseJacobian:
         return list(combine(self.blocks, weights))
 
     def backward(self, weights: Tensor) -> None:
-        """Add wᵀ J to the parameters' `.grad`, as `Tensor.backward` would."""
+        """Add wᵀ J to the parameters' `.grad`, as `Tensor.backward` would.
+
+        Hooks registered by `register_post_accumulate_grad_hook` run, each once its parameter's
+        gradient is there. Where one raises, the parameters after it have none of theirs.
+        """
         if self.parameters is None:
             raise InputError("backward: this Jacobian was made without parameters")
         update = self.combine(weights)
         with torch.no_grad():
             for parameter, grad in zip(self.parameters, update, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = grad.detach()
-                else:
-                    parameter.grad += grad  # in place: others may hold it, as views of a bucket do
+                add_to(parameter, grad)
+                run_hooks(parameter)
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64.

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from gradsurgery.capture import FactoredJacobian, tape
 from gradsurgery.diagnosis import Diagnosis, diagnose
 from gradsurgery.errors import InputError
+from gradsurgery.grads import add_to, own
 from gradsurgery.jacobian import (
     DenseJacobian,
     Loss,
@@ -366,9 +367,10 @@ class Surgeon:
                 # a parameter that no loss depends on has no gradient, as in an ordinary step
                 squares = jacobian.gramian(per="tensor").diagonal(dim1=-2, dim2=-1)
                 reached = (squares != 0).any(-1).tolist()
-                for name, grad, used in zip(jacobian.names, update, reached, strict=True):
+                for name, grad, used in zip(jacobian.names, own(update), reached, strict=True):
                     parameter = self.parameters[name]
-                    parameter.grad = grad.to(parameter.dtype) if used else None
+                    if used:
+                        add_to(parameter, grad.to(parameter.dtype))
             elif isinstance(jacobian, (FactoredJacobian, SummedRows)):
                 jacobian.backward(update, release=True)
             else:

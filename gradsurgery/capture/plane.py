@@ -123,6 +123,8 @@ class Plane:
             mine = self.whole is None or self.kept.dtype != self.whole.blocks.dtype
             give = release or (add and mine)
             out = self.kept if give else self.kept.clone()
+            if give:
+                self.kept = None  # before it is scaled: what interrupts that leaves no half of it
             beta: float = 1
             if out.is_cuda:
                 out *= weights[self.group].to(out.dtype)  # without waiting for the weight
@@ -132,8 +134,6 @@ class Plane:
                 use.wide().combine(weights[placed(use.rows, weights.device)], out, beta)
                 beta = 1
             scale(out, beta)
-            if give:
-                self.kept = None
         return out.view(self.parameter.shape).to(self.parameter.dtype)
 
 
