@@ -102,13 +102,16 @@ class Plane:
         if self.plan is None:
             return stored([cast(RowsUse, use.wide()) for use in self.uses], m, metric)
         own, summed = ([use.wide() for use in part] for part in self.parts)
+        group = self._group()
+        if not own and group is None:  # all samples belong to no row
+            return torch.zeros(m, m, dtype=torch.float64, device=self.parameter.device)
         if self.plan.path == "factored" and metric is None:
             tokens = summed if self.plan.cross == "tokens" else ()
-            return factored(_products(own), m, self._group(), _products(tokens))
-        if all(isinstance(use, EmbeddingUse) for use in own):
-            return embedded([cast(EmbeddingUse, use) for use in own], m, self._group(), metric)
+            return factored(_products(own), m, group, _products(tokens))
+        if own and all(isinstance(use, EmbeddingUse) for use in own):
+            return embedded([cast(EmbeddingUse, use) for use in own], m, group, metric)
         own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
-        return direct(own, m, self._group(), metric)
+        return direct(own, m, group, metric)
 
     def update(self, weights: Tensor, add: bool, release: bool) -> Tensor:
         """w^T J, [*p.shape]. To `add` it to `.grad` is to give the kept plane away.
