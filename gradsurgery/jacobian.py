@@ -12,6 +12,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.ops import combine, gramian
 from gradsurgery.ops._inputs import as_blocks, check, flat
+from gradsurgery.ops._range import factors
 
 if TYPE_CHECKING:
     from gradsurgery.capture import FactoredJacobian
@@ -156,14 +157,28 @@ class DenseJacobian:
         """Inner products of the rows in float64 arithmetic, [m, m] or [L, m, m] per tensor.
 
         `metric`, one tensor [*p.shape] of weights per block, makes them <a, metric * b>.
+
+        Raises:
+            NonFiniteError: a row with NaN or infinity.
+            InputError: a row of float64, not zero, of norm under 1e-140, whose square float64 does
+                not hold: it would count as zero.
         """
         if metric is None:
-            return gramian(self.blocks, per=per, precise=True)
+            gram = gramian(self.blocks, per=per, precise=True)
+            squares = gram.diagonal(dim1=-2, dim2=-1)
+            self._check_range(squares if per == "model" else squares.sum(0))
+            return gram
         grams = [
             gramian([block * weight.sqrt()], precise=True)
             for block, weight in zip(self.blocks, metric, strict=True)
         ]
         return torch.stack(grams) if per == "tensor" else torch.stack(grams).sum(0)
+
+    def _check_range(self, squares: Tensor) -> None:
+        short = factors(flat(self.blocks), squares)
+        if short is not None:
+            row = int((short != 1).nonzero()[0])
+            raise InputError(f"rows: float64 does not hold the square of row {row}: scale it up")
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """wᵀ J as a list like the parameters; weights [m], or [L, m] per tensor."""
