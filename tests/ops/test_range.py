@@ -44,6 +44,21 @@ def test_project_out_projects_gradients_of_any_length(scale, impl):
     assert float(same.kept_norm) == pytest.approx(float(info.kept_norm), rel=1e-12)
 
 
+def test_the_shortest_rows_count_beside_the_longest(impl):
+    rows, grad = rows_of(), rows_of(1, seed=1)[0]
+    expected = gs.project_out(grad, rows)
+    factors = torch.tensor([1e-300, 1e150, 1.0], dtype=torch.float64)
+    close(gs.project_out(grad, rows * factors[:, None]), expected)
+    q, _ = gs.orthonormalize(rows)
+    close(gs.orthonormalize(rows * factors[:, None])[0], q)
+    f, r = rows[0], rows[1] - 2 * rows[0]
+    want = gs.harmonize(f, r, mode="both")
+    for a, b in ((1e-300, 1e150), (1e150, 1e-300)):
+        found = gs.harmonize(a * f, b * r, mode="both")
+        close(found[0] / a, want[0])
+        close(found[1] / b, want[1])
+
+
 def test_zero_rows_stay_zero_rows_beside_short_ones(impl):
     rows, grad = rows_of(), rows_of(1, seed=1)[0]
     expected = gs.project_out(grad, rows[:2])
