@@ -26,6 +26,7 @@ class Plane:
     """
 
     def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
+        uses = [use for use in uses if use.n] or uses[:1]  # kernels take no empty ones
         self.parameter, self.uses = parameter, _formed(uses)
         self.whole = _whole(self.uses)
         self.group = group if self.whole is None else int(self.whole.rows)
@@ -101,10 +102,10 @@ class Plane:
             metric = metric.reshape(self.uses[0].plane)
         if self.plan is None:
             return stored([cast(RowsUse, use.wide()) for use in self.uses], m, metric)
+        if not self.uses[0].n:
+            return torch.zeros(m, m, dtype=torch.float64, device=self.parameter.device)
         own, summed = ([use.wide() for use in part] for part in self.parts)
         group = self._group()
-        if not own and group is None:  # all samples belong to no row
-            return torch.zeros(m, m, dtype=torch.float64, device=self.parameter.device)
         if self.plan.path == "factored" and metric is None:
             tokens = summed if self.plan.cross == "tokens" else ()
             return factored(_products(own), m, group, _products(tokens))
@@ -118,6 +119,8 @@ class Plane:
 
         `release`: what a backward pass made may be given away too: no row is asked for again.
         """
+        if not self.uses[0].n:
+            return torch.zeros_like(self.parameter.detach())
         if self.plan is not None and self.whole is not None:
             self.group_plane()
         if self.kept is None:

@@ -6,6 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradsurgery as gs
+from gradsurgery.capture.plane import Plane
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse
 from tests.capture.oracle import agrees, loop
 
 X = torch.randn(4, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -56,7 +58,7 @@ def test_rows_are_exact(reach, path, monkeypatch):
     if path:
         monkeypatch.setenv("GRADSURGERY_PATH", path)
     for name, groups in GROUPS.items():
-        for tail in (1,) if path else (1, 3):
+        for tail in (3,) if path else (1, 3):
             model = Net(REACH[reach], tail).double()
             rows = torch.tensor(groups + groups[-1:] * (tail - 1))
             jacobian = agrees(model, model.losses, groups=rows)
@@ -87,6 +89,24 @@ def test_all_samples_may_belong_to_no_row(path, monkeypatch):
         assert not any(update.any() for update in jacobian.combine(torch.zeros(0)))
         jacobian.backward(torch.zeros(0))
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("path", ["", "factored", "direct"])
+@pytest.mark.parametrize("group", [None, 0])
+def test_a_use_of_no_blocks_has_no_products(path, group, monkeypatch):
+    if path:
+        monkeypatch.setenv("GRADSURGERY_PATH", path)
+    parameter, none = nn.Parameter(torch.randn(3, 4)), torch.zeros(0, dtype=torch.int64)
+    for use in (
+        MatrixUse(torch.zeros(0, 2, 3), torch.zeros(0, 2, 4), none),
+        EmbeddingUse(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, 4), none, 3),
+    ):
+        plane = Plane(parameter, [use], group)
+        for metric in (None, torch.ones(3, 4)):
+            gram = plane.gramian(2, metric)
+            assert gram.tolist() == [[0, 0], [0, 0]]
+            assert gram.dtype == torch.float64
+        assert not plane.update(torch.ones(2), False, False).any()
 
 
 class Empty(nn.Module):
