@@ -18,8 +18,10 @@ from gradsurgery.batch import (
     trainable,
 )
 from gradsurgery.errors import InputError
+from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.ops import combine, gramian
 from gradsurgery.ops._inputs import as_blocks, check, check_count, check_shapes, flat
+from gradsurgery.ops._range import factors
 
 if TYPE_CHECKING:
     from gradsurgery.capture import FactoredJacobian
@@ -112,15 +114,16 @@ class DenseJacobian:
         if rows == "mean":
             with torch.enable_grad():
                 losses = per_sample_losses(loss(model, batch), size)
-                grads = gradients(losses.mean(), params)
-            check(any(g is not None for g in grads), DETACHED)
+                grads = list(gradients(losses.mean(), params))
+            reached = [g is not None for g in grads]
+            check(any(reached), DETACHED)
             blocks = [
-                torch.zeros_like(p)[None] if g is None else g.to_dense()[None]
-                for p, g in zip(params, grads, strict=True)
+                torch.zeros_like(p)[None] if g is None else g[None]
+                for p, g in zip(params, own(grads), strict=True)
             ]
             mean = losses.detach().mean()[None]
             found = cls(dict(zip(named, blocks, strict=True)), params, mean)
-            found.reached = [g is not None for g in grads]
+            found.reached = reached
             return found
 
         holder = _Holder(model, loss)
@@ -169,9 +172,17 @@ class DenseJacobian:
         """Inner products of the rows in float64 arithmetic, [m, m] or [L, m, m] per tensor.
 
         `metric`, one tensor [*p.shape] of weights per block, makes them <a, metric * b>.
+
+        Raises:
+            NonFiniteError: a row with NaN or infinity.
+            InputError: a row of float64, not zero, of norm under 1e-140, whose square float64 does
+                not hold: it would count as zero.
         """
         if metric is None:
-            return gramian(self.blocks, per=per, precise=True)
+            gram = gramian(self.blocks, per=per, precise=True)
+            squares = gram.diagonal(dim1=-2, dim2=-1)
+            self._check_range(squares if per == "model" else squares.sum(0))
+            return gram
         check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
         check_shapes(metric, "metric", self._shapes())
         grams = [
@@ -180,21 +191,29 @@ class DenseJacobian:
         ]
         return torch.stack(grams) if per == "tensor" else torch.stack(grams).sum(0)
 
+    def _check_range(self, squares: Tensor) -> None:
+        short = factors(flat(self.blocks), squares)
+        if short is not None:
+            row = int((short != 1).nonzero()[0])
+            raise InputError(f"rows: float64 does not hold the square of row {row}: scale it up")
+
     def combine(self, weights: Tensor) -> list[Tensor]:
         """wᵀ J as a list like the parameters; weights [m], or [L, m] per tensor."""
         return list(combine(self.blocks, weights))
 
     def backward(self, weights: Tensor) -> None:
-        """Add wᵀ J to the parameters' `.grad`, as `Tensor.backward` would."""
+        """Add wᵀ J to the parameters' `.grad`, as `Tensor.backward` would.
+
+        Hooks registered by `register_post_accumulate_grad_hook` run, each once its parameter's
+        gradient is there. Where one raises, the parameters after it have none of theirs.
+        """
         if self.parameters is None:
             raise InputError("backward: this Jacobian was made without parameters")
         update = self.combine(weights)
         with torch.no_grad():
             for parameter, grad in zip(self.parameters, update, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = grad.detach()
-                else:
-                    parameter.grad += grad  # in place: others may hold it, as views of a bucket do
+                add_to(parameter, grad)
+                run_hooks(parameter)
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64.

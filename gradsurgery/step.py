@@ -12,6 +12,7 @@ from gradsurgery.batch import Loss, batch_size, trainable
 from gradsurgery.collect import Collected, Collector
 from gradsurgery.diagnosis import Diagnosis, diagnose
 from gradsurgery.errors import InputError
+from gradsurgery.grads import add_to, own
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_count
 from gradsurgery.optimizers import steppable
@@ -279,11 +280,12 @@ class Surgeon:
         if isinstance(update, Tensor) and not isinstance(jacobian, DenseJacobian):
             jacobian.backward(update, release=True)
             return
-        whole = jacobian.combine(update) if isinstance(update, Tensor) else update
+        whole = jacobian.combine(update) if isinstance(update, Tensor) else own(update)
         parameters = jacobian.parameters or []
         for parameter, grad, used in zip(parameters, whole, rows.reached, strict=True):
             # one that no loss depends on has no gradient, as in an ordinary step: no decay
-            parameter.grad = grad.to(parameter.dtype) if used else None
+            if used:
+                add_to(parameter, grad.to(parameter.dtype))
 
     def _metric(self, names: list[str]) -> list[Tensor] | None:
         """lr / (sqrt(v) + eps) per parameter, of the steps taken so far; None before the first."""

@@ -43,7 +43,8 @@ WEIGHTS = (1.0, -0.7)
 class Checked:
     """What `check` found. Errors and memory are None where the rows are refused."""
 
-    exact: bool  # two captured rows agree with a loop of backward passes
+    # two captured rows, and the gradients made of them, agree with a loop of backward passes
+    exact: bool
     rtol: float  # the relative error allowed for that
     samples: int  # B
     rows: int  # m
@@ -53,7 +54,9 @@ class Checked:
     slow: dict[str, str]  # why some rows are got one at a time
     refused: str | None = None  # why there are no rows, as `Tape.jacobian` says it
     gramian_error: float | None = None  # of an entry, to the norms of its rows
-    update_error: float | None = None  # of a weighted sum, to its norm
+    # of a weighted sum, to its norm: the largest of `combine`, of `.grad` after `backward`, and of
+    # `.grad` halved in place, as by clipping, and added to by a second `backward`
+    update_error: float | None = None
     worst: str | None = None  # the parameter whose errors these are: the largest of all
     # bytes for a Jacobian, its Gramian and its `backward`: by which a process grows on a CPU, alive
     # at once on a GPU; and some of what that is made of: "passes", the forward and the backward
@@ -96,8 +99,10 @@ def check(
     """Whether this library's rows of your model are right, and what they will cost.
 
     The captured rows of two samples are compared with a loop of backward passes over the same two
-    losses; all else is counted on runs of two and four samples. The model, its buffers, `.grad` and
-    torch's random numbers are as they were afterwards.
+    losses, and so is what their weighted sums leave in `.grad`: at once, and after gradients were
+    changed in place and added to. All else is counted on runs of two and four samples. The model,
+    its buffers, `.grad` and torch's random numbers are as they were afterwards. Hooks that run
+    after accumulation are not called.
 
     Args:
         model: in the mode (train or eval) its losses are wanted in.
@@ -244,13 +249,45 @@ def _update_errors(
     jacobian: FactoredJacobian, exact: Sequence[Tensor], share: float
 ) -> list[float]:
     weights = torch.tensor(WEIGHTS, dtype=torch.float64, device=exact[0].device)
-    found = jacobian.combine(weights)
     sums = [weights @ rows.double() for rows in exact]
     norms = torch.stack([each.norm() for each in sums])
-    away = torch.stack(
-        [(a.double().flatten() - b).norm() for a, b in zip(found, sums, strict=True)]
-    )
-    return _relative(away, torch.maximum(norms, share * norms.norm())).tolist()
+    scale = torch.maximum(norms, share * norms.norm())
+
+    def errors(found: Sequence[Tensor | None], times: float = 1) -> Tensor:
+        pairs = zip(found, sums, strict=True)
+        away = [((0 if a is None else a.double().flatten()) - times * b).norm() for a, b in pairs]
+        return _relative(torch.stack(away), times * scale)
+
+    parameters, largest = jacobian.parameters, [errors(jacobian.combine(weights))]
+    before = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        jacobian._add(jacobian._weights(weights), release=False, hooks=False)
+        grads = [p.grad for p in parameters]
+        shared = _shared(grads)
+        largest += [errors(grads), torch.where(torch.tensor(shared), math.inf, 0.0).to(scale)]
+        if not any(shared):
+            for grad in grads:
+                if grad is not None:
+                    grad *= 0.5  # as clipping does
+            jacobian._add(jacobian._weights(weights), release=False, hooks=False)
+            largest += [errors([p.grad for p in parameters], 1.5)]
+            largest += [errors(jacobian.combine(weights))]
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
+    return torch.stack(largest).amax(0).tolist()
+
+
+def _shared(grads: Sequence[Tensor | None]) -> list[bool]:
+    """Which share memory with another, or have values that share it."""
+    places = [grad.untyped_storage()._cdata if grad is not None else None for grad in grads]
+    return [
+        grad is not None
+        and (places.count(place) > 1 or grad.untyped_storage().nbytes() < grad.nbytes)
+        for grad, place in zip(grads, places, strict=True)
+    ]
 
 
 def _relative(away: Tensor, scale: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
 from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.grads import add_to, part, run_hooks
 from gradsurgery.ops._inputs import check, check_shapes
 from gradsurgery.ops.combine import combine_unchecked
 
@@ -53,10 +54,12 @@ class Graph(NamedTuple):
 
     def backward(self, weights: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """As an ordinary backward pass does, hooks of parameters included."""
+        without = [p for p in parameters if p.grad is None]
         for mine, outputs in self.outputs(weights):
             held = [parameters[i] for i in mine]
             with self._named_errors():
                 torch.autograd.backward(self.losses, outputs, retain_graph=True, inputs=held)
+        part(without)
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -342,7 +345,10 @@ class FactoredJacobian:
     def backward(self, weights: Tensor, *, release: bool = False) -> None:
         """Add w^T J to the parameters' `.grad`, as `Tensor.backward` would.
 
-        A parameter that no loss depends on is left without.
+        A parameter that no loss depends on is left without. Every `.grad` made is memory of its
+        own, laid out like its parameter. Hooks registered by `register_post_accumulate_grad_hook`
+        run once for each parameter, with all of its gradient. Where one raises, some parameters
+        have all of their gradient and the others none of it.
 
         Args:
             weights: [m], or [L, m] per parameter.
@@ -361,17 +367,24 @@ class FactoredJacobian:
                 self._graph, self._released = None, True
                 self._drop()
 
-    def _add(self, weights: Tensor, release: bool) -> None:
+    def _add(self, weights: Tensor, release: bool, hooks: bool = True) -> None:
+        several = {self._place[id(p)] for derived in self._derived for p in derived.parameters}
+        sums: dict[int, Tensor] = {}
         with torch.no_grad(), unmixed(self.parameters[0]):
             for k, grad in self._updates(weights, True, release):
-                parameter = self.parameters[k]
-                if parameter.grad is None:
-                    parameter.grad = grad
+                if k not in several:
+                    self._add_whole(k, grad, hooks)
+                elif k in sums:
+                    sums[k] += grad
                 else:
-                    parameter.grad += grad
-                hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-                for hook in list(hooks.values()):
-                    hook(parameter)
+                    sums[k] = grad
+            for k in list(sums):
+                self._add_whole(k, sums.pop(k), hooks)
+
+    def _add_whole(self, k: int, grad: Tensor, hooks: bool) -> None:
+        add_to(self.parameters[k], grad)
+        if hooks:
+            run_hooks(self.parameters[k])
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64.

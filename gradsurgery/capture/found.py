@@ -25,6 +25,7 @@ from gradsurgery.capture.trace import Leaf, Meeting, Mixing, Trace, trace
 from gradsurgery.capture.uses import RowsUse, Use, numbers, occurring, plane_of
 from gradsurgery.capture.views import resolve, shape_of
 from gradsurgery.errors import InputError
+from gradsurgery.grads import own
 
 if TYPE_CHECKING:
     from gradsurgery.capture.tape import Tape
@@ -201,23 +202,19 @@ class Found:
 
     def _whole(self, rows: Tensor, row: int, retain_graph: bool) -> None:
         """All losses make one row: an ordinary backward pass."""
-        grads = torch.autograd.grad(
-            self.losses,
-            self.owner.parameters,
-            self._outputs(rows),
-            retain_graph=retain_graph,
-            allow_unused=True,
+        grads = list(
+            torch.autograd.grad(
+                self.losses,
+                self.owner.parameters,
+                self._outputs(rows),
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
         )
-        own = torch.tensor([row], device="cpu")
-        known: set[int] = set()
-        for k, grad in enumerate(grads):
-            if grad is None:
-                continue
-            grad = grad.to_dense() if grad.layout != torch.strided else grad
-            place = grad.untyped_storage()._cdata
-            grad = grad.clone() if place in known else grad  # each may end in a `.grad` of its own
-            known.add(place)
-            self._add(k, RowsUse(grad.unsqueeze(0), own))
+        only = torch.tensor([row], device="cpu")
+        for k, grad in enumerate(own(grads)):  # each may be scaled in its place, as a `.grad`
+            if grad is not None:
+                self._add(k, RowsUse(grad.unsqueeze(0), only))
 
     def _pass(self, rows: Tensor, found: Trace, retain_graph: bool) -> None:
         distinct = occurring(rows)

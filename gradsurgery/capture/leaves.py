@@ -14,6 +14,7 @@ from gradsurgery.capture.trace import Leaf, misused
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
 from gradsurgery.capture.views import Simple
 from gradsurgery.errors import InputError
+from gradsurgery.grads import own
 from gradsurgery.ops._inputs import wide
 
 
@@ -107,17 +108,21 @@ class Derived:
         return totals
 
     def combine(self, weights: Tensor) -> list[Tensor | None]:
-        """w^T J per parameter."""
+        """w^T J per parameter, each in memory of its own."""
         if self.bent:
             rows = self.rows(len(weights))
             return [torch.tensordot(weights.to(row.dtype), row, 1) for row in rows]
+        return own(self._back([leaf for leaf, _ in self.leaves], self._sums(weights), False))
+
+    def _sums(self, weights: Tensor) -> list[Tensor]:
+        """w^T J per leaf."""
         grads = []
         for leaf, uses in self.leaves:
             out = wide(uses[0].values[-1][:0]).new_zeros(uses[0].plane)
             for use in uses:
                 use.wide().combine(weights[placed(use.rows, weights.device)], out)
             grads.append(out.view(leaf.shape))
-        return self._back([leaf for leaf, _ in self.leaves], grads, False)
+        return grads
 
     def _back(
         self, leaves: Sequence[Leaf], grads: Sequence[Tensor], batched: bool

@@ -26,6 +26,7 @@ class Plane:
     """
 
     def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
+        uses = [use for use in uses if use.n] or uses[:1]  # kernels take no empty ones
         self.parameter, self.uses = parameter, _formed(uses)
         self.whole = _whole(self.uses)
         self.group = group if self.whole is None else int(self.whole.rows)
@@ -101,20 +102,25 @@ class Plane:
             metric = metric.reshape(self.uses[0].plane)
         if self.plan is None:
             return stored([cast(RowsUse, use.wide()) for use in self.uses], m, metric)
+        if not self.uses[0].n:
+            return torch.zeros(m, m, dtype=torch.float64, device=self.parameter.device)
         own, summed = ([use.wide() for use in part] for part in self.parts)
+        group = self._group()
         if self.plan.path == "factored" and metric is None:
             tokens = summed if self.plan.cross == "tokens" else ()
-            return factored(_products(own), m, self._group(), _products(tokens))
-        if all(isinstance(use, EmbeddingUse) for use in own):
-            return embedded([cast(EmbeddingUse, use) for use in own], m, self._group(), metric)
+            return factored(_products(own), m, group, _products(tokens))
+        if own and all(isinstance(use, EmbeddingUse) for use in own):
+            return embedded([cast(EmbeddingUse, use) for use in own], m, group, metric)
         own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
-        return direct(own, m, self._group(), metric)
+        return direct(own, m, group, metric)
 
     def update(self, weights: Tensor, add: bool, release: bool) -> Tensor:
         """w^T J, [*p.shape]. To `add` it to `.grad` is to give the kept plane away.
 
         `release`: what a backward pass made may be given away too: no row is asked for again.
         """
+        if not self.uses[0].n:
+            return torch.zeros_like(self.parameter.detach())
         if self.plan is not None and self.whole is not None:
             self.group_plane()
         if self.kept is None:
@@ -123,6 +129,8 @@ class Plane:
             mine = self.whole is None or self.kept.dtype != self.whole.blocks.dtype
             give = release or (add and mine)
             out = self.kept if give else self.kept.clone()
+            if give:
+                self.kept = None  # before it is scaled: what interrupts that leaves no half of it
             beta: float = 1
             if out.is_cuda:
                 out *= weights[self.group].to(out.dtype)  # without waiting for the weight
@@ -132,8 +140,6 @@ class Plane:
                 use.wide().combine(weights[placed(use.rows, weights.device)], out, beta)
                 beta = 1
             scale(out, beta)
-            if give:
-                self.kept = None
         return out.view(self.parameter.shape).to(self.parameter.dtype)
 
 

@@ -9,10 +9,12 @@ from torch import Tensor
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._backend import register
 from gradsurgery.ops._inputs import Rows, as_vector, check, check_alike, check_finite
+from gradsurgery.ops._range import factors, times
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.gramian import gramian_of
 
-MODES = ("forget", "retain", "both")
+EDITED = {"forget": slice(0, 1), "retain": slice(1, 2), "both": slice(0, 2)}  # of (f, r)
+MODES = tuple(EDITED)
 Mode = Literal["forget", "retain", "both"]
 
 
@@ -67,7 +69,7 @@ def _weights(gram: Tensor, mode: str) -> Tensor:
     a = torch.where(squares > 0, -conflict / squares, 0)  # of f on itself, of r on itself
     one = torch.ones_like(conflict)
     both = torch.stack([torch.stack([one, a[1]]), torch.stack([a[0], one])])
-    return both[{"forget": slice(0, 1), "retain": slice(1, 2), "both": slice(0, 2)}[mode]]
+    return both[EDITED[mode]]
 
 
 def harmonize_reference(
@@ -81,7 +83,13 @@ def harmonize_reference(
         rows = rows.double()
         gram = rows @ rows.mT
         _check_finite(gram.diagonal(), forget[step], retain[step])
+        scale = factors([rows.to(forget[0].dtype)], gram.diagonal())
+        if scale is not None:
+            rows = rows * scale[:, None]
+            gram = rows @ rows.mT
         edited = _weights(gram, mode) @ rows
+        if scale is not None:
+            edited = edited / scale[EDITED[mode], None]
         sizes = [tensor.numel() for tensor in forget[step]]
         for row, outs in zip(edited, [side for side in new if side], strict=True):
             for part, out in zip(row.split(sizes), outs[step], strict=True):
@@ -101,8 +109,19 @@ def harmonize_native(
         gram = gramian_of(rows, precise=False)
         if not gram.is_cuda:
             _check_finite(gram.diagonal(), forget[step], retain[step])
-        finite = combine_into(rows, _weights(gram, mode), [side[step] for side in outs])
+        square, wait = gram.diagonal(), not gram.is_cuda
+        scales = [factors(rows[i], square[i : i + 1], wait) for i in range(2)]
+        if any(scale is not None for scale in scales):
+            rows = [r if s is None else times(r, s) for r, s in zip(rows, scales, strict=True)]
+            gram = gramian_of(rows, precise=False)
+        edited = [side[step] for side in outs]
+        finite = combine_into(rows, _weights(gram, mode), edited)
         _check_overflow(finite, forget[0])
+        # each gradient is edited alike whatever the lengths of both
+        for side, scale in zip(edited, scales[EDITED[mode]], strict=True):
+            if scale is not None:
+                for tensor in side:
+                    tensor /= scale
     return out
 
 

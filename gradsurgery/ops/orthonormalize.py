@@ -8,6 +8,7 @@ from torch import Tensor
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._backend import _C, register, runs_cuda
 from gradsurgery.ops._inputs import DTYPES, check
+from gradsurgery.ops._range import factors
 from gradsurgery.ops.weighting import default_rtol
 
 
@@ -32,9 +33,10 @@ def orthonormalize(
 
     Raises:
         InputError: rows that are no floating-point matrix.
-        NonFiniteError: a row with NaN or infinity.
+        NonFiniteError: a row with NaN or infinity, or a value of R that overflows the rows' dtype:
+            R holds their norms.
 
-    A GPU waits for the check that all rows are finite. Gradients exist where all rows are
+    A GPU waits for the check that all is finite. Gradients exist where all rows are
     independent; elsewhere they are not finite.
 
     CholeskyQR2, Fukaya et al. 2014, with Gramian and factorization in float64; one pass where that
@@ -57,7 +59,9 @@ def orthonormalize_reference(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor,
     """Modified Gram-Schmidt in float64, each row twice."""
     jacobian = rows.double()
     norms = jacobian.norm(dim=-1)
-    _check_finite(norms)
+    scale = _factors(rows, norms)
+    if scale is not None:
+        return _unscaled(*orthonormalize_reference(rows * scale, rtol), scale)
     q = jacobian.new_zeros(rows.shape)
     r = jacobian.new_zeros(*rows.shape[:-1], rows.shape[-2])
     for i in range(rows.shape[-2]):
@@ -71,7 +75,9 @@ def orthonormalize_reference(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor,
         q[..., i, :] = torch.where(keep[..., None], rest / norm[..., None], 0)
         r[..., i, i] = torch.where(keep, norm, 0)
     rank = (r.diagonal(dim1=-2, dim2=-1) > 0).sum(-1)
-    return q.to(rows.dtype), r.to(rows.dtype), rank
+    r = r.to(rows.dtype)
+    _check_finite(norms, r)
+    return q.to(rows.dtype), r, rank
 
 
 def orthonormalize_native(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,15 +93,38 @@ def orthonormalize_native(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor, Te
         _C.orthonormalize_cuda(*views, scratch, rtol)
     else:
         _C.orthonormalize_cpu(*views, rtol, torch.get_num_threads())
-    _check_finite(norms)
-    return q, r.copy_(factor), rank
+    scale = _factors(rows, norms)
+    if scale is not None:
+        return _unscaled(*orthonormalize_native(rows * scale, rtol), scale)
+    _check_finite(norms, r.copy_(factor))
+    return q, r, rank
 
 
-def _check_finite(norms: Tensor) -> None:
-    if not bool(norms.isfinite().all()):
-        at = (~norms.isfinite()).nonzero()[0].tolist()
+def _check_finite(norms: Tensor, r: Tensor) -> None:
+    if not bool(norms.isfinite().all() & r.isfinite().all()):
+        bad = ~norms.isfinite()
+        long = not bool(bad.any())
+        at = (~r.isfinite().all(-2) if long else bad).nonzero()[0].tolist()
         where = f"row {at[-1]}" + (f" of matrix {at[:-1]}" if len(at) > 1 else "")
+        if long:
+            wider = "float" if r.dtype == torch.float16 else "double"
+            raise NonFiniteError(
+                f"rows: R does not fit into {r.dtype}, which the norm of {where} overflows: "
+                f"pass rows.{wider}()"
+            )
         raise NonFiniteError(f"rows: {where} is not finite, or its square overflows float64")
+
+
+def _factors(rows: Tensor, norms: Tensor) -> Tensor | None:
+    """Powers of two for rows whose squares underflow, [..., m, 1]; None if none does."""
+    flat = rows.reshape(norms.numel(), rows.shape[-1])
+    found = factors([flat], norms.flatten() ** 2)
+    return None if found is None else found.view(*norms.shape, 1)
+
+
+def _unscaled(q: Tensor, r: Tensor, rank: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From those of D J, D the factors: J = (R D⁻¹)ᵀ Q."""
+    return q, r / scale.mT, rank
 
 
 def _fake(rows: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ from gradsurgery.ops._inputs import (
     check_finite,
     flat,
 )
+from gradsurgery.ops._range import factors, times
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.gramian import gramian_of
 from gradsurgery.ops.weighting import default_rtol
@@ -100,6 +101,10 @@ def project_out_reference(
     norms = jacobian.norm(dim=1)
     check_finite(norms, rows, "rows")
     check_finite(g.norm()[None], [tensor[None] for tensor in grad], "grad")
+    scaled = _scaled(grad, rows, torch.cat([norms, g.norm()[None]]) ** 2)
+    if scaled is not None:
+        outs, rank, kept, worst = project_out_reference(*scaled[:2], rtol, refine)
+        return [out / scaled[2] for out in outs], rank, kept, worst
     unit = torch.where(norms[:, None] > 0, jacobian / norms[:, None], 0)
     rest, basis = unit.clone(), unit[:0]
     for _ in range(min(unit.shape)):
@@ -145,6 +150,10 @@ def project_out_native(
     # float64 products cost little where the rows fit in cache
     precise = dtype == torch.float64 or columns <= 1 << 15
     gram, c, rank, margin = solve(precise)
+    scaled = _scaled(grad, rows, gram.diagonal())
+    if scaled is not None:
+        outs, rank, kept, worst = project_out_native(*scaled[:2], rtol, refine)
+        return [out / scaled[2] for out in outs], rank, kept, worst
     if not precise and margin <= SAFE_MARGIN:
         precise = True
         gram, c, rank, margin = solve(precise)
@@ -186,6 +195,22 @@ def project_out_native(
         source = perp
     _warn(worst, dtype)
     return outs, rank, kept, worst
+
+
+def _scaled(
+    grad: Sequence[Tensor], rows: Sequence[Tensor], squares: Tensor
+) -> tuple[list[Tensor], list[Tensor], Tensor] | None:
+    """Gradient and rows in range, and the factor of the gradient; None where they are.
+
+    The span is that of the rows at any scale, and the projection is linear in the gradient.
+    """
+    vector = [tensor.reshape(1, -1) for tensor in grad]
+    short, small = factors(flat(rows), squares[:-1]), factors(vector, squares[-1:])
+    if short is None and small is None:
+        return None
+    grad_scale = squares.new_ones(()) if small is None else small[0]
+    scaled = list(rows) if short is None else times(flat(rows), short)
+    return [tensor * grad_scale for tensor in grad], scaled, grad_scale
 
 
 def _float32_holds(squares: Tensor, left: Tensor, columns: int) -> bool:

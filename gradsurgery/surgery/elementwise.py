@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
-from gradsurgery.ops._inputs import check, wide
+from gradsurgery.ops._inputs import check, flat, wide
 from gradsurgery.surgery.pair import directions
 from gradsurgery.surgery.rule import (
     Index,
@@ -46,14 +46,13 @@ class Elementwise(Rule):
         jacobian = as_jacobian(given_rows)
         named = self._named(given, roles)
         blocks = jacobian.blocks if isinstance(jacobian, DenseJacobian) else _formed(jacobian)
-        for k, block in enumerate(blocks):
-            finite = block.isfinite().flatten(1).all(1) if block.numel() else block.new_ones(0) > 0
+        rows, shapes = flat(blocks), [block.shape[1:] for block in blocks]
+        for k, block in enumerate(rows):
+            finite = block.isfinite().all(1)
             if not bool(finite.all()):
                 row = int((~finite).nonzero()[0])
                 raise NonFiniteError(f"row {row} is not finite in {jacobian.names[k]}")
-        shapes = [block.shape[1:] for block in blocks]
         if jacobian.m:
-            rows = [b.reshape(jacobian.m, s.numel()) for b, s in zip(blocks, shapes, strict=True)]
             update = [u.view(s) for u, s in zip(self._edit(rows, **named), shapes, strict=True)]
         else:
             update = [b.new_zeros(s) for b, s in zip(blocks, shapes, strict=True)]

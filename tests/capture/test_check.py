@@ -1,6 +1,8 @@
 """gs.check on models that are right, wrong, refused, slow, frozen; what it leaves as it was."""
 
+import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery as gs
-from gradsurgery.capture import junctions
+from gradsurgery import grads
+from gradsurgery.capture import FactoredJacobian, junctions, leaves
 from tests.capture.zoo import ZOO, make
 from tests.models import assert_same_state, state_of
 
@@ -95,6 +98,91 @@ def test_a_wrong_rule_is_found(monkeypatch, k, dtype):
     assert checked.update_error == pytest.approx(0.01, rel=0.5)
     assert f"exact: NO, worst in {checked.worst}" in str(checked)
     assert gs.check(mlp().to(dtype), digits(4, dtype), loss=classify, rtol=0.5).exact
+
+
+def shares(kind):
+    """Parameters that autograd gives one gradient, or one with values that share memory."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shape = (4, 6, 3) if kind == "summed" else (6, 3)
+            self.a, self.b = (nn.Parameter(torch.randn(shape).double()) for _ in "ab")
+            self.out = nn.Linear(3, 3).double()
+
+        def forward(self, x):
+            weight = {
+                "added": lambda: self.a + self.b,
+                "stacked": lambda: torch.stack([self.a, self.b]).sum(0),
+                "summed": lambda: self.a.sum(0) + self.b.mean(0),
+            }[kind]()
+            return self.out(torch.tanh(x @ weight))
+
+    return Model()
+
+
+@pytest.mark.parametrize("kind", ["added", "stacked", "summed"])
+def test_gradients_in_each_others_memory_are_found(kind, monkeypatch):
+    checked = gs.check(shares(kind), digits(4), loss=classify)
+    assert checked.exact
+    assert checked.update_error < 1e-12
+    monkeypatch.setattr(leaves, "own", lambda found: found)
+    monkeypatch.setattr(grads, "_laid_out", lambda grad, parameter: grad)
+    checked = gs.check(shares(kind), digits(4), loss=classify)
+    assert not checked.exact
+    assert checked.worst in ("a", "b")
+    assert checked.update_error == math.inf
+    assert checked.gramian_error < 1e-12
+
+
+def added_wrongly(self, weights, release, hooks=True, *, right, wrong):
+    right(self, weights, release, hooks)
+    wrong(self, [p for p in self.parameters if p.grad is not None])
+
+
+def once_only(self, parameters):
+    """A second backward takes the place of the first."""
+    del self
+    for p in parameters:
+        seen = vars(p).setdefault("seen", p.grad.clone())
+        p.grad.copy_(seen)
+
+
+def from_the_pairs(self, parameters):
+    """A bias's gradient is a row of the Jacobian."""
+    del parameters
+    for p, mine in zip(self.parameters, self._uses, strict=True):
+        if p.dim() == 1 and p.grad is not None:
+            p.grad = mine[0].blocks.data[0].copy_(p.grad)
+
+
+def none_left(self, parameters):
+    del self
+    parameters[0].grad = None
+
+
+@pytest.mark.parametrize("wrong", [once_only, from_the_pairs, none_left])
+def test_wrong_gradients_are_found_where_weighted_sums_are_right(wrong, monkeypatch):
+    add = functools.partialmethod(added_wrongly, right=FactoredJacobian._add, wrong=wrong)
+    monkeypatch.setattr(FactoredJacobian, "_add", add)
+    checked = gs.check(mlp(), digits(4), loss=classify)
+    assert not checked.exact
+    assert checked.update_error > 0.1
+    assert checked.gramian_error < 1e-12
+
+
+def test_it_trains_nothing_where_hooks_step():
+    model = mlp()
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+        p.register_post_accumulate_grad_hook(lambda p: p.data.sub_(p.grad))
+    held = [p.grad for p in model.parameters()]
+    assert gs.check(model, digits(4), loss=classify).exact
+    for p, value, grad in zip(model.parameters(), before, held, strict=True):
+        assert torch.equal(p, value)
+        assert p.grad is grad
+        assert torch.equal(grad, torch.ones_like(p))
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["samples", "grouped"])
@@ -181,10 +269,10 @@ def test_frozen_and_unreached_parameters_are_named():
 
 
 @pytest.mark.parametrize("kind", ["BatchNorm", "Dropout"])
-@pytest.mark.parametrize("grads", [False, True], ids=["no grad", "grad"])
-def test_nothing_is_changed(kind, grads):
+@pytest.mark.parametrize("graded", [False, True], ids=["no grad", "grad"])
+def test_nothing_is_changed(kind, graded):
     model = mlp(nn.BatchNorm1d(8) if kind == "BatchNorm" else nn.Dropout(0.3)).train()
-    if grads:
+    if graded:
         for p in model.parameters():
             p.grad = torch.ones_like(p)
     before, held = state_of(model), [p.grad for p in model.parameters()]

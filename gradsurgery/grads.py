@@ -1,0 +1,74 @@
+"""What becomes a parameter's `.grad`: memory of its own, laid out like the parameter."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def own(grads: list[Any]) -> list[Any]:
+    """Tensors and None, as a backward pass returned them, each in memory that nothing else holds.
+
+    Autograd hands one tensor to all parameters that were added, views of one to those that were
+    stacked or expanded, and whatever a function's backward returns. What only this list holds stays
+    as it is; all else is replaced in the list by a dense copy.
+    """
+    fresh = [torch.empty(1, device="cpu"), torch.empty(1, device="cpu").view(1, 1)]
+    alone = [_holders(fresh, k) for k in range(2)]
+    for k in range(len(grads)):  # a variable would be one more that holds the tensor
+        if grads[k] is not None and not (_dense(grads[k]) and _holders(grads, k) in alone):
+            grads[k] = grads[k].to_dense().clone(memory_format=torch.contiguous_format)
+    return grads
+
+
+def _holders(tensors: list[Any], k: int) -> tuple[int, ...]:
+    """How many hold tensor k, its memory, and the tensor it is a view of."""
+    tensor = tensors[k]
+    storage = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    counts = sys.getrefcount(tensor), tensor._use_count(), storage
+    base = tensor._base
+    return counts if base is None else (*counts, sys.getrefcount(base), base._use_count())
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether every value has a place of its own, and there are no gaps."""
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return tensor.layout == torch.strided
+    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+
+
+def add_to(parameter: Tensor, grad: Tensor) -> None:
+    """Add to `.grad` what is in memory of its own, which may become it."""
+    if parameter.grad is None:
+        parameter.grad = _laid_out(grad.detach(), parameter)
+    elif parameter.grad.layout != torch.strided:
+        parameter.grad = grad + parameter.grad
+    else:
+        parameter.grad += grad  # in place: others may hold it, as views of a bucket do
+
+
+def _laid_out(grad: Tensor, parameter: Tensor) -> Tensor:
+    if grad.is_contiguous() and parameter.is_contiguous():
+        return grad
+    out = torch.empty_like(parameter, dtype=grad.dtype)
+    return grad if grad.stride() == out.stride() else out.copy_(grad)
+
+
+def part(parameters: Iterable[Tensor]) -> None:
+    """Copy gradients that autograd left in others' memory, as it does where views were added."""
+    found = [(p.grad.data_ptr(), p, p.grad) for p in parameters if p.grad is not None]
+    end = 0
+    for start, parameter, grad in sorted(found, key=lambda each: each[0]):
+        if start < end:
+            parameter.grad = grad.clone()
+        else:
+            end = start + grad.nbytes
+
+
+def run_hooks(parameter: Tensor) -> None:
+    """Those registered to run once all of a parameter's gradient is there."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    for hook in list(hooks.values()):
+        hook(parameter)
