@@ -235,6 +235,39 @@ def test_grad_and_modes_are_afterwards_as_before(method, given):
     assert [module.training for module in model] == [True, False, True, True, True]
 
 
+def test_an_optimizer_that_zeroes_in_place_leaves_grad():
+    class Zeroing(torch.optim.SGD):
+        def zero_grad(self, set_to_none=True):
+            super().zero_grad(set_to_none=False)
+
+    data, model = sets(), net()
+    model[0].weight.grad = grad = torch.ones_like(model[0].weight)
+    config = FinetuneConfig(steps=2)
+    Finetune(model, cross_entropy, None, data["retain"], config, optimizer=Zeroing).run()
+    assert model[0].weight.grad is grad and bool((grad == 1).all())
+
+
+def test_membership_models_of_a_step_that_raises_are_those_before_it():
+    """They are made anew at the step's beginning, by a forward pass over either set."""
+    data, fuse = sets(), Fuse()
+    config = LTUConfig(steps=3, refresh=1, model_steps=5)
+    trainer = LTUTrainer(
+        net(fuse),
+        cross_entropy,
+        data["forget"],
+        data["retain"],
+        config,
+        validation=data["validation"],
+    )
+    steps = trainer.fit()
+    next(steps)
+    before, auditors = everything(trainer), trainer.auditors
+    fuse.left = 2
+    with pytest.raises(Broken):
+        next(steps)
+    assert trainer.auditors is auditors and same(everything(trainer), before)
+
+
 @pytest.mark.parametrize("at", [0, 2, 5])
 @pytest.mark.parametrize("method", ALL)
 def test_the_function_gives_the_network_back_as_it_was_after_an_exception(method, at):

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import METHODS, Retrain, metrics, unlearning
+from gradsurgery.unlearn import METHODS, FinetuneConfig, Retrain, metrics, unlearning
 from gradsurgery.unlearn.attacks import attack_all
 from gradsurgery.unlearn.classification import cross_entropy, label_losses, relabeled, wrong_labels
+from gradsurgery.unlearn.relearn import relearn_steps
 
 ALL = {**METHODS, "retrain": Retrain}
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
@@ -188,3 +189,10 @@ def test_other_labels_keep_the_batch_as_it_is():
     batch = {"image": images, "label": labels, "weight": torch.ones(4)}
     changed = relabeled(batch, labels + 1)
     assert set(changed) == set(batch) and torch.equal(batch["label"], labels)
+
+
+def test_relearning_names_the_set_it_was_given():
+    images, labels = samples(12)
+    for wrong in (labels + 0.5, labels[:, None]):
+        with pytest.raises(InputError, match="^forget: labels must be integers"):
+            relearn_steps(net(), cross_entropy, (images, wrong), 1.0, FinetuneConfig(steps=1))
