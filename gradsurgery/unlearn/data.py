@@ -71,6 +71,11 @@ def take(batch: Batch, indices: Tensor | slice) -> Batch:
     return map_batch(lambda tensor: tensor[indices], batch)
 
 
+def fresh(batch: Batch) -> Batch:
+    """A copy, for a network that changes its inputs in place."""
+    return map_batch(lambda tensor: tensor.clone(), batch)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return map_batch(lambda tensor: tensor.to(device), batch)
 
@@ -116,7 +121,7 @@ def whole(data: Data, size: int, device: torch.device | None = None) -> Iterator
     parts = (
         iter(data)
         if isinstance(data, DataLoader)
-        else (take(data, slice(at, at + size)) for at in range(0, batch_size(data), size))
+        else (fresh(take(data, slice(at, at + size))) for at in range(0, batch_size(data), size))
     )
     return parts if device is None else (to_device(part, device) for part in parts)
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parameters_to_vector
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops import harmonize
 from gradsurgery.unlearn import classification
-from gradsurgery.unlearn.data import Batch, batch_size, take
+from gradsurgery.unlearn.data import Batch, batch_size, fresh, take
 from gradsurgery.unlearn.given import check_functions
 from gradsurgery.unlearn.membership import Features, MembershipModels, features, halves
 from gradsurgery.unlearn.meta import Objective, meta_gradient
@@ -221,7 +221,7 @@ class LTUTrainer(Trainer[LTUConfig]):
         return [share(part) for part in parts]
 
     def _retain_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.losses(batch, model)
+        return self.losses(fresh(batch), model)  # a step looks at a batch several times
 
     def _forgetting(self, batch: Batch) -> tuple[list[Objective], list[Objective]]:
         """Support and query: membership models, or wrong labels, drawn for this step."""

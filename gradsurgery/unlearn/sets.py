@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from gradsurgery.batch import map_batch
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import classification
 from gradsurgery.unlearn.data import (
@@ -96,7 +97,8 @@ class Sets:
         else:
             self.samples[kind] += batch_size(batch)
         self.drawn.pop(kind, None)
-        self.drawn[kind] = to_device(batch, device)
+        # a graph that the samples are of would be walked by every backward pass
+        self.drawn[kind] = map_batch(lambda tensor: tensor.detach().to(device), batch)
         return self.drawn[kind]
 
     def _note_labels(self, kind: str, batch: Batch) -> None:

@@ -24,7 +24,7 @@ from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ranks import check_one_rank
 from gradsurgery.undo import Undo
 from gradsurgery.unlearn import classification, given
-from gradsurgery.unlearn.data import Batch, Batches, Data, batch_size, take, to_device
+from gradsurgery.unlearn.data import Batch, Batches, Data, batch_size, fresh, take, to_device
 from gradsurgery.unlearn.modes import evaluating, grads_kept, modes_kept, values_undone_by_errors
 from gradsurgery.unlearn.options import TrainerConfig as TrainerConfig
 from gradsurgery.unlearn.options import finite as finite
@@ -234,7 +234,8 @@ class Trainer(ABC, Generic[C]):
     def logits(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """Outputs [B, C] of a classifier, in the precision asked for."""
         with self.precision():
-            found = classification.logits(self.model if model is None else model, batch)
+            # several models may look at one batch
+            found = classification.logits(self.model if model is None else model, fresh(batch))
         self.sets.check_labels(found.shape[1])
         return found.float() if found.dtype == torch.bfloat16 else found
 
@@ -264,7 +265,16 @@ class Trainer(ABC, Generic[C]):
 
     def frozen_copy(self) -> nn.Module:
         """The model as it is now, in evaluation mode, never to be trained."""
-        return copy.deepcopy(self.model).eval().requires_grad_(False)
+        return self.copied().eval().requires_grad_(False)
+
+    def copied(self) -> nn.Module:
+        try:
+            return copy.deepcopy(self.model)
+        except (RuntimeError, TypeError) as error:  # as of activations that a module has kept
+            reason = str(error).split(". ")[0].splitlines()[0]
+            raise InputError(
+                f"model cannot be copied, which {type(self).__name__} needs: {reason}"
+            ) from error
 
     # -- the run
 

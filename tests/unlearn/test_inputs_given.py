@@ -503,3 +503,60 @@ def test_a_probe_must_give_what_stopping_looks_at():
         found = {} if stop == "target" else {"forget_accuracy": 1.0}
         with pytest.raises(InputError, match=f"stop = {stop} needs a probe that gives {missing}"):
             run(net(), sets(), stop=stop, probe=lambda model, found=found: found)
+
+
+# -- networks that do more than their part
+
+
+class Centered(nn.Module):
+    """Normalizes its inputs, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.inner, self.in_place = net(), in_place
+
+    def forward(self, x):
+        return self.inner(x.sub_(1.0) if self.in_place else x - 1.0)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_network_that_changes_its_inputs_changes_no_sample(method):
+    """Nor what the next model to look at them sees."""
+    data = sets()
+    before, ends = copy.deepcopy(data), []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        model = Centered(in_place)
+        run(model, data, method)
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    for kind, (x, y) in data.items():
+        assert torch.equal(x, before[kind][0]) and torch.equal(y, before[kind][1])
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_samples_that_require_gradients_get_none(method):
+    data = sets()
+    for x, _ in data.values():
+        x.requires_grad_()
+    run(net(), data, method, **({} if method == "ssd" else {"micro_batch": 3}))
+    assert all(x.grad is None for x, _ in data.values())
+
+
+@pytest.mark.parametrize("method", ["scrub", "bad_teacher", "boundary_shrink"])
+def test_a_network_that_cannot_be_copied_is_named(method):
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x):
+            self.kept = self.inner(x)
+            return self.kept
+
+    model, data = Keeps(), sets()
+    model(data["retain"][0])
+    with pytest.raises(InputError, match=r"^model cannot be copied, which \w+ needs: Only Tensors"):
+        run(model, data, method)
+    model.kept = None
+    run(model, data, method)

@@ -194,5 +194,5 @@ def test_other_labels_keep_the_batch_as_it_is():
 def test_relearning_names_the_set_it_was_given():
     images, labels = samples(12)
     for wrong in (labels + 0.5, labels[:, None]):
-        with pytest.raises(InputError, match="^forget: labels must be integers"):
+        with pytest.raises(InputError, match=r"^forget: labels must be integers"):
             relearn_steps(net(), cross_entropy, (images, wrong), 1.0, FinetuneConfig(steps=1))
