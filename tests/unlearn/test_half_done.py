@@ -235,6 +235,16 @@ def test_grad_and_modes_are_afterwards_as_before(method, given):
     assert [module.training for module in model] == [True, False, True, True, True]
 
 
+@pytest.mark.parametrize("method", ALL)
+def test_nothing_is_drawn_from_torch_where_no_layer_is_random(method):
+    data, model = sets(), nn.Sequential(nn.Linear(6, CLASSES))
+    before = torch.get_rng_state()
+    forget = None if method == "retrain" else data["forget"]
+    options = of_names(method)
+    unlearning(model, data["retain"], forget, data["validation"], method=method, **options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_optimizer_that_zeroes_in_place_leaves_grad():
     class Zeroing(torch.optim.SGD):
         def zero_grad(self, set_to_none=True):
