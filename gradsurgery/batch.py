@@ -42,6 +42,11 @@ def map_batch(function: Callable[[Tensor], Any], batch: Any) -> Any:
     return container.filled([map_batch(function, entry) for entry in container.entries])
 
 
+def named_leaves(batch: Any) -> list[tuple[str, Any]]:
+    """All that a batch holds, tensors or not, each as it is written in Python behind the batch."""
+    return [(label, leaf) for label, leaf in _walk(batch, "") if not isinstance(leaf, _Opened)]
+
+
 def tensors(batch: Any) -> list[Tensor]:
     """The tensors of a batch, in the order in which `map_batch` meets them."""
     return [leaf for _, leaf in _walk(batch, "") if isinstance(leaf, Tensor)]

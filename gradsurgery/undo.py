@@ -19,13 +19,15 @@ class Undo:
     are the model's buffers, what the rule remembers and the optimizer.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule) -> None:
-        self.optimizer, self.rule = optimizer, rule
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule | None = None
+    ) -> None:
+        self.optimizer, self._memory = optimizer, {} if rule is None else rule._state
         self.held = [p for group in optimizer.param_groups for p in group["params"]]
         self._grads = [parameter.grad for parameter in self.held]
         self._owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
         self._buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
-        self._remembered = dict(rule._state)  # tensors in it are replaced, never changed
+        self._remembered = dict(self._memory)  # tensors in it are replaced, never changed
         self._model = model
         self._done: list[None] = []
         self._versions: list[int] | None = None
@@ -78,8 +80,8 @@ class Undo:
                 module._buffers[name] = buffer
             for buffer, saved in self._buffers.values():
                 buffer.copy_(saved)
-            self.rule._state.clear()
-            self.rule._state.update(self._remembered)
+            self._memory.clear()
+            self._memory.update(self._remembered)
             if self._versions is not None:
                 for parameter in [p for p in self.optimizer.state if p not in self._known]:
                     del self.optimizer.state[parameter]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn.classification import integers
 
 # a loss is clipped here before a regression sees it: one sample forgotten to an enormous loss would
 # otherwise set the scale of the logistic regression for all the others
@@ -24,6 +25,8 @@ LOW_FPR = 0.01
 
 def checked_logits(logits: Tensor, name: str = "logits") -> Tensor:
     """`logits` [N, C] in float64 on the CPU; `InputError` naming them where they are of no use."""
+    if not isinstance(logits, Tensor):
+        raise InputError(f"{name} must be a tensor [N, C], got {type(logits).__name__}")
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise InputError(f"{name} must be [N, C] with C at least 2, got {list(logits.shape)}")
     # to the CPU first: not every device knows float64
@@ -38,10 +41,7 @@ def checked_logits(logits: Tensor, name: str = "logits") -> Tensor:
 def checked_labels(labels: Tensor, logits: Tensor, name: str = "labels") -> Tensor:
     """`labels` [N] on the CPU, each a column of `logits` [N, C]."""
     n, classes = logits.shape
-    if labels.shape != (n,) or labels.is_floating_point():
-        got = f"{labels.dtype} {list(labels.shape)}"
-        raise InputError(f"{name} must be integers [{n}], one for each row of logits, got {got}")
-    found = labels.detach().cpu().long()
+    found = integers(labels, n, name, of="row of logits").detach().cpu()
     if n and not 0 <= int(found.min()) <= int(found.max()) < classes:
         bounds = f"{int(found.min())} to {int(found.max())}"
         raise InputError(f"{name} must be in [0, {classes}), got {bounds}")

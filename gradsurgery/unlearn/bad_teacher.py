@@ -5,7 +5,6 @@ Descend KL(incompetent || student) on forget + KL(competent || student) on retai
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,7 @@ class BadTeacher(Trainer[BadTeacherConfig]):
     keeps = ("competent", "incompetent")
 
     def prepare(self) -> None:
-        self.competent, self.incompetent = self.frozen_copy(), copy.deepcopy(self.model)
+        self.competent, self.incompetent = self.frozen_copy(), self.copied()
         # a seed of its own: with the trainer's the weights may be those the original began with
         seed = torch.randint(2**31, (), generator=self.generator)
         reset_parameters(self.incompetent, int(seed))

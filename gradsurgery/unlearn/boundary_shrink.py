@@ -52,6 +52,9 @@ class BoundaryShrink(Trainer[BoundaryShrinkConfig]):
     draws = ("forget",)
     keeps = ("original",)
 
+    def labeled_sets(self) -> tuple[str, ...]:
+        return ("forget",)
+
     def prepare(self) -> None:
         self.original = self.frozen_copy()
 

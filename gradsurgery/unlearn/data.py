@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     RandomSampler,
     SequentialSampler,
@@ -17,56 +17,132 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from gradsurgery.batch import map_batch, named_leaves, tensors
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.seeds import derived
 
-Batch = Any  # pytree of tensors that share their leading dimension B
-Data = Any  # such a pytree of all samples, or a DataLoader that yields batches
+Batch = Any  # tensors that share their leading dimension B, in what `gradsurgery.batch` opens
+Data = Any  # such a batch of all samples, or a DataLoader that yields batches
 
 
-def batch_size(batch: Batch) -> int:
-    """Leading dimension shared by every tensor of `batch`."""
-    sizes = {leaf.shape[0] for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
+def batch_size(batch: Batch, name: str = "batch") -> int:
+    """Leading dimension shared by every tensor of `batch`; what is no tensor does not count.
+
+    Raises:
+        InputError: naming the batch, where its tensors have none or different ones or no values.
+    """
+    sizes = set()
+    for _, leaf in named_leaves(batch):
+        if isinstance(leaf, Tensor):
+            if leaf.dim() == 0:
+                raise InputError(f"{name}: tensors must have a leading dimension, got a scalar")
+            if leaf.is_meta or leaf.layout != torch.strided or leaf.is_nested:
+                kind = "meta" if leaf.is_meta else "nested" if leaf.is_nested else "sparse"
+                raise InputError(f"{name}: tensors must be dense and have values, got a {kind} one")
+            sizes.add(leaf.shape[0])
+        elif type(leaf).__module__ == "numpy":
+            raise InputError(f"{name} holds a numpy array: torch.from_numpy makes it a tensor")
+    where = name if name == "batch" else f"{name}: batch"
     if not sizes:
         got = type(batch).__name__
-        raise InputError(f"batch holds no tensor, got {got}: a Dataset goes into a DataLoader")
+        raise InputError(
+            f"{where} holds no tensor, got {got}: a Dataset goes into a DataLoader, "
+            "whose collate_fn makes tensors"
+        )
     if len(sizes) != 1:
-        raise InputError(f"batch: tensors must share one leading dimension, got {sorted(sizes)}")
+        raise InputError(f"{where}: tensors must share one leading dimension, got {sorted(sizes)}")
     return sizes.pop()
 
 
+def check_divisible(batch: Batch, name: str = "batch") -> None:
+    """Raise `InputError` unless all of `batch` is tensors, which alone can be taken apart."""
+    for label, leaf in named_leaves(batch):
+        if not isinstance(leaf, Tensor) and leaf is not None:
+            got = type(leaf).__name__
+            raise InputError(
+                f"{name} must hold tensors to be taken apart into batches, got {got} at {label}; "
+                "a DataLoader's batches go as they are"
+            )
+
+
 def take(batch: Batch, indices: Tensor | slice) -> Batch:
-    """The samples `indices` of a pytree of tensors."""
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf[indices], batch)
+    """The samples `indices` of a batch, whose tensors share their leading dimension."""
+    check_divisible(batch)
+    return map_batch(lambda tensor: tensor[indices], batch)
+
+
+def fresh(batch: Batch) -> Batch:
+    """A copy, for a network that changes its inputs in place."""
+    return map_batch(lambda tensor: tensor.clone(), batch)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device), batch)
+    return map_batch(lambda tensor: tensor.to(device), batch)
 
 
 def count(data: Data, name: str) -> int:
     """Samples in `data`; `InputError` naming the set where there are none."""
-    n = _loader_count(data) if isinstance(data, DataLoader) else batch_size(data)
+    if isinstance(data, DataLoader):
+        n = _loader_count(data, name)
+    else:
+        n = batch_size(data, name)
+        check_divisible(data, name)
     if n == 0:
         raise InputError(f"{name}: no samples to draw batches from")
     return n
 
 
-def _loader_count(loader: DataLoader) -> int:
+def _loader_count(loader: DataLoader, name: str) -> int:
     try:
         return len(loader.dataset)  # type: ignore[arg-type]  # one without a length is the error
     except TypeError:
-        raise InputError("a loader's dataset must have a length: a stream has no epochs") from None
+        raise InputError(
+            f"{name}: a loader's dataset must have a length: a stream has no epochs"
+        ) from None
 
 
-def whole(data: Data, size: int, device: torch.device) -> Iterator[Batch]:
-    """One pass over all samples, in batches of at most `size`, or as a loader makes them."""
+def drawn_size(batch: Batch, name: str) -> int:
+    """`batch_size` of a batch that a loader made; `InputError` naming the set where it is 0."""
+    n = batch_size(batch, name)
+    if n == 0:
+        raise InputError(f"{name}: the loader made a batch without samples")
+    return n
+
+
+def all_finite(batch: Batch) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors(batch))
+
+
+def whole(data: Data, size: int, device: torch.device | None = None) -> Iterator[Batch]:
+    """One pass over all samples, in batches of at most `size`, or as a loader makes them.
+
+    On the device they are on, unless another is given.
+    """
     parts = (
         iter(data)
         if isinstance(data, DataLoader)
-        else (take(data, slice(at, at + size)) for at in range(0, batch_size(data), size))
+        else (fresh(take(data, slice(at, at + size))) for at in range(0, batch_size(data), size))
     )
-    return (to_device(part, device) for part in parts)
+    return parts if device is None else (to_device(part, device) for part in parts)
+
+
+def lone_sample(data: Data, size: int) -> Batch | None:
+    """A batch of one sample, where batches of `size` are drawn of which one has only one.
+
+    None too where that cannot be known: a loader whose sampler is not torch's own over a whole set
+    or over given indices, or that makes its batches by other means.
+    """
+    if not isinstance(data, DataLoader):
+        return take(data, slice(0, 1)) if min(size, batch_size(data)) == 1 else None
+    made, known = data.batch_sampler, _indices(data, through=False)
+    if type(made) is not BatchSampler or known is None or not known[1]:
+        return None
+    left = len(made.sampler) % made.batch_size == 1 and not made.drop_last  # type: ignore[arg-type]
+    if not left and made.batch_size > 1:
+        return None
+    dataset, at = known
+    with torch.random.fork_rng(devices=[]):
+        return data.collate_fn([dataset[min(at)]])
 
 
 class Batches:
@@ -111,12 +187,18 @@ class LoaderBatches:
     """
 
     def __init__(self, loader: DataLoader, name: str) -> None:
-        self.loader, self.drawn = loader, 0
+        self.loader, self.name, self.drawn = loader, name, 0
         self.n = count(loader, name)
         self.size = loader.batch_size or self.n  # a batch sampler's batches have any size
-        self.per_epoch = len(loader)
+        try:
+            self.per_epoch = len(loader)
+        except TypeError:
+            raise InputError(f"{name}: the loader's sampler must have a length") from None
         if self.per_epoch == 0:
-            raise InputError(f"{name}: the loader drops its only batch; use drop_last=False")
+            raise InputError(
+                f"{name}: the loader's sampler is empty, or it drops its only batch; use "
+                "drop_last=False"
+            )
         self._running: Iterator[Batch] = iter(())
         self._position = 0  # batches drawn of the epoch
         self._start: list[Tensor | None] = [None, None]  # the generators' states at its start
@@ -128,7 +210,9 @@ class LoaderBatches:
             own = self.loader.generator
             self._start = [torch.get_rng_state(), None if own is None else own.get_state()]
             self._running, self._position = iter(self.loader), 0
-            batch = next(self._running)
+            batch = next(self._running, None)
+            if batch is None:  # not StopIteration, which would end a run
+                raise InputError(f"{self.name}: the loader made no batch") from None
         self.drawn += 1
         self._position += 1
         return batch
@@ -177,33 +261,42 @@ def overlap(forget: Data, retain: Data) -> int:
     return sum(digest in kept for digest in _digests(forget))
 
 
-def _indices(data: Data) -> tuple[Any, set[int]] | None:
-    """The dataset that a loader draws from and the indices it draws; None if they are not known."""
+def _indices(data: Data, through: bool = True) -> tuple[Any, set[int]] | None:
+    """The dataset that a loader draws from and the indices it draws; None if they are not known.
+
+    `through`: of a `Subset`, those of what it is a part of.
+    """
     if not isinstance(data, DataLoader):
         return None
-    if isinstance(data.sampler, SubsetRandomSampler):
-        at = [int(i) for i in data.sampler.indices]
-    elif isinstance(data.sampler, (SequentialSampler, RandomSampler)):
-        at = list(range(_loader_count(data)))
+    made = data.batch_sampler
+    sampler = data.sampler if made is None else getattr(made, "sampler", None)
+    if made is not None and type(made) is not BatchSampler:
+        return None
+    if isinstance(sampler, SubsetRandomSampler):
+        at = [int(i) for i in sampler.indices]
+    elif isinstance(sampler, (SequentialSampler, RandomSampler)):
+        at = list(range(len(sampler.data_source)))
     else:
         return None
     dataset = data.dataset
-    while isinstance(dataset, Subset):
+    while through and isinstance(dataset, Subset):
         at, dataset = [int(dataset.indices[i]) for i in at], dataset.dataset
     return dataset, set(at)
 
 
 def _digests(data: Batch) -> list[bytes]:
     """One digest a sample, of all its values: 1.0 and 1 differ, and -0.0 is 0.0."""
-    paths = sorted(pytree.tree_flatten_with_path(data)[0], key=lambda item: str(item[0]))
-    leaves = [leaf for _, leaf in paths if isinstance(leaf, Tensor)]
+    named = sorted(named_leaves(data), key=lambda item: item[0])
+    leaves = [leaf for _, leaf in named if isinstance(leaf, Tensor)]
     digests = []
     for at in range(0, batch_size(data), 1024):  # a few at a time: a copy of all could be large
         rows = []
         for leaf in leaves:
             part = leaf[at : at + 1024].detach().cpu()
+            if part.is_complex():
+                part = torch.view_as_real(part.resolve_conj())
             flat = part.reshape(len(part), -1)
-            flat = flat.double() + 0.0 if leaf.is_floating_point() else flat.to(torch.int64)
+            flat = flat.double() + 0.0 if flat.is_floating_point() else flat.to(torch.int64)
             rows.append(flat.contiguous().view(torch.uint8).numpy())
         for sample in zip(*rows, strict=True):
             joined = b"".join(values.tobytes() for values in sample)

@@ -6,6 +6,7 @@ descend g_r + g_f, made not to conflict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,14 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops import harmonize
 from gradsurgery.unlearn import classification
-from gradsurgery.unlearn.data import Batch, batch_size, take
+from gradsurgery.unlearn.data import Batch, batch_size, fresh, take
+from gradsurgery.unlearn.given import check_functions
 from gradsurgery.unlearn.membership import Features, MembershipModels, features, halves
 from gradsurgery.unlearn.meta import Objective, meta_gradient
 from gradsurgery.unlearn.modes import evaluating
-from gradsurgery.unlearn.trainer import Record, Trainer, TrainerConfig, finite, require
+from gradsurgery.unlearn.trainer import (
+    Record,
+    Trainer,
+    TrainerConfig,
+    differentiable,
+    finite,
+    require,
+)
 
 Augment = Callable[[Batch, torch.Generator], Batch]
 
@@ -109,11 +118,18 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     Config = LTUConfig
     draws = ("forget", "retain")
+    passes_over = ("retain",)
     keeps = ("auditors",)
 
     def __init__(self, *args: Any, augment: Augment | None = None, **options: Any) -> None:
+        check_functions(augment=augment)
         self.augment = augment or shifted
         super().__init__(*args, **options)
+
+    def labeled_sets(self) -> tuple[str, ...]:
+        held_out = ("validation",) if self.config.feedback == "membership" else ()
+        kept = ("retain",) if self.config.split == "class" else ()
+        return ("forget", *kept, *held_out)
 
     def prepare(self) -> None:
         self.auditors: MembershipModels | None = None
@@ -141,6 +157,10 @@ class LTUTrainer(Trainer[LTUConfig]):
             self._objectives(query, self._retain_losses),
         )
         f, forget_loss, forget_after = self._feedback(*self._forgetting(forget))
+        values = torch.stack([forget_loss, forget_after, retain_loss, retain_after]).tolist()
+        for kind, value in zip(("forget", "forget", "retain", "retain"), values, strict=True):
+            if not math.isfinite(value):  # before they reach the weights
+                raise NonFiniteError(f"{kind}: a loss of the batch is not finite")
         reached = [a is not None or b is not None for a, b in zip(f, r, strict=True)]
         f, r = self._filled(f, self.config.forget_weight), self._filled(r)
         if self.config.granularity == "model":  # as one vector: no tensor stands alone
@@ -155,10 +175,10 @@ class LTUTrainer(Trainer[LTUConfig]):
             parameter.grad = grad.view_as(parameter).to(parameter.dtype) if used else None
         self.optimizer.step()
         return {
-            "forget_loss_batch": forget_loss.item(),
-            "forget_loss_tuned": forget_after.item(),
-            "retain_loss_batch": retain_loss.item(),
-            "retain_loss_tuned": retain_after.item(),
+            "forget_loss_batch": values[0],
+            "forget_loss_tuned": values[1],
+            "retain_loss_batch": values[2],
+            "retain_loss_tuned": values[3],
             "cosine": cosine,
             "conflict_rate": float(cosine < 0),
         }
@@ -194,10 +214,14 @@ class LTUTrainer(Trainer[LTUConfig]):
         size = batch_size(batch)
         length = self.config.micro_batch or size
         parts = [take(batch, slice(at, at + length)) for at in range(0, size, length)]
-        return [lambda model, part=part: values(model, part).sum() / size for part in parts]
+
+        def share(part: Batch) -> Objective:
+            return lambda model: differentiable(values(model, part)).sum() / size
+
+        return [share(part) for part in parts]
 
     def _retain_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.losses(batch, model)
+        return self.losses(fresh(batch), model)  # a step looks at a batch several times
 
     def _forgetting(self, batch: Batch) -> tuple[list[Objective], list[Objective]]:
         """Support and query: membership models, or wrong labels, drawn for this step."""
@@ -254,6 +278,8 @@ class LTUTrainer(Trainer[LTUConfig]):
                     (self.logits(part), classification.labels(part)) for part in self.whole(kind)
                 ]
                 outputs[kind], known[kind] = map(torch.cat, zip(*found, strict=True))
+                if not bool(outputs[kind].isfinite().all()):
+                    raise NonFiniteError(f"{kind}: an output of the model is not finite")
         if self.config.audit_labels == "forget":
             labels = known["forget"].cpu()
             drawn = torch.randint(len(labels), known["validation"].shape, generator=self.generator)

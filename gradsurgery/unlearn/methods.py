@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn import given
 from gradsurgery.unlearn.bad_teacher import BadTeacher
 from gradsurgery.unlearn.boundary_shrink import BoundaryShrink
 from gradsurgery.unlearn.classification import cross_entropy
@@ -20,7 +21,7 @@ from gradsurgery.unlearn.graddiff import GradDiff
 from gradsurgery.unlearn.gru import GRUTrainer
 from gradsurgery.unlearn.l1_sparse import L1Sparse
 from gradsurgery.unlearn.ltu import LTUTrainer
-from gradsurgery.unlearn.modes import modes_kept
+from gradsurgery.unlearn.modes import modes_kept, values_undone_by_errors
 from gradsurgery.unlearn.neggrad import NegGrad
 from gradsurgery.unlearn.neggradplus import NegGradPlus
 from gradsurgery.unlearn.orthograd import OrthoGradTrainer
@@ -69,14 +70,17 @@ def unlearning(
     """Unlearn the forget loader's samples, as scripts of vision papers call it.
 
     Args:
-        net: changed in place; every module's mode (train or eval) is as it was afterwards.
-        retain_loader, forget_loader: a DataLoader of batches, (inputs, labels) or a dictionary of
-            "image" and "label", or all samples as one such batch. Loaders set the batch sizes, in
-            place of the options. Mind the order: a trainer takes forget before retain.
+        net: changed in place. Every module's mode (train or eval) and every `.grad` is afterwards
+            as it was; random layers and loaders draw from torch's generators, as in training.
+        retain_loader, forget_loader: a DataLoader of batches, (inputs, labels) or a mapping or
+            dataclass with "image" and "label", or all samples as one such batch. Loaders set the
+            batch sizes, in place of the options. Mind the order: a trainer takes forget before
+            retain.
         val_loader: held-out samples, for methods that need some (LTU), with the transforms of the
             forget loader; what is later measured on them has been seen.
         method: a name of `METHODS`, or "retrain".
-        loss: (net, batch) -> per-sample losses [B].
+        loss: (net, batch) -> per-sample losses [B]. By default cross-entropy, whose labels are
+            integers [B] of any integer dtype, in every set given.
         epochs: in place of the option `steps`: a method's own epochs where it has some (SCRUB), or
             passes over the retain loader, or over the forget loader where only that is drawn from.
             In memory one is as many whole batches as there are. Without either, the option's
@@ -88,22 +92,27 @@ def unlearning(
     Returns:
         net.
 
+    Whatever is raised, in whatever step and by whose code, leaves net as it was given: for that a
+    copy of the parameters that train is held in the CPU's memory. A `Trainer` holds none, and
+    leaves net as it was before the step that failed.
+
     Raises:
         InputError: an unknown method or option, sets that overlap, labels out of range, ...
         TrainingError: what was not finite, and when.
     """
     known = {**METHODS, "retrain": Retrain}
-    if method not in known:
-        raise InputError(f"method must be one of {', '.join(known)}, got {method!r}")
+    given.check_model(net)
+    given.check_choice("method", method, tuple(known))
     kind = known[method]
     fields = [f.name for f in dataclasses.fields(kind.Config)]
     for name in options:
         if name not in fields:
             raise InputError(f"{method} has no option {name}; there are {', '.join(fields)}")
+        given.check_plain(name, options[name])
     if epochs is not None and "steps" in options:
         raise InputError("give epochs or steps, not both")
-    if epochs is not None and epochs < 0:
-        raise InputError(f"epochs must be at least 0, got {epochs}")
+    if epochs is not None:
+        epochs = given.check_integer("epochs", epochs, least=0)
     config: Any = update(kind.Config(), options)
     if epochs is not None:
         if "epochs" in fields:
@@ -111,10 +120,12 @@ def unlearning(
         else:
             drawn = "retain" if "retain" in kind.draws else "forget"
             data = retain_loader if drawn == "retain" else forget_loader
+            if data is None:
+                raise InputError(f"{drawn}: {method} needs this data, got None")
             size = getattr(config, f"{drawn}_batch", 1)
             config.steps = epochs * batches(data, size, seed, drawn).per_epoch
     forget = None if method == "retrain" else forget_loader
-    with modes_kept(net):
+    with modes_kept(net), values_undone_by_errors(net):
         return kind(
             net,
             loss,

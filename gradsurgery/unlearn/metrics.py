@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn import classification
 from gradsurgery.unlearn.attacks import mia as mia
 from gradsurgery.unlearn.data import Batch
 from gradsurgery.unlearn.modes import evaluating
@@ -20,17 +21,20 @@ from gradsurgery.unlearn.trainer import PerSampleLoss
 def accuracy(model: nn.Module, data: Batch, labels: Tensor | None = None) -> float:
     """Share of `data` whose largest logit is at `labels` ([N], default: the data's own), in [0, 1].
 
-    NaN for an empty set: no sample, no accuracy.
+    `data` is a classifier's batch, as `classification` says. NaN for an empty set: no sample, no
+    accuracy.
     """
     with evaluating(model):
-        return share_right(model(data["image"]), data["label"] if labels is None else labels)
+        known = classification.labels(data) if labels is None else labels
+        return share_right(classification.logits(model, data), known)
 
 
 def share_right(logits: Tensor, labels: Tensor) -> float:
     """Share of rows of `logits` [N, C] that are largest at `labels` [N]; NaN for none."""
-    if len(labels) == 0:
+    known = classification.integers(labels, len(logits), of="row of logits").to(logits.device)
+    if len(known) == 0:
         return math.nan
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+    return (logits.argmax(dim=1) == known).double().mean().item()
 
 
 @torch.no_grad()

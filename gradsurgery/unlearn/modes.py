@@ -1,10 +1,11 @@
-"""Training and evaluation modes, given back as they were."""
+"""Training and evaluation modes, gradients and values, given back as they were."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -25,3 +26,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with modes_kept(model):
         model.eval()
         yield
+
+
+@contextmanager
+def grads_kept(model: nn.Module) -> Iterator[None]:
+    """No `.grad` inside, and afterwards each as it was, whatever happens inside."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.grad = None  # not to be zeroed in place
+        yield
+    finally:
+        for parameter, grad in before:
+            parameter.grad = grad
+
+
+@contextmanager
+def values_undone_by_errors(model: nn.Module) -> Iterator[None]:
+    """Puts parameters that train and all buffers back if the body raises.
+
+    The copy is in the CPU's memory, where there is more of it.
+    """
+    owned = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = [(t, t.detach().to("cpu", copy=True)) for t in (*trained, *model.buffers())]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for module, name, buffer in owned:
+                module._buffers[name] = buffer
+            for tensor, saved in copies:
+                tensor.copy_(saved)
+        raise

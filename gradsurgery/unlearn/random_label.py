@@ -52,6 +52,9 @@ class RandomLabel(Trainer[R]):
     Config = RandomLabelConfig
     draws = ("forget", "retain")
 
+    def labeled_sets(self) -> tuple[str, ...]:
+        return ("forget",)
+
     def update(self) -> Record:
         numbers = self.gradients()
         self.optimizer.step()

@@ -110,9 +110,12 @@ def relearn_steps(
     sign = 1 if measure == "accuracy" else -1
     student = copy.deepcopy(model)
     with seeded(seed, next(student.parameters()).device):
-        trainer = Finetune(
-            student, loss, None, forget, config, probe=probe, probe_every=every, seed=seed
-        )
+        try:
+            trainer = Finetune(
+                student, loss, None, forget, config, probe=probe, probe_every=every, seed=seed
+            )
+        except InputError as error:  # the trainer takes the set for its retain set
+            raise InputError(str(error).replace("retain:", "forget:")) from None
         for record in trainer.fit():
             found = record.get("relearned", -sign * math.inf)
             if sign * found >= sign * original - margin - ROUNDING:

@@ -65,6 +65,9 @@ class SCRUB(Trainer[SCRUBConfig]):
     draws = ("forget", "retain")
     keeps = ("teacher",)
 
+    def labeled_sets(self) -> tuple[str, ...]:
+        return ("retain",)
+
     def prepare(self) -> None:
         self.teacher = self.frozen_copy()
 

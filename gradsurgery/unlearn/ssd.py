@@ -63,15 +63,17 @@ class SSD(Trainer[SSDConfig]):
         with evaluating(self.model):
             forget, forget_batches = self._squares("forget")
             retain, retain_batches = self._squares("retain")
-        dampened = 0
-        for p, f, r in zip(self.parameters, forget, retain, strict=True):
+        factors, dampened = [], 0
+        for f, r in zip(forget, retain, strict=True):
             importance = f / forget_batches
             overall = (f + r) / (forget_batches + retain_batches)
             chosen = importance > self.config.alpha * overall
             factor = (self.config.dampening * overall / importance).clamp(max=1)
-            with torch.no_grad():
-                p.mul_(torch.where(chosen, factor, 1))
+            factors.append(torch.where(chosen, factor, 1))
             dampened += int(chosen.sum())
+        with torch.no_grad():
+            for p, factor in zip(self.parameters, factors, strict=True):
+                p.mul_(factor)
         return {"dampened_share": dampened / sum(p.numel() for p in self.parameters)}
 
     def _squares(self, kind: str) -> tuple[list[Tensor], int]:

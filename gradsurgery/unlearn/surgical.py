@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from gradsurgery import Surgeon
+from gradsurgery.batch import tensors
 from gradsurgery.errors import InputError
 from gradsurgery.step import StepInfo
 from gradsurgery.surgery import Rule
@@ -97,6 +97,5 @@ class SurgicalTrainer(Trainer[S]):
 
 def with_ceiling(batch: Batch, ceiling: float) -> Batch:
     """`batch` with a ceiling per sample, [B]: one loss function then serves both sets."""
-    device = next(leaf.device for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
-    ceilings = torch.full((batch_size(batch),), ceiling, device=device)
+    ceilings = torch.full((batch_size(batch),), ceiling, device=tensors(batch)[0].device)
     return {"samples": batch, "ceiling": ceilings}

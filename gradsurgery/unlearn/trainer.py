@@ -10,9 +10,8 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -20,24 +19,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from gradsurgery.batch import DETACHED, per_sample_losses
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.jacobian import per_sample_losses
-from gradsurgery.unlearn import classification
-from gradsurgery.unlearn.config import check_types
-from gradsurgery.unlearn.data import (
-    Batch,
-    Batches,
-    Data,
-    LoaderBatches,
-    batch_size,
-    batches,
-    count,
-    take,
-    to_device,
-    whole,
-)
-from gradsurgery.unlearn.data import overlap as samples_in_both
+from gradsurgery.ranks import check_one_rank
+from gradsurgery.undo import Undo
+from gradsurgery.unlearn import classification, given
+from gradsurgery.unlearn.data import Batch, Batches, Data, batch_size, fresh, take, to_device
+from gradsurgery.unlearn.modes import evaluating, grads_kept, modes_kept, values_undone_by_errors
+from gradsurgery.unlearn.options import TrainerConfig as TrainerConfig
+from gradsurgery.unlearn.options import finite as finite
+from gradsurgery.unlearn.options import make_optimizer as make_optimizer
+from gradsurgery.unlearn.options import rate_share as rate_share
+from gradsurgery.unlearn.options import require as require
 from gradsurgery.unlearn.seeds import derived
+from gradsurgery.unlearn.sets import LONE, Sets
 
 PerSampleLoss = Callable[[nn.Module, Batch], Tensor]  # -> losses [B]
 Probe = Callable[[nn.Module], dict[str, float]]
@@ -51,85 +46,6 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: the loss or the model stopped being finite."""
 
 
-@dataclass
-class TrainerConfig:
-    """What every method needs: how many steps, with which optimizer, when to stop."""
-
-    steps: int = 100
-    """Most steps taken."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "adam"
-    momentum: float = 0.0
-    """Momentum of sgd; ignored by the others."""
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine", "onecycle"] = "constant"
-    stop: Literal["never", "target", "validation"] = "never"
-    """Stop early once forget accuracy is at most `target`, or at most the validation accuracy."""
-    target: float = 0.0
-    """Forget accuracy at which `stop = target` ends the run."""
-    micro_batch: int | None = None
-    """Most samples in one forward pass; a larger batch goes in parts, with the same gradients.
-    None: all at once."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: losses are computed under torch.autocast; weights stay as they are."""
-    batch_norm: Literal["train", "eval"] = "train"
-    """eval: batch norm keeps its statistics, so that a sample's loss depends on it alone."""
-
-    def check(self, name: str) -> None:
-        """Raise `InputError` naming the first option that makes no sense; `name` is its prefix."""
-        check_types(self, f"--{name}.")
-        require(self.steps >= 0, f"{name}.steps", "at least 0", self.steps)
-        require(finite(self.lr) and self.lr > 0, f"{name}.lr", "positive and finite", self.lr)
-        require(0 <= self.momentum < 1, f"{name}.momentum", "in [0, 1)", self.momentum)
-        decay = self.weight_decay
-        require(finite(decay) and decay >= 0, f"{name}.weight-decay", "at least 0", decay)
-        require(0 <= self.target <= 1, f"{name}.target", "in [0, 1]", self.target)
-        for field in ("forget_batch", "retain_batch"):
-            size = getattr(self, field, 1)
-            require(size >= 1, f"{name}.{field.replace('_', '-')}", "at least 1", size)
-        part = self.micro_batch
-        require(part is None or part >= 1, f"{name}.micro-batch", "at least 1", part)
-        ceiling = getattr(self, "forget_ceiling", math.inf)
-        require(ceiling > 0, f"{name}.forget-ceiling", "positive (inf: no ceiling)", ceiling)
-
-
-def require(condition: bool, option: str, wanted: str, got: object) -> None:
-    """Raise `InputError` naming a command-line option unless `condition` holds."""
-    if not condition:
-        raise InputError(f"--{option} must be {wanted}, got {got}")
-
-
-def finite(value: float) -> bool:
-    return math.isfinite(value)
-
-
-def rate_share(config: TrainerConfig, step: int, steps: int) -> float:
-    """Share of the peak rate in step `step` of [0, steps): of the counter alone, so that resuming
-    is exact.
-
-    cosine: (1 + cos(pi t)) / 2. onecycle: linear from 1 / 25 over the first 30 %, then cosine to 0.
-    """
-    t = (step + 0.5) / steps
-    warm = 0.3 if config.schedule == "onecycle" else 0.0
-    if config.schedule == "constant":
-        return 1.0
-    if t < warm:
-        return 0.04 + 0.96 * t / warm
-    return 0.5 * (1 + math.cos(math.pi * (t - warm) / (1 - warm)))
-
-
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], config: TrainerConfig
-) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, config.lr, weight_decay=config.weight_decay)
-
-
 C = TypeVar("C", bound=TrainerConfig)
 Callback = Callable[["Trainer", Record], None]
 
@@ -141,11 +57,16 @@ class Trainer(ABC, Generic[C]):
     `<set>_batch` for each) and write `update`. A loss given here is per sample and is one that
     training would lower; a method that climbs it does so itself.
 
+    What is wrong with an argument is an `InputError` before anything has changed, and a step that
+    raises leaves everything as it was before that step.
+
     Args:
         model: changed in place.
-        loss: `loss(model, batch)` -> [B], not reduced.
-        forget: samples to forget, a pytree of tensors with leading dimension N, or a DataLoader
-            of such batches. May be None for methods that never look at them.
+        loss: `loss(model, batch)` -> [B], not reduced. With `classification.cross_entropy`, and in
+            sets whose labels a method looks at itself, labels must be integers [B].
+        forget: samples to forget, tensors with leading dimension N in tuples, mappings or
+            dataclasses, or a DataLoader of such batches. May be None for methods that never look
+            at them.
         retain: samples to keep, likewise. None of them may be in `forget` as well.
         config: the method's own `Config`.
         validation: held-out samples, likewise, for methods that need some.
@@ -165,6 +86,7 @@ class Trainer(ABC, Generic[C]):
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
     draws: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()  # sets it cannot do without and draws no batches from
+    passes_over: ClassVar[tuple[str, ...]] = ()  # sets of which it uses no batch of one sample
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
 
@@ -186,64 +108,66 @@ class Trainer(ABC, Generic[C]):
         overlap: Literal["error", "allow"] = "error",
     ) -> None:
         name = type(self).__name__
+        given.check_model(model)
+        check_one_rank(model)
+        given.check_loss(loss)
+        given.check_instance("config", config, self.Config)
         try:
             config.check(name)
         except InputError as error:  # named as on a command line
             raise InputError(str(error).removeprefix("--")) from None
+        given.check_functions(probe=probe, optimizer=optimizer, schedule=schedule)
+        given.check_callbacks(callbacks)
+        seed = given.check_integer("seed", seed)
+        probe_every = given.check_integer("probe_every", probe_every, least=1)
+        given.check_choice("overlap", overlap, ("error", "allow"))
         if config.stop != "never" and probe is None:
             raise InputError(f"stop = {config.stop} needs a probe that measures forget accuracy")
-        if probe_every < 1:
-            raise InputError(f"probe_every must be at least 1, got {probe_every}")
-        if config.micro_batch is not None and config.batch_norm == "train":
-            for path, module in model.named_modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    raise InputError(
-                        f"micro_batch: {path or 'model'} ({type(module).__name__}) would normalize "
-                        "over a part of the batch; set batch_norm = eval, or take whole batches"
-                    )
-        if isinstance(loss, nn.Module):
-            raise InputError(
-                f"loss must be a function (model, batch) -> losses [B], got {type(loss).__name__}: "
-                "gradsurgery.unlearn.classification.cross_entropy is one for (inputs, labels)"
-            )
-        self.model, self.loss, self.config, self.seed = model, loss, config, seed
-        self.probe, self.probe_every = probe, probe_every
-        self.callbacks = tuple(callbacks)
-        self.data = {"forget": forget, "retain": retain, "validation": validation}
-        for kind in (*self.draws, *self.needs):
-            if self.data[kind] is None:
-                raise InputError(f"{kind}: {name} needs this data, got None")
-        for kind, data in self.data.items():
-            if data is not None:
-                count(data, kind)
-        for kind in ("retain", "validation"):
-            if overlap == "error" and forget is not None and self.data[kind] is not None:
-                both = samples_in_both(forget, self.data[kind])
-                if both:
-                    raise InputError(
-                        f"forget and {kind} overlap: {both} samples are in both; if they are "
-                        'duplicates that should be, overlap="allow" goes on'
-                    )
-        self.samples = dict.fromkeys(self.data, 0)  # samples seen of each set, with repetitions
-        self.batches: dict[str, Batches | LoaderBatches] = {}
-        for kind in self.draws:
-            size = getattr(config, f"{kind}_batch")
-            self.batches[kind] = batches(self.data[kind], size, derived(seed, kind), kind)
-        self.generator = torch.Generator().manual_seed(derived(seed, "draws"))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise InputError("model: no parameter requires a gradient: there is nothing to unlearn")
         self.device = self.parameters[0].device
+        self.model, self.loss, self.config, self.seed = model, loss, config, seed
+        self.probe, self.probe_every = probe, probe_every
+        self.callbacks = tuple(callbacks)
+        self.data = {"forget": forget, "retain": retain, "validation": validation}
+        every = loss is classification.cross_entropy
+        labeled = tuple(self.data) if every else self.labeled_sets()
+        self.sets = Sets(self.data, labeled, (*self.draws, *self.needs), overlap, name)
+        self.samples, self.batches = self.sets.samples, self.sets.batches
+        for kind in self.draws:
+            self.sets.draw_from(kind, getattr(config, f"{kind}_batch"), derived(seed, kind))
+        self._check_batch_norm()
+        self.generator = torch.Generator().manual_seed(derived(seed, "draws"))
         self.step, self.stopped = 0, False
-        start = time.perf_counter()
-        self.prepare()
-        self.seconds = time.perf_counter() - start
-        make = optimizer or (lambda parameters: make_optimizer(parameters, config))
-        self.optimizer = make(self.parameters)
-        self.schedule = None if schedule is None else schedule(self.optimizer)
-        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise InputError("schedule: ReduceLROnPlateau needs a metric after each step; not here")
+        # Retrain draws the weights anew before an optimizer can be wrong
+        with values_undone_by_errors(model), grads_kept(model):
+            start = time.perf_counter()
+            self.prepare()
+            self.seconds = time.perf_counter() - start
+            make = optimizer or (lambda parameters: make_optimizer(parameters, config))
+            self.optimizer = given.checked_optimizer(make(self.parameters), model)
+            self.schedule = None if schedule is None else schedule(self.optimizer)
+            if schedule is not None:
+                given.check_schedule(self.schedule)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _check_batch_norm(self) -> None:
+        """Raise `InputError` where batch norm in training mode would meet what it cannot take."""
+        norms = [
+            f"{path or 'model'} ({type(module).__name__})"
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        if not norms or self.config.batch_norm == "eval":
+            return
+        if self.config.micro_batch is not None:
+            raise InputError(
+                f"micro_batch: {norms[0]} would normalize over a part of the batch; set "
+                "batch_norm = eval, or take whole batches"
+            )
+        used = [kind for kind in self.draws if kind not in self.passes_over]
+        self.sets.check_lone(used, self.model, self.loss, self.device)
 
     # -- what a method writes
 
@@ -252,7 +176,14 @@ class Trainer(ABC, Generic[C]):
 
     @abstractmethod
     def update(self) -> Record:
-        """Take one step and return its numbers (batch losses, diagnostics)."""
+        """Take one step and return its numbers (batch losses, diagnostics).
+
+        `.grad` is None before it. What can raise comes before the parameters change.
+        """
+
+    def labeled_sets(self) -> tuple[str, ...]:
+        """Sets whose labels the method looks at itself, whatever the loss."""
+        return ()
 
     def total_steps(self) -> int:
         return self.config.steps
@@ -275,21 +206,26 @@ class Trainer(ABC, Generic[C]):
 
     def draw(self, kind: str) -> Batch:
         """The next batch of a set, on the model's device."""
-        batch = to_device(next(self.batches[kind]), self.device)
-        self.samples[kind] += batch_size(batch)
-        return batch
+        return self.sets.draw(kind, self.device)
 
     def whole(self, kind: str, size: int = 256) -> Iterator[Batch]:
         """One pass over a set, in batches of at most `size`, in order."""
-        for batch in whole(self.data[kind], size, self.device):
-            self.samples[kind] += batch_size(batch)
-            yield batch
+        return self.sets.whole(kind, size, self.device)
 
     def losses(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """Per-sample losses [B], in the precision asked for."""
+        model = self.model if model is None else model
         with self.precision():
-            found = self.loss(self.model if model is None else model, batch)
-        return per_sample_losses(found, batch_size(batch))
+            if self.loss is classification.cross_entropy:
+                logits = classification.logits(model, batch)
+                self.sets.check_labels(logits.shape[1])
+                found = classification.label_losses(logits, classification.labels(batch))
+            else:
+                found = self.loss(model, batch)
+        found = per_sample_losses(found, batch_size(batch))
+        if not found.is_floating_point():
+            raise InputError(f"loss must return real numbers, got {found.dtype}")
+        return found
 
     def capped_losses(self, batch: Batch) -> Tensor:
         """Per-sample losses [B], no larger than the config's `forget_ceiling`."""
@@ -298,7 +234,9 @@ class Trainer(ABC, Generic[C]):
     def logits(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """Outputs [B, C] of a classifier, in the precision asked for."""
         with self.precision():
-            found = classification.logits(self.model if model is None else model, batch)
+            # several models may look at one batch
+            found = classification.logits(self.model if model is None else model, fresh(batch))
+        self.sets.check_labels(found.shape[1])
         return found.float() if found.dtype == torch.bfloat16 else found
 
     def precision(self) -> AbstractContextManager:
@@ -316,17 +254,27 @@ class Trainer(ABC, Generic[C]):
         part = self.config.micro_batch or size
         found = []
         for at in range(0, size, part):
-            each = values(take(batch, slice(at, at + part)))
+            piece = take(batch, slice(at, at + part)) if part < size else batch
+            each = differentiable(values(piece))
             (weight / size * each.sum()).backward()
             found.append(each.detach())
         seen = torch.cat(found)
         if not bool(seen.isfinite().all()):  # before they reach the weights
-            raise NonFiniteError("a loss of the batch is not finite")
+            raise NonFiniteError(f"{self.sets.latest()}: a loss of the batch is not finite")
         return seen
 
     def frozen_copy(self) -> nn.Module:
         """The model as it is now, in evaluation mode, never to be trained."""
-        return copy.deepcopy(self.model).eval().requires_grad_(False)
+        return self.copied().eval().requires_grad_(False)
+
+    def copied(self) -> nn.Module:
+        try:
+            return copy.deepcopy(self.model)
+        except (RuntimeError, TypeError) as error:  # as of activations that a module has kept
+            reason = str(error).split(". ")[0].splitlines()[0]
+            raise InputError(
+                f"model cannot be copied, which {type(self).__name__} needs: {reason}"
+            ) from error
 
     # -- the run
 
@@ -335,26 +283,40 @@ class Trainer(ABC, Generic[C]):
 
         The first record, step 0, measures the model as given. After a record has been yielded
         `state_dict()` is a point from which another trainer continues to the same numbers.
+
+        A step leaves modes (train or eval) and `.grad` as they were. One that raises leaves the
+        model, its optimizer and what the method remembers as they were before it too; a batch that
+        a loader has given is gone, as are draws from torch's generators. A copy of parameters and
+        of the optimizer's state is held for that only where code that is neither torch's nor ours
+        may run once they have changed: hooks of an optimizer, a step or an `update` of one's own.
+        Not undone: an interrupt once parameters have begun to move.
         """
         if self.step == 0 and self.probe is not None:
             yield self._told(self._measured({"step": 0, "seconds": self.seconds}))
         total = self.total_steps()
         while self.step < total and not self.stopped:
-            if self.schedule is None:
-                share = rate_share(self.config, self.step, total)
-                for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
-                    group["lr"] = share * peak
-            rate = self.optimizer.param_groups[0]["lr"]
-            self._mode()
             start = time.perf_counter()
+            self.sets.drawn.clear()
             try:
-                numbers = self.update()
+                with self._undone_by_errors():
+                    if self.schedule is None:
+                        share = rate_share(self.config, self.step, total)
+                        for group, peak in zip(self._groups(), self._peaks, strict=True):
+                            group["lr"] = share * peak
+                    rate = self._groups()[0]["lr"]
+                    self._mode()
+                    numbers = self.update()
             except NonFiniteError as error:
                 raise self._diverged(str(error), self.step + 1) from None
+            except ValueError as error:
+                if LONE not in str(error) or isinstance(error, InputError):
+                    raise
+                raise self.sets.lone() from error
+            self.sets.drawn.clear()
+            self.step += 1
             if self.schedule is not None:
                 self.schedule.step()
             self.seconds += time.perf_counter() - start
-            self.step += 1
             record = {"step": self.step, "seconds": self.seconds, "lr": rate, **numbers}
             if self.probe is not None and (self.step % self.probe_every == 0 or self.step == total):
                 self._measured(record)
@@ -368,6 +330,34 @@ class Trainer(ABC, Generic[C]):
         for _ in self.fit():
             pass
         return self.model
+
+    @contextmanager
+    def _undone_by_errors(self) -> Iterator[None]:
+        """A step inside, and everything as it was before it where it raises."""
+        samples, generator = dict(self.samples), self.generator.get_state()
+        positions = {k: b.drawn for k, b in self.batches.items() if isinstance(b, Batches)}
+        rates = [group["lr"] for group in self._groups()]
+        kept = {name: getattr(self, name) for name in self.keeps}  # replaced, never changed
+        ours = type(self).update.__module__.partition(".")[0] == __name__.partition(".")[0]
+        undo = Undo(self.model, self.optimizer)
+        try:
+            with modes_kept(self.model), grads_kept(self.model), undo, undo:
+                undo.begin(copies=not ours)
+                yield
+                undo.keep()
+        except BaseException:
+            self.samples.update(samples)
+            self.generator.set_state(generator)
+            for kind, drawn in positions.items():
+                self.batches[kind].drawn = drawn
+            for group, rate in zip(self._groups(), rates, strict=True):
+                group["lr"] = rate
+            for name, value in kept.items():
+                setattr(self, name, value)
+            raise
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
 
     def _mode(self) -> None:
         """Training mode, but of batch norm what the config says."""
@@ -384,10 +374,16 @@ class Trainer(ABC, Generic[C]):
 
     def _measured(self, record: Record) -> Record:
         if self.probe is not None:
-            self.model.eval()
-            record.update(self.probe(self.model))
+            with evaluating(self.model):
+                found = self.probe(self.model)
+            if not isinstance(found, Mapping):
+                raise InputError(f"probe must return a dict of numbers, got {type(found).__name__}")
+            record.update(found)
         if self.config.stop != "never":
             fixed = self.config.stop == "target"
+            for name in ("forget_accuracy", "validation_accuracy")[: 1 if fixed else 2]:
+                if name not in record:
+                    raise InputError(f"stop = {self.config.stop} needs a probe that gives {name}")
             bar = self.config.target if fixed else record["validation_accuracy"]
             self.stopped = record["forget_accuracy"] <= bar
         return record
@@ -404,7 +400,10 @@ class Trainer(ABC, Generic[C]):
                 raise self._diverged(f"{name} is no longer finite", self.step)
 
     def _diverged(self, what: str, step: int) -> TrainingError:
+        broken = self.sets.not_finite()
         advice = "lower the learning rate or set a forget ceiling"
+        if broken:
+            advice = f"values of the {' and '.join(broken)} batch are not finite either"
         return TrainingError(f"{what} at step {step} of {type(self).__name__}: {advice}")
 
     def _generators(self) -> dict[str, torch.Generator]:
@@ -454,3 +453,10 @@ class Trainer(ABC, Generic[C]):
         self.generator.set_state(state["generator"])
         self.step, self.seconds, self.stopped = state["step"], state["seconds"], state["stopped"]
         self.load_extra_state(state["extra"])
+
+
+def differentiable(losses: Tensor) -> Tensor:
+    """`losses`, if a backward pass from them would reach something."""
+    if not losses.requires_grad:
+        raise InputError(DETACHED)
+    return losses
