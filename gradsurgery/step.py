@@ -257,7 +257,7 @@ class Surgeon:
             given["retain_loss"] = rows.losses["retain"].mean()
         update: Any
         if self.rule.weighted:
-            solution = self.rule.solve(jacobian, metric=self._metric(jacobian.names), **given)
+            solution = self.rule.solve(jacobian, metric=self._metric(rows), **given)
             update = solution.weights
         else:
             solution = Solution(torch.empty(0), jacobian.gramian())
@@ -287,18 +287,22 @@ class Surgeon:
             if used:
                 add_to(parameter, grad.to(parameter.dtype))
 
-    def _metric(self, names: list[str]) -> list[Tensor] | None:
+    def _metric(self, rows: Collected) -> list[Tensor] | None:
         """lr / (sqrt(v) + eps) per parameter, of the steps taken so far; None before the first."""
         if self.rule.precondition is None:
             return None
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         state = self.optimizer.state
+        names = rows.jacobian.names
         known = [name for name in names if "exp_avg_sq" in state.get(self._known[name], {})]
         if not known:
             return None
         metric = []
-        for name in names:
+        for name, reached in zip(names, rows.reached, strict=True):
             parameter = self._known[name]
+            if not reached and name not in known:  # its rows are zero in any metric
+                metric.append(torch.ones_like(parameter))
+                continue
             check(
                 name in known,
                 f"precondition: the optimizer has state for some parameters only, none for {name}",

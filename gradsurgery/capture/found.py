@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from gradsurgery.capture.descent import Arrived, Descent, Mixed, not_linear
 from gradsurgery.capture.fallback import apart, one_by_one, spread
 from gradsurgery.capture.graph import Place, ordered, roots, under
-from gradsurgery.capture.hooks import Sampled
+from gradsurgery.capture.hooks import Sampled, linear, scale_of
 from gradsurgery.capture.junctions import prepare
 from gradsurgery.capture.kept import Kept, as_before, functions, is_function
 from gradsurgery.capture.layout import Layout, compress
-from gradsurgery.capture.leaves import Derived, oriented
+from gradsurgery.capture.leaves import Derived, oriented, vjps
 from gradsurgery.capture.probe import dense
 from gradsurgery.capture.recomputed import read_again, recomputed_once
 from gradsurgery.capture.rowwise import Rowwise
@@ -211,10 +211,27 @@ class Found:
                 allow_unused=True,
             )
         )
+        if self.weighted is not None:
+            self._expect_linear(grads, rows, self.weighted)
         only = torch.tensor([row], device="cpu")
         for k, grad in enumerate(own(grads)):  # each may be scaled in its place, as a `.grad`
             if grad is not None:
                 self._add(k, RowsUse(grad.unsqueeze(0), only))
+
+    def _expect_linear(self, grads: Sequence[Tensor | None], rows: Tensor, kept: Kept) -> None:
+        """Of one row too, a backward pass of its weighted losses has to give the weighted row."""
+        nodes = [n for n in ordered(roots(self.losses)[0]) if not hasattr(n, "variable")]
+        hooked = any(p._backward_hooks for p in self.owner.parameters)
+        if not (hooked or self.owner.clock.may_be_hooked(nodes) or any(map(is_function, nodes))):
+            return
+        with as_before(filter(is_function, nodes)):
+            for factor in (-scale_of(self.losses.dtype), 1 / scale_of(self.losses.dtype)):
+                kept.put_back()
+                outputs, parameters = self._outputs(rows) * factor, self.owner.parameters
+                scaled = vjps([self.losses], parameters, [outputs], False)
+                for name, a, b in zip(self.owner.names, grads, scaled, strict=True):
+                    if a is not None and b is not None and not linear(a, b, factor):
+                        raise InputError(not_linear(f"what {name} passes through"))
 
     def _pass(self, rows: Tensor, found: Trace, retain_graph: bool) -> None:
         distinct = occurring(rows)

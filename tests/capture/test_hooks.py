@@ -287,6 +287,29 @@ def test_weighted_losses_through_it_are_refused(way):
         tape.jacobian(losses, combine="backward")
 
 
+@pytest.mark.parametrize("where", ["tanh", "weight"])
+def test_one_row_of_weighted_losses(where):
+    """It may be weighted as any other."""
+    model = mlp()
+
+    def forward(hook):
+        hidden = model[0](X).tanh()
+        weight = model[2].weight * 1
+        (hidden if where == "tanh" else weight).register_hook(hook)
+        return nn.functional.linear(hidden, weight, model[2].bias).square().sum()
+
+    with gs.tape(model) as tape:
+        losses = forward(clipped)
+    with pytest.raises(gs.InputError, match=r"weight passes through is not linear .*'stored'"):
+        tape.jacobian(losses, combine="backward")
+    with gs.tape(model) as tape:
+        losses = forward(doubled)
+    rows = torch.autograd.grad(losses, list(model.parameters()), retain_graph=True)
+    jacobian = tape.jacobian(losses, combine="backward")
+    for found, row in zip(jacobian.combine(torch.tensor([7.0])), rows, strict=True):
+        torch.testing.assert_close(found, 7 * row)
+
+
 def test_a_clipping_hook_on_a_parameter_and_weighted_losses():
     model = mlp()
     model[0].weight.register_hook(clipped)
