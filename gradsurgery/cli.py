@@ -11,8 +11,10 @@ from typing import NoReturn
 
 from gradsurgery import __version__
 from gradsurgery.errors import InputError
+from gradsurgery.text import show
 
 DESCRIPTION = "Gradient surgery and unlearning: jobs, reports, benchmarks."
+LONGEST = 800  # characters of a message
 EXTRAS = 'pip install "gradsurgery[cli,jobs]"'
 
 
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """End the program with one line on standard error."""
-    print(f"gradsurgery: error: {message}", file=sys.stderr)
+    print(f"gradsurgery: error: {show(message, LONGEST)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -87,18 +89,18 @@ def _unlearn(arguments: list[str]) -> None:
 
 def _report(path: Path) -> None:
     from gradsurgery.unlearn.finish import write_report
-    from gradsurgery.unlearn.run import RunDirectory, read_json
+    from gradsurgery.unlearn.run import RunDirectory
     from gradsurgery.unlearn.tables import print_summary
 
-    directory = RunDirectory(path)
-    if not (directory / "summary.json").exists():
-        raise InputError(f"RUN: {path} is not a finished run: it has no summary.json")
+    directory = RunDirectory(path, "RUN")
+    directory.require_finished()
     try:
-        write_report(directory)
+        summary = write_report(directory)
     except OSError as error:
-        fail(f"RUN: cannot write to {error.filename or path}: {error.strerror or error}", 2)
-    print_summary(read_json(directory / "summary.json"))
-    print(f"report {directory / 'report.html'}")
+        name = show(error.filename or path)
+        fail(f"RUN: cannot write to {name}: {error.strerror or error}", 2)
+    print_summary(summary)
+    print(f"report {show(directory / 'report.html')}")
 
 
 def _compare(paths: list[Path], out: Path | None) -> None:
@@ -114,8 +116,9 @@ def _compare(paths: list[Path], out: Path | None) -> None:
     try:
         compare.write(out, summaries, runs)
     except OSError as error:
-        fail(f"--out: cannot write to {error.filename or out}: {error.strerror or error}", 2)
-    print(f"page {out}")
+        name = show(error.filename or out)
+        fail(f"--out: cannot write to {name}: {error.strerror or error}", 2)
+    print(f"page {show(out)}")
 
 
 def _bench(arguments: list[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from gradsurgery.errors import InputError
 from gradsurgery.ops import _backend
 from gradsurgery.ops._backend import OPERATORS, key_of, native_available, triton_available
+from gradsurgery.text import show
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def report() -> str:
     }
     facts |= {name: _serving(name) for name in OPERATORS}
     width = max(len(name) for name in facts)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    return "\n".join(f"{name:<{width}}  {show(value)}" for name, value in facts.items())
 
 
 def _serving(name: str) -> str:

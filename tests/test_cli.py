@@ -21,10 +21,10 @@ import gradsurgery as package
 from gradsurgery.cli import main
 from gradsurgery.unlearn import METHODS
 from gradsurgery.unlearn.command import choose_directory, parse_digits
-from gradsurgery.unlearn.config import to_yaml
 from gradsurgery.unlearn.digits import DigitsCNN
 from gradsurgery.unlearn.job import DigitsConfig
 from gradsurgery.unlearn.progress import PlainProgress, RichProgress, make_progress
+from gradsurgery.unlearn.run import RunDirectory
 from gradsurgery.unlearn.tables import print_summary
 
 DIGITS = ("unlearn", "digits")
@@ -40,7 +40,7 @@ TINY = (
     "--probe-every=3",
     "--checkpoint-every=4",
 )
-UNLIKE = ("seconds", "seconds_ratio", "memory")  # what no two runs share
+UNLIKE = ("seconds", "seconds_ratio", "memory", "checksum")  # what no two runs share
 FOUR = ("--method", "orthograd", "graddiff", "neggrad", "finetune")
 
 
@@ -179,7 +179,8 @@ def test_resume_finds_the_unfinished_run_with_the_same_options(tmp_path, monkeyp
     for number, seeds in ((1, 1), (2, 1), (3, 2)):
         folder = Path(f"runs/digits-mislabeled-{number}")
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(to_yaml(parse_digits([f"--seeds={seeds}"]).job))
+        config = parse_digits([f"--seeds={seeds}"]).job
+        RunDirectory(folder).write_options("config.yaml", config)
     auto = parse_digits(["--seeds=1", "--resume=auto"])
     assert choose_directory(auto) == Path("runs/digits-mislabeled-2")
     for name in ("summary.json", "report.html"):
@@ -330,6 +331,9 @@ def test_reports_of_runs_before_there_were_so_many_options_and_metrics(finished,
     few = ("task", "method", "seeds", "training", "orthograd", "graddiff", "neggrad", "finetune")
     (old / "config.yaml").write_text(yaml.safe_dump({key: config[key] for key in few}))
     summary = json.loads((old / "summary.json").read_text())
+    environment = json.loads((old / "env.json").read_text())
+    del summary["checksum"], environment["checksum"]  # there were none
+    (old / "env.json").write_text(json.dumps(environment))
     known = ("forget", "repaired", "retain", "test", "mia", "uis", "seconds", "steps")
     for column in summary["columns"].values():
         for key in list(column):
@@ -337,6 +341,7 @@ def test_reports_of_runs_before_there_were_so_many_options_and_metrics(finished,
                 del column[key]
     (old / "summary.json").write_text(json.dumps(summary))
     main(["report", str(old)])
+    assert "is of a version that kept no checksums" in capsys.readouterr().err
     assert "comes closest to Retrain" in (old / "report.html").read_text()
     main(["compare", str(old), str(finished.path)])
     assert re.search("^OrthoGrad ", capsys.readouterr().out, re.MULTILINE)

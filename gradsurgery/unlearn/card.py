@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from gradsurgery import __version__
+from gradsurgery.text import show
 from gradsurgery.unlearn.config import to_dict
 from gradsurgery.unlearn.job import DigitsConfig
 from gradsurgery.unlearn.labels import LABELS, parts, percent, title
@@ -14,6 +16,11 @@ WHAT = {
     "class": "every training sample of one digit",
     "random": "training samples drawn at random",
 }
+
+
+def plain(value: object) -> str:
+    """Text that Markdown shows as it is: no link, no HTML, no cell of a table."""
+    return re.sub(r"([\\`*\[\]<>|&~$:@])", r"\\\1", show(value))
 
 
 def model_card(config: DigitsConfig, summary: dict[str, Any], seed: int, name: str) -> str:
@@ -34,8 +41,8 @@ def model_card(config: DigitsConfig, summary: dict[str, Any], seed: int, name: s
         f"| {LABELS[key]} | {' | '.join(value(column, key) for column in columns)} |"
         for key in keys
     )
-    settings = "\n".join(f"| {key} | {setting} |" for key, setting in options.items())
-    return f"""# Digits classifier, unlearned by {title(name)}
+    settings = "\n".join(f"| {key} | {plain(setting)} |" for key, setting in options.items())
+    return f"""# Digits classifier, unlearned by {plain(title(name))}
 
 A convolutional network of 124,426 parameters for 8 x 8 images of handwritten digits, made by
 gradsurgery {__version__}. Load it with
@@ -52,18 +59,18 @@ model.load_state_dict(load_file("model.safetensors"))
 
 - {forgotten["samples"]} {WHAT[config.task]}{digit}, of scikit-learn's digits data set, seed {seed}
 - forget set, SHA-256 of its sorted sample indices: `{forgotten["sha256"]}`
-- method: {title(name)}, with {percent(fraction)} of the retain set
+- method: {plain(title(name))}, with {percent(fraction)} of the retain set
 
 ## Numbers of this model (seed {seed})
 
-| | {" | ".join(title(column) for column in columns)} |
+| | {" | ".join(plain(title(column)) for column in columns)} |
 |---|{"---|" * len(columns)}
 {rows}
 
 Accuracies and attack accuracies are shares in [0, 1]. Retrain never saw the forget set: near it is
 good, beyond it is not better. summary.json has all seeds and methods.
 
-## Options of {title(name)}
+## Options of {plain(title(name))}
 
 | option | value |
 |---|---|

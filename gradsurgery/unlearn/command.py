@@ -7,18 +7,13 @@ from typing import Annotated, Any, Literal
 
 from gradsurgery.cli import fail
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.config import differences, read_yaml, to_dict, to_yaml, update
+from gradsurgery.text import show
+from gradsurgery.unlearn.config import differences, read_yaml, to_dict, update
+from gradsurgery.unlearn.environment import environment
 from gradsurgery.unlearn.finish import finish
 from gradsurgery.unlearn.job import DigitsConfig, run
 from gradsurgery.unlearn.progress import make_progress
-from gradsurgery.unlearn.run import (
-    RunDirectory,
-    environment,
-    new_directory,
-    numbered,
-    write_atomic,
-    write_json,
-)
+from gradsurgery.unlearn.run import RunDirectory, new_directory, numbered
 from gradsurgery.unlearn.tables import print_summary
 from gradsurgery.unlearn.trainer import TrainingError
 from gradsurgery.unlearn.tune import check, tune
@@ -54,12 +49,12 @@ def parse_digits(arguments: list[str]) -> Invocation:
         raise InputError(str(error)) from None
     given: dict[str, Any] = read_yaml(first.config) if first.config else {}
     task = first.task or given.get("task", DigitsConfig().task)
-    if task not in TUNED:
-        raise InputError(f"--task must be one of {', '.join(TUNED)}, got {task}")
+    if not isinstance(task, str) or task not in TUNED:
+        raise InputError(f"--task must be one of {', '.join(TUNED)}, got {show(task, 80)}")
     try:
         defaults = update(DigitsConfig.for_task(task), given)
     except InputError as error:
-        raise InputError(f"--config {first.config}: {error}") from None
+        raise InputError(f"--config {show(first.config)}: {error}") from None
 
     @dataclass
     class Options(Invocation):
@@ -92,14 +87,14 @@ def run_digits(invocation: Invocation) -> None:
             open_directory(directory, config)
             if config.tune:
                 config = tune(config, directory, progress)
-                write_atomic(directory / "config.yaml", to_yaml(config))
+                directory.write_options("config.yaml", config)
             summary = run(config, directory, progress)
             finish(config, directory, summary)
     except BrokenPipeError:
         raise
     except OSError as error:
         reason = error.strerror or error
-        fail(f"--out: cannot write to {error.filename or path}: {reason}", 2)
+        fail(f"--out: cannot write to {show(error.filename or path)}: {reason}", 2)
     except TrainingError as error:
         fail(f"{error}. The last good checkpoint is kept in {path}", 1)
     except KeyboardInterrupt:
@@ -113,44 +108,57 @@ def choose_directory(invocation: Invocation) -> Path:
 
     config, out = invocation.job, invocation.out
     if out is not None:
-        if invocation.resume == "never" and out.is_dir() and any(out.iterdir()):
+        try:
+            used = out.is_dir() and any(out.iterdir())
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--out: cannot read {show(out)}: {reason}") from None
+        if invocation.resume == "never" and used:
             raise InputError(
-                f"--out: {out} exists and is not empty; continue it with --resume auto "
+                f"--out: {show(out)} exists and is not empty; continue it with --resume auto "
                 "or name another directory"
             )
         return out
     name = f"digits-{config.task}"
     if invocation.resume == "auto":
         for path in numbered(RUNS, name):
-            if not RunDirectory(path).complete and stored_options(path, config) == to_dict(config):
+            found = RunDirectory(path)
+            if found.complete or found.old:
+                continue
+            if stored_options(found, config) == to_dict(config):
                 return path
     return new_directory(RUNS, name)
 
 
-def stored_options(path: Path, config: DigitsConfig) -> dict[str, Any] | None:
+def stored_options(directory: RunDirectory, config: DigitsConfig) -> dict[str, Any] | None:
     """The options a run directory was started with, None if it has none.
 
     A search for options changes them in config.yaml; what it was asked is in tuning.yaml.
     """
-    asked = path / "tuning.yaml"
-    if not config.tune or not asked.exists():
-        asked = path / "config.yaml"
-    return read_yaml(asked, "--out") if asked.exists() else None
+    searched = config.tune and directory.has("tuning.yaml")
+    asked = "tuning.yaml" if searched else "config.yaml"
+    return directory.options(asked) if directory.has(asked) else None
 
 
 def open_directory(directory: RunDirectory, config: DigitsConfig) -> None:
     """Write the options into a new run directory; in an old one, insist that they are the same."""
-    stored = stored_options(directory.path, config)
+    if directory.old:
+        raise InputError(
+            f"--out: {show(directory.path)} is of a version that kept no checksums, so it cannot "
+            "be continued; name another directory"
+        )
+    stored = stored_options(directory, config)
     if stored is None:
         if any(directory.path.glob("stages/*.json")):
-            raise InputError(f"--out: {directory.path} holds a run without its config.yaml")
+            raise InputError(f"--out: {show(directory.path)} holds a run without its config.yaml")
         if config.tune:
-            write_atomic(directory / "tuning.yaml", to_yaml(config))
-        write_atomic(directory / "config.yaml", to_yaml(config))
+            directory.write_options("tuning.yaml", config)
+        directory.write_options("config.yaml", config)
     else:
         changed = differences(stored, to_dict(config))
         if changed:
             raise InputError(
-                f"--resume: {directory.path} was started with other options: {'; '.join(changed)}"
+                f"--resume: {show(directory.path)} was started with other options: "
+                f"{'; '.join(changed)}"
             )
-    write_json(directory / "env.json", environment(config.threads))
+    directory.write_json("env.json", environment(config.threads))

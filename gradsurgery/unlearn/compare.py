@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.config import differences, read_yaml, to_dict, update
+from gradsurgery.text import show
+from gradsurgery.unlearn.config import differences, to_dict, update
 from gradsurgery.unlearn.digits import Task
 from gradsurgery.unlearn.job import DigitsConfig
 from gradsurgery.unlearn.labels import TRAINED, parts, stage_name
 from gradsurgery.unlearn.metrics import spread
-from gradsurgery.unlearn.run import read_json, write_atomic
+from gradsurgery.unlearn.run import RunDirectory, write_atomic
 from gradsurgery.unlearn.verdict import Summary
 
 # options that decide what is measured against what
@@ -25,13 +26,19 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.summary: Summary = read_json(path / "summary.json")
-        # an option that is younger than the run has its default
-        self.config = to_dict(update(DigitsConfig(), read_yaml(path / "config.yaml", "RUN")))
+        directory = RunDirectory(path, "RUN")
+        directory.require_finished()
+        self.summary: Summary = directory.summary()
+        options = directory.options()
+        try:
+            # an option that is younger than the run has its default
+            self.config = to_dict(update(DigitsConfig(), options))
+        except InputError as error:
+            raise InputError(f"RUN: {show(path / 'config.yaml')}: {error}") from None
 
     def options(self, name: str) -> dict[str, Any]:
         """What a column was made with, besides its seed."""
-        return self.config["training" if name in TRAINED else parts(name).method]
+        return self.config.get("training" if name in TRAINED else parts(name).method, {})
 
 
 def load(paths: Sequence[Path]) -> list[Run]:
@@ -43,7 +50,7 @@ def load(paths: Sequence[Path]) -> list[Run]:
     runs: list[Run] = []
     wrong: list[str] = []
     for path in dict.fromkeys(paths):
-        if not (path / "summary.json").exists():
+        if not RunDirectory(path).has("summary.json"):
             wrong.append(f"{path} is not a finished run: it has no summary.json")
             continue
         run = Run(path)
@@ -138,7 +145,7 @@ def render(summaries: Sequence[Summary], runs: Sequence[Run]) -> str:
         body += numbers(summary) + sweep(summary) + cost(summary)
     body += f"<h2>What is real, and what these numbers cannot say</h2><p>{REAL}</p>"
     body += f"<p>{not_measured(summaries)}</p><h2>Runs</h2><ul>"
-    body += "".join(f"<li>{escape(str(run.path))}</li>" for run in runs)
+    body += "".join(f"<li>{escape(show(run.path))}</li>" for run in runs)
     return page(title, f"{body}</ul>")
 
 

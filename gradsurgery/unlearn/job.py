@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.text import brief
 from gradsurgery.unlearn import METHODS, digits, metrics, shadows
 from gradsurgery.unlearn.classification import cross_entropy
 from gradsurgery.unlearn.config import update
@@ -122,12 +123,14 @@ class DigitsConfig(MethodOptions):
     def check(self) -> None:
         """Raise `InputError` naming the first option that makes no sense."""
         require(len(self.method) > 0, "method", "at least one method", "none")
-        require(self.seeds >= 1, "seeds", "at least 1", self.seeds)
+        require(self.seeds >= 1, "seeds", "at least 1", brief(self.seeds))
+        require(self.seeds <= 2**31, "seeds", "at most 2^31", brief(self.seeds))
         require(0 <= self.first_seed < 2**31, "first-seed", "in [0, 2^31)", self.first_seed)
         require(len(self.retain_fraction) > 0, "retain-fraction", "at least one share", "none")
         for fraction in self.retain_fraction:
             require(0 < fraction <= 1, "retain-fraction", "in (0, 1]", fraction)
         require(self.tune >= 0, "tune", "at least 0", self.tune)
+        require(self.tune <= 10**6, "tune", "at most a million", brief(self.tune))
         require(self.shadows in (0, *range(2, 1001)), "shadows", "0, or 2 to 1000", self.shadows)
         require(1 <= self.threads <= 1024, "threads", "from 1 to 1024", self.threads)
         require(self.probe_every >= 1, "probe-every", "at least 1", self.probe_every)
@@ -270,6 +273,7 @@ def _train(
         if done.get("changes", {}) != changes:
             had = done.get("changes", {})
             raise InputError(f"--out: {directory.path} holds {name} with {had}, not {changes}")
+        directory.model_bytes(stage)  # nothing else may read it again, and it is a result
         return
     model = DigitsCNN()
     if name not in TRAINED:
@@ -277,7 +281,7 @@ def _train(
     trainer = make_trainer(config, data, seed, name, model)
     saved = directory.checkpoint(stage)
     if saved is not None:
-        trainer.load_state_dict(saved)
+        directory.restore(trainer, saved)
         progress.say(f"{_label(stage)}  continues after step {trainer.step}")
     with progress.stage(f"seed {seed}  {name}", trainer.total_steps(), trainer.step) as advance:
         try:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from gradsurgery.text import show
+
 TRAINED = ("original", "retrain")
 NAMES = {
     "original": "Original",
@@ -99,7 +101,7 @@ def title(name: str) -> str:
     """Method and variant as people read them; which fraction it is the place around it says."""
     method, variant, _ = parts(name)
     shown = NAMES.get(method, method)
-    return f"{shown}, {variant}" if variant else shown
+    return show(f"{shown}, {variant}" if variant else shown, 120)
 
 
 def percent(fraction: float) -> str:

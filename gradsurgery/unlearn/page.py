@@ -4,6 +4,7 @@ import base64
 from html import escape
 from typing import Any
 
+from gradsurgery.text import show
 from gradsurgery.unlearn import plots, tables
 from gradsurgery.unlearn.labels import TRAINED, title
 from gradsurgery.unlearn.tables import Cell, Row
@@ -84,7 +85,7 @@ def numbers(summary: Summary) -> str:
     text = ""
     for fraction in shares or [1.0]:
         if shares not in ([], [1.0]):
-            text += f"<h3>{tables.heading(fraction)}</h3>"
+            text += f"<h3>{escape(tables.heading(fraction))}</h3>"
         text += _main(*tables.main_table(summary, fraction))
         text += f"<details><summary>Every number</summary>{_full(summary, fraction)}</details>"
     return text + NOTE
@@ -116,7 +117,7 @@ def _full(summary: Summary, fraction: float) -> str:
     head = "".join(f"<th>{_named(name)}</th>" for name in names)
     body = ""
     for group, rows in tables.full_table(summary, fraction).items():
-        body += f'<tr class="group"><td>{group}</td>{"<td></td>" * len(names)}</tr>'
+        body += f'<tr class="group"><td>{escape(group)}</td>{"<td></td>" * len(names)}</tr>'
         for row in rows:
             cells = "".join(map(_cell, row.cells))
             body += f"<tr><td>{escape(row.title)}</td>{cells}</tr>"
@@ -129,8 +130,8 @@ def _named(stage: str) -> str:
 
 
 def _cell(cell: Cell, main: bool = False) -> str:
-    below = f"<small>± {cell.spread}</small>" if cell.spread else ""
-    return f"<td{' class=main' if main else ''}>{cell.text}{below}</td>"
+    below = f"<small>± {escape(cell.spread)}</small>" if cell.spread else ""
+    return f"<td{' class=main' if main else ''}>{escape(cell.text)}{below}</td>"
 
 
 def _table(head: str, body: str) -> str:
@@ -165,7 +166,7 @@ def joined(value: Any) -> str:
 
 def facts(known: dict[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{escape(key)}</td><td class='text'>{escape(str(value))}</td></tr>"
+        f"<tr><td>{escape(show(key))}</td><td class='text'>{escape(show(value, 2000))}</td></tr>"
         for key, value in known.items()
     )
     return f'<div class="scroll"><table><tbody>{rows}</tbody></table></div>'
@@ -174,7 +175,7 @@ def facts(known: dict[str, Any]) -> str:
 def figure(svg: str, caption: str, alt: str = "") -> str:
     # as an image, not inline: the ids of one SVG then cannot meet those of another
     data = base64.b64encode(svg.encode()).decode()
-    text = f"<figcaption>{caption}</figcaption>" if caption else ""
+    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return (
         f'<figure><img alt="{escape(alt or caption, quote=True)}" '
         f'src="data:image/svg+xml;base64,{data}">{text}</figure>'

@@ -58,6 +58,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 9,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a name with two dollars in it is no formula
     "svg.hashsalt": "gradsurgery",  # ids, and so files, that depend on the run alone
 }
 LEAST_GAP = 0.02  # points; a smaller gap is drawn as this one
@@ -109,7 +110,10 @@ def _axes(width: float = 4.7, height: float = 3.5) -> tuple[Figure, Axes]:
 
 def _legend(figure: Figure, columns: int = 3) -> None:
     """Below the axes, where it covers no data."""
-    figure.legend(loc="outside lower center", ncols=columns, handlelength=1.6, columnspacing=1.2)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        place = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(handles, labels, handlelength=1.6, columnspacing=1.2, **place)
 
 
 def _in_turn(names: list[str], best: list[str]) -> list[str]:
@@ -152,8 +156,10 @@ def tradeoff(records: Records, names: list[str], best: list[str], y: str, label:
     for name in _in_turn(names, best):
         chosen = name in best
         ends = _lines(axes, records, name, keys, chosen)
+        xs, ys = ([end[axis] for end in ends] for axis in (0, 1))
         axes.scatter(
-            *zip(*ends, strict=True),
+            xs,
+            ys,
             color=color(name),
             marker=_style(name)["marker"],
             s=60 if chosen else 26,
@@ -164,7 +170,8 @@ def tradeoff(records: Records, names: list[str], best: list[str], y: str, label:
         )
     for name, area in (("original", 60), ("retrain", 170)):
         runs = [steps for (_, method), steps in records.items() if method == name]
-        last = [[steps[-1][key] for steps in runs] for key in keys]
+        ends = [_probes(steps, *keys) for steps in runs]
+        last = [[found[axis][-1] for found in ends if found[0]] for axis in (0, 1)]
         style = {"marker": MARKERS[name], "s": area, "edgecolors": "white", "zorder": 5}
         axes.scatter(*last, color=COLORS[name], label=title(name), **style)
     axes.set_xlabel("accuracy on the forget set, labels as trained")

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from gradsurgery.text import show
+
+LONGEST = 2000  # characters of a line
+
 
 class Progress(Protocol):
     """Told by a run what it does."""
@@ -24,7 +28,7 @@ class PlainProgress:
     """Lines only: for logs, pipes and tests."""
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        print(show(text, LONGEST), flush=True)
 
     @contextmanager
     def stage(self, label: str, total: int, done: int) -> Iterator[Any]:
@@ -37,10 +41,10 @@ class RichProgress:
     def __init__(self) -> None:
         from rich.console import Console
 
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False, emoji=False)
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(show(text, LONGEST))
 
     @contextmanager
     def stage(self, label: str, total: int, done: int) -> Iterator[Any]:
@@ -53,13 +57,13 @@ class RichProgress:
         )
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(label, total=total, completed=done)
+            task = bars.add_task(show(label), total=total, completed=done)
             yield lambda step: bars.update(task, completed=step)
 
 

@@ -69,8 +69,8 @@ def render(
 {settings(config, names)}
 <h3>Environment</h3>
 {facts({**environment, "packages": joined(environment["packages"])})}
-<p class="note">Forget set of seed {seeds[0]}, SHA-256 of its sorted sample indices:
-<code style="overflow-wrap: anywhere">{forget["sha256"]}</code></p>
+<p class="note">Forget set of seed {escape(str(seeds[0]))}, SHA-256 of its sorted sample indices:
+<code style="overflow-wrap: anywhere">{escape(forget["sha256"])}</code></p>
 """
     return page(TITLES[task], body)
 
@@ -134,7 +134,7 @@ def figures(summary: Summary) -> str:
         f'<div class="figure"><b>{value(best, key)}</b><span>{label}</span>'
         f"<span>Retrain {value('retrain', key)}, Original {value('original', key)}</span></div>"
         for key, label in cards
-        if key in columns[best]
+        if all(key in columns[name] for name in (best, *TRAINED))
     )
     return f'<p class="note">{escape(title(best))}:</p><div class="figures">{text}</div>'
 
@@ -144,7 +144,7 @@ def folded(
 ) -> str:
     inside = pictures(summary, fraction, steps, results)
     what = f"Pictures with {percent(fraction)} of the retain set"
-    return f"<details><summary>{what}</summary>{inside}</details>"
+    return f"<details><summary>{escape(what)}</summary>{inside}</details>"
 
 
 def pictures(
@@ -155,7 +155,7 @@ def pictures(
 ) -> str:
     """Figures of one share of the retain set, with captions that say what to look for."""
     first = summary["seeds"][0]
-    losses = {r["method"]: r["losses"] for r in results if r["seed"] == first}
+    losses = {r["method"]: r["losses"] for r in results if r["seed"] == first and "losses" in r}
     names, best = methods(summary, fraction), best_of(summary, fraction)
     seeds = " Faint: the other seeds." if len(summary["seeds"]) > 1 else ""
     others = f" Bold: the {len(best)} closest to Retrain." if len(names) > len(best) else ""
@@ -187,7 +187,8 @@ def pictures(
             page += figure(drawn, "", alt=f"loss histogram, {title(name)}")
     page += (
         "</div><p class='note'>Seed "
-        f"{first}. A method is done when its two shapes lie to each other as Retrain's do.</p>"
+        f"{escape(str(first))}. A method is done when its two shapes lie to each other as "
+        "Retrain's do.</p>"
     )
     inside = next((name for name in names if parts(name).method == "orthograd"), None)
     return page if inside is None else page + surgery(steps, inside, where, seeds)
@@ -275,7 +276,9 @@ def settings(config: dict[str, Any], names: list[str]) -> str:
     """Every option of the run, a folded table a section."""
     plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
     text = facts({key: joined(value) for key, value in plain.items()})
-    for name in ("training", *(name for name in names if name in config)):
-        heading = "Original and Retrain" if name == "training" else title(name)
-        text += f"<details><summary>{heading}</summary>{facts(config[name])}</details>"
+    for name in ("training", *names):
+        if isinstance(config.get(name), dict):
+            heading = "Original and Retrain" if name == "training" else title(name)
+            inside = facts(config[name])
+            text += f"<details><summary>{escape(heading)}</summary>{inside}</details>"
     return text

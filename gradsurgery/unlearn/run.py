@@ -9,7 +9,7 @@ tuning/           models it starts from and compares with
 metrics.jsonl     one line a step
 stages/           one JSON a finished stage (a seed's original, retrained or unlearned model)
 models/           its weights
-checkpoint.pt     where the unfinished stage can continue
+checkpoint.safetensors  where the unfinished stage can continue
 summary.json      every metric by method: mean, spread, values, gap to Retrain
 model.safetensors the unlearned model of the first seed and method
 model_card.md     what that model is and is not
@@ -18,213 +18,339 @@ report.html       all of it to look at
 
 from __future__ import annotations
 
-import io
+import fcntl
+import hashlib
 import json
 import os
-import platform
-from collections.abc import Iterator
-from importlib import metadata
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.text import show
+from gradsurgery.unlearn import files, tensors
+from gradsurgery.unlearn.checked import CheckedFolder
+from gradsurgery.unlearn.shapes import RECORD, SAVED, STAGE, TRIAL, expect
+
+if TYPE_CHECKING:
+    from gradsurgery.unlearn.trainer import Trainer
 
 Stage = tuple[int, str]  # seed, method
+
+FOLDERS = ("stages", "models")
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file that is either the old one or the whole new one, whatever happens."""
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    files.write(path.parent, path.name, content)
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON lines of a file, none if there is no file; one that a kill cut short is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
-def environment(threads: int) -> dict[str, Any]:
-    """What a run depended on besides its options."""
-    packages = ("gradsurgery", "torch", "numpy", "scikit-learn", "matplotlib", "safetensors")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "threads": threads,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "packages": {package: _version(package) for package in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-class RunDirectory:
+class RunDirectory(CheckedFolder):
     """One run's files. As a context manager it holds a lock: two processes cannot share it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock: TextIO | None = None
-        self._metrics: TextIO | None = None
+    def __init__(self, path: Path, option: str = "--out") -> None:
+        super().__init__(path, option)
+        self._lock: int | None = None
+        self._metrics: IO[bytes] | None = None
+        self._records: dict[Stage, Records] = {}
+        self._trials = ""  # checksum of the last line of tuning.jsonl
 
     def __enter__(self) -> RunDirectory:
-        for folder in (self.path, self.path / "stages", self.path / "models"):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        files.make_root(self.path)
+        self._lock = files.open_plain(self.path, ".lock", os.O_RDWR | os.O_CREAT)
         try:
-            import fcntl  # POSIX; the lock goes when the process does, even by SIGKILL
-
+            # the lock goes when the process does, even by SIGKILL
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
+            for folder in FOLDERS:
+                self.make_folder(folder)
+            for folder in (".", *FOLDERS, "tuning", "shadows"):
+                with suppress(FileNotFoundError):
+                    files.remove_partial(self.path, folder)
         except BlockingIOError:
-            self._lock.close()
+            self.__exit__()
             raise InputError(f"--out: another process is working in {self.path}") from None
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file in (self._metrics, self._lock):
-            if file is not None:
-                file.close()
-
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
+        if self._metrics is not None:
+            with suppress(OSError):  # of a line that a full disk did not take, and that was said
+                self._metrics.close()
+        if self._lock is not None:
+            os.close(self._lock)
+        self._metrics = self._lock = None
 
     @property
     def complete(self) -> bool:
-        return (self / "summary.json").exists() and (self / "report.html").exists()
+        return self.has("summary.json") and self.has("report.html")
 
     # -- stages
 
-    def _stage_path(self, stage: Stage) -> Path:
-        return self / f"stages/seed{stage[0]}-{stage[1]}.json"
+    def _stage(self, name: str) -> dict[str, Any]:
+        """A file of stages/, with what it says of other files."""
+        with self._reading(name):
+            content = self.read_json(name, STAGE)
+            if name != _stage_name((content["seed"], content["method"])):
+                raise files.DamageError("it is of another stage than its name says")
+        return content
 
     def result(self, stage: Stage) -> dict[str, Any] | None:
         """Numbers of a finished stage, None if it has not finished."""
-        path = self._stage_path(stage)
-        return read_json(path) if path.exists() else None
+        name = _stage_name(stage)
+        return _measured(self._stage(name)) if self.has(name) else None
+
+    def miss(self, stage: Stage) -> NoReturn:
+        """Say that a stage is not there, though other files were made of it."""
+        raise InputError(
+            f"{self.option}: {show(self.path)} has no {show(_stage_name(stage))}, which its "
+            "summary is of; --resume auto makes it again"
+        )
+
+    def _stages(self) -> list[dict[str, Any]]:
+        names = sorted(path.name for path in (self / "stages").glob("seed*.json"))
+        return [self._stage(f"stages/{name}") for name in names]
 
     def results(self) -> list[dict[str, Any]]:
         """All finished stages, by seed."""
-        found = [read_json(path) for path in (self / "stages").glob("seed*.json")]
-        return sorted(found, key=lambda result: result["seed"])
+        return sorted(map(_measured, self._stages()), key=lambda result: result["seed"])
 
     def finish(self, stage: Stage, model: nn.Module, result: dict[str, Any]) -> None:
         """Keep a stage's weights and numbers; from here on a resumed run skips it."""
-        if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
-        self.save_model(model, f"models/seed{stage[0]}-{stage[1]}.safetensors")
-        write_json(self._stage_path(stage), {"seed": stage[0], "method": stage[1], **result})
-        (self / "checkpoint.pt").unlink(missing_ok=True)
+        self._sync()
+        known = {
+            "model": self.save_model(model, _model_name(stage)),
+            "records": self._records.get(stage, Records()).digest(),
+        }
+        content = {"seed": stage[0], "method": stage[1], **result, "files": known}
+        self.write_json(_stage_name(stage), content)
+        with suppress(FileNotFoundError):
+            os.unlink(self / CHECKPOINT)
 
     def add(self, stage: Stage, content: dict[str, Any]) -> None:
         """Add to the numbers of a finished stage."""
-        write_json(self._stage_path(stage), {**(self.result(stage) or {}), **content})
+        name = _stage_name(stage)
+        self.write_json(name, {**self._stage(name), **content})
 
-    def save_model(self, model: nn.Module, name: str) -> None:
-        from safetensors.torch import save
-
+    def save_model(self, model: nn.Module, name: str) -> str:
+        """Keep a model's weights; the file's checksum."""
         # to bytes first: a full disk then is an OSError of ours, not a half-written file
-        write_atomic(self / name, save({k: v.contiguous() for k, v in model.state_dict().items()}))
+        data, checksum = tensors.to_bytes(name, dict(model.state_dict()))
+        self.write(name, data)
+        return checksum
 
     def load_model(self, model: nn.Module, stage: Stage) -> None:
         """The weights of a finished stage."""
-        self.load_weights(model, f"models/seed{stage[0]}-{stage[1]}.safetensors")
+        name = _model_name(stage)
+        with self._reading(name):
+            self._same_model(stage, self.load_weights(model, name))
 
-    def load_weights(self, model: nn.Module, name: str) -> None:
-        from safetensors.torch import load
+    def _same_model(self, stage: Stage, checksum: str) -> None:
+        known = self._stage(_stage_name(stage)).get("files", {})
+        if known.get("model") != checksum:
+            raise files.DamageError("it is not the file its stage was finished with")
 
-        model.load_state_dict(load((self / name).read_bytes()))
+    def model_bytes(self, stage: Stage) -> bytes:
+        """The file of a finished stage's model, if it is whole."""
+        name = _model_name(stage)
+        with self._reading(name):
+            data, _, checksum = tensors.read_bytes(self.path, name)
+            self._same_model(stage, checksum)
+        return data
+
+    def load_weights(self, model: nn.Module, name: str) -> str:
+        """The weights of a file; its checksum."""
+        with self._reading(name):
+            found, _, checksum = tensors.read(self.path, name)
+            try:
+                model.load_state_dict(found)
+            except RuntimeError:
+                raise files.DamageError("its tensors are not those of the model") from None
+        return checksum
 
     # -- the unfinished stage
 
     def save_checkpoint(self, stage: Stage, state: dict[str, Any]) -> None:
-        if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
-        buffer = io.BytesIO()
-        torch.save({"seed": stage[0], "method": stage[1], "trainer": state}, buffer)
-        write_atomic(self / "checkpoint.pt", buffer.getvalue())
+        self._sync()
+        known = self._records.get(stage, Records()).digest(state["step"])
+        content = {"seed": stage[0], "method": stage[1], "records": known, "trainer": state}
+        data, _ = tensors.to_bytes(CHECKPOINT, *tensors.pack(content))
+        self.write(CHECKPOINT, data)
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        if not self.has(CHECKPOINT):
+            return None
+        with self._reading(CHECKPOINT):
+            found, state, _ = tensors.read(self.path, CHECKPOINT)
+            content = tensors.unpack(found, state)
+            expect(content, SAVED)
+        return content
 
     def checkpoint(self, stage: Stage) -> dict[str, Any] | None:
         """The trainer state to continue `stage` from, if that is the stage that was interrupted."""
-        path = self / "checkpoint.pt"
-        if not path.exists():
+        saved = self._checkpoint()
+        if saved is None or (saved["seed"], saved["method"]) != stage:
             return None
-        saved = torch.load(path, weights_only=True)
-        return saved["trainer"] if (saved["seed"], saved["method"]) == stage else None
+        return saved["trainer"]
+
+    def restore(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Let a trainer continue from what `checkpoint` found."""
+        with self._reading(CHECKPOINT):
+            try:
+                trainer.load_state_dict(state)
+                known = 0 <= trainer.step <= trainer.total_steps()
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+                known = False
+            if not known:
+                raise files.DamageError("its state is not one of this trainer")
 
     # -- metrics.jsonl
+
+    def _sync(self) -> None:
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
 
     def log(self, stage: Stage, record: dict[str, Any]) -> None:
         """Append one line; it survives a kill of this process as soon as this returns."""
         if self._metrics is None:
-            self._metrics = (self / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = self._appending("metrics.jsonl")
         line = {"seed": stage[0], "method": stage[1], **record}
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        self._metrics.write(data)
         self._metrics.flush()
+        self._records.setdefault(stage, Records()).add(record["step"], data)
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def _appending(self, name: str) -> IO[bytes]:
+        new = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        return open(files.open_plain(self.path, name, new), "ab")
+
+    def _lines(self) -> list[tuple[Stage, dict[str, Any], bytes]]:
+        """What metrics.jsonl holds of each step; a line that says nothing of one is left out.
+
+        Lines of a finished stage must be those it was finished with, so that none is missing.
+        """
+        found = []
+        for line in self._read_lines("metrics.jsonl"):
+            with suppress(files.DamageError):  # cut short by a kill, or not of a stage that counts
+                record = files.parse_json(line)
+                expect(record, RECORD)
+                found.append(((record["seed"], record["method"]), record, line))
+        known = {}
+        for stage, record, line in found:
+            known.setdefault(stage, Records()).add(record["step"], line)
+        for result in self._stages():
+            stage = result["seed"], result["method"]
+            wanted = result.get("files", {}).get("records")
+            if wanted not in (None, known.get(stage, Records()).digest()):
+                self._lost(_stage_name(stage))
+        return found
+
+    def _lost(self, name: str) -> NoReturn:
+        raise InputError(
+            f"{self.option}: {show(self / 'metrics.jsonl')} is damaged: it has other lines than "
+            f"{name} was made with; delete that file too, and --resume auto makes it again"
+        )
+
+    def _read_lines(self, name: str) -> list[bytes]:
+        """Whole lines of a file, if there is one; a kill can have cut the last one short."""
+        if not self.has(name):
+            return []
+        with self._reading(name):
+            data = files.read(self.path, name, 4 * files.LIMIT)
+        return data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+
+    def records(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl."""
-        return read_lines(self / "metrics.jsonl")
-
-    def tuning(self) -> Iterator[dict[str, Any]]:
-        """Lines of tuning.jsonl."""
-        return read_lines(self / "tuning.jsonl")
+        return [record for _, record, _ in self._lines()]
 
     def rewind(self) -> None:
         """Drop the lines of steps that will be taken again: those past the last checkpoint."""
-        path = self / "checkpoint.pt"
-        saved = torch.load(path, weights_only=True) if path.exists() else None
+        self._records = {}
+        saved = self._checkpoint()
+        finished = {(result["seed"], result["method"]) for result in self._stages()}
+        last = None if saved is None else (saved["seed"], saved["method"])
+        kept = []
+        mine = Records()
+        for stage, record, line in self._lines():
+            if stage in finished:
+                kept.append(line)
+            elif saved and stage == last and record["step"] <= saved["trainer"]["step"]:
+                kept.append(line)
+                mine.add(record["step"], line)
+        if saved and last is not None and last not in finished:
+            if mine.digest() != saved["records"]:
+                self._lost(CHECKPOINT)
+            self._records[last] = mine
+        self.write("metrics.jsonl", b"".join(kept))
 
-        def keep(record: dict[str, Any]) -> bool:
-            stage = (record["seed"], record["method"])
-            if self._stage_path(stage).exists():
-                return True
-            if saved is None or (saved["seed"], saved["method"]) != stage:
-                return False
-            return record["step"] <= saved["trainer"]["step"]
+    # -- tuning.jsonl
 
-        lines = [json.dumps(record) + "\n" for record in self.records() if keep(record)]
-        write_atomic(self / "metrics.jsonl", "".join(lines))
+    def tuning(self) -> list[dict[str, Any]]:
+        """Lines of tuning.jsonl; the checksum of each is over the one before as well."""
+        found, self._trials = [], ""
+        for number, line in enumerate(self._read_lines("tuning.jsonl"), 1):
+            try:
+                if not self.unchecked or files.sealed(line):
+                    self._trials = files.check(self._trials, line)
+                trial = files.parse_json(line)
+                expect(trial, TRIAL)
+            except files.DamageError as error:
+                raise InputError(
+                    f"{self.option}: {show(self / 'tuning.jsonl')} is damaged: line {number}: "
+                    f"{error}; delete this line and all after it, and --resume auto goes on"
+                ) from None
+            trial.pop("checksum", None)
+            found.append(trial)
+        return found
+
+    def rewind_tuning(self) -> list[dict[str, Any]]:
+        """The lines of tuning.jsonl, and no half line after them."""
+        found = self.tuning()
+        self.write("tuning.jsonl", b"".join(self._read_lines("tuning.jsonl")))
+        return found
+
+    def add_trial(self, trial: dict[str, Any]) -> None:
+        """Append a line to tuning.jsonl; it survives a loss of power as soon as this returns."""
+        line = files.seal(self._trials, files.to_json(trial, indent=None))
+        with self._appending("tuning.jsonl") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._trials = files.check(self._trials, line)
+
+
+class Records:
+    """Checksums of a stage's lines of metrics.jsonl, up to every step."""
+
+    def __init__(self) -> None:
+        self._sum = hashlib.sha256()
+        self._steps: dict[int, str] = {}
+
+    def add(self, step: int, line: bytes) -> None:
+        self._sum.update(line)
+        self._steps[step] = self._sum.hexdigest()
+
+    def digest(self, step: int | None = None) -> str:
+        """Of all lines, or of those up to a step."""
+        if step is None or not self._steps:
+            return self._sum.hexdigest()
+        return self._steps[max(known for known in self._steps if known <= step)]
+
+
+def _stage_name(stage: Stage) -> str:
+    return f"stages/seed{stage[0]}-{stage[1]}.json"
+
+
+def _model_name(stage: Stage) -> str:
+    return f"models/seed{stage[0]}-{stage[1]}.safetensors"
+
+
+def _measured(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "files"}
 
 
 def new_directory(parent: Path, name: str) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradsurgery.unlearn.digits import DigitsCNN, DigitsData
 from gradsurgery.unlearn.labels import TRAINED
 from gradsurgery.unlearn.progress import Progress
-from gradsurgery.unlearn.run import RunDirectory, read_json, write_json
+from gradsurgery.unlearn.run import RunDirectory
 from gradsurgery.unlearn.seeds import derived
 from gradsurgery.unlearn.trainer import TrainingError
 from gradsurgery.unlearn.ulira import logit_confidence, u_lira
@@ -37,7 +37,7 @@ def attack(
     continued in the same directory repeats one model at most.
     """
     seed, name = stage
-    (directory / "shadows").mkdir(exist_ok=True)
+    directory.make_folder("shadows")
     found: dict[str, list[Tensor]] = {"retrain": [], name: []}
     with progress.stage(f"seed {seed}  shadows of {name}", config.shadows, 0) as advance:
         for k in range(config.shadows):
@@ -62,11 +62,12 @@ def _confidences(
     k: int,
 ) -> Tensor:
     """Of the k-th shadow of a stage, on the forget set, [N] float64."""
-    path = directory / f"shadows/seed{stage[0]}-{stage[1]}-{k}.json"
-    if not path.exists():
+    name = f"shadows/seed{stage[0]}-{stage[1]}-{k}.json"
+    if not directory.has(name):
         values = _on_forget(_model(config, directory, data, stage, k), data)
-        write_json(path, values.tolist())
-    return torch.tensor(read_json(path), dtype=torch.float64)
+        directory.write_json(name, {"confidences": values.tolist()})
+    found = directory.read_json(name, {"confidences": [float]})["confidences"]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _model(
@@ -82,7 +83,7 @@ def _model(
     model = DigitsCNN()
     if name not in TRAINED:
         original = f"shadows/seed{seed}-original-{k}.safetensors"
-        if not (directory / original).exists():
+        if not directory.has(original):
             directory.save_model(_model(config, directory, data, (seed, "original"), k), original)
         directory.load_weights(model, original)
     try:

@@ -159,7 +159,8 @@ def _draw(summary: Summary) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    # names are shown as they are: [red] in one is no color
+    console = Console(highlight=False, markup=False, emoji=False)
 
     def make(fraction: float, narrow: bool) -> Table:
         drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

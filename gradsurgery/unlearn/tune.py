@@ -9,9 +9,7 @@ any of these seeds, and the test set is the same for all seeds, so no test sampl
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -167,7 +165,7 @@ Ready = dict[int, tuple[DigitsData, dict[str, nn.Module], dict[str, float]]]
 def check(config: DigitsConfig) -> None:
     """Raise `InputError` where results would be reported for a seed the options are chosen on."""
     chosen_on = SEEDS + FINAL_SEEDS
-    both = sorted(set(config.all_seeds) & set(chosen_on))
+    both = [seed for seed in chosen_on if seed in config.all_seeds]
     if config.tune and both:
         raise InputError(
             "--first-seed: --tune chooses the options on seeds "
@@ -186,9 +184,8 @@ def tune(config: DigitsConfig, directory: RunDirectory, progress: Progress) -> D
         TrainingError: naming a method whose every draw failed.
     """
     check(config)
-    (directory / "tuning").mkdir(exist_ok=True)
-    drop_half_line(directory)
-    known = list(directory.tuning())
+    directory.make_folder("tuning")
+    known = directory.rewind_tuning()
     ready: dict[tuple[int, ...], Ready] = {}
 
     def tried(method: str, options: dict[str, Any], seeds: tuple[int, ...]) -> Trial:
@@ -212,7 +209,7 @@ def tune(config: DigitsConfig, directory: RunDirectory, progress: Progress) -> D
                         if "gap" in first:
                             line = final(first, tried(method, decoded(first), FINAL_SEEDS))
                     lines.append(line)
-                    append(directory, line)
+                    directory.add_trial(line)
                     advance(len(lines))
             won = winner(lines)
             if "gap" not in won:
@@ -258,7 +255,7 @@ def prepare(
         for name in TRAINED:
             file = f"tuning/seed{seed}-{name}.safetensors"
             model = models[name] = DigitsCNN()
-            if (directory / file).exists():
+            if directory.has(file):
                 directory.load_weights(model, file)
             else:
                 make_trainer(config, data, seed, name, model, probed=False).run()
@@ -293,20 +290,3 @@ def try_out(config: DigitsConfig, ready: Ready, method: str, options: dict[str, 
         return {**line, "error": str(error)}
     means = {key: round(mean(one[key] for one in measured), 4) for key in measured[0]}
     return {**line, "gap": round(mean(scores), 5), "measured": means}
-
-
-def append(directory: RunDirectory, line: Trial) -> None:
-    with (directory / "tuning.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def drop_half_line(directory: RunDirectory) -> None:
-    """Cut off what a kill left of a line, or the next one would be appended to it."""
-    path = directory / "tuning.jsonl"
-    if path.exists():
-        text = path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text:
-            os.truncate(path, len(whole))

@@ -1,11 +1,14 @@
 """A problem small enough for float64 and exact claims."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from tests.unlearn.broken import make, parsed
 
 
 def cross_entropy(model, batch):
@@ -32,3 +35,31 @@ def threads():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    """A finished run and a killed one, in one folder, with their options beside them."""
+    folder = tmp_path_factory.mktemp("kinds")
+    make(folder / "finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make(folder / "killed", monkeypatch)
+    shutil.copy(folder / "finished/config.yaml", folder / "options.yaml")
+    return folder
+
+
+@pytest.fixture
+def copied(kinds, tmp_path):
+    """A copy of one of them, by name."""
+
+    def copy(kind):
+        shutil.copytree(kinds / kind, tmp_path / "run")
+        return tmp_path / "run"
+
+    return copy
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The command line of resumes read as `command` writes it, without a parser of all options."""
+    monkeypatch.setattr("gradsurgery.unlearn.command.parse_digits", parsed)

@@ -47,9 +47,10 @@ def test_every_seed_keeps_its_own_numbers(tmp_path):
     def written(name, seeds, gaps):
         folder = tmp_path / name
         folder.mkdir()
-        entry = {"values": gaps}
-        columns = {method: {"gap_mean": entry} for method in ("original", "neggrad")}
-        sets = {str(seed): {"sha256": str(seed)} for seed in seeds}
+        entry = {"mean": 0.5, "std": None, "values": gaps}
+        names = ("original", "retrain", "neggrad")
+        columns = {name: dict.fromkeys(("gap_mean", "seconds"), entry) for name in names}
+        sets = {str(s): {"sha256": f"{s:064x}", "samples": 9, "class": s} for s in seeds}
         summary = {"job": "digits", "task": "class", "seeds": seeds, "forget_sets": sets}
         (folder / "summary.json").write_text(json.dumps({**summary, "columns": columns}))
         (folder / "config.yaml").write_text(to_yaml(tiny()))

@@ -13,7 +13,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, TrainerConfig, TrainingError, digits
 from gradsurgery.unlearn import tune as search
 from gradsurgery.unlearn.command import parse_digits
-from gradsurgery.unlearn.config import to_dict, to_yaml, update
+from gradsurgery.unlearn.config import to_dict, update
 from gradsurgery.unlearn.job import DigitsConfig
 from gradsurgery.unlearn.progress import PlainProgress
 from gradsurgery.unlearn.run import RunDirectory
@@ -268,7 +268,7 @@ def test_a_run_searches_first_and_keeps_what_it_found(tmp_path, spaces, one_seed
 def test_a_run_without_a_search_is_not_continued_with_one(tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "config.yaml").write_text(to_yaml(parse_digits(list(ASKED)).job))
+    RunDirectory(out).write_options("config.yaml", parse_digits(list(ASKED)).job)
     with pytest.raises(SystemExit):
         main(["unlearn", "digits", *ASKED, "--tune=1", f"--out={out}", "--resume=auto"])
     assert "other options: tune was 0, is 1" in capsys.readouterr().err

@@ -1,10 +1,11 @@
 """Runs of the digits job with hardly any steps: the real code, in seconds."""
 
-from gradsurgery.unlearn.config import to_yaml, update
+from gradsurgery.unlearn.config import update
+from gradsurgery.unlearn.environment import environment
 from gradsurgery.unlearn.finish import finish
 from gradsurgery.unlearn.job import DigitsConfig, run
 from gradsurgery.unlearn.progress import PlainProgress
-from gradsurgery.unlearn.run import RunDirectory, environment, write_json
+from gradsurgery.unlearn.run import RunDirectory
 
 FAST = ("neggrad", "finetune")
 
@@ -29,8 +30,8 @@ def tiny(task="class", method=FAST, **changes):
 def finished(path, config, variants=()):
     """A run directory as the command leaves it; its summary."""
     with RunDirectory(path) as directory:
-        (path / "config.yaml").write_text(to_yaml(config))
-        write_json(path / "env.json", environment(config.threads))
+        directory.write_options("config.yaml", config)
+        directory.write_json("env.json", environment(config.threads))
         summary = run(config, directory, PlainProgress(), variants)
         finish(config, directory, summary)
     return summary
