@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from gradsurgery.capture.ranges import in_range, unit
 from gradsurgery.capture.trace import Leaf, misused
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
 from gradsurgery.capture.views import Simple
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import wide
+
+
+ROOM = 16.0  # sums of many values near 1 leave float16's range
 
 
 def oriented(use: Use, simple: Simple) -> Use | None:
@@ -49,7 +53,7 @@ class Derived:
 
     def rows(self, m: int) -> list[Tensor]:
         """[m, *p.shape] per parameter."""
-        totals = [p.new_zeros(m, *p.shape) for p in self.parameters]
+        totals = [wide(p.new_zeros(m, *p.shape)) for p in self.parameters]
         for leaf, uses in self.leaves:
             dense = dense_rows(uses, m).view(m, *leaf.shape)
             for total, grad in zip(totals, self._back([leaf], [dense], True), strict=True):
@@ -57,29 +61,57 @@ class Derived:
                     total += grad
         return totals
 
-    def combine(self, weights: Tensor) -> list[Tensor | None]:
-        """w^T J per parameter."""
+    def combine(self, weights: Tensor, far: bool = False) -> list[Tensor | None]:
+        """w^T J per parameter; `far` as for `Plane.update`."""
         grads = []
         for leaf, uses in self.leaves:
+            mine = [weights[placed(use.rows, weights.device)] for use in uses]
+            precise = far and not all(map(in_range, uses, mine))
             out = wide(uses[0].values[-1][:0]).new_zeros(uses[0].plane)
-            for use in uses:
-                use.wide().combine(weights[placed(use.rows, weights.device)], out)
+            out = out.double() if precise else out
+            for use, w in zip(uses, mine, strict=True):
+                (use.double() if precise else use.wide()).combine(w, out)
             grads.append(out.view(leaf.shape))
-        return self._back([leaf for leaf, _ in self.leaves], grads, False)
+        grads = self._back([leaf for leaf, _ in self.leaves], grads, False)
+        return [
+            None if grad is None else grad.to(p.dtype)
+            for grad, p in zip(grads, self.parameters, strict=True)
+        ]
 
     def _back(
         self, leaves: Sequence[Leaf], grads: Sequence[Tensor], batched: bool
     ) -> list[Tensor | None]:
-        metas = [leaf.place[0]._input_metadata[leaf.place[1]] for leaf in leaves]
-        grads = [g.to(meta.dtype) for g, meta in zip(grads, metas, strict=True)]
+        """Gradients of the parameters from those of leaves, in float32 or wider.
+
+        On the way those that a dtype would not hold, and any in float16, are scaled to be near 1.
+        """
+        dtypes = [leaf.place[0]._input_metadata[leaf.place[1]].dtype for leaf in leaves]
+        scale = None
+        if any(
+            dtype == torch.float16 or dtype.itemsize < g.dtype.itemsize == 8
+            for g, dtype in zip(grads, dtypes, strict=True)
+        ):
+            scale = torch.stack([unit(g, batched) for g in grads]).amax(0) * ROOM
+            grads = [g.double() / _over(scale, g) for g in grads]
+        grads = [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
         edges = [GradientEdge(*leaf.place) for leaf in leaves]
         try:
-            return list(vjps(edges, self.parameters, grads, batched))
+            found = [
+                g if g is None else wide(g) for g in vjps(edges, self.parameters, grads, batched)
+            ]
         except RuntimeError as error:
             why = misused(error)
             if why is None:
                 raise
             raise InputError(why) from error
+        if scale is None:
+            return found
+        return [g if g is None else (g.double() * _over(scale, g)).to(g.dtype) for g in found]
+
+
+def _over(scale: Tensor, grad: Tensor) -> Tensor:
+    """One for all, [], or one a row, [m], beside gradients that begin with the rows."""
+    return scale.reshape(*scale.shape, *[1] * (grad.dim() - scale.dim()))
 
 
 def vjps(
