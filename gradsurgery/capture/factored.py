@@ -225,8 +225,8 @@ class FactoredJacobian:
                     plane = Plane(self.parameters[k], parts, None)
                     grams[k] = plane.in_range(plane.gramian(self.m, own), self.m, own)
                 elif plane is not None:
-                    grams[k] = plane.gramian(self.m, own)
-                    made[k] = Made(plane, own, grams[k])
+                    grams[k] = gram = plane.gramian(self.m, own)
+                    made[k] = Made(plane, own, gram)
             if all_in_range(list(made.values()), self._sum(grams)):
                 return grams
             for k, (plane, own, gram) in made.items():

@@ -15,7 +15,6 @@ from gradsurgery.capture.views import Simple
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import wide
 
-
 ROOM = 16.0  # sums of many values near 1 leave float16's range
 
 

@@ -123,12 +123,12 @@ class Plane:
 
         Planes and rows that exist are multiplied in any range.
         """
-        values = [tensor for use in self.uses for tensor in use.values]
+        if metric is None and (self.plan is None or self.plan.path != "factored"):
+            return None
+        values = (tensor for use in self.uses for tensor in use.values)
         if all(tensor.dtype in (torch.float64, torch.int64) for tensor in values):
             return None
-        if metric is not None:
-            return SCALED
-        return SQUARES if self.plan is not None and self.plan.path == "factored" else None
+        return SQUARES if metric is None else SCALED
 
     def in_range(self, gram: Tensor, m: int, metric: Tensor | None) -> Tensor:
         """The Gramian, in float64 if float32 lost some of it. Waits for a GPU."""
@@ -201,10 +201,11 @@ class Made(NamedTuple):
 def all_in_range(made: Sequence[Made], total: Tensor) -> bool:
     """Whether float32 held all products, and `total` is finite; a GPU is waited for once."""
     fine = total.diagonal().isfinite().all()
-    for bounds in {each.plane.bounds(each.metric) for each in made} - {None}:
-        mine = [each for each in made if each.plane.bounds(each.metric) == bounds]
-        squares = torch.stack([each.gram.diagonal() for each in mine])
-        fine &= within(squares, cast(tuple[float, float], bounds)).all()
+    at = [(each.gram.diagonal(), each.plane.bounds(each.metric)) for each in made]
+    for wanted in (SQUARES, SCALED):
+        squares = [diagonal for diagonal, bounds in at if bounds == wanted]
+        if squares:
+            fine &= within(torch.stack(squares), wanted).all()
     return bool(fine)
 
 
