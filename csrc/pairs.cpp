@@ -1,6 +1,7 @@
 #include "pairs.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -44,6 +45,13 @@ inline void transpose(Vector<T>* rows) {
     transpose<T, half / 2>(rows);
   }
 }
+
+// Whether a token's product with itself is lost on one side and large on the other, which may bring
+// it back: float32 squares of values below 2^-63 lose digits. The bounds of ops/pairs.py.
+inline bool out_of_range(float x, float y) {
+  return std::min(x, y) < 0x1p-116f && std::max(x, y) > 0x1p30f;
+}
+inline bool out_of_range(double, double) { return false; }
 
 // left or right of all tokens
 template <typename T>
@@ -313,6 +321,10 @@ class Pairs {
           for (std::int64_t c = std::max<std::int64_t>(r - tile.column, 0); c < columns; ++c) {
             const double product = static_cast<double>(x[c]) * static_cast<double>(y[c]);
             sums[c] += c == r - tile.column ? self * product : product;
+          }
+          const std::int64_t own = r - tile.column;
+          if (own >= 0 && own < columns && out_of_range(x[own], y[own])) {
+            sums[own] = std::numeric_limits<double>::quiet_NaN();
           }
         }
       } else {

@@ -9,7 +9,7 @@ namespace gradsurgery {
 // out[i, j] += <G_i, G'_j> = sum_tu (left_it . left'_ju) (right_it . right'_ju), out [n, n'];
 // `second` null: of the first with one another, `out` being symmetric. Both float32 or both
 // float64, which is also what the inner products are summed in; their products are summed in
-// float64.
+// float64. Without `second`, out[i, i] is NaN where float32 lost a token that may be large.
 GRADSURGERY_DECLARE(void token_pairs(const Tokens& first, const Tokens* second, double* out,
                                      int threads))
 

@@ -1,75 +1,27 @@
 """FactoredJacobian: rows of a model, never stored."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.capture.kept import Kept
 from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
 from gradsurgery.capture.moments import Moment, moment
 from gradsurgery.capture.paths import existing
-from gradsurgery.capture.plane import Plane
-from gradsurgery.capture.recomputed import refusal
+from gradsurgery.capture.plane import Made, Plane, all_in_range
+from gradsurgery.capture.ranges import WEIGHTS, unit, within
 from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
+from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.grads import add_to, part, run_hooks
-from gradsurgery.ops._inputs import check, check_shapes
+from gradsurgery.grads import add_to, run_hooks
+from gradsurgery.ops._inputs import check, check_shapes, wide
 from gradsurgery.ops.combine import combine_unchecked
 
 WIDE = dict.fromkeys(HALVES, torch.float32)  # rows of a parameter may be wider than it
+TOGETHER = 1 << 22  # values of Gramians that are held, to be looked at together
 RELEASED = "this Jacobian was released by backward(weights, release=True)"
-
-
-class Graph(NamedTuple):
-    """The losses with their graph, and the row of each."""
-
-    losses: Tensor
-    rows: Tensor  # [numel], -1 for none
-    kept: Kept | None = None  # what Functions must find as it was
-
-    def outputs(self, weights: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """Parameters of the same weights, of [L, m], and what to start their backward pass with."""
-        rows = self.rows.to(weights.device)
-        sets, which = weights.unique(dim=0, return_inverse=True)
-        for k, w in enumerate(sets):
-            if self.kept is not None:
-                self.kept.put_back()
-            outputs = torch.where(rows >= 0, w[rows.clamp(min=0)], 0).to(self.losses)
-            yield (which == k).nonzero().flatten().tolist(), outputs.view(self.losses.shape)
-
-    def combine(
-        self, weights: Tensor, parameters: Sequence[nn.Parameter]
-    ) -> Iterator[tuple[int, Tensor]]:
-        for mine, outputs in self.outputs(weights):
-            held = [parameters[i] for i in mine]
-            with self._named_errors():
-                grads = torch.autograd.grad(
-                    self.losses, held, outputs, retain_graph=True, allow_unused=True
-                )
-            yield from ((i, grad) for i, grad in zip(mine, grads, strict=True) if grad is not None)
-
-    def backward(self, weights: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        """As an ordinary backward pass does, hooks of parameters included."""
-        without = [p for p in parameters if p.grad is None]
-        for mine, outputs in self.outputs(weights):
-            held = [parameters[i] for i in mine]
-            with self._named_errors():
-                torch.autograd.backward(self.losses, outputs, retain_graph=True, inputs=held)
-        part(without)
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            why = refusal(error, self.losses)
-            if why is None:
-                raise
-            raise InputError(why) from error
 
 
 class FactoredJacobian:
@@ -105,6 +57,7 @@ class FactoredJacobian:
         self._gramians: list[Tensor | None] | None = None  # of each parameter
         self._gramian: Tensor | None = None  # of the model
         self._graph, self._released = graph, False
+        self._far = False  # some of the weights last given are far from 1
         if graph is not None:
             self._gramians = self._compute(None)
             self._drop()
@@ -204,7 +157,7 @@ class FactoredJacobian:
     def _of_model(self) -> Tensor:
         """The Gramian over all parameters; small ones, whose rows exist, in one call."""
         self._check_usable()
-        total = self._zeros()
+        total, made = self._zeros(), []
         with torch.no_grad(), unmixed(self.parameters[0]):
             through = self._through_derived()
             exist: dict[tuple, list[list[RowsUse]]] = {}
@@ -217,25 +170,43 @@ class FactoredJacobian:
                 # blocks of one row are added up by themselves where they are many
                 if uses and sum(use.n for use in uses) <= 2 * self.m:
                     exist.setdefault(_key(uses), []).append(uses)
-                else:
-                    total += plane.gramian(self.m, None)
+                    continue
+                made.append(Made(plane, None, plane.gramian(self.m, None)))
+                if len(made) * self.m**2 > TOGETHER or plane is not self._planes[k]:
+                    total, made = self._added(total, made), []
             for planes in exist.values():
                 total += existing(planes, self.m)
-        if not bool(total.diagonal().isfinite().all()):
+            return self._added(total, made)
+
+    def _added(self, total: Tensor, made: Sequence[Made]) -> Tensor:
+        """`total` with the Gramians of some parameters, all looked at together."""
+        whole = total + self._sum([each.gram for each in made])
+        if all_in_range(made, whole):
+            return whole
+        whole = total + self._sum([plane.in_range(gram, self.m, own) for plane, own, gram in made])
+        if not bool(whole.diagonal().isfinite().all()):
             self._raise_not_finite(self._compute(None))
-        return total
+        return whole
 
     def _compute(self, metric: Sequence[Tensor] | None) -> list[Tensor | None]:
         self._check_usable()
         grams: list[Tensor | None] = [None] * len(self.parameters)
+        made: dict[int, Made] = {}
         with torch.no_grad(), unmixed(self.parameters[0]):
             through = self._through_derived()
             for k, plane in enumerate(self._planes):
-                if k in through:
+                own = None if metric is None else metric[k]
+                if k in through:  # whose rows are not held for long
                     parts = [*through.pop(k), *self._uses[k]]
                     plane = Plane(self.parameters[k], parts, None)
-                if plane is not None:
-                    grams[k] = plane.gramian(self.m, None if metric is None else metric[k])
+                    grams[k] = plane.in_range(plane.gramian(self.m, own), self.m, own)
+                elif plane is not None:
+                    grams[k] = gram = plane.gramian(self.m, own)
+                    made[k] = Made(plane, own, gram)
+            if all_in_range(list(made.values()), self._sum(grams)):
+                return grams
+            for k, (plane, own, gram) in made.items():
+                grams[k] = plane.in_range(gram, self.m, own)
         if not bool(self._sum(grams).diagonal().isfinite().all()):
             self._raise_not_finite(grams)
         return grams
@@ -274,7 +245,8 @@ class FactoredJacobian:
             tuple(weights.shape) in ((m,), (count, m)),
             f"weights must be [{m}] or [{count}, {m}], got {list(weights.shape)}",
         )
-        if not bool(weights.isfinite().all()):
+        self._far = not bool((within(weights.abs(), WEIGHTS) | (weights == 0)).all())
+        if self._far and not bool(weights.isfinite().all()):
             raise InputError(f"weights must be finite, got {weights.tolist()}")
         return weights.detach().to(self.parameters[0].device).expand(count, m)
 
@@ -310,7 +282,7 @@ class FactoredJacobian:
             if uses and uses[0].blocks.dtype in (dtype, WIDE.get(dtype)):
                 exist.setdefault(_key(uses), []).append((k, uses))
                 continue
-            yield k, plane.update(weights[k], add, release)
+            yield k, plane.update(weights[k], add, release, self._far)
             if release:
                 self._planes[k], self._uses[k] = None, []
         for alike in exist.values():
@@ -328,7 +300,7 @@ class FactoredJacobian:
             for i, k in enumerate(ks):
                 grads = next((g for w, g in known if torch.equal(w, weights[k])), None)
                 if grads is None:
-                    grads = derived.combine(weights[k])
+                    grads = derived.combine(weights[k], self._far)
                     known.append((weights[k], grads))
                 grad = grads[i]
                 if grad is not None:
@@ -358,9 +330,7 @@ class FactoredJacobian:
         weights = self._weights(weights)
         self._check_usable()
         try:
-            if self._graph is not None:
-                self._graph.backward(weights, self.parameters)
-            else:
+            if self._graph is None or not self._graph.backward(weights, self.parameters):
                 self._add(weights, release)
         finally:  # what a hook interrupts is not half there
             if release:
@@ -400,8 +370,11 @@ class FactoredJacobian:
         with torch.no_grad(), unmixed(self.parameters[0]):
             through = self._through_derived()
             for k, mine in enumerate(self._uses):
+                size = unit(vectors[k])
+                vector = wide(vectors[k])
+                vector = vector / size.to(vector.dtype)  # whose products with tokens are in range
                 for use in (*mine, *through.get(k, ())):
-                    part = use.wide().products(vectors[k].reshape(use.plane))
+                    part = use.wide().products(vector.reshape(use.plane)) * size.to(device)
                     out[k].index_add_(0, placed(use.rows, device), part.to(device))
         return out
 

@@ -10,12 +10,15 @@ from torch.autograd.graph import GradientEdge
 
 from gradsurgery.capture.hooks import linear, scale_of
 from gradsurgery.capture.kept import as_before, functions
+from gradsurgery.capture.ranges import in_range, unit
 from gradsurgery.capture.trace import Leaf, misused
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
 from gradsurgery.capture.views import Simple
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
 from gradsurgery.ops._inputs import wide
+
+ROOM = 16.0  # sums of many values near 1 leave float16's range
 
 
 def oriented(use: Use, simple: Simple) -> Use | None:
@@ -64,11 +67,12 @@ class Derived:
         one, other = gradients(), gradients()
         leaves = [leaf for leaf, _ in self.leaves]
         nodes = functions(leaf.place[0] for leaf in leaves)
+        asked = Derived(self.parameters, bent=True)  # which scales nothing
         with as_before(nodes) as kept:
 
             def back(grads: Sequence[Tensor], factor: float = 1) -> list[Tensor]:
                 kept.put_back()
-                found = self._back(leaves, [self._placed(g * factor) for g in grads], False)
+                found = asked._back(leaves, [self._placed(g * factor) for g in grads], False)
                 return [
                     p.new_zeros(()) if g is None else g
                     for g, p in zip(found, self.parameters, strict=True)
@@ -97,7 +101,7 @@ class Derived:
 
     def rows(self, m: int) -> list[Tensor]:
         """[m, *p.shape] per parameter."""
-        totals = [p.new_zeros(m, *p.shape) for p in self.parameters]
+        totals = [wide(p.new_zeros(m, *p.shape)) for p in self.parameters]
         groups = [self.leaves] if self.bent else [[each] for each in self.leaves]
         for group in groups:
             leaves = [leaf for leaf, _ in group]
@@ -107,36 +111,69 @@ class Derived:
                     total += grad
         return totals
 
-    def combine(self, weights: Tensor) -> list[Tensor | None]:
-        """w^T J per parameter, each in memory of its own."""
+    def combine(self, weights: Tensor, far: bool = False) -> list[Tensor | None]:
+        """w^T J per parameter, each in memory of its own; `far` as for `Plane.update`."""
         if self.bent:
             rows = self.rows(len(weights))
-            return [torch.tensordot(weights.to(row.dtype), row, 1) for row in rows]
-        return own(self._back([leaf for leaf, _ in self.leaves], self._sums(weights), False))
+            sums = [torch.tensordot(weights.double(), row.double(), 1) for row in rows]
+        else:
+            leaves = [leaf for leaf, _ in self.leaves]
+            sums = own(self._back(leaves, self._sums(weights, far), False))
+        return [
+            None if grad is None else grad.to(p.dtype)
+            for grad, p in zip(sums, self.parameters, strict=True)
+        ]
 
-    def _sums(self, weights: Tensor) -> list[Tensor]:
+    def _sums(self, weights: Tensor, far: bool) -> list[Tensor]:
         """w^T J per leaf."""
         grads = []
         for leaf, uses in self.leaves:
+            mine = [weights[placed(use.rows, weights.device)] for use in uses]
+            precise = far and not all(map(in_range, uses, mine))
             out = wide(uses[0].values[-1][:0]).new_zeros(uses[0].plane)
-            for use in uses:
-                use.wide().combine(weights[placed(use.rows, weights.device)], out)
+            out = out.double() if precise else out
+            for use, w in zip(uses, mine, strict=True):
+                (use.double() if precise else use.wide()).combine(w, out)
             grads.append(out.view(leaf.shape))
         return grads
 
     def _back(
         self, leaves: Sequence[Leaf], grads: Sequence[Tensor], batched: bool
     ) -> list[Tensor | None]:
-        grads = [g.to(meta.dtype) for g, meta in zip(grads, metas_of(leaves), strict=True)]
+        """Gradients of the parameters from those of leaves, in float32 or wider.
+
+        On the way those that a dtype would not hold, and any in float16, are scaled to be near 1,
+        if it is linear.
+        """
+        dtypes = [meta.dtype for meta in metas_of(leaves)]
+        scale = None
+        if not self.bent and any(
+            dtype == torch.float16 or dtype.itemsize < g.dtype.itemsize == 8
+            for g, dtype in zip(grads, dtypes, strict=True)
+        ):
+            scale = torch.stack([unit(g, batched) for g in grads]).amax(0) * ROOM
+            grads = [g.double() / _over(scale, g) for g in grads]
+        grads = [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
         edges = [GradientEdge(*leaf.place) for leaf in leaves]
         nodes = functions(leaf.place[0] for leaf in leaves) if batched else []
         try:
-            return list(vjps(edges, self.parameters, grads, batched, nodes))
+            found = [
+                g if g is None else wide(g)
+                for g in vjps(edges, self.parameters, grads, batched, nodes)
+            ]
         except RuntimeError as error:
             why = misused(error)
             if why is None:
                 raise
             raise InputError(why) from error
+        if scale is None:
+            return found
+        return [g if g is None else (g.double() * _over(scale, g)).to(g.dtype) for g in found]
+
+
+def _over(scale: Tensor, grad: Tensor) -> Tensor:
+    """One for all, [], or one a row, [m], beside gradients that begin with the rows."""
+    return scale.reshape(*scale.shape, *[1] * (grad.dim() - scale.dim()))
 
 
 def metas_of(leaves: Sequence[Leaf]) -> list[Any]:

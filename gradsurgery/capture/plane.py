@@ -1,9 +1,10 @@
 """One parameter's rows: the path to their Gramian, and their weighted sum."""
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import cached_property
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.paths import alike, direct, embedded, factored, stored
 from gradsurgery.capture.planner import Plan, Work, plan
+from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, sizes, within
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, placed, scale
 from gradsurgery.ops._inputs import wide
 
@@ -69,11 +71,13 @@ class Plane:
                     into.append(use.select(blocks, rows))
         return own, summed
 
-    def _combined(self, uses: Sequence[Use], weights: Tensor) -> Tensor:
+    def _combined(self, uses: Sequence[Use], weights: Tensor, precise: bool = False) -> Tensor:
         """[H, W]; fresh memory costs most when it is first written, so it is written once."""
         out = wide(self.parameter.detach()).new_empty(self.uses[0].plane)
+        out = out.double() if precise else out
         for k, use in enumerate(uses):
-            use.wide().combine(weights[placed(use.rows, weights.device)], out, beta=1 if k else 0)
+            use = use.double() if precise else use.wide()
+            use.combine(weights[placed(use.rows, weights.device)], out, beta=1 if k else 0)
         return out
 
     def group_plane(self) -> Tensor:
@@ -85,10 +89,11 @@ class Plane:
             self.kept = self._combined(self.parts[1], ones)
         return self.kept
 
-    def _group(self) -> tuple[Tensor, Tensor] | None:
+    def _group(self, precise: bool) -> tuple[Tensor, Tensor] | None:
         if self.group is None or not self.parts[1]:
             return None
-        return numbers(self.parts[1][0].rows).ids, self.group_plane()
+        kept = self.group_plane()
+        return numbers(self.parts[1][0].rows).ids, kept.double() if precise else kept
 
     @property
     def rows(self) -> list[RowsUse]:
@@ -96,16 +101,18 @@ class Plane:
         uses = [use for use in self.uses if isinstance(use, RowsUse)]
         return uses if len(uses) == len(self.uses) and alike(uses) else []
 
-    def gramian(self, m: int, metric: Tensor | None) -> Tensor:
-        """[m, m] float64."""
+    def gramian(self, m: int, metric: Tensor | None, precise: bool = False) -> Tensor:
+        """[m, m] float64; `precise` multiplies in float64, too."""
         if metric is not None:
             metric = metric.reshape(self.uses[0].plane)
+            metric = metric.double() if precise else metric
+        ready = operator.methodcaller("double" if precise else "wide")
         if self.plan is None:
-            return stored([cast(RowsUse, use.wide()) for use in self.uses], m, metric)
+            return stored([cast(RowsUse, ready(use)) for use in self.uses], m, metric)
         if not self.uses[0].n:
             return torch.zeros(m, m, dtype=torch.float64, device=self.parameter.device)
-        own, summed = ([use.wide() for use in part] for part in self.parts)
-        group = self._group()
+        own, summed = (list(map(ready, part)) for part in self.parts)
+        group = self._group(precise)
         if self.plan.path == "factored" and metric is None:
             tokens = summed if self.plan.cross == "tokens" else ()
             return factored(_products(own), m, group, _products(tokens))
@@ -114,13 +121,58 @@ class Plane:
         own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
         return direct(own, m, group, metric)
 
-    def update(self, weights: Tensor, add: bool, release: bool) -> Tensor:
+    def bounds(self, metric: Tensor | None) -> tuple[float, float] | None:
+        """Squared norms outside of which `gramian` may have lost products; None if it never does.
+
+        Planes and rows that exist are multiplied in any range.
+        """
+        if metric is None and (self.plan is None or self.plan.path != "factored"):
+            return None
+        values = (tensor for use in self.uses for tensor in use.values)
+        if all(tensor.dtype in (torch.float64, torch.int64) for tensor in values):
+            return None
+        return SQUARES if metric is None else SCALED
+
+    def in_range(self, gram: Tensor, m: int, metric: Tensor | None) -> Tensor:
+        """The Gramian, in float64 if float32 lost some of it. Waits for a GPU."""
+        bounds, squares = self.bounds(metric), gram.diagonal().cpu()
+        rows = None if bounds is None else ~within(squares, bounds)
+        if rows is None or not bool(rows.any()):
+            return gram
+        lost = not bool(squares.isfinite().all()) or self._lost(rows, metric is not None)
+        return self.gramian(m, metric, precise=True) if lost else gram
+
+    def _lost(self, rows: Tensor, any_value: bool) -> bool:
+        """Whether some rows, of those marked in [m], have values that float32 lost, or any."""
+        kept = self.group if self.parts[1] else None
+        for use in self.uses:
+            mine = rows[use.rows].nonzero().flatten()
+            if len(mine) == 0:
+                continue
+            part = use.select(mine)
+            exists = isinstance(use, RowsUse) or (
+                kept is not None and bool((part.rows == kept).any())
+            )
+            if exists or any_value:  # a plane that exists was multiplied with two sides' tokens
+                if any(bool((size != 0).any()) for size in sizes(part)):
+                    return True
+            elif not all(in_range(tokens) for tokens in _products([part])):
+                return True
+        return False
+
+    def update(self, weights: Tensor, add: bool, release: bool, far: bool = False) -> Tensor:
         """w^T J, [*p.shape]. To `add` it to `.grad` is to give the kept plane away.
 
         `release`: what a backward pass made may be given away too: no row is asked for again.
+        `far`: some weights are far from 1, and it is looked whether float32 holds their products.
         """
         if not self.uses[0].n:
             return torch.zeros_like(self.parameter.detach())
+        if far and not all(
+            in_range(use, weights[placed(use.rows, weights.device)]) for use in self.uses
+        ):
+            out = self._combined(self.uses, weights, precise=True)
+            return out.view(self.parameter.shape).to(self.parameter.dtype)
         if self.plan is not None and self.whole is not None:
             self.group_plane()
         if self.kept is None:
@@ -141,6 +193,25 @@ class Plane:
                 beta = 1
             scale(out, beta)
         return out.view(self.parameter.shape).to(self.parameter.dtype)
+
+
+class Made(NamedTuple):
+    """The Gramian of one parameter's rows."""
+
+    plane: Plane
+    metric: Tensor | None
+    gram: Tensor  # [m, m]
+
+
+def all_in_range(made: Sequence[Made], total: Tensor) -> bool:
+    """Whether float32 held all products, and `total` is finite; a GPU is waited for once."""
+    fine = total.diagonal().isfinite().all()
+    at = [(each.gram.diagonal(), each.plane.bounds(each.metric)) for each in made]
+    for wanted in (SQUARES, SCALED):
+        squares = [diagonal for diagonal, bounds in at if bounds == wanted]
+        if squares:
+            fine &= within(torch.stack(squares), wanted).all()
+    return bool(fine)
 
 
 def _formed(uses: list[Use]) -> list[Use]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.batch import trainable
-from gradsurgery.capture.factored import FactoredJacobian, Graph
+from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.found import Found
 from gradsurgery.capture.graph import roots, under
 from gradsurgery.capture.hooks import Clock
@@ -17,6 +17,7 @@ from gradsurgery.capture.leaves import unmixed
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.trace import misused
 from gradsurgery.capture.uses import Use, numbers
+from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import DTYPES, check
 
@@ -75,14 +76,18 @@ class Tape:
         flat, into = losses.detach().flatten(), rows
         if known.some_none:
             flat, into = flat[rows >= 0], rows[rows >= 0]
-        summed = flat.new_zeros(m).index_add_(0, into.to(flat.device), flat)
+        wide = flat.new_zeros(m, dtype=torch.float64)
+        wide.index_add_(0, into.to(flat.device), flat.double())
+        summed = wide.to(flat.dtype)
         uses: list[list[Use]] = [[] for _ in self.parameters]
         found, kept = Found(self, losses, uses), None
         if m > 0:
-            finite = summed.isfinite()
-            if not bool(finite.all()):
-                row = int((~finite).nonzero()[0])
-                raise NonFiniteError(f"losses: row {row} is not finite: {float(summed[row])}")
+            if not bool(summed.isfinite().all()):
+                summed = wide  # the sum of finite losses may leave their dtype's range
+                bad = (~wide.isfinite()).nonzero().flatten().tolist()
+                if bad:
+                    value = float(wide[bad[0]])
+                    raise NonFiniteError(f"losses: row {bad[0]} is not finite: {value}")
             try:
                 with unmixed(losses):
                     kept = found.run(rows, retain_graph, weighted=combine == "backward")

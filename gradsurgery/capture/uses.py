@@ -6,7 +6,7 @@ smaller than activations.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -92,10 +92,17 @@ class Use:
         """The use with 16-bit values as float32, to be computed with."""
         if not any(t.dtype in HALVES for t in self.values) or self.takes_halves:
             return self
+        return self._with(wide)
+
+    def double(self) -> "Use":
+        """The use in float64, for what leaves float32's range."""
+        return self._with(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Use":
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
         for name in self.tensors:
-            part.__dict__[name] = wide(getattr(self, name))
+            part.__dict__[name] = change(getattr(self, name))
         return part
 
     @property
@@ -335,6 +342,9 @@ class Within(Use):
 
     def wide(self) -> "Within":
         return Within(self.inner.wide(), self.start, self.plane[0])
+
+    def double(self) -> "Within":
+        return Within(self.inner.double(), self.start, self.plane[0])
 
     @property
     def values(self) -> list[Tensor]:

@@ -25,6 +25,8 @@ from gradsurgery.kernels.tiles import (
 )
 from gradsurgery.ops._inputs import alike
 
+LOST, LARGE = tl.constexpr(2.0**-116), tl.constexpr(2.0**30)  # of ops/pairs.py
+
 
 @triton.jit
 def pairs_kernel(
@@ -84,6 +86,11 @@ def pairs_kernel(
         first_size, second_size = power_of_two(largest_of(first)), power_of_two(largest_of(second))
         pairs = (first / first_size[:, None]) * (second / second_size[:, None])
         scale = first_size.to(tl.float64) * second_size.to(tl.float64)
+        if SYMMETRIC and first.dtype == tl.float32:
+            # a token that is lost on one side and large on the other
+            lost = (tl.minimum(first, second) < LOST) & (tl.maximum(first, second) > LARGE)
+            own = (lane[:, None] == other_lane[None, :]) & (i == j)
+            pairs = tl.where(own & lost, float("nan"), pairs)
     sums = tl.sum(tl.reshape(pairs, (ROWS, TOKENS, OTHER_ROWS, OTHER_TOKENS)), axis=3)
     sums = sums.to(tl.float64) * tl.reshape(scale, (ROWS, TOKENS))[:, :, None]
     total = tl.sum(sums, axis=1)

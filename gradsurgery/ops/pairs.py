@@ -15,6 +15,10 @@ TILE = 128  # tokens the reference multiplies with all later ones at a time
 FEW_PAIRS = 16
 MANY_VALUES = 8192
 
+# float32 squares of values below 2^-63 lose digits. Beside 2^30 on a token's other side that may be
+# much of a row whose squared norm is 2^-60; the kernels have the same bounds.
+LOST, LARGE = 2.0**-116, 2.0**30
+
 
 def token_pairs(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
@@ -30,7 +34,9 @@ def token_pairs(
 
     Returns:
         [n, n'] float64; symmetric where there is no other. The products over a and b are summed in
-        the dtype of the arguments, of 16-bit ones in float32, and K in float64.
+        the dtype of the arguments, of 16-bit ones in float32, and K in float64. Where there is no
+        other, K_ii is NaN if a token of G_i has a left side of products below float32's range and a
+        right side of large ones, or the reverse: it is lost, while it may be large.
     """
     implementation = choose("token_pairs", IMPLEMENTATIONS, right.device.type)
     return implementation(left, right, other_left, other_right)
@@ -52,7 +58,11 @@ def token_pairs_reference(
     for lo in range(0, n, step):
         hi, start = min(lo + step, n), lo if symmetric else 0
         pairs = _tokens(right[lo:hi]) @ _tokens(other_right[start:]).mT
-        pairs *= _products(left[lo:hi], other_left[start:])
+        products = _products(left[lo:hi], other_left[start:])
+        lost = _lost(pairs, products) if symmetric else None
+        pairs *= products
+        if lost is not None:
+            pairs.diagonal(dim1=-2, dim2=-1).masked_fill_(lost, torch.nan)
         if pairs.dim() == 3:
             pairs = pairs.sum(0)
         blocks = pairs.view(hi - lo, tokens, k - start, others)
@@ -66,6 +76,14 @@ def _products(left: Tensor, other: Tensor) -> Tensor:
         return _tokens(left) @ _tokens(other).mT
     ids = left.flatten()[:, None]
     return (ids == other.flatten()) & (ids >= 0)
+
+
+def _lost(pairs: Tensor, products: Tensor) -> Tensor | None:
+    """Which tokens' products with themselves are lost on one side and large on the other."""
+    if pairs.dtype == torch.float64 or not products.is_floating_point():
+        return None
+    one, other = (side.diagonal(dim1=-2, dim2=-1) for side in (pairs, products))
+    return (torch.minimum(one, other) < LOST) & (torch.maximum(one, other) > LARGE)
 
 
 def _tokens(side: Tensor) -> Tensor:

@@ -113,6 +113,16 @@ def test_token_pairs_of_rows_of_very_different_size():
     assert relative(token_pairs(left, right), planes @ planes.mT) <= 1e-6
 
 
+@pytest.mark.parametrize("n,t", [(6, 3), (9, 1), (6, 70)])
+def test_token_pairs_of_a_token_lost_on_one_side(n, t):
+    left, right = randn(n, t, 20), randn(n, t, 30)
+    left[5, -1] *= 1e-22
+    right[5, -1] *= 1e16
+    out = token_pairs(left, right)
+    assert out.isnan().nonzero().tolist() == [[5, 5]]
+    assert token_pairs(left, right, left, right).isfinite().all()
+
+
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_token_pairs_not_finite_stay_in_their_row(bad):
     left, right = randn(21, 3, 20), randn(21, 3, 30)

@@ -179,6 +179,35 @@ def test_products_beyond_float32(impl):
         assert error(token_pairs(*first), *first) <= 1e-6
 
 
+def mixed(n=9, t=3):
+    """One token, the second of block 5, of which float32 loses one side of the products."""
+    left, right = tokens(n, t, a=40, b=50)
+    left[5, 1], right[5, 1] = 1e-22 * left[5, 1], 1e16 * right[5, 1]
+    return left, right
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("n,t", [(9, 3), (6, 1), (6, 200), (50, 2)])
+def test_a_token_lost_on_one_side_is_not_a_number(n, t, turned, impl):
+    left, right = mixed(n, t + 1)
+    left, right = (right, left) if turned else (left, right)
+    out = token_pairs(left, right)
+    lost = torch.zeros(n, n, dtype=torch.bool)
+    lost[5, 5] = True
+    assert torch.equal(out.isnan(), lost)
+    assert token_pairs(left, right, left, right).isfinite().all()
+    four = token_pairs(torch.stack([left, left], 1), torch.stack([right, right], 1))
+    assert torch.equal(four.isnan(), lost)
+    assert token_pairs(left.double(), right.double()).isfinite().all()
+
+
+def test_padding_is_not_lost(impl):
+    left, right = tokens(4, 3, a=40, b=50)
+    left[:, 1], right[1:, 2] = 0, 0
+    left[:2, 2] *= 30
+    assert error(token_pairs(left, right), left, right) <= 1e-6
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_stays_in_its_row(bad, impl):
     left, right = tokens(21, 3, a=20, b=30)
@@ -246,7 +275,7 @@ import os
 import torch
 from gradsurgery import _C
 from gradsurgery.ops.pairs import token_pairs
-from tests.ops.test_pairs import LIMITS, error, tokens
+from tests.ops.test_pairs import LIMITS, error, mixed, tokens
 
 assert _C.isa() == os.environ["GRADSURGERY_CPU"]
 torch.set_num_threads(2)
@@ -262,6 +291,10 @@ for dtype, limit in LIMITS.items():
             value = error(token_pairs(*x), *x)
             if not value <= limit:
                 print(dtype, n, t, k, u, a, b, len(x), value)
+for n, t in [(9, 3), (6, 200), (50, 2)]:
+    lost = token_pairs(*mixed(n, t)).isnan().nonzero().tolist()
+    if lost != [[5, 5]]:
+        print(n, t, lost)
 """
 
 

@@ -1,0 +1,75 @@
+"""Weighted sums of rows by backward passes of weighted losses, whose graph is kept."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.capture.kept import Kept
+from gradsurgery.capture.ranges import apart
+from gradsurgery.capture.recomputed import refusal
+from gradsurgery.errors import InputError
+from gradsurgery.grads import part
+
+
+class Graph(NamedTuple):
+    """The losses with their graph, and the row of each."""
+
+    losses: Tensor
+    rows: Tensor  # [numel], -1 for none
+    kept: Kept | None = None  # what Functions must find as it was
+
+    def outputs(
+        self, weights: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> Iterator[tuple[list[int], Tensor, float]]:
+        """Parameters of the same weights, of [L, m], what to start a backward pass with, and scale.
+
+        Weights so far apart that no pass holds them take several, each scaled to be near 1.
+        """
+        narrow = torch.float16 in {self.losses.dtype, *(p.dtype for p in parameters)}
+        rows = self.rows.to(weights.device)
+        sets, which = weights.unique(dim=0, return_inverse=True)
+        for k, w in enumerate(sets):
+            for some, scale in apart(w.double(), torch.float16 if narrow else self.losses.dtype):
+                if self.kept is not None:
+                    self.kept.put_back()
+                outputs = torch.where(rows >= 0, some[rows.clamp(min=0)], 0).to(self.losses)
+                mine = (which == k).nonzero().flatten().tolist()
+                yield mine, outputs.view(self.losses.shape), scale
+
+    def combine(
+        self, weights: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> Iterator[tuple[int, Tensor]]:
+        for mine, outputs, scale in self.outputs(weights, parameters):
+            held = [parameters[i] for i in mine]
+            with self._named_errors():
+                grads = torch.autograd.grad(
+                    self.losses, held, outputs, retain_graph=True, allow_unused=True
+                )
+            for i, grad in zip(mine, grads, strict=True):
+                if grad is not None:
+                    yield i, grad if scale == 1 else (grad.double() * scale).to(grad.dtype)
+
+    def backward(self, weights: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
+        """As an ordinary backward pass does, hooks of parameters included. False: none holds it."""
+        if any(scale != 1 for _, _, scale in self.outputs(weights, parameters)):
+            return False
+        without = [p for p in parameters if p.grad is None]
+        for mine, outputs, _ in self.outputs(weights, parameters):
+            held = [parameters[i] for i in mine]
+            with self._named_errors():
+                torch.autograd.backward(self.losses, outputs, retain_graph=True, inputs=held)
+        part(without)
+        return True
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            why = refusal(error, self.losses)
+            if why is None:
+                raise
+            raise InputError(why) from error
