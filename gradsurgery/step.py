@@ -85,7 +85,7 @@ class Surgeon:
         micro_batch: captured rows only: most samples in one forward and backward pass. A larger
             batch goes in parts, to the same rows: what the rows need is kept, a pass's graph is
             not. None: whole batches.
-        project: keeps every update off inputs observed (`OWM`, `NullSpace`).
+        project: keeps every step of the optimizer off inputs observed (`OWM`, `NullSpace`).
     """
 
     def __init__(
@@ -199,9 +199,6 @@ class Surgeon:
         else:
             solution = Solution(torch.empty(0), jacobian.gramian())
             update = self.rule(jacobian, **given)
-        if self.project is not None:
-            whole = jacobian.combine(update) if self.rule.weighted else update
-            update = self.project(jacobian.names, whole)
         self._apply(jacobian, update)
 
         gram = solution.gramian
@@ -375,7 +372,8 @@ class Surgeon:
                 jacobian.backward(update)
                 _drop_unused(jacobian)
             undone = undone_by_errors(self.model, self.optimizer)
-            with undone if runs_foreign_code(self.optimizer) else nullcontext():
+            kept = nullcontext() if self.project is None else self.project.steps(held)
+            with undone if runs_foreign_code(self.optimizer) else nullcontext(), kept:
                 self.optimizer.step()
         finally:
             for parameter, grad in zip(held, before, strict=True):

@@ -1,7 +1,7 @@
 """What an error must not leave half done: buffers, parameters, the optimizer's state."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,17 +28,37 @@ def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
 @contextmanager
 def buffers_undone_by_errors(model: nn.Module) -> Iterator[None]:
     """Puts the model's buffers back if the body raises: a forward pass may update them."""
-    owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
-    copies = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+    undo = _buffers(model)
     try:
         yield
     except BaseException:
+        undo()
+        raise
+
+
+@contextmanager
+def buffers_undone(model: nn.Module) -> Iterator[None]:
+    """The same whether it raises or not."""
+    undo = _buffers(model)
+    try:
+        yield
+    finally:
+        undo()
+
+
+def _buffers(model: nn.Module) -> Callable[[], None]:
+    """What puts them back as they are."""
+    owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
+    copies = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+
+    def undo() -> None:
         with torch.no_grad():
             for module, name, buffer in owned:
                 module._buffers[name] = buffer
             for buffer, saved in copies.values():
                 buffer.copy_(saved)
-        raise
+
+    return undo
 
 
 @contextmanager

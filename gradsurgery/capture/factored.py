@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
-from gradsurgery.capture.moments import Moment, moment
+from gradsurgery.capture.moments import Moment, moment, moments
 from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
@@ -242,10 +242,25 @@ class FactoredJacobian:
         """Of each parameter that multiplies activations, the sum of x xᵀ over their tokens.
 
         As rules need it that keep updates off the inputs seen. None for biases, norms, embeddings,
-        grouped convolutions, and what parameters are computed from.
+        grouped convolutions, and parameters that other tensors are computed from.
         """
-        self._need_pairs("input_moments")
-        return [moment(uses) for uses in self._uses]
+        return [moment(uses) for uses in self._met("input_moments")]
+
+    def inputs_seen(self, row: int | None = None) -> list[dict[int, Tensor] | None]:
+        """Of each parameter the sums of x xᵀ over all that it multiplies, as `moments` has them.
+
+        {} for a parameter that no loss depends on; None where more is done with it than that.
+        `row`: over the samples of one row only.
+        """
+        with torch.no_grad(), unmixed(self.parameters[0]):
+            return [moments(uses, row) for uses in self._met("inputs_seen")]
+
+    def _met(self, what: str) -> list[list[Use] | None]:
+        """The uses of each parameter; None where tensors are computed from it."""
+        self._need_pairs(what)
+        made = {id(p) for derived in self._derived for p in derived.parameters}
+        pairs = zip(self.parameters, self._uses, strict=True)
+        return [None if id(p) in made else uses for p, uses in pairs]
 
     def _need_pairs(self, what: str) -> None:
         if self._released:
