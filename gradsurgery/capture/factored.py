@@ -13,7 +13,7 @@ from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, check_weights_finite
 from gradsurgery.ops.combine import combine_unchecked
 
 WIDE = dict.fromkeys(HALVES, torch.float32)  # rows of a parameter may be wider than it
@@ -234,8 +234,7 @@ class FactoredJacobian:
             tuple(weights.shape) in ((m,), (count, m)),
             f"weights must be [{m}] or [{count}, {m}], got {list(weights.shape)}",
         )
-        if not bool(weights.isfinite().all()):
-            raise InputError(f"weights must be finite, got {weights.tolist()}")
+        check_weights_finite(weights)
         return weights.detach().to(self.parameters[0].device).expand(count, m)
 
     def input_moments(self) -> list[Moment | None]:

@@ -12,8 +12,7 @@ from gradsurgery.capture import tape
 from gradsurgery.capture.moments import added
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import Loss, batch_size, per_sample_losses
-from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import one_of
+from gradsurgery.ops._inputs import check, check_number, check_rtol, one_of
 from gradsurgery.surgery.trial import acting_otherwise
 from gradsurgery.undo import buffers_undone
 
@@ -76,6 +75,7 @@ class InputProjection:
                 outputs would stay for these alone.
             NonFiniteError: a loss or an input with NaN or infinity.
         """
+        check(callable(loss), f"loss must be a function, got {type(loss).__name__}")
         size = count = batch_size(batch)
         if size == 1:  # the gradient of one sample alone is formed and not kept as tokens
             batch, size = pytree.tree_map(lambda leaf: torch.cat([leaf, leaf]), batch), 2
@@ -161,6 +161,7 @@ class InputProjection:
         return {name: _copied(seen) for name, seen in self._seen.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check(isinstance(state, dict), f"state must be a dict, got {type(state).__name__}")
         known = dict(self.model.named_parameters())
         for name, seen in state.items():
             check(name in known, f"state is of a parameter {name}, which the model has not")
@@ -298,6 +299,7 @@ class OWM(InputProjection):
         others: Literal["freeze", "leave"] = "freeze",
     ) -> None:
         super().__init__(model, others)
+        check_number("alpha", alpha)
         check(alpha > 0, f"alpha must be above 0, got {alpha}")
         self.alpha = alpha
 
@@ -329,7 +331,7 @@ class NullSpace(InputProjection):
         others: Literal["freeze", "leave"] = "freeze",
     ) -> None:
         super().__init__(model, others)
-        check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
+        check_rtol(rtol)
         self.rtol = rtol
 
     def _share(self, values: Tensor) -> Tensor:
