@@ -538,3 +538,11 @@ def test_holds_under_autocast():
     change = (model[0].weight - weight).detach()
     assert change.norm() > 1e-3
     assert (past.bfloat16().float() @ change.mT).abs().max() < 1e-5
+
+
+def test_a_parameter_with_other_uses_has_no_moments():
+    model, past, _, _ = built("weight and its norm")
+    with tape(model) as recorder:
+        jacobian = recorder.jacobian(loss(model, (past,)))
+    assert jacobian.inputs_seen() == [None]
+    assert jacobian.input_moments() == [None]
