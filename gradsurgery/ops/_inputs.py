@@ -81,7 +81,7 @@ def check_values(tensor: Any, name: str) -> None:
 def as_blocks(rows: Rows, name: str = "rows") -> list[Tensor]:
     """The blocks of a Jacobian, [m, *p.shape] each, from [m, n] or a sequence of blocks."""
     if isinstance(rows, Tensor):
-        check_dense(rows, name)
+        check_dense(rows, f"{name}[0]")
         check(
             rows.dim() == 2,
             f"{name} must be [m, n], got {list(rows.shape)}; "
