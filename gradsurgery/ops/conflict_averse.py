@@ -10,6 +10,8 @@ from gradsurgery.ops._inputs import (
     check_gramian_finite,
     check_number,
     check_rtol,
+    is_number,
+    shown,
 )
 from gradsurgery.ops.cone import cone_weights_reference
 from gradsurgery.ops.weighting import default_rtol, scratch_for
@@ -40,8 +42,7 @@ def conflict_averse_weights(
 
     Conflict-Averse Gradient Descent for Multi-task Learning, Liu et al. 2021 (arXiv:2110.14048).
     """
-    check_number("c", c)
-    check(c >= 0, f"c must be 0 or more, got {c}")
+    check(is_number(c) and c >= 0, f"c must be 0 or more, got {shown(c)}")
     gram = as_gramian(gramian)
     least = default_rtol(gram.shape[-1], gramian.dtype)
     rtol = least if rtol is None else rtol
