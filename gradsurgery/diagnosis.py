@@ -1,5 +1,6 @@
 """What the rows of a Gramian are to each other: cosines, conflicts, ranks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from gradsurgery.errors import InputError
 from gradsurgery.jacobian import Jacobian
 from gradsurgery.ops import projection_weights
-from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
+from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite, check_values, shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Diagnosis:
             f"{self.conflict_rate:.0%} of pairs in conflict",
             f"{'row':<{width}}  {'norm':>9}  {'in others':>9}  conflicts  worst cosine",
         ]
-        off = self.cosines - torch.eye(m, dtype=torch.float64)
+        off = self.cosines - torch.eye(m, dtype=torch.float64, device="cpu")
         for i in range(min(m, 16)):
             others = torch.cat([off[i, :i], off[i, i + 1 :]])
             count = int((others < 0).sum())
@@ -101,9 +102,10 @@ def diagnose(rows: Tensor | Jacobian, labels: list[str] | None = None) -> Diagno
         InputError: a batch of Gramians, or labels that are not m.
         NonFiniteError: a row with NaN or infinity.
     """
-    if not isinstance(rows, Tensor) and not hasattr(rows, "gramian"):
+    if isinstance(rows, type) or not (isinstance(rows, Tensor) or hasattr(rows, "gramian")):
         raise InputError(f"rows must be a Jacobian or a Gramian, got {type(rows).__name__}")
     gramian = rows if isinstance(rows, Tensor) else rows.gramian()
+    check_values(gramian, "rows")
     check(gramian.dim() == 2, f"rows must be a Gramian [m, m], got {list(gramian.shape)}")
     gram = as_gramian(gramian).detach().cpu()
     check_gramian_finite(gram)
@@ -115,6 +117,10 @@ def diagnose(rows: Tensor | Jacobian, labels: list[str] | None = None) -> Diagno
         "rows must be a Gramian: it is not symmetric, or has a negative square; "
         "of rows [m, n], pass gs.gramian(rows)",
     )
+    if labels is not None:
+        plain = isinstance(labels, Sequence) and not isinstance(labels, str)
+        named = plain and all(isinstance(label, str) for label in labels)
+        check(named, f"labels must be a list of names, got {shown(labels)}")
     names = [str(i) for i in range(m)] if labels is None else list(labels)
     check(len(names) == m, f"labels has {len(names)} names for {m} rows")
     norms = gram.diagonal().clamp_min(0).sqrt()
@@ -124,13 +130,16 @@ def diagnose(rows: Tensor | Jacobian, labels: list[str] | None = None) -> Diagno
     values = torch.linalg.eigvalsh(cosines).clamp_min(0).sqrt() if m else norms
     shares = values / values.sum() if bool(values.any()) else values
     # each row against all others: it is zero in its own Gramian
-    apart, removed = 1 - torch.eye(m, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
-    for rows_of in torch.arange(m).split(64):  # m Gramians of m rows at once would be large
+    apart = 1 - torch.eye(m, dtype=torch.float64, device="cpu")
+    removed = torch.zeros(m, dtype=torch.float64, device="cpu")
+    for rows_of in torch.arange(m, device="cpu").split(
+        64
+    ):  # m Gramians of m rows at once would be large
         others = cosines * apart[rows_of, :, None] * apart[rows_of, None, :]
         products = cosines[rows_of] * apart[rows_of]
         c, _, _ = projection_weights(others.to(gramian.dtype), products)
         removed[rows_of] = (c * products).sum(-1).clamp(0, 1).sqrt()
-    _, rank, _ = projection_weights(cosines.to(gramian.dtype), torch.zeros(m))
+    _, rank, _ = projection_weights(cosines.to(gramian.dtype), torch.zeros_like(norms))
     frozen = []
     if not isinstance(rows, Tensor):
         frozen = [n for n, size in zip(rows.names, rows.sizes, strict=True) if size < m]

@@ -79,7 +79,7 @@ class Surgeon:
         micro_batch: captured rows only: most samples in one forward and backward pass. A larger
             batch goes in parts, to the same rows: what the rows need is kept, a pass's graph is
             not. None: whole batches.
-        project: keeps every update off inputs observed (`OWM`, `NullSpace`).
+        project: keeps every step of the optimizer off inputs observed (`OWM`, `NullSpace`).
         process_group: where torch.distributed runs several ranks, False says that this one steps
             alone, on its own rows; None refuses, since replicas would part.
 
@@ -214,8 +214,13 @@ class Surgeon:
             # what follows does
             info = _seen(self.rule, rows, solution)
             self._set_grads(rows, solution, update)
-            undo.begin()
-            undo.step()
+            undo.begin(copies=self.project is not None)
+            if self.project is None:
+                undo.step()
+            else:
+                with self.project.steps(undo.held):
+                    self.optimizer.step()
+                undo.keep()
         return replace(info, seconds=time.perf_counter() - start)
 
     def _looked_up(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
@@ -262,9 +267,6 @@ class Surgeon:
         else:
             solution = Solution(torch.empty(0), jacobian.gramian())
             update = self.rule(jacobian, **given)
-        if self.project is not None:
-            whole = jacobian.combine(update) if self.rule.weighted else update
-            update = self.project(jacobian.names, whole)
         return solution, update
 
     def _set_grads(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.buffers import Buffers
 from gradsurgery.optimizers import runs_foreign_code
 from gradsurgery.surgery import Rule
 
@@ -25,8 +26,7 @@ class Undo:
         self.optimizer, self._memory = optimizer, {} if rule is None else rule._state
         self.held = [p for group in optimizer.param_groups for p in group["params"]]
         self._grads = [parameter.grad for parameter in self.held]
-        self._owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
-        self._buffers = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+        self._buffers = Buffers(model)
         self._remembered = dict(self._memory)  # tensors in it are replaced, never changed
         self._model = model
         self._done: list[None] = []
@@ -76,10 +76,7 @@ class Undo:
 
     def _put_back(self) -> None:
         with torch.no_grad():
-            for module, name, buffer in self._owned:
-                module._buffers[name] = buffer
-            for buffer, saved in self._buffers.values():
-                buffer.copy_(saved)
+            self._buffers.put_back()
             self._memory.clear()
             self._memory.update(self._remembered)
             if self._versions is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
-from gradsurgery.capture.moments import Moment, moment
+from gradsurgery.capture.moments import Moment, moment, moments
 from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Made, Plane, all_in_range
 from gradsurgery.capture.ranges import WEIGHTS, unit, within
@@ -16,7 +16,7 @@ from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import add_to, run_hooks
-from gradsurgery.ops._inputs import check, check_shapes, wide
+from gradsurgery.ops._inputs import check, check_shapes, check_weights_finite, wide
 from gradsurgery.ops.combine import combine_unchecked
 
 WIDE = dict.fromkeys(HALVES, torch.float32)  # rows of a parameter may be wider than it
@@ -246,18 +246,33 @@ class FactoredJacobian:
             f"weights must be [{m}] or [{count}, {m}], got {list(weights.shape)}",
         )
         self._far = not bool((within(weights.abs(), WEIGHTS) | (weights == 0)).all())
-        if self._far and not bool(weights.isfinite().all()):
-            raise InputError(f"weights must be finite, got {weights.tolist()}")
+        if self._far:
+            check_weights_finite(weights)
         return weights.detach().to(self.parameters[0].device).expand(count, m)
 
     def input_moments(self) -> list[Moment | None]:
         """Of each parameter that multiplies activations, the sum of x xᵀ over their tokens.
 
         As rules need it that keep updates off the inputs seen. None for biases, norms, embeddings,
-        grouped convolutions, and what parameters are computed from.
+        grouped convolutions, and parameters that other tensors are computed from.
         """
-        self._need_pairs("input_moments")
-        return [moment(uses) for uses in self._uses]
+        return [moment(uses) for uses in self._met("input_moments")]
+
+    def inputs_seen(self, row: int | None = None) -> list[dict[int, Tensor] | None]:
+        """Of each parameter the sums of x xᵀ over all that it multiplies, as `moments` has them.
+
+        {} for a parameter that no loss depends on; None where more is done with it than that.
+        `row`: over the samples of one row only.
+        """
+        with torch.no_grad(), unmixed(self.parameters[0]):
+            return [moments(uses, row) for uses in self._met("inputs_seen")]
+
+    def _met(self, what: str) -> list[list[Use] | None]:
+        """The uses of each parameter; None where tensors are computed from it."""
+        self._need_pairs(what)
+        made = {id(p) for derived in self._derived for p in derived.parameters}
+        pairs = zip(self.parameters, self._uses, strict=True)
+        return [None if id(p) in made else uses for p, uses in pairs]
 
     def _need_pairs(self, what: str) -> None:
         if self._released:

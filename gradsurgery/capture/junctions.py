@@ -299,8 +299,10 @@ def embedding(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape
         return None
     indices, padding = node._saved_indices, node._saved_padding_idx
     padding = padding - (1 << 64) if padding >= 1 << 63 else padding
-    indices = torch.where(indices == padding, -1, indices) if padding >= 0 else indices
-    return _picked(indices, layout, axis, shape)
+    if padding < 0:
+        return _picked(indices, layout, axis, shape)
+    indices = torch.where(indices == padding, -1, indices)
+    return _picked(indices, layout, axis, shape, padding)
 
 
 @junction("Index IndexSelect")
@@ -321,7 +323,9 @@ def index(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) ->
     return _picked(indices, layout, axis, (math.prod(shape[: len(chosen)]), *rest))
 
 
-def _picked(indices: Tensor, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
+def _picked(
+    indices: Tensor, layout: Layout, axis: Axis | None, shape: Shape, padding: int | None = None
+) -> Finish | None:
     if axis is not None and axis.dim >= indices.dim():
         return None
     dim = 0 if axis is None else axis.dim
@@ -330,7 +334,7 @@ def _picked(indices: Tensor, layout: Layout, axis: Axis | None, shape: Shape) ->
         parts, where = blocks(grad, axis, dim), blocks(indices, axis, dim)
         n = parts.shape[0]
         flat = parts.reshape(n, where[0].numel(), math.prod(shape[1:]))
-        return EmbeddingUse(where.reshape(n, -1), flat, layout.rows, shape[0])
+        return EmbeddingUse(where.reshape(n, -1), flat, layout.rows, shape[0], padding)
 
     return finish
 

@@ -287,14 +287,17 @@ def _is_range(index: Tensor, size: int) -> bool:
 class EmbeddingUse(Use):
     """Row indices[k, t] of G_k gets grads[k, t]: embeddings, and rows picked from a parameter.
 
-    indices [n, T], where -1 marks a token without gradient; grads [n, T, *rest].
+    indices [n, T], where -1 marks a token without gradient, whose values are those of row `padding`
+    if there is one; grads [n, T, *rest].
     """
 
     tensors = ("indices", "grads")
 
-    def __init__(self, indices: Tensor, grads: Tensor, rows: Tensor, size: int) -> None:
+    def __init__(
+        self, indices: Tensor, grads: Tensor, rows: Tensor, size: int, padding: int | None = None
+    ) -> None:
         self.indices, self.grads, self.rows = indices, grads.flatten(2), rows
-        self.plane = (size, self.grads.shape[2])
+        self.plane, self.padding = (size, self.grads.shape[2]), padding
 
     @property
     def tokens(self) -> int:
@@ -322,6 +325,13 @@ class EmbeddingUse(Use):
         picked = vector[self.indices.clamp(min=0)].to(grads.dtype)
         sums = (picked * grads).flatten(2).sum(2, dtype=torch.float64)
         return (sums * inside).sum(1)
+
+    def counts(self) -> Tensor:
+        """How often each row of the parameter is read, [H] int64."""
+        indices = self.indices
+        if self.padding is not None:
+            indices = torch.where(indices < 0, self.padding, indices)
+        return torch.bincount(indices[indices >= 0], minlength=self.plane[0])
 
     def compact(self, numbers: Tensor) -> "EmbeddingUse":
         """The same over the rows `numbers` [u], sorted, of the parameter alone."""

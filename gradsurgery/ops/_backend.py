@@ -11,6 +11,7 @@ from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from gradsurgery.errors import InputError
 
@@ -134,6 +135,29 @@ def register(
         setup_context=setup_context,
         lib=LIBRARY,
     )
+    torch.library.register_vmap(
+        f"gradsurgery::{name}", functools.partial(_one_by_one, name), lib=LIBRARY
+    )
+
+
+def _one_by_one(name: str, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    """The operator on each sample that torch.func.vmap has, one after another."""
+    if info.batch_size == 0:
+        raise InputError(f"{name} inside torch.func.vmap needs a sample at least")
+    operator = getattr(torch.ops.gradsurgery, name)
+    found = [operator(*_sample(args, in_dims, i)) for i in range(info.batch_size)]
+    flat, structures = zip(*map(pytree.tree_flatten, found), strict=True)
+    stacked = [torch.stack(parts) for parts in zip(*flat, strict=True)]
+    return (
+        pytree.tree_unflatten(stacked, structures[0]),
+        pytree.tree_unflatten([0] * len(stacked), structures[0]),
+    )
+
+
+def _sample(args: Any, dims: Any, i: int) -> Any:
+    if isinstance(dims, (list, tuple)):
+        return [_sample(arg, dim, i) for arg, dim in zip(args, dims, strict=True)]
+    return args if dims is None else args.select(dims, i)
 
 
 def call(name: str, *args: Any) -> Any:

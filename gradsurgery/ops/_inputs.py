@@ -1,11 +1,13 @@
 """What every operator accepts as rows, checked in one place."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NoReturn, cast
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._backend import _C
@@ -20,9 +22,66 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def shown(value: object) -> str:
+    """A value for a message: if it is short itself, else its kind."""
+    plain = value is None or isinstance(value, (str, bytes, Real))
+    text = repr(value) if plain else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    known = any(type(value) is type(option) and value == option for option in allowed)
+    if not known:
+        raise InputError(f"{name} must be one of {tuple(allowed)}, got {shown(value)}")
+
+
+def is_number(value: Any, kind: Any = Real) -> bool:
+    """`kind`: Integral for whole ones."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: Any, kind: Any = Real) -> None:
+    """A number that is finite."""
+    what = "a whole number" if kind is Integral else "a number"
+    good = is_number(value, kind) and math.isfinite(value)
+    check(good, f"{name} must be {what}, got {shown(value)}")
+
+
+def check_per(per: object) -> None:
+    known = isinstance(per, str) and per in ("model", "tensor")
+    check(known, f"per must be 'model' or 'tensor', got {shown(per)}")
+
+
+def check_weights_finite(weights: Tensor) -> None:
+    """Of [m] or [L, m]; waits for the device."""
+    if not bool(weights.isfinite().all()):
+        at = (~weights.isfinite()).nonzero()[0]
+        places = at.tolist()
+        of = f"tensor {places[0]}, row {places[1]}" if len(places) > 1 else f"row {places[0]}"
+        raise InputError(f"weights must be finite, got {float(weights[tuple(at)])} of {of}")
+
+
+def check_rtol(rtol: Any) -> None:
+    check(is_number(rtol) and 0 <= rtol < 1, f"rtol must be in [0, 1), got {shown(rtol)}")
+
+
+def check_dense(tensor: Any, name: str) -> None:
+    """A Tensor with strides: one that is nested or sparse has no rows to look at."""
+    check(isinstance(tensor, Tensor), f"{name} must be a Tensor, got {type(tensor).__name__}")
+    check(not tensor.is_nested, f"{name} must be a dense tensor, got a nested one")
+    check(tensor.layout == torch.strided, f"{name} must be a dense tensor, got {tensor.layout}")
+
+
+def check_values(tensor: Any, name: str) -> None:
+    """A dense Tensor whose values can be looked at."""
+    check_dense(tensor, name)
+    check(not tensor.is_meta, f"{name} must have values, got a meta tensor")
+
+
 def as_blocks(rows: Rows, name: str = "rows") -> list[Tensor]:
     """The blocks of a Jacobian, [m, *p.shape] each, from [m, n] or a sequence of blocks."""
     if isinstance(rows, Tensor):
+        check_dense(rows, f"{name}[0]")
         check(
             rows.dim() == 2,
             f"{name} must be [m, n], got {list(rows.shape)}; "
@@ -90,23 +149,19 @@ def check_count(name: str, value: object, otherwise: str = "") -> None:
 
 
 def _as_list(tensors: Iterable[Tensor], name: str) -> list[Tensor]:
+    kind = type(tensors).__name__
     check(
-        isinstance(tensors, Iterable),
-        f"{name} must be a Tensor or a sequence of Tensors, got {type(tensors).__name__}",
+        isinstance(tensors, Iterable) and not isinstance(tensors, (str, bytes, type)),
+        f"{name} must be a Tensor or a sequence of Tensors, got {kind}",
     )
+    if isinstance(tensors, Mapping):
+        raise InputError(f"{name} must be a Tensor or a sequence of Tensors, got {kind}: .values()")
     return list(tensors)
 
 
 def _check_tensors(tensors: list[Tensor], name: str) -> None:
     for k, tensor in enumerate(tensors):
-        check(
-            isinstance(tensor, Tensor),
-            f"{name}[{k}] must be a Tensor, got {type(tensor).__name__}",
-        )
-        check(
-            tensor.layout == torch.strided,
-            f"{name}[{k}] must be a dense tensor, got {tensor.layout}",
-        )
+        check_dense(tensor, f"{name}[{k}]")
         check(
             tensor.dtype in DTYPES,
             f"{name}[{k}] must be float16, bfloat16, float32 or float64, got {tensor.dtype}",
@@ -147,9 +202,8 @@ def as_gramian(gramian: Tensor) -> Tensor:
 
     On a GPU it is not looked for, for want of a host sync.
     """
-    got = type(gramian).__name__
-    check(isinstance(gramian, Tensor), f"gramian must be a Tensor, got {got}")
-    check(gramian.is_floating_point(), f"gramian must be floating point, got {gramian.dtype}")
+    check_dense(gramian, "gramian")
+    check(gramian.dtype in DTYPES, f"gramian must be floating point, got {gramian.dtype}")
     check(
         gramian.dim() >= 2 and gramian.shape[-2] == gramian.shape[-1],
         f"gramian must be [..., m, m], got {list(gramian.shape)}",
@@ -162,6 +216,8 @@ def check_gramian_finite(gramian: Tensor) -> None:
     if gramian.device.type != "cpu":
         return
     known = gramian.detach()
+    while is_functorch_wrapped_tensor(known):  # of all samples that a transform has
+        gramian = known = get_unwrapped(known)
     if _C is not None and known.dtype == torch.float64 and known.is_contiguous():
         if _C.all_finite_cpu(known):
             return

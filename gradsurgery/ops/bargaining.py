@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, call, register, runs_cuda
-from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
+from gradsurgery.ops._inputs import (
+    as_gramian,
+    check,
+    check_gramian_finite,
+    check_rtol,
+    is_number,
+    shown,
+)
 from gradsurgery.ops.cone import cone_weights_reference
 from gradsurgery.ops.weighting import default_rtol, scratch_for
 
@@ -35,9 +42,10 @@ def bargaining_weights(gramian: Tensor, power: float = 1.0, *, rtol: float | Non
         InputError: shapes that do not fit, a power that is not above 0.
         NonFiniteError: a Gramian with NaN or infinity (CPU).
     """
-    check(power > 0, f"power must be above 0, got {power}")
+    check(is_number(power) and power > 0, f"power must be above 0, got {shown(power)}")
     gram = as_gramian(gramian)
     rtol = default_rtol(gram.shape[-1], gramian.dtype) if rtol is None else rtol
+    check_rtol(rtol)
     return call("bargaining_weights", gram, power, rtol)
 
 

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, call, choose, plain, register, runs_cuda
-from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
+from gradsurgery.ops._inputs import (
+    as_gramian,
+    check,
+    check_dense,
+    check_gramian_finite,
+    check_number,
+    check_rtol,
+)
 from gradsurgery.ops.weighting import default_rtol, scratch_for
 
 
@@ -41,7 +48,8 @@ def cone_weights(
     Fast Nonnegative Least Squares, Kim and Park 2011 (doi:10.1137/110821172).
     """
     gram = as_gramian(gramian)
-    check(isinstance(products, Tensor), f"products must be a Tensor, got {type(products).__name__}")
+    check_dense(products, "products")
+    check(products.is_floating_point(), f"products must be floating point, got {products.dtype}")
     m = gram.shape[-1]
     check(
         products.dim() == gram.dim()
@@ -57,7 +65,8 @@ def cone_weights(
     least = default_rtol(m, gramian.dtype)
     rtol = least if rtol is None else rtol
     noise = least**2 if noise is None else noise
-    check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
+    check_rtol(rtol)
+    check_number("noise", noise)
     return call("cone_weights", gram, products.double(), rtol, noise)
 
 

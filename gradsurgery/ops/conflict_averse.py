@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, call, register, runs_cuda
-from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
+from gradsurgery.ops._inputs import (
+    as_gramian,
+    check,
+    check_gramian_finite,
+    check_number,
+    check_rtol,
+    is_number,
+    shown,
+)
 from gradsurgery.ops.cone import cone_weights_reference
 from gradsurgery.ops.weighting import default_rtol, scratch_for
 
@@ -34,11 +42,13 @@ def conflict_averse_weights(
 
     Conflict-Averse Gradient Descent for Multi-task Learning, Liu et al. 2021 (arXiv:2110.14048).
     """
-    check(c >= 0, f"c must be 0 or more, got {c}")
+    check(is_number(c) and c >= 0, f"c must be 0 or more, got {shown(c)}")
     gram = as_gramian(gramian)
     least = default_rtol(gram.shape[-1], gramian.dtype)
     rtol = least if rtol is None else rtol
     noise = least**2 if noise is None else noise
+    check_rtol(rtol)
+    check_number("noise", noise)
     return call("conflict_averse_weights", gram, c, rtol, noise)
 
 

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, choose, register, runs_cuda, runs_triton
-from gradsurgery.ops._inputs import Rows, as_blocks, check, check_finite, flat
+from gradsurgery.ops._inputs import (
+    Rows,
+    as_blocks,
+    check,
+    check_finite,
+    check_per,
+    flat,
+    shown,
+)
 
 CHUNK = 1 << 20  # columns the reference converts to float64 at a time
 TILES = (16, 32, 64)  # rows of Triton's: one more would take a tile of twice as many
@@ -39,7 +47,8 @@ def gramian(
     Products are float64 numbers: those of float64 rows of norms under 1e-154 lose digits, and under
     1e-162 they are zero. Scale such rows up. Of other dtypes, all rows are in range.
     """
-    check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
+    check_per(per)
+    check(isinstance(precise, bool), f"precise must be True or False, got {shown(precise)}")
     return torch.ops.gradsurgery.gramian(as_blocks(rows), per == "tensor", precise)
 
 

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._backend import register
-from gradsurgery.ops._inputs import Rows, as_vector, check, check_alike, check_finite
+from gradsurgery.ops._inputs import (
+    Rows,
+    as_vector,
+    check_alike,
+    check_finite,
+    check_per,
+    one_of,
+)
 from gradsurgery.ops._range import factors, times
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.gramian import gramian_of
@@ -52,8 +59,8 @@ def harmonize(
     forget, retain = as_vector(forget_grad, "forget_grad"), as_vector(retain_grad, "retain_grad")
     shapes = [tensor.shape for tensor in forget]
     check_alike(retain, "retain_grad", shapes, forget[0], "forget_grad")
-    check(mode in MODES, f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
+    one_of("mode", mode, MODES)
+    check_per(per)
     new_forget, new_retain = torch.ops.gradsurgery.harmonize(forget, retain, mode, per == "tensor")
     out = [
         (new or [original])[0] if isinstance(original, Tensor) else new or list(original)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._backend import _C, register, runs_cuda
-from gradsurgery.ops._inputs import DTYPES, check
+from gradsurgery.ops._inputs import DTYPES, check, check_dense, check_rtol
 from gradsurgery.ops._range import factors
 from gradsurgery.ops.weighting import default_rtol
 
@@ -42,15 +42,14 @@ def orthonormalize(
     CholeskyQR2, Fukaya et al. 2014, with Gramian and factorization in float64; one pass where that
     leaves nothing to correct in the rows' dtype.
     """
-    check(isinstance(rows, Tensor), f"rows must be a Tensor, got {type(rows).__name__}")
-    check(rows.layout == torch.strided, f"rows must be a dense tensor, got {rows.layout}")
+    check_dense(rows, "rows")
     check(rows.dim() >= 2, f"rows must be [..., m, n], got {list(rows.shape)}")
     check(
         rows.dtype in DTYPES,
         f"rows must be float16, bfloat16, float32 or float64, got {rows.dtype}",
     )
     rtol = default_rtol(rows.shape[-2]) if rtol is None else rtol
-    check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
+    check_rtol(rtol)
     q, r, rank = torch.ops.gradsurgery.orthonormalize(rows, rtol)
     return (q, r, rank) if return_rank else (q, r)
 

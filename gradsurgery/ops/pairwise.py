@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, call, register, runs_cuda
-from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
+from gradsurgery.ops._inputs import (
+    as_gramian,
+    check,
+    check_dense,
+    check_gramian_finite,
+    check_number,
+)
 from gradsurgery.ops.weighting import scratch_for
 
 
@@ -34,19 +40,19 @@ def pairwise_weights(
         NonFiniteError: a Gramian with NaN or infinity (CPU).
     """
     gram = as_gramian(gramian)
-    for name, tensor in (("order", order), ("targets", targets)):
-        if tensor is not None:
-            got = type(tensor).__name__
-            check(isinstance(tensor, Tensor), f"{name} must be a Tensor, got {got}")
-            check(
-                tensor.device == gram.device,
-                f"{name} is on {tensor.device}, gramian is on {gram.device}",
-            )
-            check(
-                tensor.shape == gram.shape,
-                f"{name} must be {list(gram.shape)} to match gramian, got {list(tensor.shape)}",
-            )
+    given = {"order": order} if targets is None else {"order": order, "targets": targets}
+    for name, tensor in given.items():
+        check_dense(tensor, name)
+        check(
+            tensor.device == gram.device,
+            f"{name} is on {tensor.device}, gramian is on {gram.device}",
+        )
+        check(
+            tensor.shape == gram.shape,
+            f"{name} must be {list(gram.shape)} to match gramian, got {list(tensor.shape)}",
+        )
     check(order.dtype == torch.int64, f"order must be int64, got {order.dtype}")
+    check_number("beta", beta)
     if targets is not None:
         targets = targets.to(gram)
     v, moved = call("pairwise_weights", gram, order, targets, beta)

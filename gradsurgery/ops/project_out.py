@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from gradsurgery.ops._inputs import (
     check,
     check_alike,
     check_finite,
+    check_number,
+    check_rtol,
     flat,
 )
 from gradsurgery.ops._range import factors, times
@@ -82,7 +85,8 @@ def project_out(
     check_alike(vector, "grad", [block.shape[1:] for block in blocks], blocks[0], "rows")
     m = blocks[0].shape[0]
     rtol = default_rtol(m + 1) if rtol is None else rtol
-    check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
+    check_rtol(rtol)
+    check_number("refine", refine, Integral)
     check(refine >= 0, f"refine must be 0 or more, got {refine}")
     perp, *info = torch.ops.gradsurgery.project_out(vector, blocks, rtol, refine)
     out = perp[0] if isinstance(grad, Tensor) else perp

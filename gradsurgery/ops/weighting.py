@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, call, register, runs_cuda
-from gradsurgery.ops._inputs import DTYPES, as_gramian, check, check_gramian_finite
+from gradsurgery.ops._inputs import (
+    DTYPES,
+    as_gramian,
+    check,
+    check_dense,
+    check_gramian_finite,
+    check_rtol,
+)
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}  # asking takes microseconds
 
@@ -48,7 +55,7 @@ def projection_weights(
             want of a host sync).
     """
     gram = as_gramian(gramian)
-    check(isinstance(products, Tensor), f"products must be a Tensor, got {type(products).__name__}")
+    check_dense(products, "products")
     check(products.is_floating_point(), f"products must be floating point, got {products.dtype}")
     m = gram.shape[-1]
     check(
@@ -60,7 +67,7 @@ def projection_weights(
         f"products is on {products.device}, gramian is on {gramian.device}",
     )
     rtol = default_rtol(m, gramian.dtype) if rtol is None else rtol
-    check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
+    check_rtol(rtol)
     return call("projection_weights", gram, products.double(), rtol)
 
 

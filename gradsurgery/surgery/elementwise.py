@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
-from gradsurgery.ops._inputs import check, flat, wide
+from gradsurgery.ops._inputs import check, check_values, flat, wide
 from gradsurgery.surgery.pair import directions
 from gradsurgery.surgery.rule import (
     Index,
@@ -17,6 +17,7 @@ from gradsurgery.surgery.rule import (
     Rule,
     Solution,
     as_jacobian,
+    like_rows,
     one_of,
 )
 
@@ -48,6 +49,7 @@ class Elementwise(Rule):
         blocks = jacobian.blocks if isinstance(jacobian, DenseJacobian) else _formed(jacobian)
         rows, shapes = flat(blocks), [block.shape[1:] for block in blocks]
         for k, block in enumerate(rows):
+            check_values(block, jacobian.names[k])
             finite = block.isfinite().all(1)
             if not bool(finite.all()):
                 row = int((~finite).nonzero()[0])
@@ -56,7 +58,7 @@ class Elementwise(Rule):
             update = [u.view(s) for u, s in zip(self._edit(rows, **named), shapes, strict=True)]
         else:
             update = [b.new_zeros(s) for b, s in zip(blocks, shapes, strict=True)]
-        return update[0] if isinstance(given_rows, Tensor) else update
+        return like_rows(update, given_rows, jacobian)
 
     def _edit(self, *args: Any, **roles: Any) -> list[Tensor]:
         """(blocks, **roles): [n_k] each, from rows [m, n_k] each."""
@@ -103,7 +105,10 @@ class GradDrop(Elementwise):
             purity = torch.where(nonzero, values.sum(0) / torch.where(nonzero, size, 1), 0)
             purity, shape = (1 + purity) / 2, size.shape
             drawn = self._draw(
-                self.seed, lambda g, shape=shape: torch.rand(shape, device="cpu", generator=g)
+                self.seed,
+                lambda g, shape=shape: torch.rand(
+                    shape, dtype=torch.float32, device="cpu", generator=g
+                ),
             ).to(purity)
             stays = ((purity > drawn) & (rows > 0)) | ((purity < drawn) & (rows < 0))
             kept = values * (self.leak + (1 - self.leak) * stays.to(values.dtype))

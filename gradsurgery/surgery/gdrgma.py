@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, check_number, check_values
 from gradsurgery.surgery.pair import Pair, off
 
 
@@ -41,10 +42,12 @@ class GDRGMA(Pair):
         check(self.mix is None or 0 <= self.mix <= 1, f"mix must be in [0, 1], got {self.mix}")
 
     def _mix(self, gram: Tensor, rtol: float, retain_loss: Any = None) -> Tensor:
-        if self.mix is None and retain_loss is None:
-            raise InputError("GDRGMA needs retain_loss, the present retain loss, or a fixed mix")
+        if retain_loss is not None:
+            _check_loss(retain_loss)
         if self.mix is not None:
             share: Any = 1 - self.mix
+        elif retain_loss is None:
+            raise InputError("GDRGMA needs retain_loss, the present retain loss, or a fixed mix")
         else:
             excess = self.gamma * (retain_loss - self.eps)
             if isinstance(excess, Tensor):
@@ -52,3 +55,13 @@ class GDRGMA(Pair):
             else:
                 share = 1 / (1 + math.exp(-max(min(excess, 700.0), -700.0)))
         return (1 - share) * off(gram, 0, 1) + share * off(gram, 1, 0)
+
+
+def _check_loss(loss: Any) -> None:
+    if isinstance(loss, Tensor):
+        check_values(loss, "retain_loss")
+        got = f"{loss.dtype} {list(loss.shape)}"
+        good = loss.numel() == 1 and not loss.is_complex() and loss.dtype != torch.bool
+        check(good, f"retain_loss must be a number, got {got}")
+    else:
+        check_number("retain_loss", loss)

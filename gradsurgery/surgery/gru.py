@@ -11,7 +11,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.jacobian import Jacobian
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.pair import Pair, off
-from gradsurgery.surgery.rule import Index, Rows, Solution, as_jacobian
+from gradsurgery.surgery.rule import Index, Rows, Solution, as_jacobian, like_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,4 +86,4 @@ class GRU(Pair):
         update = (off(pair @ pair.mT, 0, 1) @ pair).to(average)
         sizes = [part.numel() for part in f]
         parts = [u.view(part.shape) for u, part in zip(update.split(sizes), f, strict=True)]
-        return parts[0] if isinstance(rows, Tensor) else parts
+        return like_rows(parts, rows, jacobian)

@@ -16,10 +16,11 @@ from gradsurgery.surgery.spectral import PseudoInverse
 class IMTLG(Rule):
     """Weights of sum 1 for which all unit rows have the same product with the update.
 
-    w ∝ D K'⁺ 1, K' the Gramian of unit rows and D their inverse norms: pinv(K) sqrt(diag K) of
-    the paper where K is invertible, and the least squares answer that does not depend on the
-    norms where it is not. The sum may be negative, and then every row is opposed: the definition
-    is the paper's. Where it vanishes, the weights are zero.
+    w ∝ pinv(K) sqrt(diag K): the update before scaling is the shortest u with the least
+    Σ_i (<g_i, u> - |g_i|)², and of the weights that make it the shortest are taken. For independent
+    rows all <g_i, u> / |g_i| are the same; dependent ones may not have that, and then long rows
+    come nearer to it than short ones. The sum may be negative, and then every row is opposed: the
+    definition is the paper's. Where it vanishes, the weights are zero.
 
     Towards Impartial Multi-task Learning, Liu et al. 2021 (ICLR).
     """
@@ -29,10 +30,26 @@ class IMTLG(Rule):
     properties: ClassVar[frozenset[str]] = frozenset({"equivariant"})
 
     def _weights(self, gram: Tensor, rtol: float) -> Tensor:
-        weights, _ = equal_cosines(gram, rtol)
+        scale = inverse_norms(gram)
+        nonzero = scale > 0
+        norms = torch.where(nonzero, 1 / torch.where(nonzero, scale, 1), 0)
+        unit = gram * scale[..., :, None] * scale[..., None, :]
+        inverse = PseudoInverse.apply(unit, rtol)
+        rank = (inverse * unit).detach().sum((-2, -1)).round()
+        # of independent rows D⁻¹ U⁻¹ 1, to which the norms D say nothing
+        apart = _solved(inverse, nonzero.double(), rtol) * scale
+        whole = _solved(PseudoInverse.apply(gram, rtol, rank), norms, rtol)
+        weights = torch.where((rank < nonzero.sum(-1))[..., None], whole, apart)
         total = weights.sum(-1, keepdim=True)
         vanishes = total.abs() <= 1e-12 * weights.abs().sum(-1, keepdim=True)
         return torch.where(vanishes, 0, weights / torch.where(vanishes, 1, total))
+
+
+def _solved(inverse: Tensor, wanted: Tensor, rtol: float) -> Tensor:
+    """K⁺ b, [..., m]; of opposed rows nothing is left but rounding."""
+    weights = (inverse @ wanted.unsqueeze(-1)).squeeze(-1)
+    size = (inverse.abs() @ wanted.abs().unsqueeze(-1)).squeeze(-1)
+    return torch.where(weights.abs() > rtol**2 * size, weights, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +89,5 @@ def equal_cosines(gram: Tensor, rtol: float, given: Tensor | None = None) -> tup
     scale = inverse_norms(gram)
     wanted = (scale > 0).double() * (1 if given is None else given)
     inverse = PseudoInverse.apply(gram * scale[..., :, None] * scale[..., None, :], rtol)
-    weights = (inverse @ wanted.unsqueeze(-1)).squeeze(-1)
-    # of opposed rows nothing is left but rounding
-    size = (inverse.abs() @ wanted.abs().unsqueeze(-1)).squeeze(-1)
-    weights = torch.where(weights.abs() > rtol**2 * size, weights, 0) * scale
+    weights = _solved(inverse, wanted, rtol) * scale
     return weights, (gram @ weights.unsqueeze(-1)).squeeze(-1)

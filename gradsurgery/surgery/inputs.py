@@ -1,97 +1,288 @@
-"""Updates kept off the inputs that layers have seen: OWM and the null space of features."""
+"""Steps kept off the inputs that weights have seen: OWM and the null space of features."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradsurgery.batch import Loss, batch_size, map_batch, per_sample_losses
+from gradsurgery.buffers import buffers_undone
 from gradsurgery.capture import tape
-from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import one_of
+from gradsurgery.capture.moments import added
+from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.ops._inputs import check, check_number, check_rtol, one_of
+from gradsurgery.surgery.trial import acting_otherwise
+
+# of a parameter, the moments of inputs by the dimension they run along: {} where the losses do not
+# depend on it, None where it does something else than multiply inputs
+Seen = dict[int, Tensor] | None
 
 
 class InputProjection:
     """What a step of new data may change of a model, for outputs on data observed to stay.
 
-    A weight W that multiplies inputs x changes what it gives for them by ΔW x. The update of each
-    linear layer and convolution is multiplied by a projector P made of the inputs observed, so that
-    ΔW P x is small for these. Give one to `Surgeon(project=...)`, or call it on an update. It is
-    the gradient that is kept off: weight decay and momentum from before move outputs all the same.
+    A weight W that multiplies inputs x changes what it gives for them by ΔW x. Of a step ΔW only
+    ΔW P is taken, with a projector P made of the inputs observed, so that ΔW P x is small for
+    these. Give one to `Surgeon(project=...)`: it is the step that is projected, whatever optimizer,
+    momentum or decay it comes from. `with kept.steps(): optimizer.step()` does so in a loop of
+    one's own.
+
+    Held are, off the inputs of data observed: weights of linear layers and convolutions, grouped
+    and transposed ones too, any parameter that multiplies activations as a matrix; rows of
+    embeddings and embedding bags that were read. A parameter used several times is held for all its
+    uses. Free to move: what the losses of observed data do not depend on. Not held, but frozen
+    unless others="leave": `not_held`.
+
+    What stays are outputs as they were observed, in the same mode and precision and up to rounding
+    of the parameters' dtype.
 
     Args:
-        model: the model whose layers are meant, by the names of its parameters.
-        others: what happens to parameters that multiply no inputs (biases, norms, embeddings,
-            grouped convolutions): "freeze" holds them, without which outputs move; "leave" not.
+        model: the model whose parameters are meant, by their names.
+        others: what happens to parameters that do something else than multiply inputs (biases,
+            norms, scales, positions added, weights under a parametrization as weight norm, what an
+            operation without a rule takes, what acts past autograd's graph as DoRA's norms do):
+            "freeze" has none of them move; "leave" lets them, and then outputs move.
     """
 
     def __init__(self, model: nn.Module, others: Literal["freeze", "leave"] = "freeze") -> None:
         check(isinstance(model, nn.Module), f"model must be a Module, got {type(model).__name__}")
         one_of("others", others, ("freeze", "leave"))
         self.model, self.others = model, others
-        self._seen: dict[str, tuple[int, Tensor]] = {}
-        self._projectors: dict[str, Tensor] = {}
+        self._seen: dict[str, Seen] = {}
+        self._projectors: dict[str, dict[int, Tensor]] = {}
+
+    @property
+    def not_held(self) -> list[str]:
+        """Names of the parameters that observed data depend on otherwise than by their products."""
+        return [name for name, seen in self._seen.items() if seen is None]
 
     def observe(self, batch: Any, loss: Loss) -> None:
-        """Remember the inputs of all layers on a batch; costs a forward and a backward pass.
+        """Remember the inputs of all weights on a batch; costs two forward and a backward pass.
+
+        A weight of d inputs takes two matrices [d, d] of float64, however many batches there are.
+        The second forward pass tries whether the first sample's loss stays where weights move off
+        its inputs. The model is left as it was.
 
         Args:
             batch: any pytree of tensors, leading dimension B.
-            loss: (model, batch) -> per-sample losses [B]: decides only which layers are reached.
+            loss: (model, batch) -> per-sample losses [B], of all outputs that are to stay.
+
+        Raises:
+            InputError: samples that depend on each other; random numbers drawn, as by dropout:
+                outputs would stay for these alone.
+            NonFiniteError: a loss or an input with NaN or infinity.
         """
+        check(callable(loss), f"loss must be a function, got {type(loss).__name__}")
         size = count = batch_size(batch)
         if size == 1:  # the gradient of one sample alone is formed and not kept as tokens
             batch, size = map_batch(lambda leaf: torch.cat([leaf, leaf]), batch), 2
-        with torch.enable_grad(), tape(self.model) as recorder:
-            jacobian = recorder.jacobian(per_sample_losses(loss(self.model, batch), size))
-        for name, found in zip(jacobian.names, jacobian.input_moments(), strict=True):
-            if found is not None:
-                _, before = self._seen.get(name, (found.dim, torch.zeros_like(found.matrix)))
-                self._seen[name] = found.dim, before + found.matrix * (count / size)
+        found = self._look(batch, loss, size)
+        for seen in found.values():
+            for matrices in (seen or {}).values():
+                matrices *= count / size
+        # what was not there, or frozen, when other data were observed, may act on these unseen
+        names = [name for name in found if name in self._seen or not self._seen]
+        check(
+            len(names) > 0, "no parameter trained now was trained when inputs were observed before"
+        )
+        sizes = {name: p.numel() for name, p in self.model.named_parameters()}
+        self._seen = {
+            name: _held(added(self._seen.get(name, {}), found[name]), sizes[name]) for name in names
+        }
         self._projectors = {}
 
+    def _look(self, batch: Any, loss: Loss, size: int) -> dict[str, Seen]:
+        """What trained parameters see of a batch."""
+        with buffers_undone(self.model):
+            drawn = _generators(self.model)
+            with torch.enable_grad(), tape(self.model) as recorder:
+                losses = per_sample_losses(loss(self.model, batch), size)
+            self._check_not_drawn(drawn)
+            jacobian = recorder.jacobian(losses)
+            found = dict(zip(jacobian.names, jacobian.inputs_seen(), strict=True))
+            first = dict(zip(jacobian.names, jacobian.inputs_seen(row=0), strict=True))
+        for name, seen in found.items():
+            for matrices in (seen or {}).values():
+                if not bool(matrices.isfinite().all()):
+                    raise NonFiniteError(f"inputs of {name} are not finite")
+        parameters = dict(zip(jacobian.names, jacobian.parameters, strict=True))
+        before = losses[0].detach()
+        del jacobian, losses
+
+        def again() -> Tensor:
+            with buffers_undone(self.model):
+                return loss(self.model, batch)[0]
+
+        products = {name: seen for name, seen in first.items() if seen is not None}
+        otherwise = acting_otherwise(parameters, products, again, before)
+        return {**found, **dict.fromkeys(otherwise)}
+
     def __call__(self, names: list[str], update: list[Tensor]) -> list[Tensor]:
-        """An update, shaped like the parameters of these names, off the inputs observed.
+        """A step, shaped like the parameters of these names, as far as it may be taken.
 
         Before anything is observed, it is what it was.
         """
-        return [
-            self._project(name, part) if self._seen else part
-            for name, part in zip(names, update, strict=True)
-        ]
+        check(len(names) == len(update), f"update has {len(update)} tensors for {len(names)} names")
+        self._prepare(names)
+        return [self._project(name, part) for name, part in zip(names, update, strict=True)]
+
+    @contextmanager
+    def steps(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+        """Of what the body does to parameters, leaves what may be; if it raises, nothing.
+
+        Args:
+            parameters: None for all of the model. Those of others are let be.
+
+        Raises:
+            InputError: before the body, a parameter that was frozen or not there when inputs were
+                observed; inputs that leave no weight a direction to move in.
+        """
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        given = self.model.parameters() if parameters is None else parameters
+        mine = {names[id(p)]: p for p in given if id(p) in names} if self._seen else {}
+        trained = [name for name, p in mine.items() if p.requires_grad]
+        self._prepare(trained)
+        before = {name: p.detach().clone() for name, p in mine.items()}
+        try:
+            yield
+            with torch.no_grad():
+                for name, p in mine.items():
+                    p.copy_(self._after(name, before[name], p) if name in trained else before[name])
+        except BaseException:
+            with torch.no_grad():
+                for name, p in mine.items():
+                    p.copy_(before[name])
+            raise
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: (dim, matrix.clone()) for name, (dim, matrix) in self._seen.items()}
+        return {name: _copied(seen) for name, seen in self._seen.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check(isinstance(state, dict), f"state must be a dict, got {type(state).__name__}")
         known = dict(self.model.named_parameters())
-        for name in state:
+        for name, seen in state.items():
             check(name in known, f"state is of a parameter {name}, which the model has not")
-        self._seen = {name: (dim, matrix.clone()) for name, (dim, matrix) in state.items()}
+            check(_fits(seen, known[name].numel()), f"state of {name} is not that of its inputs")
+        self._seen = {name: _copied(seen) for name, seen in state.items()}
         self._projectors = {}
 
+    def _prepare(self, names: Iterable[str]) -> None:
+        """All that can be wrong with a step of these parameters, before it is taken."""
+        if not self._seen:
+            return
+        moves, stuck = False, ""
+        for name in names:
+            if name not in self._seen:
+                raise InputError(
+                    f"{name} was frozen, or not there, when inputs were observed: observe all data "
+                    "again in a new projection"
+                )
+            seen = self._seen[name]
+            if seen is None:
+                moves |= self.others == "leave"
+                continue
+            if name not in self._projectors:
+                self._projectors[name] = {dim: self._projector(m) for dim, m in seen.items()}
+            empty = not all(bool(p.any()) for p in self._projectors[name].values())
+            moves, stuck = moves or not empty, stuck or (name if empty else "")
+        check(moves or not stuck, f"the inputs observed leave no direction to {stuck}{self._hint}")
+
+    _hint = ""
+
+    def _projector(self, matrices: Tensor) -> Tensor:
+        """[g, d, d] of moments [g, d, d]."""
+        if matrices.shape[-1] == 1:
+            return self._share(matrices)
+        values, vectors = torch.linalg.eigh(matrices)
+        return (vectors * self._share(values.clamp_min(0)).unsqueeze(-2)) @ vectors.mT
+
     def _project(self, name: str, part: Tensor) -> Tensor:
-        if name not in self._seen:
+        if not self._seen:
+            return part
+        if self._seen[name] is None:
             return torch.zeros_like(part) if self.others == "freeze" else part
-        dim, matrix = self._seen[name]
-        if name not in self._projectors:
-            values, vectors = torch.linalg.eigh(matrix)
-            self._projectors[name] = (vectors * self._share(values.clamp_min(0))) @ vectors.mT
-        projector = self._projectors[name].to(part.device)
-        plane = part.reshape(part.shape[0], -1).double()
-        plane = projector @ plane if dim == 0 else plane @ projector
-        return plane.to(part.dtype).view(part.shape)
+        wide = part.double()
+        for dim, projector in self._projectors[name].items():
+            g, d, _ = projector.shape
+            projector = projector.to(part.device)
+            planes = wide.reshape(g, d, -1) if dim == 0 else wide.reshape(g, -1, d)
+            wide = projector @ planes if dim == 0 else planes @ projector
+        return wide.reshape(part.shape).to(part.dtype)
+
+    def _after(self, name: str, before: Tensor, now: Tensor) -> Tensor:
+        """The parameter after the part of a step that may be taken."""
+        seen = self._seen[name]
+        if seen is None:
+            return before if self.others == "freeze" else now
+        if not seen:
+            return now
+        step = now.double() - before.double()
+        return (before.double() + self._project(name, step)).to(before.dtype)
 
     def _share(self, values: Tensor) -> Tensor:
-        """Of each eigenvector of the inputs' second moments, what P leaves of it."""
+        """Of each eigenvector of second moments, [g, d], what P leaves of it."""
         raise NotImplementedError
+
+    def _check_not_drawn(self, before: list[Tensor]) -> None:
+        after = _generators(self.model)
+        if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            return
+        names = [
+            name
+            for name, module in self.model.named_modules()
+            if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p
+        ]
+        what = f" by {', '.join(names[:4])}" if names else ""
+        raise InputError(
+            f"random numbers were drawn{what} while inputs were observed, and outputs would stay "
+            "for these alone: call model.eval()"
+        )
+
+
+def _held(seen: Seen, size: int) -> Seen:
+    """None where what keeps a parameter of this size off one way would undo the other."""
+    if size == 0:
+        return {}
+    if seen is None or len(seen) < 2:
+        return seen
+    g, d, _ = seen[0].shape
+    alike = g * d * seen[1].shape[-1] == size  # the same rows and columns
+    return seen if alike and (d == 1 or len(seen[1]) == 1) else None
+
+
+def _copied(seen: Seen) -> Seen:
+    return None if seen is None else {dim: part.clone() for dim, part in seen.items()}
+
+
+def _fits(seen: Any, size: int) -> bool:
+    """Whether a state can be that of a parameter of this size."""
+    if seen is None:
+        return True
+    return isinstance(seen, dict) and all(
+        dim in (0, 1)
+        and isinstance(part, Tensor)
+        and part.dim() == 3
+        and part.shape[1] == part.shape[2]
+        and part.shape[:2].numel() > 0
+        and size % part.shape[:2].numel() == 0
+        for dim, part in seen.items()
+    )
+
+
+def _generators(model: nn.Module) -> list[Tensor]:
+    """The states of the generators that a forward pass draws from."""
+    devices = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
 
 
 class OWM(InputProjection):
     """P = (1 + Σ x xᵀ / alpha)⁻¹ over all inputs observed.
 
     The paper's recursion P ← P - k kᵀ / (alpha + xᵀ k), k = P x, one input at a time, in one go:
-    the same by the Sherman-Morrison formula.
+    the same by the Sherman-Morrison formula. Of a step along an eigenvector of Σ x xᵀ with
+    eigenvalue λ it leaves alpha / (alpha + λ): outputs observed move little, but they move.
 
     Args:
         alpha: above 0: the smaller, the less is left along inputs observed.
@@ -107,6 +298,7 @@ class OWM(InputProjection):
         others: Literal["freeze", "leave"] = "freeze",
     ) -> None:
         super().__init__(model, others)
+        check_number("alpha", alpha)
         check(alpha > 0, f"alpha must be above 0, got {alpha}")
         self.alpha = alpha
 
@@ -119,23 +311,29 @@ class NullSpace(InputProjection):
 
     Args:
         rtol: eigenvectors of Σ x xᵀ are left where their eigenvalue is at most rtol times the
-            largest, in [0, 1).
+            largest, in [0, 1). 0 holds outputs up to rounding, and leaves nothing to a weight
+            with as many independent inputs as it takes. Above that, a step ΔW changes what W
+            gives for all inputs observed, in the root of the sum of squares, by up to
+            sqrt(rtol λ) |ΔW|, λ the largest eigenvalue: the paper's choice, for data that fill
+            all directions.
 
     Training Networks in Null Space of Feature Covariance for Continual Learning, Wang et al. 2021
     (arXiv:2103.07113).
     """
 
+    _hint = ": observe fewer, or let outputs move a little by rtol above 0"
+
     def __init__(
         self,
         model: nn.Module,
-        rtol: float = 1e-3,
+        rtol: float = 0.0,
         others: Literal["freeze", "leave"] = "freeze",
     ) -> None:
         super().__init__(model, others)
-        check(0 <= rtol < 1, f"rtol must be in [0, 1), got {rtol}")
+        check_rtol(rtol)
         self.rtol = rtol
 
     def _share(self, values: Tensor) -> Tensor:
         # an eigenvalue of zero comes out as rounding of the largest
-        limit = max(self.rtol, 4 * len(values) * torch.finfo(values.dtype).eps) * values.max()
-        return (values <= limit).to(values.dtype)
+        least = max(self.rtol, 4 * values.shape[-1] * torch.finfo(values.dtype).eps)
+        return (values <= least * values.amax(-1, keepdim=True)).to(values.dtype)

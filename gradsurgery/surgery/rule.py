@@ -1,19 +1,31 @@
 """What a rule is: from the Gramian of some rows to the weights of one update."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
-from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite
+from gradsurgery.ops._inputs import (
+    as_gramian,
+    check,
+    check_dense,
+    check_gramian_finite,
+    check_number,
+    check_values,
+    one_of,
+    shown,
+)
 from gradsurgery.ops.weighting import default_rtol
 
 Index = int | slice | Sequence[int] | Tensor
-Rows = Tensor | Sequence[Tensor] | Jacobian
+Rows = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | Jacobian
 
 GRANULARITIES = ("model", "module", "tensor")
 
@@ -67,6 +79,8 @@ class Rule:
     _state: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name, kind in _numbers(type(self)).items():
+            _check_option(name, getattr(self, name), kind)
         one_of("granularity", self.granularity, GRANULARITIES)
         one_of("precondition", self.precondition, (None, "optimizer"))
         check(
@@ -95,10 +109,10 @@ class Rule:
 
     def __call__(self, rows: Rows, *given: Index, **roles: Any) -> Any:
         """The update, shaped like a row: of rows [m, n] a Tensor, of [m, *p.shape] each, or of a
-        Jacobian, a list."""
+        Jacobian, a list; of a mapping of such blocks by name a dict."""
         jacobian = as_jacobian(rows)
         update = jacobian.combine(self.solve(jacobian, *given, **roles).weights)
-        return update[0] if isinstance(rows, Tensor) else update
+        return like_rows(update, rows, jacobian)
 
     def solve(
         self,
@@ -118,9 +132,11 @@ class Rule:
 
     def _named(self, given: Sequence[Index], roles: dict[str, Any]) -> dict[str, Any]:
         name = type(self).__name__
-        check(len(given) <= len(self.roles), f"{name} takes rows for {self.roles}, got {given}")
+        count = len(given)
+        check(count <= len(self.roles), f"{name} takes rows for {self.roles}, got {count} more")
         for role in roles:
             check(role in self.roles, f"{name} has no {role} rows")
+            check(role not in self.roles[:count], f"{name} is given {role} twice")
         return {**dict(zip(self.roles, given, strict=False)), **roles}
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,8 +145,12 @@ class Rule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`; an empty one is that of a rule not yet called."""
-        unknown = sorted(set(state) - set(self.remembers))
-        check(not unknown, f"{type(self).__name__} remembers {self.remembers}, got {unknown}")
+        name = type(self).__name__
+        check(isinstance(state, Mapping), f"state must be a dict, got {type(state).__name__}")
+        unknown = sorted(map(str, set(state) - set(self.remembers)))
+        check(not unknown, f"{name} remembers {self.remembers}, got {unknown}")
+        for key, value in state.items():
+            check(isinstance(value, Tensor), f"state of {key} must be a Tensor, got {shown(value)}")
         self._state.clear()
         self._state.update({name: value.clone() for name, value in state.items()})
 
@@ -140,7 +160,8 @@ class Rule:
         if "draws" in self._state:
             generator.set_state(self._state["draws"])
         else:
-            generator.manual_seed(seed)
+            check(-(1 << 63) <= seed < 1 << 64, f"seed must fit into 64 bits, got {shown(seed)}")
+            generator.manual_seed(int(seed))
         drawn = draw(generator)
         self._state["draws"] = generator.get_state()
         return drawn
@@ -151,21 +172,62 @@ class Rule:
         return [f.name for f in fields(cls) if f.init and f.name not in shared]
 
 
-def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    check(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+@cache
+def _numbers(rule: type[Rule]) -> dict[str, Any]:
+    """The options of a rule that are numbers, or sequences of them."""
+    hints = get_type_hints(rule)
+    kinds = {name: hints[name] for name in rule.options()}
+    return {name: kind for name, kind in kinds.items() if get_origin(kind) is not Literal}
+
+
+def _check_option(name: str, value: Any, kind: Any) -> None:
+    kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    if value is None and type(None) in kinds:
+        return
+    if int in kinds or float in kinds:
+        check_number(name, value, Integral if int in kinds else Real)
+    elif kinds[0] == Sequence[float]:
+        _check_numbers(name, value)
+
+
+def _check_numbers(name: str, values: Any) -> None:
+    listed = hasattr(values, "__len__") and hasattr(values, "__getitem__")
+    try:
+        known = None
+        if listed and not isinstance(values, (str, bytes, Mapping, type)):
+            known = [float(value) for value in values]
+    except (TypeError, ValueError, RuntimeError):
+        known = None
+    if known is None or not all(map(math.isfinite, known)):
+        raise InputError(f"{name} must be finite numbers, one for each row, got {shown(values)}")
 
 
 def as_jacobian(rows: Rows) -> Jacobian:
-    if not isinstance(rows, (Tensor, Sequence)):
-        return rows
-    if not isinstance(rows, Tensor) and len(rows) > 1:
+    if isinstance(rows, Tensor):
+        check_dense(rows, "rows")
+    elif isinstance(rows, Sequence) and not isinstance(rows, (str, bytes)):
         flat = all(isinstance(block, Tensor) and block.dim() == 1 for block in rows)
         check(
-            not flat,
+            len(rows) < 2 or not flat,
             "rows must be [m, n] or a block [m, *p.shape] for each parameter; these seem to be "
             "gradients: torch.stack(rows) has one in each row",
         )
-    return DenseJacobian(rows)
+    elif not isinstance(rows, Mapping):
+        known = all(hasattr(rows, name) for name in ("gramian", "combine", "names"))
+        check(
+            known and not isinstance(rows, type),
+            "rows must be a Tensor [m, n], blocks [m, *p.shape] by themselves or by names, or a "
+            f"Jacobian, got {type(rows).__name__}",
+        )
+        return cast(Jacobian, rows)
+    return DenseJacobian(cast(Any, rows))
+
+
+def like_rows(update: list[Tensor], rows: Rows, jacobian: Jacobian) -> Any:
+    """An update as a row is given: a Tensor, by names, or a list."""
+    if isinstance(rows, Tensor):
+        return update[0]
+    return dict(zip(jacobian.names, update, strict=True)) if isinstance(rows, Mapping) else update
 
 
 def grouped_gramian(
@@ -187,18 +249,24 @@ def grouped_gramian(
 
 def chosen(index: Index, m: int, name: str) -> list[int]:
     """The rows that an index, indices, a slice or a mask selects, in order."""
-    if isinstance(index, Tensor) and index.dtype == torch.bool:
-        check(index.shape == (m,), f"{name} must be a mask [{m}], got {list(index.shape)}")
-        return index.nonzero().flatten().tolist()
+    what = f"{name} must be an index, indices, a slice or a mask"
+    if isinstance(index, Tensor):
+        check_values(index, name)
+        if index.dtype == torch.bool:
+            check(index.shape == (m,), f"{name} must be a mask [{m}], got {list(index.shape)}")
+            return index.nonzero().flatten().tolist()
     if isinstance(index, slice):
-        return list(range(m)[index])
+        try:
+            return list(range(m)[index])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{what}, got {str(index)[:60]}") from error
     given: Any = index.tolist() if isinstance(index, Tensor) else index
     values = list(given) if isinstance(given, (list, tuple, range)) else [given]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in values):
-        raise InputError(f"{name} must be an index, indices, a slice or a mask, got {index!r}")
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) for i in values):
+        raise InputError(f"{what}, got {shown(index)}")
     for i in values:
         check(-m <= i < m, f"{name}={i} is out of range for {m} rows")
-    return sorted({i % m for i in values})
+    return sorted({int(i) % m for i in values})
 
 
 def split(m: int, index: Index, name: str, rest: str) -> tuple[list[int], list[int]]:

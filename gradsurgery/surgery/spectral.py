@@ -10,25 +10,28 @@ from gradsurgery.ops import eigen
 
 
 class PseudoInverse(torch.autograd.Function):
-    """pinv(K), [..., m, m], of K [..., m, m] with rows of norm 1 or 0."""
+    """pinv(K), [..., m, m]; of the `rank` [...] of K where that is known."""
 
     @staticmethod
-    def forward(ctx: Any, gram: Tensor, rtol: float) -> Tensor:
+    def forward(ctx: Any, gram: Tensor, rtol: float, rank: Tensor | None = None) -> Tensor:
         values, vectors = eigen(gram)
-        counts = nonzero(gram, values, vectors, rtol)
+        if rank is None:
+            counts = nonzero(gram, values, vectors, rtol)
+        else:
+            counts = foremost(gram, values, vectors, rank)
         inverse = torch.where(counts, 1 / torch.where(counts, values, 1), 0)
         out = vectors.mT @ (inverse.unsqueeze(-1) * vectors)
         ctx.save_for_backward(gram, out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         # of constant rank: dP = -P dK P + P P dK (1 - K P) + (1 - P K) dK P P
         gram, out = ctx.saved_tensors
         rest = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - gram @ out
         twice = out @ out
         grad = grads[0]
-        return -out @ grad @ out + twice @ grad @ rest.mT + rest @ grad @ twice, None
+        return -out @ grad @ out + twice @ grad @ rest.mT + rest @ grad @ twice, None, None
 
 
 class InverseRoot(torch.autograd.Function):
@@ -76,3 +79,12 @@ def nonzero(gram: Tensor, values: Tensor, vectors: Tensor, rtol: float) -> Tenso
     """
     squares = gram.diagonal(dim1=-2, dim2=-1)
     return values > rtol**2 * (vectors**2 @ squares.unsqueeze(-1)).squeeze(-1)
+
+
+def foremost(gram: Tensor, values: Tensor, vectors: Tensor, rank: Tensor) -> Tensor:
+    """Which eigenvalues exceed rounding most, as many as are not zero."""
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    rounding = (vectors**2 @ squares.unsqueeze(-1)).squeeze(-1)
+    above = torch.where(rounding > 0, values / torch.where(rounding > 0, rounding, 1), 0)
+    place = above.argsort(-1, descending=True).argsort(-1)
+    return (place < rank.unsqueeze(-1)) & (values > 0)

@@ -69,6 +69,38 @@ def test_weightings_take_and_return_what_theirs_do(name, dtype):
         assert (weights - expected).norm() <= max(tolerance, 1e-5) * expected.norm()
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.float64, 1e-7)])
+@pytest.mark.parametrize(
+    "mixture",
+    {
+        "dependent": [[1, 0], [0, 1], [1, 1]],
+        "multiples": [[1, 0], [2, 0], [5, 0]],
+        "duplicates": [[1, 0], [1, 0], [0, 1]],
+        "opposed": [[1, 0], [-3, 0], [0, 1]],
+        "zero": [[1, 0], [0, 0], [0, 1], [2, -1]],
+        "nothing": [[0, 0], [0, 0]],
+    }.values(),
+    ids=str,
+)
+def test_imtlg_of_dependent_rows_is_theirs(mixture, dtype, tolerance):
+    for _ in range(4):
+        matrix = torch.tensor(mixture).to(dtype) @ torch.randint(-9, 10, (2, 6)).to(dtype)
+        expected, found = theirs.IMTLG()(matrix), ours.IMTLG()(matrix)
+        assert (found - expected).norm() <= tolerance * max(expected.norm(), matrix.norm())
+        gram = matrix @ matrix.mT
+        expected, found = theirs.IMTLGWeighting()(gram), ours.IMTLGWeighting()(gram)
+        assert (found - expected).norm() <= tolerance * max(expected.norm(), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_imtlg_of_rows_that_cancel_is_zero(dtype):
+    """As theirs, but for float32, where theirs divides rounding by rounding."""
+    matrix = gaussian(1, 6).to(dtype)
+    matrix = torch.cat([matrix, -matrix])
+    assert not ours.IMTLG()(matrix).any()
+    assert dtype == torch.float32 or not theirs.IMTLG()(matrix).any()
+
+
 def test_two_conflicting_rows_need_no_order():
     matrix = torch.tensor([[-4.0, 1, 1], [6, 1, 1]])
     torch.testing.assert_close(ours.PCGrad()(matrix), theirs.PCGrad()(matrix))

@@ -2,6 +2,7 @@
 
 import copy
 
+import mpmath
 import pytest
 import torch
 
@@ -176,7 +177,35 @@ def test_of_opposed_rows_nothing_is_left(name, impl):
     for scale in torch.rand(50).tolist():
         g = gaussian(2, 7)
         for rows in (torch.cat([g[:1], -scale * g[:1]]), torch.cat([g, -g])):
-            assert make(name)(rows).norm() <= 1e-7 * rows.norm()
+            if name == "imtlg" and len(rows) == 2:  # pinv(K) sqrt(diag K) = (1, -scale) / ..
+                expected = (1 + scale**2) / (1 - scale) * g[0]
+                torch.testing.assert_close(make(name)(rows), expected, rtol=1e-6, atol=0)
+            else:
+                assert make(name)(rows).norm() <= 1e-7 * rows.norm()
+
+
+@pytest.mark.parametrize("spread", [0, 3, 6])
+def test_imtlg_is_its_formula_on_dependent_rows(spread, impl):
+    """Against K = A R Rᵀ Aᵀ in 120 digits, with A and R of full rank r."""
+    if impl == "torch" and spread:
+        pytest.skip("torch's eigh resolves eigenvalues to rounding of the largest only")
+    for trial in range(4):
+        mixed = torch.cat([torch.eye(3), torch.randint(-3, 4, (2, 3)).float()]).double()
+        if trial % 2:
+            mixed[3] = 2 * mixed[0]
+        mixed *= 10.0 ** torch.randint(-spread, spread + 1, (5, 1)).double()
+        basis = torch.randint(-9, 10, (3, 8)).double()
+        with mpmath.workdps(120):
+            a, r = (mpmath.matrix(part.tolist()) for part in (mixed, basis))
+            half = a * mpmath.cholesky(r * r.T)  # pinv(H Hᵀ) = H (Hᵀ H)⁻² Hᵀ
+            norms = mpmath.matrix([mpmath.norm((a * r)[i, :]) for i in range(5)])
+            solved = mpmath.lu_solve(half.T * half, half.T * norms)
+            v = half * mpmath.lu_solve(half.T * half, solved)
+            expected = torch.tensor([float(x / sum(v)) for x in v], dtype=torch.float64)
+        rows = mixed @ basis
+        weights = gs.IMTLG().weights(rows @ rows.mT)
+        torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-9 * expected.norm())
+        assert relative(weights @ rows, expected @ rows) <= 1e-7
 
 
 @pytest.mark.parametrize("ratio", [1e6, 1e9, 1e12])

@@ -12,7 +12,6 @@ SDMGrad, and `scale_mode` other than "min".
 
 import inspect
 import sys
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from gradsurgery import surgery
 from gradsurgery.errors import InputError
 from gradsurgery.ops import combine, gramian
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, check_dense, check_values
 
 # weights that no Gramian decides
 BLIND = (surgery.Mean, surgery.Sum, surgery.Constant, surgery.Random)
@@ -55,10 +54,8 @@ class Weighting(_Ruled):
     """A rule as a function of a Gramian [m, m]."""
 
     def forward(self, gramian: Tensor, /) -> Tensor:
-        check(
-            isinstance(gramian, Tensor) and gramian.dim() == 2,
-            f"gramian must be a matrix, got {list(getattr(gramian, 'shape', ()))}",
-        )
+        check_dense(gramian, "gramian")
+        check(gramian.dim() == 2, f"gramian must be a matrix, got {list(gramian.shape)}")
         return self.rule.weights(gramian).to(gramian.dtype)
 
 
@@ -97,19 +94,17 @@ class Elementwise(_Ruled):
 
 
 def _matrix(matrix: Tensor) -> Tensor:
-    check(
-        isinstance(matrix, Tensor) and matrix.dim() == 2,
-        f"matrix must be [m, n], got {list(getattr(matrix, 'shape', ()))}",
-    )
+    check_dense(matrix, "matrix")
+    check(matrix.dim() == 2, f"matrix must be [m, n], got {list(matrix.shape)}")
     return matrix
 
 
 def _upgrad(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Rule:
-    return surgery.UPGrad(preference=_list(pref_vector))
+    return surgery.UPGrad(preference=_preference(pref_vector))
 
 
 def _dualproj(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Rule:
-    return surgery.DualProj(preference=_list(pref_vector))
+    return surgery.DualProj(preference=_preference(pref_vector))
 
 
 def _cagrad(c: float, norm_eps: float = 0.0001) -> surgery.Rule:
@@ -142,7 +137,7 @@ def _imtlg() -> surgery.Rule:
 def _alignedmtl(pref_vector: Tensor | None = None, scale_mode: str = "min") -> surgery.Rule:
     if scale_mode != "min":
         raise InputError(f"scale_mode must be 'min', got {scale_mode!r}")
-    return surgery.AlignedMTL(preference=_list(pref_vector))
+    return surgery.AlignedMTL(preference=_preference(pref_vector))
 
 
 def _fairgrad(alpha: float, max_iters: int | None = None) -> surgery.Rule:
@@ -150,11 +145,11 @@ def _fairgrad(alpha: float, max_iters: int | None = None) -> surgery.Rule:
 
 
 def _config(pref_vector: Tensor | None = None) -> surgery.Rule:
-    return surgery.ConFIG(preference=_list(pref_vector))
+    return surgery.ConFIG(preference=_preference(pref_vector))
 
 
 def _constant(weights: Tensor) -> surgery.Rule:
-    return surgery.Constant(values=weights.tolist())
+    return surgery.Constant(values=_list("weights", weights))
 
 
 def _random() -> surgery.Rule:
@@ -170,8 +165,17 @@ def _trimmedmean(trim_number: int) -> surgery.Rule:
     return surgery.TrimmedMean(trim=trim_number)
 
 
-def _list(pref_vector: Tensor | None) -> Sequence[float] | None:
-    return None if pref_vector is None else pref_vector.tolist()
+def _list(name: str, vector: Any) -> list[float]:
+    check_values(vector, name)
+    check(
+        vector.dim() == 1 and (vector.is_floating_point() or vector.dtype == torch.int64),
+        f"{name} must be a vector of numbers, got {vector.dtype} {list(vector.shape)}",
+    )
+    return vector.tolist()
+
+
+def _preference(pref_vector: Tensor | None) -> list[float] | None:
+    return None if pref_vector is None else _list("pref_vector", pref_vector)
 
 
 def _seed() -> int:
