@@ -4,13 +4,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-B, T, D = 4, 3, 4
+D = 4
 
 
 class Pool(nn.Module):
     """What a program may use, any number of times."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, batch, tokens):
         super().__init__()
         torch.manual_seed(seed)
         self.a, self.b = nn.Linear(D, D), nn.Linear(D, D, bias=False)
@@ -19,8 +19,11 @@ class Pool(nn.Module):
         self.flat = nn.Parameter(torch.randn(2 * D * D))
         self.joint = nn.Parameter(torch.randn(3 * D, D))
         self.left, self.right = nn.Parameter(torch.randn(D, 2)), nn.Parameter(torch.randn(2, D))
-        self.places, self.scalar = nn.Parameter(torch.randn(T, D)), nn.Parameter(torch.randn(()))
-        self.own = nn.Parameter(torch.randn(B, 1, D))
+        self.places, self.scalar = (
+            nn.Parameter(torch.randn(tokens, D)),
+            nn.Parameter(torch.randn(())),
+        )
+        self.own = nn.Parameter(torch.randn(batch, 1, D))
         self.frozen = nn.Parameter(torch.randn(D, D), requires_grad=False)
         self.norm, self.groups = nn.LayerNorm(D), nn.GroupNorm(2, D)
         self.root, self.batch = nn.RMSNorm(D), nn.BatchNorm1d(D)
@@ -33,6 +36,12 @@ class Pool(nn.Module):
         self.gru, self.lstm = nn.GRU(D, D, batch_first=True), nn.LSTM(D, D, batch_first=True)
         self.cell, self.long, self.short = nn.GRUCell(D, D), nn.LSTMCell(D, D), nn.RNNCell(D, D)
         self.pair, self.slope = nn.Bilinear(D, D, D), nn.PReLU(D)
+        self.counts = nn.Embedding(D + 2, D, scale_grad_by_freq=True)
+        self.sparse = nn.Embedding(D + 2, D, sparse=True)
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.Linear(D, D))
+        self.turned = nn.utils.parametrizations.orthogonal(nn.Linear(D, D))
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(D, D))
+        self.back = nn.ConvTranspose1d(D, D, 3, padding=1)
         self.drop, self.out = nn.Dropout(0.3), nn.Linear(D, D, bias=False)
         self.out.weight = self.b.weight  # tied
         self.double()

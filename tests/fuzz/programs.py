@@ -3,6 +3,7 @@
 import random
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -16,7 +17,7 @@ from tests.fuzz.functions import (
     Saved,
     Two,
 )
-from tests.fuzz.pool import VECTORS, WEIGHTS, B, D, T
+from tests.fuzz.pool import VECTORS, WEIGHTS, D
 
 
 class Chosen:
@@ -52,7 +53,7 @@ def folded(x):
 
 def set_rows(m, x, c):
     x = x.clone()
-    x[:, c.number(T)] = c.vector(m)
+    x[:, c.number(x.shape[1])] = c.vector(m)
     return x
 
 
@@ -72,12 +73,12 @@ def sample_by_sample(m, x, c):
 def through_view(m, x, c):
     x = x.clone(memory_format=torch.contiguous_format)
     x.view(-1, D).mul_(c.vector(m))
-    x.transpose(0, 1)[c.number(T)].add_(1)
+    x.transpose(0, 1)[c.number(x.shape[1])].add_(1)
     return x
 
 
 def one_sample(m, x, c):
-    k = c.number(B)
+    k = c.number(len(x))
     return torch.cat([x[:k], F.linear(x[k : k + 1], c.weight(m)), x[k + 1 :]])
 
 
@@ -172,13 +173,13 @@ PLAIN = {
     "scaled": lambda m, x, c: x * m.scale + m.scalar,
     "places": lambda m, x, c: x + m.places,
     "own": lambda m, x, c: (x * m.own).tanh() + m.own.mean(),
-    "words": lambda m, x, c: x * F.embedding(c.index(B, T), m.table),
+    "words": lambda m, x, c: x * F.embedding(c.index(*x.shape[:2]), m.table),
     "softmax": lambda m, x, c: x.softmax(c.of([-1, 1])) * 3,
     "turned": lambda m, x, c: m.a(x.transpose(0, 1)).tanh().transpose(0, 1),
-    "rows": lambda m, x, c: (x.reshape(B * T, D) @ m.b.weight + m.shift).view(B, T, D),
+    "rows": lambda m, x, c: (x.reshape(-1, D) @ m.b.weight + m.shift).view(x.shape),
     "sin": lambda m, x, c: x.flip(1).sin(),
     "one sample": one_sample,
-    "moved": lambda m, x, c: x[c.index(B, high=B)],
+    "moved": lambda m, x, c: x[c.index(len(x), high=len(x))],
     "parts": lambda m, x, c: torch.cat([x[..., 2:] * m.scalar, x[..., :2]], -1),
 }
 SHARED = {
@@ -186,7 +187,7 @@ SHARED = {
     "affine": lambda m, x, c: F.linear(x, c.weight(m), c.vector(m)),
     "matmul": lambda m, x, c: x @ c.weight(m),
     "einsum": lambda m, x, c: torch.einsum("btd,ed->bte", x, c.weight(m)),
-    "batched": lambda m, x, c: torch.bmm(x, c.weight(m).expand(B, D, D)),
+    "batched": lambda m, x, c: torch.bmm(x, c.weight(m).expand(len(x), D, D)),
     "broadcast": lambda m, x, c: x.unsqueeze(-2).matmul(c.weight(m)).squeeze(-2),
     "times": lambda m, x, c: x * c.vector(m),
     "plus": lambda m, x, c: x + c.vector(m),
@@ -195,20 +196,20 @@ SHARED = {
     "convolved": lambda m, x, c: folded(F.conv1d(folded(x), c.weight(m)[:, :, None])),
     "slopes": lambda m, x, c: folded(F.prelu(folded(x), c.vector(m))),
     "lerp": lambda m, x, c: torch.lerp(x, x.tanh(), c.vector(m)),
-    "looked up": lambda m, x, c: x + F.embedding(c.index(B, T, high=D), c.weight(m)),
-    "indexed": lambda m, x, c: x * c.weight(m)[c.index(B, T, high=D)],
+    "looked up": lambda m, x, c: x + F.embedding(c.index(*x.shape[:2], high=D), c.weight(m)),
+    "indexed": lambda m, x, c: x * c.weight(m)[c.index(*x.shape[:2], high=D)],
     "bag": lambda m, x, c: (
-        x + F.embedding_bag(c.index(B, 2, high=D), c.weight(m), mode="sum")[:, None]
+        x + F.embedding_bag(c.index(len(x), 2, high=D), c.weight(m), mode="sum")[:, None]
     ),
     "distances": lambda m, x, c: torch.cdist(x, c.weight(m)),
     "attended": lambda m, x, c: F.scaled_dot_product_attention(
         F.linear(x, c.weight(m)), x, F.linear(x, c.weight(m), c.vector(m))
     ),
     "keys": lambda m, x, c: F.scaled_dot_product_attention(
-        x, c.weight(m).expand(B, D, D), c.weight(m).expand(B, D, D)
+        x, c.weight(m).expand(len(x), D, D), c.weight(m).expand(len(x), D, D)
     ),
-    "prefix": lambda m, x, c: torch.cat([c.vector(m).expand(B, 1, D), x[:, 1:]], 1),
-    "rows": lambda m, x, c: torch.addmm(c.vector(m), x.reshape(-1, D), c.weight(m)).view(B, T, D),
+    "prefix": lambda m, x, c: torch.cat([c.vector(m).expand(len(x), 1, D), x[:, 1:]], 1),
+    "rows": lambda m, x, c: torch.addmm(c.vector(m), x.reshape(-1, D), c.weight(m)).view(x.shape),
     "scaled rows": lambda m, x, c: x * (F.linear(x, c.vector(m)[None]).sigmoid()),
     "gated": lambda m, x, c: x * F.linear(x, c.weight(m)).sigmoid() + x @ c.weight(m),
     "own cell": own_cell,
@@ -226,15 +227,19 @@ IN_PLACE = {
     "clamp": lambda m, x, c: m.a(x).clamp_(-1, 1),
     "fill": lambda m, x, c: m.a(x).masked_fill_(x > 0.5, 0.3),
     "copy": lambda m, x, c: torch.zeros_like(x).copy_(m.b(x)),
-    "index add": lambda m, x, c: x.clone().index_add_(1, c.index(2, high=T), m.b(x[:, :2])),
+    "index add": lambda m, x, c: x.clone().index_add_(
+        1, c.index(len(x[0, :2]), high=x.shape[1]), m.b(x[:, :2])
+    ),
     "index copy": lambda m, x, c: x.clone().index_copy_(
-        1, torch.tensor([0]), c.vector(m).expand(B, 1, D)
+        1, torch.tensor([0]), c.vector(m).expand(len(x), 1, D)
     ),
     "scatter": lambda m, x, c: torch.zeros_like(x).scatter_add_(
-        1, c.index(B, T, high=T)[..., None].expand(B, T, D), m.a(x)
+        1, c.index(*x.shape[:2], high=x.shape[1])[..., None].expand_as(x), m.a(x)
     ),
     "put": lambda m, x, c: x.clone().index_put_(
-        (torch.arange(B), c.index(B, high=T)), c.vector(m).expand(B, D), accumulate=True
+        (torch.arange(len(x)), c.index(len(x), high=x.shape[1])),
+        c.vector(m).expand(len(x), D),
+        accumulate=True,
     ),
     "swapped": lambda m, x, c: m.a(x).transpose_(1, 2).transpose_(1, 2),
     "sigmoid": lambda m, x, c: m.a(x).sigmoid_(),
@@ -244,8 +249,8 @@ MODULES = {
     "rms": lambda m, x, c: m.root(x),
     "convolution": lambda m, x, c: x + folded(m.mix(folded(x))),
     "depthwise": lambda m, x, c: folded(m.deep(folded(x))),
-    "words": lambda m, x, c: x + m.words(c.index(B, T)),
-    "bag": lambda m, x, c: x + m.bag(c.index(B, 3))[:, None],
+    "words": lambda m, x, c: x + m.words(c.index(*x.shape[:2])),
+    "bag": lambda m, x, c: x + m.bag(c.index(len(x), 3))[:, None],
     "attention": lambda m, x, c: m.attention(x, x, x, need_weights=c.of([False, True]))[0],
     "block": lambda m, x, c: m.block(x),
     "gru": lambda m, x, c: m.gru(x)[0],
@@ -278,12 +283,151 @@ HOOKS = {
     "node": hooked_node,
     "retained": retained,
 }
+
+
+def penalty(m, x, c):
+    """A gradient with respect to the input, differentiated again."""
+    with torch.enable_grad():
+        y = x if x.requires_grad else x.clone().requires_grad_()
+        out = torch.tanh(F.linear(y, c.weight(m), c.vector(m))).square().sum()
+        return x + torch.autograd.grad(out, y, create_graph=True)[0]
+
+
+def experts(m, x, c):
+    """Tokens picked by what they are, given to one expert each, and put back."""
+    flat, out = x.reshape(-1, D), torch.zeros_like(x).reshape(-1, D)
+    first = flat[:, 0] > 0
+    for mask, w in ((first, c.weight(m)), (~first, c.weight(m))):
+        where = mask.nonzero().flatten()
+        out = out.index_add(0, where, F.linear(flat[where], w))
+    return out.view(x.shape) * m.scalar
+
+
+def packed(m, x, c):
+    lengths = torch.tensor([x.shape[1] - i % x.shape[1] for i in range(len(x))])
+    given = nn.utils.rnn.pack_padded_sequence(
+        x, lengths, batch_first=True, enforce_sorted=bool((lengths.diff() <= 0).all())
+    )
+    out, _ = m.lstm(given)
+    return nn.utils.rnn.pad_packed_sequence(out, True, total_length=x.shape[1])[0]
+
+
+def copies(m, x, c):
+    """Every sample twice, and their mean."""
+    y = m.drop(m.a(x.repeat_interleave(2, 0)))
+    return y.view(len(x), 2, *x.shape[1:]).mean(1)
+
+
+def grouped(m, x, c):
+    """A convolution with the samples in its channels, as weights of samples are applied."""
+    w = c.weight(m)[None, :, :, None].expand(len(x), D, D, 1).reshape(-1, D, 1)
+    return folded(
+        F.conv1d(folded(x).reshape(1, -1, x.shape[1]), w, groups=len(x)).view(len(x), D, x.shape[1])
+    )
+
+
+def vmapped(m, x, c):
+    w, v = c.weight(m), c.vector(m)
+    return torch.func.vmap(lambda row: torch.tanh(row @ w) + v)(x)
+
+
+def swapped(m, x, c):
+    values = {"weight": c.weight(m), "bias": c.vector(m)}
+    return torch.func.functional_call(m.a, values, (x,))
+
+
+def nested(m, x, c):
+    """A checkpoint inside another."""
+    w = c.weight(m)
+    inner = lambda x: m.drop(torch.tanh(x @ w))  # noqa: E731
+    outer = lambda x: checkpoint(inner, m.a(x), use_reentrant=False) + x  # noqa: E731
+    return checkpoint(outer, x, use_reentrant=False)
+
+
+def biased(m, x, c):
+    bias = c.vector(m)[0] * torch.arange(x.shape[1]).double()
+    return F.scaled_dot_product_attention(m.a(x), x, m.b(x), attn_mask=bias - bias[:, None])
+
+
+def positions(m, x, c):
+    near = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+    table = F.embedding(near.clamp(-1, 1) + 1, c.weight(m)[:3])
+    return torch.einsum("bsd,tsd->bts", x, table) @ x
+
+
+def turning(m, x, c):
+    """Frequencies: complex numbers between real ones."""
+    y = torch.fft.fft(F.linear(x, c.weight(m)), dim=-1) * torch.exp(1j * c.vector(m))
+    return torch.fft.ifft(y, dim=-1).real
+
+
+def positive(w):
+    return w @ w.mT + torch.eye(D).double()
+
+
+def reordered(m, x, c):
+    order = x[:, 0, 0].argsort()
+    return m.a(x[order])[order.argsort()]
+
+
+ODD = {
+    "penalty": penalty,
+    "experts": experts,
+    "packed": packed,
+    "copies": copies,
+    "grouped": grouped,
+    "vmapped": vmapped,
+    "swapped": swapped,
+    "nested": nested,
+    "biased": biased,
+    "positions": positions,
+    "turning": turning,
+    "reordered": reordered,
+    "counts": lambda m, x, c: x + m.counts(c.index(*x.shape[:2])),
+    "sparse": lambda m, x, c: x + m.sparse(c.index(*x.shape[:2])),
+    "weight norm": lambda m, x, c: m.weighted(x),
+    "orthogonal": lambda m, x, c: m.turned(x),
+    "spectral": lambda m, x, c: m.spectral(x),
+    "back": lambda m, x, c: folded(m.back(folded(x))),
+    "sampled bag": lambda m, x, c: (
+        x
+        + F.embedding_bag(
+            c.index(len(x), 2, high=D),
+            c.weight(m),
+            mode="sum",
+            per_sample_weights=x[:, 0, :2].contiguous(),
+        )[:, None]
+    ),
+    "solved": lambda m, x, c: torch.linalg.solve(positive(c.weight(m)), folded(x)).mT,
+    "products": lambda m, x, c: (x.sin() + c.vector(m)).cumprod(1),
+    "log sums": lambda m, x, c: torch.logsumexp(x.unsqueeze(-2) + c.weight(m), -1),
+    "medians": lambda m, x, c: x - F.linear(x, c.weight(m)).median(1, keepdim=True)[0],
+    "scanned": lambda m, x, c: (x * c.vector(m)).cummax(1)[0],
+    "windows": lambda m, x, c: F.pad(x, (1, 1)).unfold(2, 3, 1) @ c.vector(m)[:3],
+    "kron": lambda m, x, c: F.linear(x, torch.kron(m.left[:2], m.right[:, :2])),
+    "quadratic": lambda m, x, c: torch.einsum("btd,de,bse->bts", x, c.weight(m), x) @ x,
+    "roots": lambda m, x, c: F.linear(x, torch.linalg.cholesky(positive(c.weight(m)))),
+    "split": lambda m, x, c: sum(
+        F.linear(part, w) for part, w in zip(x.split(2, -1), c.weight(m).split(2, 1), strict=True)
+    ),
+    "chunks": lambda m, x, c: torch.cat([F.linear(p, c.weight(m)) for p in x.unbind(1)], -1).view(
+        x.shape
+    ),
+    "outer": lambda m, x, c: (
+        (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(2) @ m.flat.view(2, D * D).t() @ m.right
+    ),
+    "no grad": lambda m, x, c: m.a(x) * torch.sigmoid(m.b(x)).detach(),
+    "twice": lambda m, x, c: m.a(m.a(x).tanh()),
+    "of a list": lambda m, x, c: sum(
+        F.linear(x, w) * v for w, v in zip([c.weight(m)] * 2, [c.vector(m)] * 2, strict=True)
+    ),
+}
 MEETING = {
     "centered": lambda m, x, c: x - x.mean(0),
     "softmax": lambda m, x, c: x.softmax(0),
     "rolled": lambda m, x, c: x + x.roll(1, 0),
     "sorted": lambda m, x, c: x.sort(0)[0],
-    "one for all": lambda m, x, c: x + x[c.number(B)],
+    "one for all": lambda m, x, c: x + x[c.number(len(x))],
     "whole": lambda m, x, c: x / (1 + x.square().sum()),
     "mean weight": lambda m, x, c: F.linear(x, c.weight(m) * x.mean()),
 }
@@ -292,31 +436,41 @@ THEMES = {
     "shared": SHARED,
     "in place": IN_PLACE,
     "modules": MODULES,
+    "odd": ODD,
     "functions": FUNCTIONS,
     "hooks": HOOKS,
     "meeting": MEETING,
 }
 
 
-def losses_of(m, x, kind):
-    """[B] or [B, T]."""
-    if kind == "tokens":
-        return x.square().sum(2)
-    if kind == "entropy":
-        return F.cross_entropy(x[:, -1], torch.arange(B) % D, reduction="none")
-    losses = x.square().sum((1, 2))
-    if kind == "joined":
-        return torch.cat([losses[:2], losses[2:] * m.scalar])
-    if kind == "stacked":
-        return torch.stack([losses, x.sin().sum((1, 2)) * m.scalar], 1)
-    if kind == "regularized":
-        return losses + 0.1 * m.scale.square().sum()
-    if kind == "apart":
-        return torch.stack([m.a(row).square().sum() for row in x])
-    return losses
+def entropy(m, x):
+    return F.cross_entropy(x[:, -1], torch.arange(len(x)) % D, reduction="none")
 
 
-LOSSES = ["sum", "tokens", "entropy", "joined", "stacked", "regularized", "apart"]
+def whole(m, x):
+    return x.square().sum((1, 2))
+
+
+LOSSES = {
+    "sum": whole,
+    "tokens": lambda m, x: x.square().sum(2),
+    "entropy": entropy,
+    "joined": lambda m, x: torch.cat([whole(m, x)[:2], whole(m, x)[2:] * m.scalar]),
+    "stacked": lambda m, x: torch.stack([whole(m, x), whole(m, x.sin()) * m.scalar], 1),
+    "regularized": lambda m, x: whole(m, x) + 0.1 * m.scale.square().sum(),
+    "apart": lambda m, x: torch.stack([m.a(row).square().sum() for row in x]),
+    "columns": lambda m, x: x.square().sum(2).mT,
+    "kept": lambda m, x: x.square().sum(2)[x[..., 0] > -0.2],
+    "order": lambda m, x: whole(m, x).flip(0),
+    "sorted": lambda m, x: whole(m, x).sort()[0],
+    "twice": lambda m, x: torch.cat([whole(m, x), entropy(m, x)]),
+    "again": lambda m, x: whole(m, x).repeat(2),
+    "one each": lambda m, x: whole(m, x)[:, None],
+    "scalar": lambda m, x: whole(m, x).mean(),
+    "picked": lambda m, x: whole(m, x)[:1],
+    "log": lambda m, x: torch.log1p(whole(m, x)) * m.scalar.exp(),
+    "in place": lambda m, x: whole(m, x).mul_(m.scalar).add_(m.scale.sum()),
+}
 
 
 def forward(m, x, steps, kind, seed):
@@ -324,7 +478,7 @@ def forward(m, x, steps, kind, seed):
     torch.manual_seed(seed)
     for theme, name, detail in steps:
         x = THEMES[theme][name](m, x, Chosen(detail)).clamp(-5, 5)
-    return losses_of(m, x, kind)
+    return LOSSES[kind](m, x)
 
 
 def hook_modules(m, hooks):

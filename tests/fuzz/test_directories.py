@@ -1,4 +1,4 @@
-"""Damaged run directories and jobs killed at random: the same numbers, or one line that says why."""
+"""Damaged run directories and killed jobs: the same numbers, or one line that says why."""
 
 import contextlib
 import io

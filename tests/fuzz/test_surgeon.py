@@ -1,4 +1,4 @@
-"""Programs of a Surgeon's steps: against plain torch in float64, and all or nothing after errors."""
+"""Programs of a Surgeon's steps: as plain torch has them, and all or nothing after errors."""
 
 import sys
 import warnings
