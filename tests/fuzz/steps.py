@@ -29,7 +29,27 @@ class Net(nn.Module):
         return self.last(h) * self.temperature.exp()
 
 
+def scheduled(params):
+    optimizer = torch.optim.SGD(params, lr=0.05, momentum=0.5)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    return optimizer
+
+
+def grouped(params):
+    groups = [{"params": params[::2], "lr": 0.02}, {"params": params[1::2], "weight_decay": 0.1}]
+    return torch.optim.Adam(groups, lr=0.01)
+
+
 OPTIMIZERS = {
+    "groups": grouped,
+    "scheduled": scheduled,
+    "maximize": lambda p: torch.optim.SGD(p, lr=0.01, maximize=True),
+    "tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01, dtype=torch.float64)),
+    "fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
+    "capturable": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
     "nesterov": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, foreach=True),
@@ -100,7 +120,11 @@ def reference(model, optimizer, rule, parts, loss):
         given["memory"] = slice(jacobian.m - counts["memory"], None)
     if "retain_loss" in rule.roles:
         given["retain_loss"] = losses[list(parts).index("retain")].mean()
-    update = rule(jacobian, **given)
+    if rule.weighted:
+        metric = metric_of(optimizer, list(named.values())) if rule.precondition else None
+        update = jacobian.combine(rule.solve(jacobian, metric=metric, **given).weights)
+    else:
+        update = rule(jacobian, **given)
     for p in model.parameters():
         p.grad = None
     for (name, p), u in zip(named.items(), update, strict=True):
@@ -109,6 +133,18 @@ def reference(model, optimizer, rule, parts, loss):
     for p in model.parameters():
         p.grad = None
     return jacobian.gramian(), torch.cat(losses)
+
+
+def metric_of(optimizer, parameters):
+    """lr / (sqrt(v) + eps) of Adam, once it has taken a step."""
+    found = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "exp_avg_sq" in state:
+                v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+                found[p] = group["lr"] / (v.sqrt() + group["eps"])
+    return [found[p] for p in parameters] if all(p in found for p in parameters) else None
 
 
 def cloned(model, optimizer, rule):

@@ -171,7 +171,7 @@ DAMAGES = (
 )  # fmt: skip
 
 
-@examples(12)
+@examples(6)
 @given(
     run=st.sampled_from(["finished", "finished", "interrupted"]),
     damage=st.sampled_from(DAMAGES),

@@ -245,7 +245,7 @@ def may_refuse(program):
 
 @pytest.mark.parametrize("theme", list(THEMES))
 def test_random_models(theme, monkeypatch):
-    @examples(40)
+    @examples(15)
     @given(programs(theme))
     def attacked(program):
         refusable = may_refuse(program)
@@ -309,7 +309,7 @@ def ranges(program):
 
 
 def test_ranges(monkeypatch):
-    @examples(30)
+    @examples(12)
     @given(scaled())
     def attacked(program):
         with attack("models: ranges", may_refuse=False), warnings.catch_warnings():

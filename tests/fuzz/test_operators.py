@@ -29,7 +29,7 @@ def backend(request, monkeypatch):
     monkeypatch.setenv("GRADSURGERY_BACKEND", request.param)
 
 
-@examples(40)
+@examples(20)
 @given(matrices(), st.booleans(), st.booleans(), st.integers(0, 300))
 def test_gramian(backend, rows, precise, tensors, cut):
     with attack("operators: gramian", may_refuse=False):
@@ -50,7 +50,7 @@ def test_gramian(backend, rows, precise, tensors, cut):
         assert untouched()
 
 
-@examples(40)
+@examples(20)
 @given(matrices(), st.integers(0, 2**20), st.integers(-20, 20), st.booleans(), st.integers(0, 300))
 def test_combine(backend, rows, seed, power, tensors, cut):
     with attack("operators: combine", may_refuse=False):
@@ -75,7 +75,7 @@ def test_combine(backend, rows, seed, power, tensors, cut):
         assert untouched()
 
 
-@examples(60)
+@examples(30)
 @given(matrices(least=1, columns=150), st.integers(0, 2**20), st.booleans(), st.integers(0, 300))
 def test_project_out(backend, rows, seed, tensors, cut):
     with attack("operators: project_out", may_refuse=False):
@@ -114,7 +114,7 @@ def test_project_out(backend, rows, seed, tensors, cut):
             )
 
 
-@examples(60)
+@examples(30)
 @given(matrices(columns=150), st.sampled_from([(), (2,), (0,), (2, 1)]), st.booleans())
 def test_orthonormalize(backend, rows, batch, turned):
     with attack("operators: orthonormalize", may_refuse=False):
@@ -153,7 +153,7 @@ def test_orthonormalize(backend, rows, batch, turned):
                 assert bool((apart.abs() <= bound).all()), float(apart.abs().max())
 
 
-@examples(40)
+@examples(20)
 @given(
     matrices(least=2, most=2),
     st.sampled_from(["forget", "retain", "both"]),
@@ -193,7 +193,7 @@ def test_harmonize(backend, rows, mode, per, cut, tensors):
             assert error <= tolerance * unit(original[None])[1][0] + least
 
 
-@examples(30)
+@examples(15)
 @given(matrices(most=12))
 def test_diagnose(backend, rows):
     with attack("operators: diagnose", may_refuse=False):
@@ -215,7 +215,7 @@ def test_diagnose(backend, rows):
         assert bool(((stored.cosines - found.cosines).abs() <= 1e-9).all())
 
 
-@examples(30)
+@examples(15)
 @given(matrices(least=1), st.integers(1, 8), st.integers(0, 2**20), st.booleans())
 def test_stored_rows(backend, rows, at, seed, tensors):
     with attack("operators: DenseJacobian, concat", may_refuse=False):

@@ -53,8 +53,11 @@ def surgeons(draw):
     """Options of a Surgeon and of its rule."""
     name = draw(st.sampled_from(RULES))
     options = {}
+    optimizer = draw(st.sampled_from(list(OPTIMIZERS)))
     if name in STEADY:
         options["granularity"] = draw(st.sampled_from(["model", "tensor", "module"]))
+        if optimizer in ("adam", "adamw", "groups") and draw(st.booleans()):
+            options["precondition"] = "optimizer"
     rows = draw(st.sampled_from(["captured", "captured", "stored"]))
     more = {"rows": rows}
     if rows == "captured":
@@ -66,7 +69,7 @@ def surgeons(draw):
         "rule": name,
         "options": options,
         "surgeon": more,
-        "optimizer": draw(st.sampled_from(list(OPTIMIZERS))),
+        "optimizer": optimizer,
         "structure": draw(st.sampled_from([s for s in STRUCTURES if s != "user dict"])),
         "seed": draw(st.integers(0, 2**10)),
         "size": draw(st.integers(1, 5)),
@@ -149,7 +152,7 @@ def quietly(kind, run):
         run()
 
 
-@examples(50)
+@examples(20)
 @given(surgeons(), st.lists(st.sampled_from(["step", "grad", "lr", "zero"]), max_size=4))
 def test_steps(drawn, actions):
     def run():
@@ -168,7 +171,7 @@ def test_steps(drawn, actions):
     quietly("surgeon: steps", run)
 
 
-@examples(20)
+@examples(10)
 @given(surgeons(), st.lists(st.sampled_from(["freeze", "thaw", "add", "remove"]), max_size=4))
 def test_parameters_that_change(drawn, actions):
     """Whoever is frozen, thawed or added moves as in an ordinary step, or is refused by name."""
@@ -193,7 +196,7 @@ def test_parameters_that_change(drawn, actions):
     quietly("surgeon: parameters change", run)
 
 
-@examples(10)
+@examples(6)
 @given(surgeons(), st.sampled_from(list(STRUCTURES)))
 def test_batches(drawn, structure):
     quietly("surgeon: batches", lambda: Program(drawn).checked_step(structure))
@@ -237,7 +240,7 @@ ERRORS = {
 }
 
 
-@examples(30)
+@examples(14)
 @given(surgeons(), st.sampled_from(list(ERRORS)), st.integers(0, 2), st.booleans())
 def test_errors(drawn, error, calls, grads):
     """After an error everything is as before, and the next step is right."""
@@ -289,7 +292,7 @@ def inside_optimizer():
     return False
 
 
-@examples(40)
+@examples(14)
 @given(surgeons(), st.floats(0, 1), st.booleans())
 def test_interrupts(drawn, share, grads):
     """Interrupted anywhere, a step has been taken whole or not at all."""
