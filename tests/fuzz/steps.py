@@ -47,7 +47,6 @@ OPTIMIZERS = {
     "tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01, dtype=torch.float64)),
     "fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
     "capturable": lambda p: torch.optim.RAdam(p, lr=0.01),
-    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
