@@ -136,20 +136,21 @@ def expected_rows(program):
     if all(grad is None for grad in whole):
         return None
     groups = groups_of(program, losses.shape)
-    rows = torch.arange(losses.numel()) if groups is None else groups.flatten()
-    found = [torch.zeros(int(rows.max()) + 1, p.numel(), dtype=torch.float64) for p in held]
-    for k, row in enumerate(rows.tolist()):
-        if row < 0:
-            continue
+    numbers = torch.arange(losses.numel()) if groups is None else groups.flatten()
+    found = [torch.zeros(int(numbers.max()) + 1, p.numel(), dtype=torch.float64) for p in held]
+    for row in sorted(set(numbers.tolist()) - {-1}):
         if program["fresh"]:
             model, x = made(program)
             losses, held = losses_from(program, model, x), wanted_of(program, model)
         grads = torch.autograd.grad(
-            losses.flatten()[k], held, retain_graph=not program["fresh"], allow_unused=True
+            losses.flatten()[numbers == row].sum(),
+            held,
+            retain_graph=not program["fresh"],
+            allow_unused=True,
         )
         for into, grad in zip(found, grads, strict=True):
             if grad is not None:
-                into[row] += grad.to_dense().detach().flatten()
+                into[row] = grad.to_dense().detach().flatten()
     return found
 
 
