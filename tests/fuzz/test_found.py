@@ -51,3 +51,15 @@ def test_what_left_the_optimizer_keeps_its_grad():
     before = model.bias.detach().clone()
     surgeon.step(batch=(torch.randn(3, 5).double(), torch.randn(3, 4).double()), loss=of_samples)
     assert model.bias.grad is None and torch.equal(model.bias, before)
+
+
+@pytest.mark.parametrize("whole", ["first", "second"])
+def test_two_parameters_used_row_by_row_of_which_one_is_used_whole_too(whole):
+    first, second = (nn.Parameter(torch.randn(5, 4).double()) for _ in range(2))
+    model, x = nn.ParameterList([first, second]), torch.randn(5, 4).double()
+    both = first if whole == "first" else second
+    with gs.tape(model) as tape:
+        losses = (first * second * x).sum(1) + both.sum() * x[:, 0]
+    grads = [torch.autograd.grad(v, list(model), retain_graph=True) for v in losses]
+    rows = torch.stack([torch.cat([g.flatten() for g in pair]) for pair in grads])
+    torch.testing.assert_close(tape.jacobian(losses).gramian(), rows @ rows.mT)
