@@ -1,5 +1,8 @@
 """autograd Functions and hooks: what user code does to gradients between parameters and losses."""
 
+# pyright: reportIncompatibleMethodOverride=false
+# a Function names what its outputs are; torch declares one name for them all
+
 import torch
 
 
