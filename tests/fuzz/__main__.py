@@ -23,12 +23,13 @@ def main(seeds, effort, arguments):
         environment = {
             **os.environ,
             "GRADSURGERY_FUZZ": str(effort),
+            "GRADSURGERY_FUZZ_SEED": str(seed),
             "GRADSURGERY_FUZZ_OUT": str(counts),
         }
         call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fuzz"]
         with log.open("w") as out:
             done = subprocess.run(
-                [*call, f"--hypothesis-seed={seed}", *arguments],
+                [*call, *arguments],
                 env=environment,
                 stdout=out,
                 stderr=subprocess.STDOUT,

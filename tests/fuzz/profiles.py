@@ -4,7 +4,9 @@ import os
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
+import hypothesis.core
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
@@ -13,6 +15,12 @@ import gradsurgery as gs
 # times the examples of `make test`; with 1 the draws are the same in every run
 EFFORT = int(os.environ.get("GRADSURGERY_FUZZ", "1"))
 EXAMPLES = Path("build/fuzz/examples")
+
+if "GRADSURGERY_FUZZ_SEED" in os.environ:
+    # pytest's --hypothesis-seed would switch the examples kept off
+    hypothesis.core.threadlocal._hypothesis_global_random = Random(
+        os.environ["GRADSURGERY_FUZZ_SEED"]
+    )
 
 
 def examples(quick):
