@@ -7,7 +7,7 @@ pip := $(bin)/python -m pip install --quiet --disable-pip-version-check -c const
 native := CMakeLists.txt setup.py $(wildcard csrc/*)
 formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/emulated_cuda/*.h)
 
-.PHONY: demo test lint format types bench sanitize emulate interpret gpu clean
+.PHONY: demo test fuzz lint format types bench sanitize emulate interpret gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -15,6 +15,13 @@ demo: $(VENV)/demo
 
 test: $(VENV)/dev
 	$(bin)/python -m pytest $(ARGS)
+
+# inputs drawn anew for each seed, EFFORT times as many as in `make test`: some 20 minutes a seed on
+# one core. What fails is kept in build/fuzz/examples, and tried first the next time
+SEEDS ?= 1
+EFFORT ?= 20
+fuzz: $(VENV)/dev
+	$(bin)/python -m tests.fuzz $(SEEDS) $(EFFORT) $(ARGS)
 
 lint: $(VENV)/dev
 	$(bin)/ruff check .
