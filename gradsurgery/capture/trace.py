@@ -278,7 +278,8 @@ def _set_apart_coupled(found: Trace) -> None:
 def _share_direct(found: Trace) -> None:
     """A parameter that a leaf is computed from too is met like any other, use by use."""
     below = {node for leaf in found.leaves for node in leaf.below[0]}
-    for direct in [d for d in found.direct if d.place[0] in below]:
-        found.direct.remove(direct)
-        shape = tuple(direct.parameter.shape)
-        found.leaves.append(Leaf(direct.place, shape, direct.meetings))
+    shared = [direct for direct in found.direct if direct.place[0] in below]
+    found.direct = [direct for direct in found.direct if direct.place[0] not in below]
+    found.leaves += [
+        Leaf(direct.place, tuple(direct.parameter.shape), direct.meetings) for direct in shared
+    ]
