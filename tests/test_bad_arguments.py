@@ -173,8 +173,6 @@ def said(call, value):
         call(value)
     except gs.InputError as error:
         return str(error)
-    except gs.NonFiniteError as error:
-        return str(error)
     except TypeError as error:
         if SIGNATURE.search(str(error)):
             return str(error)

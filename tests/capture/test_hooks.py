@@ -327,7 +327,7 @@ class Clamping(torch.autograd.Function):
         return weight.round(decimals=1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad.clamp(-0.3, 0.3)
 
 

@@ -53,7 +53,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.grad.mul_(g), None
 
 
@@ -69,7 +69,7 @@ class FusedLinear(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         return x.mul_(g), weight.mul_(g), None
 
@@ -83,7 +83,7 @@ class Scaled(torch.autograd.Function):
         return 3 * x
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         (factor,) = ctx.saved_tensors
         out = g * factor
         factor.mul_(2)
@@ -105,7 +105,7 @@ class Counting(torch.autograd.Function):
         return x @ weight.T
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         global LATEST
         LATEST = float(g.abs().max())
         TALLY.append(LATEST)
@@ -233,7 +233,7 @@ class Restless(torch.autograd.Function):
         return x * 1
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         return g * ctx.memory(), None
 
 
@@ -252,7 +252,7 @@ class Noisy(torch.autograd.Function):
         return x * 1
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         return g * (1 + torch.rand_like(g))
 
 
@@ -284,7 +284,7 @@ class Picked(torch.autograd.Function):
         return x[i].square().sum()
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
         out = torch.zeros_like(x)
         out[ctx.i] = 2 * x[ctx.i] * g
@@ -302,7 +302,7 @@ class Large(torch.autograd.Function):
         return x * 2.0**14
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         return g * 2.0**14
 
 
@@ -323,7 +323,7 @@ class Unit(torch.autograd.Function):
         return x * 1
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         return g / (g.norm(dim=1, keepdim=True) + 1e-12)
 
 

@@ -344,10 +344,10 @@ def test_retrain_draws_nothing_where_its_optimizer_cannot_be_made():
 
 def test_a_schedule_that_raises_leaves_a_whole_step():
     class Ends(torch.optim.lr_scheduler.LambdaLR):
-        def step(self, *args):
+        def step(self, epoch=None):
             if self.last_epoch >= 0 and self._step_count > 1:
                 raise Broken
-            super().step(*args)
+            super().step()
 
     data = sets()
     trainer = Finetune(
