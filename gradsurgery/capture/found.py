@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from gradsurgery.capture.descent import Arrived, Descent, Mixed, not_linear
 from gradsurgery.capture.fallback import apart, one_by_one, spread
 from gradsurgery.capture.graph import Place, ordered, roots, under
-from gradsurgery.capture.hooks import Sampled, linear, scale_of
+from gradsurgery.capture.hooks import Sampled
 from gradsurgery.capture.junctions import prepare
 from gradsurgery.capture.kept import Kept, as_before, functions, is_function
 from gradsurgery.capture.layout import Layout, compress
-from gradsurgery.capture.leaves import Derived, oriented, vjps
+from gradsurgery.capture.leaves import Derived, oriented
 from gradsurgery.capture.probe import dense
 from gradsurgery.capture.recomputed import read_again, recomputed_once
 from gradsurgery.capture.rowwise import Rowwise
@@ -24,6 +24,7 @@ from gradsurgery.capture.rules import OPAQUE, base_name
 from gradsurgery.capture.trace import Leaf, Meeting, Mixing, Trace, trace
 from gradsurgery.capture.uses import RowsUse, Use, numbers, occurring, plane_of
 from gradsurgery.capture.views import resolve, shape_of
+from gradsurgery.capture.weighted import expect_linear
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
 
@@ -76,7 +77,8 @@ class Found:
             for k, use in self.rowwise.rows(losses=self.losses, rows=rows):
                 self.uses[k] = [] if use is None else [use]
             if self.weighted is not None:
-                self.rowwise.expect_linear(self.losses, self.uses, rows)
+                sums = list(self.rowwise.sums(self.uses))
+                expect_linear(self.losses, self._outputs(rows), sums, self.weighted)
             self.warned.append(self.rowwise.warning())
         self._reach_all()
         self.warned += [
@@ -211,27 +213,24 @@ class Found:
                 allow_unused=True,
             )
         )
-        if self.weighted is not None:
-            self._expect_linear(grads, rows, self.weighted)
+        if self.weighted is not None and self._may_bend():
+            grads = self.weighted.owned(grads)
+            self._expect_linear(grads, rows)
         only = torch.tensor([row], device="cpu")
         for k, grad in enumerate(own(grads)):  # each may be scaled in its place, as a `.grad`
             if grad is not None:
                 self._add(k, RowsUse(grad.unsqueeze(0), only))
 
-    def _expect_linear(self, grads: Sequence[Tensor | None], rows: Tensor, kept: Kept) -> None:
-        """Of one row too, a backward pass of its weighted losses has to give the weighted row."""
+    def _may_bend(self) -> bool:
+        """Whether there is a hook or a Function, which may not be linear."""
         nodes = [n for n in ordered(roots(self.losses)[0]) if not hasattr(n, "variable")]
         hooked = any(p._backward_hooks for p in self.owner.parameters)
-        if not (hooked or self.owner.clock.may_be_hooked(nodes) or any(map(is_function, nodes))):
-            return
-        with as_before(filter(is_function, nodes)):
-            for factor in (-scale_of(self.losses.dtype), 1 / scale_of(self.losses.dtype)):
-                kept.put_back()
-                outputs, parameters = self._outputs(rows) * factor, self.owner.parameters
-                scaled = vjps([self.losses], parameters, [outputs], False)
-                for name, a, b in zip(self.owner.names, grads, scaled, strict=True):
-                    if a is not None and b is not None and not linear(a, b, factor):
-                        raise InputError(not_linear(f"what {name} passes through"))
+        return hooked or self.owner.clock.may_be_hooked(nodes) or any(map(is_function, nodes))
+
+    def _expect_linear(self, grads: Sequence[Tensor | None], rows: Tensor) -> None:
+        named = zip(self.owner.names, self.owner.parameters, grads, strict=True)
+        parts = [(name, p, g, g.abs()) for name, p, g in named if g is not None]
+        expect_linear(self.losses, self._outputs(rows), parts, self.weighted)
 
     def _pass(self, rows: Tensor, found: Trace, retain_graph: bool) -> None:
         distinct = occurring(rows)

@@ -172,12 +172,20 @@ def bending(full: Watch, scaled: Watch, factor: float) -> Difference | None:
 def linear(whole: Tensor, scaled: Tensor, factor: float) -> bool:
     """Whether one is the other times a factor, as far as both can be known."""
     expected = whole * factor
-    known = expected.isfinite() & scaled.isfinite()
+    return near(scaled, expected, expected.abs())
+
+
+def near(found: Tensor, expected: Tensor, size: Tensor) -> bool:
+    """Whether two sums of the same numbers agree, as far as both can be known.
+
+    size: the sums of these numbers without their signs.
+    """
+    known = expected.isfinite() & found.isfinite()
     if not bool(known.any()):
         return True
-    away = torch.where(known, (scaled - expected).abs(), 0)
-    size = torch.where(known, expected.abs(), 0).max()
-    return bool((away <= _roundings(whole) * size + torch.finfo(whole.dtype).tiny).all())
+    away = torch.where(known, (found - expected).abs(), 0)
+    largest = torch.where(known, size, 0).max()
+    return bool((away <= _roundings(expected) * largest + torch.finfo(expected.dtype).tiny).all())
 
 
 def _at(watch: Watch, node: Any, nr: int) -> Tensor | None:

@@ -3,17 +3,13 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradsurgery.capture.descent import not_linear
 from gradsurgery.capture.graph import roots
-from gradsurgery.capture.hooks import scale_of
 from gradsurgery.capture.kept import functions
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.trace import Leaf
 from gradsurgery.capture.uses import RowsUse, Use, occurring
-from gradsurgery.errors import InputError
 
 if TYPE_CHECKING:
     from gradsurgery.capture.tape import Tape
@@ -61,22 +57,14 @@ class Rowwise:
         for k, grad in zip(ks, grads, strict=True):
             yield k, None if grad is None else RowsUse(grad, ids)
 
-    def expect_linear(self, losses: Tensor, uses: Sequence[Sequence[Use]], rows: Tensor) -> None:
-        """Where weighted losses follow: their backward pass has to give the sum of the rows."""
-        ks, scale = sorted(self.reasons), scale_of(losses.dtype)
-        parameters = [self.owner.parameters[k] for k in ks]
-        whole = (rows >= 0).to(losses.dtype).to(losses.device).view(losses.shape)
-        for factor in (1.0, -scale, 1 / scale):
-            sums = vjps([losses], parameters, [whole * factor], False)
-            for k, total in zip(ks, sums, strict=True):
-                if total is None or not uses[k]:
-                    continue
-                (row,), eps = uses[k][0].values, torch.finfo(total.dtype)
-                size = row.abs().sum(0).max() * abs(factor)
-                away = (total - row.sum(0) * factor).abs().nan_to_num(0, 0).max()
-                if away > 256 * eps.eps * size + eps.tiny:
-                    name = self.owner.names[k]
-                    raise InputError(not_linear(f"what {name} passes through"))
+    def sums(
+        self, uses: Sequence[Sequence[Use]]
+    ) -> Iterator[tuple[str, nn.Parameter, Tensor, Tensor]]:
+        """As `expect_linear` takes them."""
+        for k in sorted(self.reasons):
+            if uses[k]:
+                (rows,) = uses[k][0].values
+                yield self.owner.names[k], self.owner.parameters[k], rows.sum(0), rows.abs().sum(0)
 
     def warning(self) -> str:
         why = sorted(set(self.reasons.values()))

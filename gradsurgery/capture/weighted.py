@@ -7,7 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.capture.kept import Kept
+from gradsurgery.capture.descent import not_linear
+from gradsurgery.capture.graph import roots
+from gradsurgery.capture.hooks import near, scale_of
+from gradsurgery.capture.kept import Kept, as_before, functions
+from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.ranges import apart
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.errors import InputError
@@ -73,3 +77,28 @@ class Graph(NamedTuple):
             if why is None:
                 raise
             raise InputError(why) from error
+
+
+def expect_linear(
+    losses: Tensor,
+    outputs: Tensor,
+    parts: Sequence[tuple[str, nn.Parameter, Tensor, Tensor]],
+    kept: Kept | None = None,
+) -> None:
+    """Raise where a backward pass of weighted losses is not the weighted sum of the rows.
+
+    Args:
+        losses: with their graph.
+        outputs: what to start from for the sum of all rows.
+        parts: names and parameters, the sums of their rows, and the sums of these without signs.
+        kept: what Functions must find as it was.
+    """
+    scale = scale_of(losses.dtype)
+    with as_before(functions([roots(losses)[0]])):
+        for factor in (1.0, -scale, 1 / scale):
+            if kept is not None:
+                kept.put_back()
+            sums = vjps([losses], [p for _, p, _, _ in parts], [outputs * factor], False)
+            for (name, _, total, size), found in zip(parts, sums, strict=True):
+                if found is not None and not near(found, total * factor, size * abs(factor)):
+                    raise InputError(not_linear(f"what {name} passes through"))

@@ -156,6 +156,16 @@ def test_gradients_of_a_head_scaled_in_place(combine):
     )
 
 
+@pytest.mark.parametrize("combine", ["stored", "backward"])
+def test_one_row_of_gradients_scaled_in_place(combine):
+    model, y = nn.Linear(5, 4).double(), labels()
+
+    def forward():
+        return sum(CrossEntropy.apply(a, b) for a, b in zip(model(X), y, strict=True))[None]
+
+    exact(model, forward, combine=combine)
+
+
 def test_torch_linear_cross_entropy_in_chunks():
     """It refuses a second call of its backward."""
     model, y = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 8, bias=False)]).double(), labels(8, 12)
