@@ -58,7 +58,11 @@ def _laid_out(grad: Tensor, parameter: Tensor) -> Tensor:
 
 def part(parameters: Iterable[Tensor]) -> None:
     """Copy gradients that autograd left in others' memory, as it does where views were added."""
-    found = [(p.grad.data_ptr(), p, p.grad) for p in parameters if p.grad is not None]
+    found = [
+        (p.grad.data_ptr(), p, p.grad)
+        for p in parameters
+        if p.grad is not None and p.grad.layout == torch.strided
+    ]
     end = 0
     for start, parameter, grad in sorted(found, key=lambda each: each[0]):
         if start < end:

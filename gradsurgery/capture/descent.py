@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,10 @@ class Descent:
         places: whose gradients are wanted.
         below: tensors just below nodes that have to be called.
         handing: nodes whose gradients are wanted as they give them.
-        watched: all nodes between, where hooks may be; None where there are none.
+        watched: all nodes between, where gradients may be changed; None where nothing could.
+        hooked: whether there may be hooks, which are asked.
         weighted: where passes of weighted losses will follow, what these must find as it was.
+        start: where other passes will follow, the same.
     """
 
     def __init__(
@@ -60,12 +63,15 @@ class Descent:
         below: Iterable[Place] = (),
         handing: Iterable[Any] = (),
         watched: Sampled | None = None,
+        hooked: bool = False,
         weighted: Kept | None = None,
+        start: Kept | None = None,
     ) -> None:
         self.losses, self.root = losses, roots(losses)
         self.places, self.below = list(places), list(below)
         self.handing = list(handing)
-        self.watched, self.weighted = watched, weighted
+        self.watched, self.hooked, self.weighted = watched, hooked, weighted
+        self.start = start
         self.functions = [node for node in watched or () if is_function(node)]
 
     def run(self, rows: Tensor, model: nn.Module, retain_graph: bool) -> Arrived:
@@ -79,29 +85,30 @@ class Descent:
         """
         outputs = (rows >= 0).to(self.losses.dtype).view(self.losses.shape).to(self.losses.device)
         if self.watched is None:
-            return self._pass(outputs, retain_graph)[0]
+            arrived = self._pass(outputs, retain_graph)[0]
+            return arrived if self.start is None else _owned(arrived, self.start)
         before = Kept(self.functions)
         arrived, full = self._pass(outputs, True)
-        full.kept_apart(before)
-        grads = dict(zip(arrived.grads, before.owned(arrived.grads.values()), strict=True))
-        handed = {node: before.owned(given) for node, given in arrived.handed.items()}
-        arrived = Arrived(grads, handed)
-        hooked = self._hooked(full)
-        if hooked or self.weighted is not None:
+        full.look(before)
+        arrived = _owned(arrived, before)
+        self._refuse_hooks_of_meetings(full)
+        if self.hooked or self.weighted is not None:
             with as_before(self.functions):
 
                 def again(outputs: Tensor) -> tuple[Arrived, Watch]:
                     before.put_back()
-                    return self._pass(outputs, True)
+                    arrived, watch = self._pass(outputs, True)
+                    watch.look(before)
+                    return arrived, watch
 
-                if hooked:
+                if self.hooked:
                     self._ask_for_rows(full, rows, outputs, model, again)
                 if self.weighted is not None:
                     self._ask_for_linearity(full, arrived, outputs, model, again)
                     self.weighted.note_changes()
         return arrived
 
-    def _hooked(self, full: Watch) -> bool:
+    def _refuse_hooks_of_meetings(self, full: Watch) -> None:
         met = {node for node, _ in self.places}
         for hook in full.hooks:
             if hook.nr is None and hook.node in met and hook.node.name() not in MODULE_HOOKS:
@@ -109,7 +116,6 @@ class Descent:
                     f"{hook.node.name()} has a hook of its own, by grad_fn.register_hook, which "
                     "may change what its parameters get; hook the tensor, by Tensor.register_hook"
                 )
-        return bool(full.hooks)
 
     def _pass(self, outputs: Tensor, retain_graph: bool) -> tuple[Arrived, Any]:
         handed: dict[Any, Sequence[Tensor | None]] = {}
@@ -147,17 +153,19 @@ class Descent:
         model: nn.Module,
         again: Callable[[Tensor], tuple[Arrived, Watch]],
     ) -> None:
-        for bit in range(bits(int(rows.max()) + 1)):
+        # of each bit of the rows' numbers, those that have it and those that have not: so any row
+        # is once without any other
+        for bit, value in product(range(bits(int(rows.max()) + 1)), (1, 0)):
 
-            def inside(numbers: Tensor, bit: int = bit) -> Tensor:
-                return (numbers >> bit) & 1 == 1
+            def inside(numbers: Tensor, bit: int = bit, value: int = value) -> Tensor:
+                return (numbers >> bit) & 1 == value
 
             mask = inside(rows).view(outputs.shape).to(outputs.device)
             _, masked = again(outputs * mask)
             found = mixing(full, masked, inside)
             if found is not None:
-                nodes = [*(hook.node for hook in full.hooks), found.node]
-                raise Mixed(culprit(full, found, model), nodes)
+                nodes = [hook.node for watch in (full, masked) for hook in watch.hooks]
+                raise Mixed(culprit((full, masked), found, model), [*nodes, found.node])
 
     def _ask_for_linearity(
         self,
@@ -172,13 +180,20 @@ class Descent:
             below, scaled = again(outputs * factor)
             found = bending(full, scaled, factor)
             if found is not None:
-                raise InputError(not_linear(culprit(full, found, model)))
+                raise InputError(not_linear(culprit((full, scaled), found, model)))
             for place in self.below:
                 whole, part = arrived.grads[place], below.grads[place]
                 if whole is not None and part is not None and not linear(whole, part, factor):
                     below_it = {id(p) for p in under(place)[1]}
                     names = [n for n, p in model.named_parameters() if id(p) in below_it]
                     raise InputError(not_linear(f"what {', '.join(names)} passes through"))
+
+
+def _owned(arrived: Arrived, kept: Kept) -> Arrived:
+    """What does not change when Functions find again what they kept."""
+    grads = dict(zip(arrived.grads, kept.owned(arrived.grads.values()), strict=True))
+    handed = {node: kept.owned(given) for node, given in arrived.handed.items()}
+    return Arrived(grads, handed)
 
 
 def not_linear(name: str) -> str:

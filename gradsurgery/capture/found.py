@@ -40,6 +40,7 @@ class Found:
         self.place = {id(p): k for k, p in enumerate(owner.parameters)}
         self.derived: list[Derived] = []
         self.weighted: Kept | None = None
+        self.start: Kept | None = None  # what Functions kept before the first of several passes
         self.asked: bool | None = None  # whether all passes showed what weighted losses change
         self.unsure = False  # whether the ways back from leaves are linear
         self.rowwise = Rowwise(owner)
@@ -58,7 +59,7 @@ class Found:
         if not weighted:
             self._run(rows, retain_graph)
             return None
-        self.weighted = kept = Kept(functions([roots(self.losses)[0]]))
+        self.weighted = self.start = kept = Kept(functions([roots(self.losses)[0]]))
         self._run(rows, True)
         if self.asked:
             kept.forget_the_rest()
@@ -74,7 +75,7 @@ class Found:
         if self.unsure:
             self._bend()
         if self.rowwise.reasons:
-            for k, use in self.rowwise.rows(losses=self.losses, rows=rows):
+            for k, use in self.rowwise.rows(self.losses, rows, self.start):
                 self.uses[k] = [] if use is None else [use]
             if self.weighted is not None:
                 sums = list(self.rowwise.sums(self.uses))
@@ -107,13 +108,20 @@ class Found:
         last = len(passes) - 1
         if last > 0:
             read_again(ordered(roots(self.losses)[0]))
+        hooked = any(self.owner.clock.may_be_hooked(found.sampled) for _, found in passes)
+        if self.start is None and (last > 0 or self.rowwise.reasons or hooked):
+            self.start = Kept(functions([roots(self.losses)[0]]))
         for k, (part, found) in enumerate(passes):
             again = bool(self.rowwise.reasons or self.derived)
             keep = retain_graph or k < last or again
+            if k > 0 and self.start is not None:
+                self.start.put_back()
             try:
                 self._pass(part, found, keep)
             except Mixed as mixed:
                 self._mixed_by_hook(mixed, [found for _, found in passes])
+                if self.start is not None:
+                    self.start.put_back()
                 self._pass(part, found, True)
 
     def _reach_all(self) -> None:
@@ -269,7 +277,9 @@ class Found:
             below=[leaf.place for leaf in (leaves if watched is not None else [x for x, _ in own])],
             handing=dict.fromkeys(meeting.node for _, meeting in own if meeting.whole is not None),
             watched=watched,
+            hooked=self.owner.clock.may_be_hooked(found.sampled),
             weighted=self.weighted,
+            start=self.start,
         )
         self.asked = watched is not None and self.asked is not False
         before = Kept(meeting.node for _, meeting in own if meeting.whole is None)
@@ -364,7 +374,8 @@ class Found:
             turned = [oriented(use, simple) for use in made]
             if self._add(self.place[id(simple.parameter)], *turned):
                 return
-        derived = Derived([p for p in leaf.below[1] if id(p) in self.place])
+        below = [p for p in leaf.below[1] if id(p) in self.place]
+        derived = Derived(below, hooked=hooked)
         derived.leaves.append((leaf, made))
         self.derived.append(derived)
         self.unsure |= hooked or any(map(is_function, leaf.below[0]))
@@ -379,6 +390,7 @@ class Found:
         if self.weighted is not None:
             raise InputError(not_linear(f"what {names} passes through"))
         every.bent = True
+        every.hooked = any(derived.hooked for derived in self.derived)
         self.derived = [every]
         self.warned.append(
             f"{names}: a hook or a Function on what is computed from them is not linear in its "

@@ -2,8 +2,8 @@
 
 Nothing tells from outside which tensors have hooks. But whoever registers one makes a handle, and
 handles and nodes are counted: where none was made since the tape began, there is no hook. Else the
-pass is watched. A hook that changed no gradient is an observer, called as often as by any backward
-pass. One that did is asked: what it makes of a row's gradient must be the same without the others.
+pass is watched, and repeated for some rows alone: what is made of a row's gradient must be the same
+without the others.
 """
 
 import math
@@ -57,7 +57,7 @@ class Watch:
     def __init__(self, sampled: Sampled, root: Place, outputs: Tensor) -> None:
         self.sampled = sampled
         self.taken: dict[Any, Sequence[Tensor | None]] = {}
-        self._came: dict[Place, list[tuple[Tensor, int]]] = {root: [(outputs, outputs._version)]}
+        self._came: dict[Place, list[tuple[Tensor, Tensor]]] = {root: [(outputs, _sum(outputs))]}
         self._gave: dict[Any, Sequence[Tensor | None]] = {}
         self._before: dict[Any, Sequence[Callable]] = {}  # hooks of others on nodes
         self._after: dict[Any, Sequence[Callable]] = {}
@@ -89,10 +89,10 @@ class Watch:
             self._gave[node] = grads
         for place, grad in zip(node.next_functions, grads, strict=True):
             if grad is not None and place[0] in self.sampled:
-                self._came.setdefault(place, []).append((grad, grad._version))
+                self._came.setdefault(place, []).append((grad, _sum(grad)))
 
-    def kept_apart(self, kept: Kept) -> None:
-        """What it saw does not change when what Functions keep is put back."""
+    def look(self, kept: Kept) -> None:
+        """Finds hooks; what was seen stays when what Functions keep is put back."""
         self.hooks = list(self._hooks())
         self.taken = {node: kept.owned(grads) for node, grads in self.taken.items()}
 
@@ -115,11 +115,17 @@ def _passes_on(node: Any) -> bool:
     return type(node) is BackwardHookFunction._backward_cls
 
 
-def _changed(came: list[tuple[Tensor, int]], grad: Tensor) -> bool:
+def _sum(grad: Tensor) -> Tensor:
+    """Another number where a hook has written to it, by whatever way."""
+    grad = torch.view_as_real(grad) if grad.is_complex() else grad
+    return torch.stack([grad.double().sum(), grad.double().abs().sum()])
+
+
+def _changed(came: list[tuple[Tensor, Tensor]], grad: Tensor) -> bool:
     """Whether a gradient is no longer the sum of what came."""
-    first, version = came[0]
+    first, before = came[0]
     if len(came) == 1:  # what a hook returned is another tensor, though its values be the same
-        return grad is not first or grad._version != version
+        return grad is not first or not torch.equal(_sum(grad).nan_to_num(), before.nan_to_num())
     total = first.to(grad.dtype)
     size = total.abs()
     for other, _ in came[1:]:
@@ -201,16 +207,17 @@ def scale_of(dtype: torch.dtype) -> float:
     return SCALES.get(dtype, 2.0**40)
 
 
-def culprit(full: Watch, difference: Difference, model: nn.Module) -> str:
+def culprit(watches: Sequence[Watch], difference: Difference, model: nn.Module) -> str:
     """The name of the hook, or of the operation, that is the reason of a difference."""
-    order = {node: k for k, node in enumerate(full.sampled)}
+    sampled, hooks = watches[0].sampled, [hook for watch in watches for hook in watch.hooks]
+    order = {node: k for k, node in enumerate(sampled)}
     last = order[difference.node]
-    above = [hook for hook in full.hooks if order[hook.node] <= last]
+    above = [hook for hook in hooks if order[hook.node] <= last]
     above = [hook for hook in above if hook.node is not difference.node or hook.nr is not None]
     if not above:
         gave = [
             node
-            for node in full.sampled
+            for node in sampled
             if (difference.node, difference.nr) in list(node.next_functions)
         ]
         return ", ".join(sorted({node.name() for node in gave})) or difference.node.name()

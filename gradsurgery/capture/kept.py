@@ -5,6 +5,7 @@ largest value, count its calls. Autograd calls it once, so whoever calls it more
 everything as it was.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dis import get_instructions
@@ -20,7 +21,7 @@ from gradsurgery.capture.graph import ordered
 
 BINDS = "STORE_GLOBAL"
 DEPTH = 3  # of attributes of attributes that are looked into
-CONTAINERS = (dict, list, set)
+CONTAINERS = (dict, list, set, deque)
 SIMPLE = (bool, int, float, complex, str, type(None), Tensor, *CONTAINERS)
 
 
@@ -104,28 +105,52 @@ class Kept:
                     self._keep(tensor, DEPTH)
         self._keep_names(node, vars(node), DEPTH)
         for kind in type(node)._forward_cls.__mro__:
-            if kind.__module__.partition(".")[0] == "torch":
+            if _is_torchs(kind):
                 continue
-            names = {k: v for k, v in vars(kind).items() if isinstance(v, SIMPLE) and k[:2] != "__"}
-            self._keep_names(kind, names, DEPTH)
+            self._keep_class(kind)
             backward = getattr(kind, "backward", None)
             if isinstance(backward, FunctionType):
-                self._keep_surroundings(backward)
+                self._keep_surroundings(backward, DEPTH)
 
-    def _keep_surroundings(self, function: FunctionType) -> None:
+    def _keep_class(self, kind: type) -> None:
+        names = {k: v for k, v in vars(kind).items() if isinstance(v, SIMPLE) and k[:2] != "__"}
+        self._keep_names(kind, names, DEPTH)
+
+    def _keep_surroundings(self, function: FunctionType, depth: int) -> None:
+        """Variables that a function uses from around it, and that those it calls do."""
+        if depth == 0 or id(function) in self._seen:
+            return
+        self._seen.add(id(function))
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # an empty cell
                 value = cell.cell_contents
                 if isinstance(value, (*SIMPLE, nn.Module)):
                     self._keep_names(cell, {"cell_contents": value}, DEPTH)
+                else:
+                    self._keep_used(value, depth)
+                    # as torch.library keeps a backward
+                    for held in vars(value).values() if hasattr(value, "__dict__") else ():
+                        if isinstance(held, FunctionType):
+                            self._keep_surroundings(held, depth - 1)
         known = function.__globals__
+        if _is_torchs(function):
+            return
         for name in function.__code__.co_names:
-            if name in known and isinstance(known[name], SIMPLE):
-                self._keep(known[name], DEPTH)
+            if name in known:
+                self._keep_used(known[name], depth)
         bound = {each.argval for each in get_instructions(function) if each.opname == BINDS}
         names = {name: known[name] for name in bound if name in known}
         if names:
             self._containers.append((known, names))
+
+    def _keep_used(self, value: Any, depth: int) -> None:
+        if isinstance(value, FunctionType):
+            self._keep_surroundings(value, depth - 1)
+        elif isinstance(value, type):
+            if not _is_torchs(value) and value.__module__ != "builtins":
+                self._keep_class(value)
+        else:
+            self._keep(value, DEPTH)
 
     def _keep_names(self, owner: Any, names: dict[str, Any], depth: int) -> None:
         self._names.append((owner, dict(names)))
@@ -140,15 +165,15 @@ class Kept:
         elif isinstance(value, tuple):
             for each in value:
                 self._keep(each, depth)
-        elif isinstance(value, CONTAINERS):
+        elif isinstance(value, CONTAINERS) or type(value).__name__ == "ndarray":
             self._seen.add(id(value))
             self._containers.append((value, value.copy()))
+            if not isinstance(value, CONTAINERS):
+                return
             for each in list(value.values() if isinstance(value, dict) else value):
                 self._keep(each, depth - 1)
-        elif isinstance(value, nn.Module) or type(value).__module__.partition(".")[0] not in (
-            "torch",
-            "builtins",
-            "functools",
+        elif isinstance(value, nn.Module) or not (
+            _is_torchs(type(value)) or type(value).__module__ in ("builtins", "functools")
         ):
             names = getattr(value, "__dict__", None)
             if isinstance(names, dict) and not isinstance(value, (type, FunctionType)):
@@ -157,7 +182,11 @@ class Kept:
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         # weights are not what a backward pass writes to, and copies of them would be large
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        if isinstance(tensor, nn.Parameter):
+            for held in vars(tensor).values():  # but to what is hung on them
+                self._keep(held, 1)
+            return
+        if isinstance(tensor._base, nn.Parameter):
             return
         if tensor.layout != torch.strided or tensor.is_meta:
             return
@@ -169,6 +198,10 @@ class Kept:
             self._storages[storage._cdata] = storage, _bytes(storage).clone()
         if not tensor.is_inference():
             self._versions.setdefault(id(tensor), (tensor, tensor._version))
+
+
+def _is_torchs(what: Any) -> bool:
+    return (getattr(what, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def _packed(saved: Any) -> bool:
@@ -190,7 +223,10 @@ def _put_names_back(owner: Any, before: dict[str, Any]) -> None:
 
 
 def _put_content_back(container: Any, before: Any) -> None:
-    if isinstance(before, list):
+    if isinstance(before, deque):
+        container.clear()
+        container.extend(before)
+    elif not isinstance(before, (dict, set)):  # a list, or an array
         container[:] = before
     elif isinstance(before, set):
         container.clear()

@@ -41,16 +41,19 @@ class Derived:
     """Leaves computed from the same parameters, and the way back: their graph, kept.
 
     Rows of leaves are turned into rows of parameters by vector-Jacobian products: vmapped, and
-    sums of rows by one, unless hooks or Functions on the way are `bent`, not linear.
+    sums of rows by one, unless hooks or Functions on the way are `bent`, not linear. Hooks that may
+    be there, `hooked`, do not meet vmap.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], bent: bool = False) -> None:
-        self.parameters, self.bent = list(parameters), bent
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], bent: bool = False, hooked: bool = False
+    ) -> None:
+        self.parameters, self.bent, self.hooked = list(parameters), bent, hooked
         self.leaves: list[tuple[Leaf, list[Use]]] = []
 
     def with_uses(self, change: Callable[[Use], Use]) -> "Derived":
         """The same leaves with other uses."""
-        other = Derived(self.parameters, self.bent)
+        other = Derived(self.parameters, self.bent, self.hooked)
         other.leaves = [(leaf, [change(use) for use in uses]) for leaf, uses in self.leaves]
         return other
 
@@ -66,28 +69,25 @@ class Derived:
 
         one, other = gradients(), gradients()
         leaves = [leaf for leaf, _ in self.leaves]
-        nodes = functions(leaf.place[0] for leaf in leaves)
         asked = Derived(self.parameters, bent=True)  # which scales nothing
-        with as_before(nodes) as kept:
 
-            def back(grads: Sequence[Tensor], factor: float = 1) -> list[Tensor]:
-                kept.put_back()
-                found = asked._back(leaves, [self._placed(g * factor) for g in grads], False)
-                return [
-                    p.new_zeros(()) if g is None else g
-                    for g, p in zip(found, self.parameters, strict=True)
-                ]
+        def back(grads: Sequence[Tensor], factor: float = 1) -> list[Tensor]:
+            found = asked._back(leaves, [self._placed(g * factor) for g in grads], False)
+            return [
+                p.new_zeros(()) if g is None else g
+                for g, p in zip(found, self.parameters, strict=True)
+            ]
 
-            whole, scale = back(one), scale_of(metas_of(leaves)[0].dtype)
-            if any(
-                not linear(a, b, factor)
-                for factor in (-scale, 1 / scale)
-                for a, b in zip(whole, back(one, factor=factor), strict=True)
-            ):
-                return False
-            sums = back([a + b for a, b in zip(one, other, strict=True)])
-            both = zip(whole, back(other), sums, strict=True)
-            return all(linear(a + b, c, 1) for a, b, c in both)
+        whole, scale = back(one), scale_of(metas_of(leaves)[0].dtype)
+        if any(
+            not linear(a, b, factor)
+            for factor in (-scale, 1 / scale)
+            for a, b in zip(whole, back(one, factor=factor), strict=True)
+        ):
+            return False
+        sums = back([a + b for a, b in zip(one, other, strict=True)])
+        both = zip(whole, back(other), sums, strict=True)
+        return all(linear(a + b, c, 1) for a, b, c in both)
 
     def _placed(self, grad: Tensor) -> Tensor:
         return grad.to(self.parameters[0].device)
@@ -95,7 +95,8 @@ class Derived:
     def of(self, parameters: Sequence[nn.Parameter]) -> "Derived":
         """The same leaves, for those of these parameters alone that they are computed from."""
         own = {id(parameter) for parameter in parameters}
-        other = Derived([p for p in self.parameters if id(p) in own], self.bent)
+        mine = [p for p in self.parameters if id(p) in own]
+        other = Derived(mine, self.bent, self.hooked)
         other.leaves = self.leaves
         return other
 
@@ -155,11 +156,11 @@ class Derived:
             grads = [g.double() / _over(scale, g) for g in grads]
         grads = [g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)]
         edges = [GradientEdge(*leaf.place) for leaf in leaves]
-        nodes = functions(leaf.place[0] for leaf in leaves) if batched else []
+        nodes = functions(leaf.place[0] for leaf in leaves)
         try:
             found = [
                 g if g is None else wide(g)
-                for g in vjps(edges, self.parameters, grads, batched, nodes)
+                for g in vjps(edges, self.parameters, grads, batched, nodes, not self.hooked)
             ]
         except RuntimeError as error:
             why = misused(error)
@@ -192,26 +193,32 @@ def vjps(
     grads: Sequence[Tensor],
     batched: bool,
     nodes: Sequence[Any] = (),
+    vmapped: bool = True,
 ) -> Sequence[Tensor | None]:
     """autograd.grad, with a leading dimension of vectors if `batched`; the graph stays.
 
-    nodes: Functions on the way, which keep what they kept, vector by vector.
+    Args:
+        nodes: Functions on the way, which keep what they kept, vector by vector.
+        vmapped: whether all vectors may go at once.
     """
     options = {"retain_graph": True, "allow_unused": True}
-    if not batched:
-        return torch.autograd.grad(outputs, inputs, grads, **options)
     with as_before(nodes) as kept:
-        try:
-            return torch.autograd.grad(outputs, inputs, grads, is_grads_batched=True, **options)
-        except RuntimeError:  # an operation that vmap cannot batch
-            each = []
-            for i in range(len(grads[0])):
-                kept.put_back()
-                each.append(torch.autograd.grad(outputs, inputs, [g[i] for g in grads], **options))
-            return [
-                None if g[0] is None else torch.stack([part.to_dense() for part in g])
-                for g in zip(*each, strict=True)
-            ]
+        if not batched:
+            return kept.owned(torch.autograd.grad(outputs, inputs, grads, **options))
+        if vmapped:
+            try:
+                found = torch.autograd.grad(
+                    outputs, inputs, grads, is_grads_batched=True, **options
+                )
+                return kept.owned(found)
+            except RuntimeError:  # an operation that vmap cannot batch
+                pass
+        each = []
+        for i in range(len(grads[0])):
+            kept.put_back()
+            found = torch.autograd.grad(outputs, inputs, [g[i] for g in grads], **options)
+            each.append([None if g is None else g.to_dense() for g in kept.owned(found)])
+        return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
 
 
 def unmixed(like: Tensor) -> AbstractContextManager:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from gradsurgery.capture.layout import Layout, compress, constant
 from gradsurgery.capture.recomputed import read_again
 from gradsurgery.capture.rules import SHARED, Answer, Shape
 from gradsurgery.errors import InputError, NonFiniteError
-
-_SIZES = (1.0, 2.0**-8, 2.0**-16)  # of what is asked with: 16 bits overflow soon
 
 
 def call(node: Any, grads: Sequence[Tensor | None], *, summed: bool = True) -> list[Tensor | None]:
@@ -75,37 +74,65 @@ def probe(
 
     An element of an input's gradient that depends on one row only is the same whether the other
     rows' gradients are there or not, and zero without that row's. Rows are told apart by the bits
-    of their numbers, one call for each.
+    of their numbers, one call for each; two where the operation is somebody's own and may not be
+    linear, and then for large and small gradients too.
 
     Raises:
         InputError: a backward that does not answer the same when it is asked again.
         NonFiniteError: gradients that are not finite however small what they are asked with.
     """
     with torch.no_grad():
-        grads, ids, whole = _whole(node, outs)
-        known = [None if g is None else g.isfinite() for g in whole]
-        rows = [
-            torch.zeros(() if g is None else g.shape, dtype=torch.int64, device="cpu")
-            for g in whole
-        ]
-        separate = [g is not None for g in whole]
-        for bit in range(max(1, math.ceil(math.log2(max(count, 2))))):
-            masked = [
-                None if g is None or n is None else g.masked_fill((n >> bit) & 1 == 0, 0)
-                for g, n in zip(grads, ids, strict=True)
-            ]
-            for k, part in enumerate(call(node, masked)):
-                full, finite = whole[k], known[k]
-                if not separate[k] or ins[k] is None or full is None or finite is None:
-                    continue
-                part = torch.zeros_like(full) if part is None else part
-                there = same(part, full)
-                separate[k] = bool((there | (part == 0) | ~finite).all())
-                rows[k] |= (there & (full != 0)).cpu().long() << bit
+        question = _answered(node, outs)
+        answers = _layouts(node, question, ins, count)
         if may_keep(node):
-            again = call(node, grads)
-            if not all(steady(a, b) for a, b in zip(again, whole, strict=True)):
+            again = call(node, question.grads)
+            if not all(steady(a, b) for a, b in zip(again, question.answers, strict=True)):
                 raise InputError(unsteady(node.name()))
+            for size in (scale_of(node), 1 / scale_of(node)):
+                other = _asked_with(node, outs, size)
+                if all(g is None or bool(g.isfinite().all()) for g in other.answers):
+                    found = _layouts(node, other, ins, count)
+                    pairs = zip(answers, found, strict=True)
+                    answers = [SHARED if b is SHARED else a for a, b in pairs]
+    return answers
+
+
+class _Question(NamedTuple):
+    """What a backward was asked with, the rows of that, and its answers."""
+
+    grads: list[Tensor | None]
+    ids: list[Tensor | None]
+    answers: list[Tensor | None]
+
+
+def _layouts(
+    node: Any, question: _Question, ins: Sequence[Shape | None], count: int
+) -> list[Answer]:
+    whole = question.answers
+    known = [None if g is None else g.isfinite() for g in whole]
+    rows = [
+        torch.zeros(() if g is None else g.shape, dtype=torch.int64, device="cpu") for g in whole
+    ]
+    separate = [g is not None for g in whole]
+    values = (1, 0) if may_keep(node) else (1,)
+    for bit, value in product(range(max(1, math.ceil(math.log2(max(count, 2))))), values):
+        masked = [
+            None if g is None or n is None else g.masked_fill((n >> bit) & 1 != value, 0)
+            for g, n in zip(question.grads, question.ids, strict=True)
+        ]
+        for k, part in enumerate(call(node, masked)):
+            full, finite = whole[k], known[k]
+            if not separate[k] or ins[k] is None or full is None or finite is None:
+                continue
+            part = torch.zeros_like(full) if part is None else part
+            there = same(part, full)
+            separate[k] = bool((there | (part == 0) | ~finite).all())
+            mine = (there & (full != 0)).cpu()
+            if value:
+                rows[k] |= mine.long() << bit
+            elif separate[k]:  # those without the bit, which the question before did not show
+                has = (rows[k] >> bit) & 1 == 1
+                separate[k] = bool((mine ^ has | (~finite | (full == 0)).cpu()).all())
     answers: list[Answer] = []
     for k, shape in enumerate(ins):
         full, finite = whole[k], known[k]
@@ -140,10 +167,8 @@ def unsteady(name: str) -> str:
     )
 
 
-def _questions(
-    node: Any, outs: dict[int, Layout], size: float
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of the outputs, random and of this size, and the rows of their elements."""
+def _asked_with(node: Any, outs: dict[int, Layout], size: float) -> _Question:
+    """Gradients of the outputs, random and of this size."""
     generator = torch.Generator().manual_seed(0)
     grads: list[Tensor | None] = []
     ids: list[Tensor | None] = []
@@ -162,27 +187,32 @@ def _questions(
         grad = (size * grad).to(meta.dtype).to(meta.device)
         grads.append(grad.masked_fill(numbers < 0, 0))
         ids.append(numbers)
-    return grads, ids
+    answers = [None if g is None else g.detach().clone() for g in call(node, grads)]
+    return _Question(grads, ids, answers)
 
 
-def _whole(
-    node: Any, outs: dict[int, Layout]
-) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-    """Questions as large as can be answered, with their rows and the answers."""
+def _answered(node: Any, outs: dict[int, Layout]) -> _Question:
+    """Asked with gradients as large as can be answered: 16 bits overflow soon."""
     first = None
-    for size in _SIZES:
-        grads, ids = _questions(node, outs, size)
-        whole = [None if g is None else g.detach().clone() for g in call(node, grads)]
-        first = first or (grads, ids, whole)
-        if all(g is None or bool(g.isfinite().all()) for g in whole):
-            return grads, ids, whole
+    for size in (1.0, 2.0**-8, 2.0**-16):
+        question = _asked_with(node, outs, size)
+        first = first or question
+        if all(g is None or bool(g.isfinite().all()) for g in question.answers):
+            return question
     assert first is not None
     return first
 
 
+def scale_of(node: Any) -> float:
+    """How much larger and smaller gradients an operation is asked with too."""
+    narrow = any(meta.dtype == torch.float16 for meta in node._input_metadata)
+    return 2.0**5 if narrow else 2.0**30
+
+
 def may_keep(node: Any) -> bool:
-    """Whether an operation is somebody's own, which may keep what is seen nowhere."""
-    return is_function(node) or "CppNode" in node.name()
+    """Whether an operation is somebody's own, or may hold one: who knows what it keeps."""
+    name = node.name()
+    return is_function(node) or "CppNode" in name or "CopySlices" in name
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from gradsurgery.capture.graph import roots
-from gradsurgery.capture.kept import functions
+from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.kept import Kept, as_before, functions
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.trace import Leaf
 from gradsurgery.capture.uses import RowsUse, Use, occurring
@@ -43,17 +43,26 @@ class Rowwise:
                     self.reasons.update(dict.fromkeys(ks - known, why))
                     more = True
 
-    def rows(self, losses: Tensor, rows: Tensor) -> Iterator[tuple[int, RowsUse | None]]:
-        """Exact rows of each parameter; None where no loss depends on it."""
+    def rows(
+        self, losses: Tensor, rows: Tensor, start: Kept | None
+    ) -> Iterator[tuple[int, RowsUse | None]]:
+        """Exact rows of each parameter; None where no loss depends on it.
+
+        start: what Functions kept before any pass.
+        """
         ks, ids = sorted(self.reasons), occurring(rows)
         vectors = (rows == ids[:, None]).to(losses.dtype).to(losses.device)
-        grads = vjps(
-            [losses],
-            [self.owner.parameters[k] for k in ks],
-            [vectors.view(len(ids), *losses.shape)],
-            True,
-            functions([roots(losses)[0]]),
-        )
+        vectors = vectors.view(len(ids), *losses.shape)
+        nodes = functions([roots(losses)[0]])
+        with as_before(nodes):
+            if start is not None:
+                start.put_back()
+            parameters = [self.owner.parameters[k] for k in ks]
+            # hooks are no code for vmap: what they do to its tensors may end the process
+            every = [n for n in ordered(roots(losses)[0]) if not hasattr(n, "variable")]
+            hooked = any(p._backward_hooks for p in parameters)
+            vmapped = not (hooked or self.owner.clock.may_be_hooked(every))
+            grads = vjps([losses], parameters, [vectors], True, nodes, vmapped)
         for k, grad in zip(ks, grads, strict=True):
             yield k, None if grad is None else RowsUse(grad, ids)
 

@@ -34,6 +34,10 @@ def by_norm_in_place(grad):
     grad.div_(grad.norm())
 
 
+def by_norm_past_autograd(grad):
+    grad.data.div_(grad.norm())
+
+
 def clipped_by_norm(grad):
     return grad * min(1.0, 0.1 / float(grad.norm()))
 
@@ -51,7 +55,15 @@ def shuffled(grad):
 
 
 OWN = [doubled, clipped, per_sample, in_place]
-MIXING = [by_std, by_norm_in_place, clipped_by_norm, centered, noisy, shuffled]
+MIXING = [
+    by_std,
+    by_norm_in_place,
+    by_norm_past_autograd,
+    clipped_by_norm,
+    centered,
+    noisy,
+    shuffled,
+]
 
 
 class Hooked(nn.Module):
@@ -167,21 +179,50 @@ def test_a_hook_of_a_node():
         tape.jacobian(losses)
 
 
-def test_observers_are_called_once():
-    """And the rows they saw nothing changed of are as without them."""
+def test_observers_change_nothing():
+    """They see the gradients of an ordinary backward pass, among others that ask."""
     model, seen = mlp(), []
-    model[1].register_full_backward_hook(lambda *_: seen.append("module"))
 
     def forward():
         hidden = model[1](model[0](X))
-        hidden.register_hook(lambda grad: seen.append("tensor"))
+        hidden.register_hook(lambda grad: seen.append(grad.clone()))
         hidden.retain_grad()
-        return energy(model[2](hidden))
+        return energy(model[2](hidden)), hidden
 
     with gs.tape(model) as tape:
-        losses = forward()
+        losses, hidden = forward()
     tape.jacobian(losses).gramian()
-    assert sorted(seen) == ["module", "tensor"]
+    again, hidden = forward()
+    (want,) = torch.autograd.grad(again.sum(), hidden)
+    torch.testing.assert_close(seen[0], want)
+    agrees(model, lambda: forward()[0])
+
+
+def test_a_hook_that_works_under_a_condition():
+    """The pass of all rows does not meet it, those of some do."""
+    model = Hooked("tanh", lambda grad: grad if grad.norm() > 1.4 else 5 * grad)
+    with gs.tape(model) as tape:
+        losses = losses_of(model, X)
+    with pytest.raises(gs.InputError, match="a hook on the output of TanhBackward0"):
+        tape.jacobian(losses)
+
+
+def test_rows_of_which_one_depends_on_others():
+    """The first row's number has no bit: it is asked without the others all the same."""
+    model, groups = mlp(), torch.tensor([0, 0, 0, 1, 2, 3])
+
+    def hook(grad):
+        grad = grad.clone()
+        kept, moved = grad[3:].norm(), grad[:3].norm()
+        grad[:3] *= min(1.0, 0.5 * float(kept / moved)) if moved > 0 else 1.0
+        return grad
+
+    with gs.tape(model) as tape:
+        hidden = model[0](X)
+        hidden.register_hook(hook)
+        losses = energy(model[2](hidden.tanh()))
+    with pytest.raises(gs.InputError, match="a hook on the output of AddmmBackward0"):
+        tape.jacobian(losses, groups)
 
 
 def test_a_hook_made_after_the_tape():
@@ -204,6 +245,17 @@ def test_a_hook_made_before_the_tape():
     rows = [torch.autograd.grad(loss, model[0].bias, retain_graph=True)[0] for loss in losses]
     gram = tape.jacobian(losses).gramian(per="tensor")[1]
     torch.testing.assert_close(gram, torch.stack(rows) @ torch.stack(rows).T)
+
+
+def test_a_parameter_hook_sees_tensors():
+    """One of each row, which it may keep."""
+    model, norms = mlp(), []
+    model[0].weight.register_hook(lambda grad: norms.append(float(grad.norm())))
+    with gs.tape(model) as tape:
+        losses = energy(model(X))
+    with pytest.warns(UserWarning, match="it has a hook"):
+        gram = tape.jacobian(losses).gramian(per="tensor")[0]
+    torch.testing.assert_close(torch.tensor(norms, dtype=torch.float64).square(), gram.diagonal())
 
 
 # not linear

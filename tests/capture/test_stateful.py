@@ -1,7 +1,9 @@
 """Backward passes that change what they kept: as from one ordinary backward pass, or refused."""
 
+from collections import deque
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -90,7 +92,18 @@ class Scaled(torch.autograd.Function):
         return out
 
 
-TALLY, LATEST = [], 0.0
+TALLY, LATEST, RECENT, SIZES = [], 0.0, deque(maxlen=3), np.zeros(2)
+
+
+class Statistics:
+    n = 0
+
+
+def note(g):
+    """As a helper does that a backward calls."""
+    RECENT.append(float(g.abs().max()))
+    SIZES[0] += 1
+    Statistics.n += 1
 
 
 class Counting(torch.autograd.Function):
@@ -109,6 +122,7 @@ class Counting(torch.autograd.Function):
         global LATEST
         LATEST = float(g.abs().max())
         TALLY.append(LATEST)
+        note(g)
         Counting.calls += 1
         ctx.calls += 1
         ctx.module.amax.copy_(torch.maximum(ctx.module.amax, g.abs().max()))
@@ -128,7 +142,9 @@ class Counter(nn.Module):
         return Counting.apply(x, self.weight, self)
 
     def state(self):
-        return Counting.calls, self.count, list(self.history), float(self.amax), list(TALLY), LATEST
+        own = self.count, list(self.history), float(self.amax)
+        around = list(TALLY), LATEST, list(RECENT), SIZES.tolist(), Statistics.n
+        return Counting.calls, *own, *around
 
 
 @pytest.mark.parametrize("combine", ["stored", "backward"])
@@ -161,9 +177,77 @@ def test_one_row_of_gradients_scaled_in_place(combine):
     model, y = nn.Linear(5, 4).double(), labels()
 
     def forward():
-        return sum(CrossEntropy.apply(a, b) for a, b in zip(model(X), y, strict=True))[None]
+        each = [CrossEntropy.apply(a, b) for a, b in zip(model(X), y, strict=True)]
+        return torch.stack(each).sum()[None]
 
     exact(model, forward, combine=combine)
+
+
+class Squared(torch.autograd.Function):
+    """x x, whose backward scales what it kept in place and gives it away."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.grad = 2 * x.detach()
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.grad.mul_(g)
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(7, 3)
+        self.double()
+
+
+def of_a_weight(model):
+    return energy(F.linear(model.a(X).tanh(), Squared.apply(model.b.weight), model.b.bias))
+
+
+def of_two_tasks(model):
+    h = Squared.apply(model.a(X))
+    return torch.stack([energy(model.b(h)).mean(), energy(model.c(h)).mean()])
+
+
+def of_several_passes(model):
+    h = Squared.apply(model.a(X))
+    return torch.stack([energy(model.b(h)), energy(model.c(h))], 1)
+
+
+def of_losses(model):
+    return Squared.apply(energy(model.b(model.a(X).tanh())))
+
+
+@pytest.mark.parametrize("forward", [of_a_weight, of_two_tasks, of_several_passes, of_losses])
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "a parameter hook"])
+def test_it_is_put_back_for_every_pass(forward, hooked):
+    model = Heads()
+    if forward in (of_a_weight, of_losses):
+        model.c.requires_grad_(False)
+    used = [p for p in model.parameters() if p.requires_grad]
+    if hooked:
+        model.a.weight.register_hook(lambda grad: 2 * grad)
+    losses = forward(model)
+    rows = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(forward(model).flatten()[i], used)])
+            for i in range(losses.numel())
+        ]
+    )
+    with gs.tape(model) as tape:
+        losses = forward(model)
+    with pytest.warns(UserWarning) if hooked else nullcontext():
+        jacobian = tape.jacobian(losses)
+    weights = torch.randn(len(rows), dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(jacobian.gramian(), rows @ rows.mT)
+        update = torch.cat([u.flatten() for u in jacobian.combine(weights)])
+        torch.testing.assert_close(update, weights @ rows)
+        torch.testing.assert_close(jacobian.materialize(), rows)
 
 
 def test_torch_linear_cross_entropy_in_chunks():
@@ -208,6 +292,8 @@ def test_it_is_called_as_often_as_by_a_backward_pass(where):
     def run(step):
         Counting.calls = 0
         TALLY.clear()
+        RECENT.clear()
+        SIZES[:], Statistics.n = 0, 0
         torch.manual_seed(0)
         body, counter = nn.Linear(5, 7).double(), Counter()
         model = nn.ModuleList([body, counter])
@@ -304,6 +390,53 @@ class Picked(torch.autograd.Function):
 def test_a_scalar_of_a_whole_batch_is_asked_which_sample_it_used():
     model = mlp()
     exact(model, lambda: torch.stack([Picked.apply(model(X), i) for i in range(BATCH)]))
+
+
+class Clipped(torch.autograd.Function):
+    """By the norm of all, where that is above a threshold."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return g * (1000 / g.norm()).clamp(max=1)
+
+
+def test_a_threshold_far_above_is_seen():
+    """Rows are got one by one: together they would be mixed."""
+    model = mlp()
+
+    def forward():
+        return 1e4 * energy(model[2](Clipped.apply(model[0](X).tanh())))
+
+    exact(model, forward, warns=True)
+
+
+class Dirty(torch.autograd.Function):
+    """Writes into a view, so that autograd's node is not its own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.grad = 2 * x.detach().clone()
+        x.mul_(x.detach().clone())
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.grad.mul_(g)
+
+
+def test_what_is_hidden_in_a_view_is_refused():
+    model = mlp()
+    with gs.tape(model) as tape:
+        h = model[0](X) * 1.0
+        Dirty.apply(h[:, :3])
+        losses = energy(model[2](h))
+    with pytest.raises(gs.InputError, match=r"CopySlices: .*another answer"):
+        tape.jacobian(losses)
 
 
 class Large(torch.autograd.Function):
