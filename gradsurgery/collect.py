@@ -93,6 +93,12 @@ class Collector:
                 piece = map_batch(lambda leaf, at=at: leaf[at : at + most], batch)
                 jacobian, known, seen = self._pass({part: piece}, piece, sizes)
                 summed = self._merges(part) or seen[part].dim() == 2  # over samples
+                if summed and sizes[part] > most and jacobian.bent:
+                    raise InputError(
+                        f"micro_batch: {', '.join(jacobian.bent)}: a hook or a Function is not "
+                        f"linear in its gradient, and a row of {part} is a sum over parts; take "
+                        "whole batches"
+                    )
                 first = above if summed else above + counts[part]
                 counts[part] = known[part] if summed else counts[part] + known[part]
                 rows += range(first, first + known[part])
@@ -119,6 +125,9 @@ class Collector:
             torch.enable_grad(),
             tape(self.model, parameters=parameters, outside=self.outside) as recorder,
         ):
+            # of a sample alone nothing is seen of sums, but other parts have several
+            alone = self.micro_batch != 1
+            recorder.summed = any(alone < sizes[part] < totals[part] for part in parts)
             losses = self.loss(self.model, whole)
             several = set(parts) <= {"batch", "memory"}
             if several and isinstance(losses, Tensor) and losses.dim() == 2:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from gradsurgery.capture.hooks import (
     bending,
     bits,
     culprit,
+    dtypes_under,
     linear,
     mixing,
+    register,
     scale_of,
 )
 from gradsurgery.capture.kept import Kept, as_before, is_function
@@ -53,6 +56,7 @@ class Descent:
         hooked: whether there may be hooks, which are asked.
         weighted: where passes of weighted losses will follow, what these must find as it was.
         start: where other passes will follow, the same.
+        summed: whether rows will be summed over several passes.
     """
 
     def __init__(
@@ -66,12 +70,13 @@ class Descent:
         hooked: bool = False,
         weighted: Kept | None = None,
         start: Kept | None = None,
+        summed: bool = False,
     ) -> None:
         self.losses, self.root = losses, roots(losses)
         self.places, self.below = list(places), list(below)
         self.handing = list(handing)
         self.watched, self.hooked, self.weighted = watched, hooked, weighted
-        self.start = start
+        self.start, self.summed = start, summed
         self.functions = [node for node in watched or () if is_function(node)]
 
     def run(self, rows: Tensor, model: nn.Module, retain_graph: bool) -> Arrived:
@@ -92,7 +97,7 @@ class Descent:
         full.look(before)
         arrived = _owned(arrived, before)
         self._refuse_hooks_of_meetings(full)
-        if self.hooked or self.weighted is not None:
+        if self.hooked or self.summed or self.weighted is not None:
             with as_before(self.functions):
 
                 def again(outputs: Tensor) -> tuple[Arrived, Watch]:
@@ -103,8 +108,9 @@ class Descent:
 
                 if self.hooked:
                     self._ask_for_rows(full, rows, outputs, model, again)
-                if self.weighted is not None:
+                if self.summed or self.weighted is not None:
                     self._ask_for_linearity(full, arrived, outputs, model, again)
+                if self.weighted is not None:
                     self.weighted.note_changes()
         return arrived
 
@@ -127,9 +133,8 @@ class Descent:
                 outputs = outputs.clone()  # a hook may write to it
                 watch = stack.enter_context(Watch(self.watched, self.root, outputs))
             for node in self.handing:
-                handle = node.register_hook(
-                    lambda grads, _, node=node: handed.__setitem__(node, grads)
-                )
+                take = partial(handed.__setitem__, node)
+                handle = register(node.register_hook, lambda grads, _, take=take: take(grads))
                 stack.callback(handle.remove)
             grads = torch.autograd.grad(
                 self.losses,
@@ -175,18 +180,20 @@ class Descent:
         model: nn.Module,
         again: Callable[[Tensor], tuple[Arrived, Watch]],
     ) -> None:
-        scale = scale_of(self.losses.dtype)
+        scale = scale_of(dtypes_under(self.losses))
         for factor in (-scale, 1 / scale):
             below, scaled = again(outputs * factor)
             found = bending(full, scaled, factor)
             if found is not None:
-                raise InputError(not_linear(culprit((full, scaled), found, model)))
+                name = culprit((full, scaled), found, model)
+                raise InputError(not_linear(name, self.weighted is not None))
             for place in self.below:
                 whole, part = arrived.grads[place], below.grads[place]
                 if whole is not None and part is not None and not linear(whole, part, factor):
                     below_it = {id(p) for p in under(place)[1]}
                     names = [n for n, p in model.named_parameters() if id(p) in below_it]
-                    raise InputError(not_linear(f"what {', '.join(names)} passes through"))
+                    name = f"what {', '.join(names)} passes through"
+                    raise InputError(not_linear(name, self.weighted is not None))
 
 
 def _owned(arrived: Arrived, kept: Kept) -> Arrived:
@@ -196,7 +203,12 @@ def _owned(arrived: Arrived, kept: Kept) -> Arrived:
     return Arrived(grads, handed)
 
 
-def not_linear(name: str) -> str:
+def not_linear(name: str, weighted: bool = True) -> str:
+    if not weighted:
+        return (
+            f"{name} is not linear in its gradient, so a row whose losses are taken in several "
+            "backward passes is not their sum: take whole batches, and each row's losses at once"
+        )
     return (
         f"{name} is not linear in its gradient, so a backward pass of weighted losses does not "
         "give the weighted sum of their rows; use combine='stored'"

@@ -12,6 +12,7 @@ from gradsurgery.capture.moments import Moment, moment, moments
 from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Made, Plane, all_in_range
 from gradsurgery.capture.ranges import WEIGHTS, unit, within
+from gradsurgery.capture.rowwise import hooks_are_linear
 from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError, NonFiniteError
@@ -392,6 +393,18 @@ class FactoredJacobian:
                     part = use.wide().products(vector.reshape(use.plane)) * size.to(device)
                     out[k].index_add_(0, placed(use.rows, device), part.to(device))
         return out
+
+    @property
+    def bent(self) -> list[str]:
+        """Parameters whose rows of sums of losses are not the sums of rows: hooks or Functions are
+        not linear.
+        """
+        found = {id(p) for derived in self._derived if derived.bent for p in derived.parameters}
+        return [
+            name
+            for name, p in zip(self.names, self.parameters, strict=True)
+            if id(p) in found or (p._backward_hooks and not hooks_are_linear(p))
+        ]
 
     def row_norms(self) -> Tensor:
         """Euclidean norms of the rows, [m] float64."""

@@ -42,6 +42,7 @@ class Found:
         self.weighted: Kept | None = None
         self.start: Kept | None = None  # what Functions kept before the first of several passes
         self.asked: bool | None = None  # whether all passes showed what weighted losses change
+        self.summed = False  # whether rows are summed over several passes
         self.unsure = False  # whether the ways back from leaves are linear
         self.rowwise = Rowwise(owner)
         self.warned: list[str] = []
@@ -109,6 +110,8 @@ class Found:
         if last > 0:
             read_again(ordered(roots(self.losses)[0]))
         hooked = any(self.owner.clock.may_be_hooked(found.sampled) for _, found in passes)
+        counts = [occurring(part) for part, _ in passes]
+        self.summed = sum(map(len, counts)) > len(torch.cat(counts).unique())
         if self.start is None and (last > 0 or self.rowwise.reasons or hooked):
             self.start = Kept(functions([roots(self.losses)[0]]))
         for k, (part, found) in enumerate(passes):
@@ -212,18 +215,21 @@ class Found:
 
     def _whole(self, rows: Tensor, row: int, retain_graph: bool) -> None:
         """All losses make one row: an ordinary backward pass."""
+        asks = (self.weighted is not None or self.owner.summed) and self._may_bend()
+        kept = self.weighted or Kept(functions([roots(self.losses)[0]]) if asks else ())
         grads = list(
             torch.autograd.grad(
                 self.losses,
                 self.owner.parameters,
                 self._outputs(rows),
-                retain_graph=retain_graph,
+                retain_graph=retain_graph or asks,
                 allow_unused=True,
             )
         )
-        if self.weighted is not None and self._may_bend():
-            grads = self.weighted.owned(grads)
-            self._expect_linear(grads, rows)
+        if asks:
+            grads = [None if g is None else g.to_dense() for g in kept.owned(grads)]
+            self._expect_linear(grads, rows, kept)
+            self.asked = True
         only = torch.tensor([row], device="cpu")
         for k, grad in enumerate(own(grads)):  # each may be scaled in its place, as a `.grad`
             if grad is not None:
@@ -235,10 +241,11 @@ class Found:
         hooked = any(p._backward_hooks for p in self.owner.parameters)
         return hooked or self.owner.clock.may_be_hooked(nodes) or any(map(is_function, nodes))
 
-    def _expect_linear(self, grads: Sequence[Tensor | None], rows: Tensor) -> None:
+    def _expect_linear(self, grads: Sequence[Tensor | None], rows: Tensor, kept: Kept) -> None:
         named = zip(self.owner.names, self.owner.parameters, grads, strict=True)
         parts = [(name, p, g, g.abs()) for name, p, g in named if g is not None]
-        expect_linear(self.losses, self._outputs(rows), parts, self.weighted)
+        weighted = self.weighted is not None
+        expect_linear(self.losses, self._outputs(rows), parts, kept, weighted)
 
     def _pass(self, rows: Tensor, found: Trace, retain_graph: bool) -> None:
         distinct = occurring(rows)
@@ -280,6 +287,7 @@ class Found:
             hooked=self.owner.clock.may_be_hooked(found.sampled),
             weighted=self.weighted,
             start=self.start,
+            summed=self.summed and watched is not None,
         )
         self.asked = watched is not None and self.asked is not False
         before = Kept(meeting.node for _, meeting in own if meeting.whole is None)
@@ -296,7 +304,8 @@ class Found:
         """The operations that gradients pass, where a hook or a Function may do more to them."""
         if self.owner.clock.may_be_hooked(found.sampled):
             return found.sampled
-        if self.weighted is not None and any(is_function(node) for node in found.sampled):
+        asks = self.summed or self.weighted is not None
+        if asks and any(is_function(node) for node in found.sampled):
             return found.sampled
         return None
 

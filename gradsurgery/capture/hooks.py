@@ -7,7 +7,7 @@ without the others.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,31 +16,82 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.hooks import BackwardHook, RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradsurgery.capture.graph import Place
+from gradsurgery.capture.graph import Place, ordered, roots
 from gradsurgery.capture.kept import Kept
 from gradsurgery.capture.layout import Layout
+from gradsurgery.errors import InputError
 
 Sampled = dict[Any, dict[int, Layout]]  # operations, losses first: the layouts of their outputs
 # how much smaller and larger losses are made to see whether all below is linear in them
 SCALES = {torch.float16: 2.0**4, torch.float64: 2.0**200}
 
 
+_own = 0  # handles made here
+
+
+def register(method: Callable, hook: Callable) -> RemovableHandle:
+    """A hook of the library's own on a node, which no `Clock` counts."""
+    global _own
+    _own += 1
+    return method(hook)
+
+
+def _others() -> int:
+    return RemovableHandle.next_id - _own
+
+
 class Clock(NamedTuple):
-    """How many handles there were, and how many nodes this thread had made."""
+    """How many handles of others there were, and how many nodes this thread had made."""
 
     handles: int
     nodes: int
 
     @classmethod
     def now(cls) -> "Clock":
-        return cls(RemovableHandle.next_id, _get_sequence_nr())
+        return cls(_others(), _get_sequence_nr())
 
     def may_be_hooked(self, nodes: Iterable[Any]) -> bool:
         """Whether a hook can be on any of these, in a graph made since then."""
-        if RemovableHandle.next_id != self.handles:
+        if _others() != self.handles:
             return True
         return any(node._sequence_nr() < self.nodes for node in nodes)
+
+
+_looked_at = WeakTensorKeyDictionary()  # by parameter: how many handles there were
+
+
+def check_accumulation(named: Mapping[str, nn.Parameter]) -> None:
+    """Raise where a parameter's gradient is changed, or kept, where rows do not pass.
+
+    Nodes that accumulate are looked at where a handle was made since they last were.
+    """
+    made = _others()
+    for name, parameter in named.items():
+        if hasattr(parameter, "main_grad"):
+            raise InputError(
+                f"parameter {name} has its gradient accumulated in main_grad, by a backward of its "
+                "own, which rows do not see: switch gradient accumulation fusion off"
+            )
+        if _looked_at.get(parameter) == made:
+            continue
+        _looked_at[parameter] = made
+        node = torch.autograd.graph.get_gradient_edge(parameter).node
+        for method in (node.register_prehook, node.register_hook):
+            handle = register(method, _nothing)
+            hooks = handle.hooks_dict_ref() or {}
+            handle.remove()
+            if len(hooks) > 0:
+                raise InputError(
+                    f"parameter {name} has a hook on the node that accumulates its gradient, where "
+                    "rows do not pass: use Tensor.register_hook, or "
+                    "register_post_accumulate_grad_hook"
+                )
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 class Hook(NamedTuple):
@@ -67,11 +118,11 @@ class Watch:
     def __enter__(self) -> "Watch":
         for node in self.sampled:
             take, give = partial(self._take, node), partial(self._give, node)
-            for register, mine, others in (
+            for method, mine, others in (
                 (node.register_prehook, take, self._before),
                 (node.register_hook, give, self._after),
             ):
-                handle = register(mine)
+                handle = register(method, mine)
                 self._handles.append(handle)
                 hooks = handle.hooks_dict_ref() or {}
                 others[node] = [hook for hook in hooks.values() if hook is not mine]
@@ -181,17 +232,20 @@ def linear(whole: Tensor, scaled: Tensor, factor: float) -> bool:
     return near(scaled, expected, expected.abs())
 
 
-def near(found: Tensor, expected: Tensor, size: Tensor) -> bool:
+def near(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether two sums of the same numbers agree, as far as both can be known.
 
-    size: the sums of these numbers without their signs.
+    Args:
+        size: the sums of these numbers without their signs.
+        dtype: what they were rounded to, where that is coarser than theirs.
     """
     known = expected.isfinite() & found.isfinite()
     if not bool(known.any()):
-        return True
+        return expected.numel() == 0
     away = torch.where(known, (found - expected).abs(), 0)
     largest = torch.where(known, size, 0).max()
-    return bool((away <= _roundings(expected) * largest + torch.finfo(expected.dtype).tiny).all())
+    eps = _roundings(expected) if dtype is None else 64 * torch.finfo(dtype).eps
+    return bool((away <= eps * largest + torch.finfo(expected.dtype).tiny).all())
 
 
 def _at(watch: Watch, node: Any, nr: int) -> Tensor | None:
@@ -203,8 +257,15 @@ def _roundings(like: Tensor) -> float:
     return 64 * torch.finfo(like.dtype).eps
 
 
-def scale_of(dtype: torch.dtype) -> float:
-    return SCALES.get(dtype, 2.0**40)
+def scale_of(dtypes: Iterable[torch.dtype]) -> float:
+    """How much larger and smaller gradients of these dtypes can be made to be."""
+    return min((SCALES.get(dtype, 2.0**40) for dtype in dtypes), default=2.0**40)
+
+
+def dtypes_under(losses: Tensor) -> set[torch.dtype]:
+    """Those of all gradients that a backward pass has."""
+    nodes = [n for n in ordered(roots(losses)[0]) if not hasattr(n, "variable")]
+    return {losses.dtype, *(meta.dtype for node in nodes for meta in node._input_metadata)}
 
 
 def culprit(watches: Sequence[Watch], difference: Difference, model: nn.Module) -> str:

@@ -58,6 +58,7 @@ class Kept:
         self._containers: list[tuple[Any, Any]] = []
         self._seen: set[int] = set()
         self._written: set[int] = set()
+        self._mine: set[int] = set()  # memory of the nodes' own
         for node in nodes:
             self._look_at(node)
 
@@ -76,10 +77,10 @@ class Kept:
 
     def owned(self, grads: Iterable[Tensor | None]) -> list[Tensor | None]:
         """Gradients, as copies where putting back would change them."""
-        return [
-            g.clone() if g is not None and g.untyped_storage()._cdata in self._storages else g
-            for g in grads
-        ]
+        return [g.clone() if g is not None and self._holds(g) else g for g in grads]
+
+    def _holds(self, grad: Tensor) -> bool:
+        return grad.layout == torch.strided and grad.untyped_storage()._cdata in self._storages
 
     def note_changes(self) -> None:
         """Remember which memory is not as it was."""
@@ -95,15 +96,28 @@ class Kept:
         }
 
     def forget_the_rest(self) -> None:
-        """Keep only copies of memory that was seen to be changed."""
-        self._storages = {key: self._storages[key] for key in self._written}
+        """Keep only what nodes hold themselves, of memory only what was seen to be changed.
+
+        What they reach besides may be changed by others later.
+        """
+        kept = self._written & self._mine
+        self._storages = {key: self._storages[key] for key in kept}
+        self._versions = {
+            key: (tensor, version)
+            for key, (tensor, version) in self._versions.items()
+            if tensor.untyped_storage()._cdata in kept
+        }
+        self._names = [(owner, before) for owner, before in self._names if is_function(owner)]
+        self._containers = []
 
     def _look_at(self, node: Any) -> None:
+        known = set(self._storages)
         if not any(_packed(saved) for saved in node._raw_saved_tensors):
             with suppress(RuntimeError):  # freed by an earlier pass: calling it will say so
                 for tensor in node.saved_tensors:
                     self._keep(tensor, DEPTH)
         self._keep_names(node, vars(node), DEPTH)
+        self._mine |= set(self._storages) - known
         for kind in type(node)._forward_cls.__mro__:
             if _is_torchs(kind):
                 continue

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from gradsurgery.capture.hooks import linear, scale_of
+from gradsurgery.capture.hooks import linear, near, scale_of
 from gradsurgery.capture.kept import as_before, functions
+from gradsurgery.capture.probe import steady, unsteady
 from gradsurgery.capture.ranges import in_range, unit
 from gradsurgery.capture.trace import Leaf, misused
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
@@ -70,6 +71,8 @@ class Derived:
         one, other = gradients(), gradients()
         leaves = [leaf for leaf, _ in self.leaves]
         asked = Derived(self.parameters, bent=True)  # which scales nothing
+        dtypes = {*(m.dtype for m in metas_of(leaves)), *(p.dtype for p in self.parameters)}
+        coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
         def back(grads: Sequence[Tensor], factor: float = 1) -> list[Tensor]:
             found = asked._back(leaves, [self._placed(g * factor) for g in grads], False)
@@ -78,7 +81,10 @@ class Derived:
                 for g, p in zip(found, self.parameters, strict=True)
             ]
 
-        whole, scale = back(one), scale_of(metas_of(leaves)[0].dtype)
+        whole, scale = back(one), scale_of(dtypes)
+        if not all(map(steady, whole, back(one))):
+            names = {node.name() for leaf in leaves for node in functions([leaf.place[0]])}
+            raise InputError(unsteady(", ".join(sorted(names)) or "a hook"))
         if any(
             not linear(a, b, factor)
             for factor in (-scale, 1 / scale)
@@ -87,7 +93,7 @@ class Derived:
             return False
         sums = back([a + b for a, b in zip(one, other, strict=True)])
         both = zip(whole, back(other), sums, strict=True)
-        return all(linear(a + b, c, 1) for a, b, c in both)
+        return all(near(c, a + b, a.abs() + b.abs(), coarsest) for a, b, c in both)
 
     def _placed(self, grad: Tensor) -> Tensor:
         return grad.to(self.parameters[0].device)
@@ -198,14 +204,15 @@ def vjps(
     """autograd.grad, with a leading dimension of vectors if `batched`; the graph stays.
 
     Args:
-        nodes: Functions on the way, which keep what they kept, vector by vector.
-        vmapped: whether all vectors may go at once.
+        nodes: Functions on the way, which keep what they kept, vector by vector. They are no code
+            for vmap: what they do to its tensors may end the process.
+        vmapped: whether vmap may meet what else is on the way.
     """
     options = {"retain_graph": True, "allow_unused": True}
     with as_before(nodes) as kept:
         if not batched:
             return kept.owned(torch.autograd.grad(outputs, inputs, grads, **options))
-        if vmapped:
+        if vmapped and not nodes:
             try:
                 found = torch.autograd.grad(
                     outputs, inputs, grads, is_grads_batched=True, **options

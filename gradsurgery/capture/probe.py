@@ -51,11 +51,17 @@ def dense(grad: Tensor | None, child: Any, nr: int, summed: bool = True) -> Tens
 
 def _applied(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Of a torch.autograd.Function, which has answers for what is no Tensor too."""
-    given = [
+    given = [None if g is None else g.clone() for g in grads]  # a backward may write to them
+    zeros = [
         torch.zeros(tuple(meta.shape), dtype=meta.dtype, device=meta.device) if g is None else g
-        for g, meta in zip(grads, node._input_metadata, strict=True)
+        for g, meta in zip(given, node._input_metadata, strict=True)
     ]
-    answer = node.apply(*given)
+    try:
+        answer = node.apply(*zeros)
+    except Exception:
+        if None not in given:
+            raise
+        answer = node.apply(*given)  # as of ctx.set_materialize_grads(False)
     answer = answer if isinstance(answer, tuple) else (answer,)
     wanted = (a for a, needed in zip(answer, node.needs_input_grad, strict=False) if needed)
     return [None if child is None else next(wanted) for child, _ in node.next_functions]
@@ -161,9 +167,9 @@ def steady(a: Tensor | None, b: Tensor | None) -> bool:
 
 def unsteady(name: str) -> str:
     return (
-        f"{name}: its backward gives another answer each time it is called, so it cannot be asked "
-        "which rows its gradients belong to. Have it compute one loss a sample, a scalar, which is "
-        "never asked, or make it depend on its arguments alone"
+        f"{name}: its backward gives another answer each time it is called, so no rows can be had "
+        "by asking it. Have it compute one loss a sample, a scalar, which is never asked, or make "
+        "it depend on its arguments alone"
     )
 
 

@@ -3,13 +3,17 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.hooks import linear, near, scale_of
 from gradsurgery.capture.kept import Kept, as_before, functions
 from gradsurgery.capture.leaves import vjps
+from gradsurgery.capture.probe import steady, unsteady
 from gradsurgery.capture.trace import Leaf
 from gradsurgery.capture.uses import RowsUse, Use, occurring
+from gradsurgery.errors import InputError
 
 if TYPE_CHECKING:
     from gradsurgery.capture.tape import Tape
@@ -63,6 +67,13 @@ class Rowwise:
             hooked = any(p._backward_hooks for p in parameters)
             vmapped = not (hooked or self.owner.clock.may_be_hooked(every))
             grads = vjps([losses], parameters, [vectors], True, nodes, vmapped)
+            if nodes and start is not None:
+                start.put_back()
+                again = vjps([losses], parameters, [vectors[:1]], True, nodes, vmapped)
+                firsts = [None if g is None else g[:1] for g in grads]
+                if not all(map(steady, firsts, again)):
+                    names = ", ".join(sorted({node.name() for node in nodes}))
+                    raise InputError(unsteady(names))
         for k, grad in zip(ks, grads, strict=True):
             yield k, None if grad is None else RowsUse(grad, ids)
 
@@ -79,3 +90,26 @@ class Rowwise:
         why = sorted(set(self.reasons.values()))
         names = ", ".join(self.owner.names[k] for k in sorted(self.reasons))
         return f"{names}: {'; '.join(why)}, so the rows are got by a backward pass each and stored"
+
+
+def hooks_are_linear(parameter: nn.Parameter) -> bool:
+    """Whether a parameter's hooks make of a sum of gradients the sum of what they make of each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gradient() -> Tensor:
+        found = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+        return found.to(parameter)
+
+    def through(grad: Tensor) -> Tensor:
+        for hook in list((parameter._backward_hooks or {}).values()):
+            changed = hook(grad)
+            grad = grad if changed is None else changed
+        return grad
+
+    with torch.no_grad():
+        a, b = gradient(), gradient()
+        one, other, both = through(a.clone()), through(b.clone()), through(a + b)
+        scale = scale_of([parameter.dtype])
+        return near(both, one + other, one.abs() + other.abs()) and all(
+            linear(one, through(a * factor), factor) for factor in (-scale, 1 / scale)
+        )

@@ -12,7 +12,7 @@ from gradsurgery.batch import trainable
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.found import Found
 from gradsurgery.capture.graph import roots, under
-from gradsurgery.capture.hooks import Clock
+from gradsurgery.capture.hooks import Clock, check_accumulation
 from gradsurgery.capture.leaves import unmixed
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.trace import misused
@@ -41,6 +41,7 @@ class Tape:
         columns = {**named, **(outside or {})}
         self.names, self.parameters = list(columns), list(columns.values())
         self.clock = Clock.now()
+        self.summed = False  # whether rows will be added to those of other tapes
 
     def jacobian(
         self,
@@ -70,6 +71,10 @@ class Tape:
             combine in ("stored", "backward"),
             f"combine must be 'stored' or 'backward', got {combine!r}",
         )
+        check(
+            not torch.is_inference_mode_enabled(),
+            "tape.jacobian: torch.inference_mode() is on, where there is no backward pass",
+        )
         rows = self._rows(losses, groups)
         known = numbers(rows)
         m = int(known.ids[-1]) + 1 if rows.numel() else 0
@@ -89,7 +94,7 @@ class Tape:
                     value = float(wide[bad[0]])
                     raise NonFiniteError(f"losses: row {bad[0]} is not finite: {value}")
             try:
-                with unmixed(losses):
+                with unmixed(losses), self._accumulating_nothing():
                     kept = found.run(rows, retain_graph, weighted=combine == "backward")
             except InputError:
                 raise
@@ -103,6 +108,25 @@ class Tape:
         return FactoredJacobian(
             list(self.names), list(self.parameters), m, summed, uses, found.derived, graph
         )
+
+    @contextmanager
+    def _accumulating_nothing(self) -> Iterator[None]:
+        """A Function that runs a backward pass of its own inside of its backward is refused."""
+        before = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        try:
+            yield
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                check(
+                    parameter.grad is None,
+                    f"a torch.autograd.Function adds to .grad of {name} in a backward pass of its "
+                    "own, as reentrant checkpoints do, so its rows are not seen: use "
+                    "torch.utils.checkpoint with use_reentrant=False",
+                )
+        finally:
+            for parameter, grad in zip(self.parameters, before, strict=True):
+                parameter.grad = grad
 
     def reaches(self, losses: Tensor) -> bool:
         """Whether autograd's graph leads from the losses to any of the model's parameters."""
@@ -157,6 +181,7 @@ def tape(
     for name, parameter in {**named, **(outside or {})}.items():
         if parameter.dtype not in DTYPES:
             raise InputError(f"parameter {name} must be floating point, got {parameter.dtype}")
+    check_accumulation({**named, **(outside or {})})
     recorder = Tape(model, named, coupled, outside)
     # whoever compiled a model has imported the compiler; nobody else should wait for that
     compiles = "torch._dynamo" in sys.modules

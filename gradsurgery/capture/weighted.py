@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from gradsurgery.capture.descent import not_linear
 from gradsurgery.capture.graph import roots
-from gradsurgery.capture.hooks import near, scale_of
+from gradsurgery.capture.hooks import dtypes_under, near, scale_of
 from gradsurgery.capture.kept import Kept, as_before, functions
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.ranges import apart
 from gradsurgery.capture.recomputed import refusal
+from gradsurgery.capture.trace import misused
 from gradsurgery.errors import InputError
 from gradsurgery.grads import part
 
@@ -73,7 +74,7 @@ class Graph(NamedTuple):
         try:
             yield
         except Exception as error:
-            why = refusal(error, self.losses)
+            why = refusal(error, self.losses) or misused(error)
             if why is None:
                 raise
             raise InputError(why) from error
@@ -83,22 +84,40 @@ def expect_linear(
     losses: Tensor,
     outputs: Tensor,
     parts: Sequence[tuple[str, nn.Parameter, Tensor, Tensor]],
-    kept: Kept | None = None,
+    kept: Kept,
+    weighted: bool = True,
 ) -> None:
-    """Raise where a backward pass of weighted losses is not the weighted sum of the rows.
+    """Raise where backward passes of weighted losses, or of some, do not add up to the rows' sum.
 
     Args:
         losses: with their graph.
         outputs: what to start from for the sum of all rows.
         parts: names and parameters, the sums of their rows, and the sums of these without signs.
         kept: what Functions must find as it was.
+        weighted: whether losses will be weighted, or taken sample by sample only.
     """
-    scale = scale_of(losses.dtype)
+    scale = scale_of(dtypes_under(losses))
+    half = torch.zeros_like(outputs).flatten()
+    half[::2] = 1
+    half = outputs * half.view_as(outputs)
+    if weighted or not bool((outputs - half).any()):
+        passes = [([outputs * factor], factor) for factor in (1.0, -scale, 1 / scale)]
+    else:
+        passes = [([half, outputs - half], 1.0)]
+    parameters = [p for _, p, _, _ in parts]
     with as_before(functions([roots(losses)[0]])):
-        for factor in (1.0, -scale, 1 / scale):
-            if kept is not None:
+        for starts, factor in passes:
+            found: list[Tensor | None] = [None] * len(parts)
+            for start in starts:
                 kept.put_back()
-            sums = vjps([losses], [p for _, p, _, _ in parts], [outputs * factor], False)
-            for (name, _, total, size), found in zip(parts, sums, strict=True):
-                if found is not None and not near(found, total * factor, size * abs(factor)):
-                    raise InputError(not_linear(f"what {name} passes through"))
+                grads = kept.owned(vjps([losses], parameters, [start], False))
+                kept.note_changes()
+                found = [_add(a, b) for a, b in zip(found, grads, strict=True)]
+            for (name, _, total, size), grad in zip(parts, found, strict=True):
+                if grad is not None and not near(grad, total * factor, size * abs(factor)):
+                    raise InputError(not_linear(f"what {name} passes through", weighted))
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    b = None if b is None else b.to_dense()
+    return b if a is None else a if b is None else a + b

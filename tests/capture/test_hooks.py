@@ -1,5 +1,7 @@
 """Hooks between the losses and the parameters: exact where they work sample by sample."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -369,6 +371,115 @@ def test_a_clipping_hook_on_a_parameter_and_weighted_losses():
         losses = energy(model(X))
     with pytest.raises(gs.InputError, match=r"0.weight passes through is not linear .*'stored'"):
         tape.jacobian(losses, combine="backward")
+
+
+@pytest.mark.parametrize("way", ["parameter", "computed", "activation"])
+@pytest.mark.parametrize("hook", [doubled, clip_of_weight])
+def test_rows_summed_over_parts(way, hook):
+    """As of the whole batch where hooks are linear, or of samples apart; refused where not."""
+    found = []
+    for micro_batch in (None, 2):
+        torch.manual_seed(0)
+        model: nn.Module = {
+            "parameter": mlp,
+            "computed": lambda: Computed("product", hook),
+            "activation": lambda: Hooked("tanh", hook),
+        }[way]()
+        if way == "parameter":
+            model.get_parameter("0.weight").register_hook(hook)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(), micro_batch=micro_batch)
+
+        def step(surgeon=surgeon):
+            return surgeon.step(forget=X[:3], retain=X[3:], loss=lambda net, x: energy(net(x)))
+
+        if hook is clip_of_weight and micro_batch is not None and way != "activation":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with pytest.raises(gs.InputError, match=r"weight.*not linear.*whole"):
+                    step()
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found.append((step().gramian, [p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("hook", [doubled, clipped])
+def test_rows_summed_over_several_passes(hook):
+    """Losses [B, T] in a pass for each t: sums where hooks are linear, else refused."""
+    model, groups = nn.ModuleList([mlp(), nn.Linear(4, 1).double()]), torch.arange(BATCH)
+    with gs.tape(model) as tape:
+        hidden = model[0](X)
+        hidden.register_hook(hook)
+        losses = torch.stack([energy(hidden), energy(model[1](hidden))], 1)
+    both = torch.stack([groups, groups], 1)
+    rows = [
+        torch.autograd.grad(pair.sum(), list(model.parameters()), retain_graph=True)
+        for pair in losses
+    ]
+    rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    try:
+        gram = tape.jacobian(losses, both).gramian()
+    except gs.InputError as error:
+        assert hook is clipped and "not linear" in str(error)
+        return
+    torch.testing.assert_close(gram, rows @ rows.T)
+
+
+def test_hooks_where_gradients_accumulate_are_refused():
+    model = mlp()
+    node = torch.autograd.graph.get_gradient_edge(model[0].weight).node
+    handle = node.register_prehook(lambda grads: (2 * grads[0],))
+    why = r"parameter 0.weight has a hook on the node that accumulates"
+    with pytest.raises(gs.InputError, match=why), gs.tape(model):
+        pass
+    handle.remove()
+    agrees(model, lambda: energy(model(X)))
+    model[0].weight.main_grad = torch.zeros(7, 5)
+    with pytest.raises(gs.InputError, match=r"parameter 0.weight .* main_grad"), gs.tape(model):
+        pass
+
+
+def test_a_backward_pass_inside_of_a_backward_is_refused():
+    class Inside(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, module, x):
+            ctx.module = module
+            ctx.save_for_backward(x)
+            with torch.no_grad():
+                return module(x)
+
+        @staticmethod
+        def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                torch.autograd.backward(ctx.module(x), g)
+            return None, x.grad
+
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)).double()
+    model[1].bias.grad = torch.ones(5).double()
+    with gs.tape(model) as tape:
+        losses = energy(model[2](Inside.apply(model[1], model[0](X)).tanh()))
+    with pytest.raises(gs.InputError, match=r"adds to \.grad of 1.weight"):
+        tape.jacobian(losses)
+    assert model[1].weight.grad is None
+    assert torch.equal(model[1].bias.grad, torch.ones(5).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hook", [lambda *_: None, lambda m, i, o: (i[0].clamp(-0.01, 0.01),)])
+def test_hooks_in_16_bits(dtype, hook):
+    """Rounding is not taken for what is not linear, and the other way round."""
+    model = mlp(middle=[nn.Linear(7, 7)], dtype=dtype)
+    model[1].register_full_backward_hook(hook)
+    with gs.tape(model) as tape:
+        losses = energy(model(X.to(dtype))).float()
+    if hook(None, [torch.ones(1)], None) is not None:
+        with pytest.raises(gs.InputError, match="not linear"):
+            tape.jacobian(losses, combine="backward")
+        return
+    tape.jacobian(losses, combine="backward").combine(torch.ones(BATCH))
 
 
 class Clamping(torch.autograd.Function):
