@@ -189,7 +189,9 @@ class Descent:
                 raise InputError(not_linear(name, self.weighted is not None))
             for place in self.below:
                 whole, part = arrived.grads[place], below.grads[place]
-                if whole is not None and part is not None and not linear(whole, part, factor):
+                if whole is None or part is None:
+                    continue
+                if not linear(whole.to_dense(), part.to_dense(), factor):
                     below_it = {id(p) for p in under(place)[1]}
                     names = [n for n, p in model.named_parameters() if id(p) in below_it]
                     name = f"what {', '.join(names)} passes through"

@@ -67,13 +67,15 @@ class Rowwise:
             hooked = any(p._backward_hooks for p in parameters)
             vmapped = not (hooked or self.owner.clock.may_be_hooked(every))
             grads = vjps([losses], parameters, [vectors], True, nodes, vmapped)
-            if nodes and start is not None:
-                start.put_back()
+            if nodes or not vmapped:
+                if start is not None:
+                    start.put_back()
                 again = vjps([losses], parameters, [vectors[:1]], True, nodes, vmapped)
                 firsts = [None if g is None else g[:1] for g in grads]
                 if not all(map(steady, firsts, again)):
                     names = ", ".join(sorted({node.name() for node in nodes}))
-                    raise InputError(unsteady(names))
+                    hooks = ", ".join(f"a hook of {self.owner.names[k]}" for k in ks)
+                    raise InputError(unsteady(names or hooks))
         for k, grad in zip(ks, grads, strict=True):
             yield k, None if grad is None else RowsUse(grad, ids)
 

@@ -257,7 +257,50 @@ def test_a_parameter_hook_sees_tensors():
         losses = energy(model(X))
     with pytest.warns(UserWarning, match="it has a hook"):
         gram = tape.jacobian(losses).gramian(per="tensor")[0]
-    torch.testing.assert_close(torch.tensor(norms, dtype=torch.float64).square(), gram.diagonal())
+    seen = torch.tensor(norms[:BATCH], dtype=torch.float64)
+    torch.testing.assert_close(seen.square(), gram.diagonal())
+
+
+def test_a_hook_that_remembers_is_refused():
+    model, seen = mlp(), []
+
+    def warm_up(grad):
+        seen.append(None)
+        return grad * min(1.0, len(seen) / 10)
+
+    model[0].weight.register_hook(warm_up)
+    with gs.tape(model) as tape:
+        losses = energy(model(X))
+    why = r"a hook of 0\.weight: its backward gives another answer"
+    with pytest.raises(gs.InputError, match=why):
+        tape.jacobian(losses)
+
+
+@pytest.mark.parametrize("combine", ["stored", "backward"])
+@pytest.mark.parametrize("where", ["nowhere", "tensor", "weight"])
+def test_sparse_gradients(where, combine):
+    model = nn.Sequential(nn.Embedding(7, 5, sparse=True), nn.Linear(5, 3)).double()
+    ids = torch.tensor([[0, 3], [3, 6], [1, 1]])
+    if where == "weight":
+        model[0].weight.register_hook(lambda grad: 2 * grad)
+
+    def forward():
+        hidden = model[0](ids).mean(1)
+        if where == "tensor":
+            hidden.register_hook(doubled)
+        return energy(model[1](hidden))
+
+    with gs.tape(model) as tape:
+        losses = forward()
+    rows = [torch.autograd.grad(v, list(model.parameters()), retain_graph=True) for v in losses]
+    rows = torch.stack([torch.cat([g.to_dense().flatten() for g in row]) for row in rows])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jacobian = tape.jacobian(losses, combine=combine)
+    torch.testing.assert_close(jacobian.gramian(), rows @ rows.T)
+    jacobian.backward(torch.ones(3).double())
+    update = torch.cat([p.grad.to_dense().flatten() for p in model.parameters()])
+    torch.testing.assert_close(update, rows.sum(0))
 
 
 # not linear
