@@ -52,6 +52,7 @@ class Descent:
         places: whose gradients are wanted.
         below: tensors just below nodes that have to be called.
         handing: nodes whose gradients are wanted as they give them.
+        fresh: of the places, those that a Function gives to, which may use its memory again.
         watched: all nodes between, where gradients may be changed; None where nothing could.
         hooked: whether there may be hooks, which are asked.
         weighted: where passes of weighted losses will follow, what these must find as it was.
@@ -66,6 +67,7 @@ class Descent:
         *,
         below: Iterable[Place] = (),
         handing: Iterable[Any] = (),
+        fresh: Iterable[Place] = (),
         watched: Sampled | None = None,
         hooked: bool = False,
         weighted: Kept | None = None,
@@ -74,7 +76,7 @@ class Descent:
     ) -> None:
         self.losses, self.root = losses, roots(losses)
         self.places, self.below = list(places), list(below)
-        self.handing = list(handing)
+        self.handing, self.fresh = list(handing), list(fresh)
         self.watched, self.hooked, self.weighted = watched, hooked, weighted
         self.start, self.summed = start, summed
         self.functions = [node for node in watched or () if is_function(node)]
@@ -126,6 +128,7 @@ class Descent:
     def _pass(self, outputs: Tensor, retain_graph: bool) -> tuple[Arrived, Any]:
         handed: dict[Any, Sequence[Tensor | None]] = {}
         found: dict[Place, Tensor | None] = {}
+        copies: dict[Place, Tensor | None] = {}
         edges = dict.fromkeys([*self.places, *self.below])
         with ExitStack() as stack:
             watch = None
@@ -133,9 +136,11 @@ class Descent:
                 outputs = outputs.clone()  # a hook may write to it
                 watch = stack.enter_context(Watch(self.watched, self.root, outputs))
             for node in self.handing:
-                take = partial(handed.__setitem__, node)
-                handle = register(node.register_hook, lambda grads, _, take=take: take(grads))
-                stack.callback(handle.remove)
+                take = partial(_copy_all, handed, node)
+                stack.callback(register(node.register_hook, take).remove)
+            for place in self.fresh:
+                take = partial(_copy_one, copies, place)
+                stack.callback(register(place[0].register_prehook, take).remove)
             grads = torch.autograd.grad(
                 self.losses,
                 [GradientEdge(*place) for place in edges],
@@ -148,6 +153,7 @@ class Descent:
             for node, nr in self.places:
                 if node in watch.taken:  # after its hooks: autograd's own are from before them
                     found[node, nr] = watch.taken[node][nr]
+        found.update(copies)
         return Arrived(found, handed), watch
 
     def _ask_for_rows(
@@ -196,6 +202,15 @@ class Descent:
                     names = [n for n, p in model.named_parameters() if id(p) in below_it]
                     name = f"what {', '.join(names)} passes through"
                     raise InputError(not_linear(name, self.weighted is not None))
+
+
+def _copy_all(into: dict, node: Any, grads: Sequence[Tensor | None], _: object) -> None:
+    into[node] = [None if g is None else g.clone() for g in grads]
+
+
+def _copy_one(into: dict, place: Place, grads: Sequence[Tensor | None]) -> None:
+    grad = grads[place[1]]
+    into[place] = None if grad is None else grad.clone()
 
 
 def _owned(arrived: Arrived, kept: Kept) -> Arrived:

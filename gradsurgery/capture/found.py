@@ -19,9 +19,9 @@ from gradsurgery.capture.layout import Layout, compress
 from gradsurgery.capture.leaves import Derived, oriented
 from gradsurgery.capture.probe import dense
 from gradsurgery.capture.recomputed import read_again, recomputed_once
-from gradsurgery.capture.rowwise import Rowwise
-from gradsurgery.capture.rules import OPAQUE, base_name
-from gradsurgery.capture.trace import Leaf, Meeting, Mixing, Trace, trace
+from gradsurgery.capture.rowwise import Rowwise, compiled
+from gradsurgery.capture.rules import base_name
+from gradsurgery.capture.trace import Leaf, Meeting, Trace, trace
 from gradsurgery.capture.uses import RowsUse, Use, numbers, occurring, plane_of
 from gradsurgery.capture.views import resolve, shape_of
 from gradsurgery.capture.weighted import expect_linear
@@ -85,7 +85,7 @@ class Found:
         self._reach_all()
         self.warned += [
             f"{', '.join(names)}: there is no rule for {operation}, so the rows are got one by "
-            f"one, exactly but slowly, and stored.{_compiled(operation)}"
+            f"one, exactly but slowly, and stored.{compiled(operation)}"
             for operation, names in self.slow.items()
         ]
         if self.warned:
@@ -101,7 +101,7 @@ class Found:
                 if not any(f.mixed or f.scattered for _, f in tried):
                     passes = tried
         for mixing, parameters in passes[0][1].mixed.items():
-            self._coupled(mixing, parameters)
+            self.rowwise.coupled(mixing, parameters)
         for p in self.owner.parameters:
             if p._backward_hooks:
                 self.rowwise.reasons.setdefault(self.place[id(p)], "it has a hook")
@@ -122,7 +122,9 @@ class Found:
             try:
                 self._pass(part, found, keep)
             except Mixed as mixed:
-                self._mixed_by_hook(mixed, [found for _, found in passes])
+                for k in self.rowwise.mixed(mixed):
+                    self.uses[k] = []
+                self.rowwise.spread(leaf for _, each in passes for leaf in each.leaves)
                 if self.start is not None:
                     self.start.put_back()
                 self._pass(part, found, True)
@@ -167,47 +169,6 @@ class Found:
             parts.append(part)
             start += size
         return parts
-
-    def _coupled(self, mixing: Mixing, parameters: Sequence[nn.Parameter]) -> None:
-        mine = sorted({self.place[id(p)] for p in parameters if id(p) in self.place})
-        if not mine:
-            return
-        names = ", ".join(self.owner.names[k] for k in mine)
-        operations, why = mixing
-        if self.owner.coupled == "refuse" and why == OPAQUE:
-            raise InputError(
-                f"{operations} cannot be asked which of the losses use which of its inputs, so "
-                f"the losses have no rows in what is below it: {names}.{_compiled(operations)} "
-                "Use another operation, or ask for gs.tape(model, coupled='exact')"
-            )
-        if self.owner.coupled == "refuse":
-            raise InputError(
-                f"{operations} computes across samples{_modules(self.owner.model, operations)}, so "
-                f"the losses have no rows of their own in what is below it: {names}. Call "
-                "model.eval(), use another operation, or ask for gs.tape(model, coupled='exact')"
-            )
-        for k in mine:
-            self.rowwise.reasons[k] = (
-                f"nothing is known of {operations}"
-                if why == OPAQUE
-                else f"{operations} computes across samples"
-            )
-
-    def _mixed_by_hook(self, mixed: Mixed, found: Sequence[Trace]) -> None:
-        """What is below has no rows of its own, or has them got one by one."""
-        parameters = {id(p) for node in mixed.nodes for p in under((node, 0))[1]}
-        mine = sorted(self.place[p] for p in parameters & set(self.place))
-        names = ", ".join(self.owner.names[k] for k in mine)
-        if self.owner.coupled == "refuse":
-            raise InputError(
-                f"{mixed.name} computes across samples, or answers differently each time, so the "
-                f"losses have no rows of their own in what is below it: {names}. Have it work "
-                "sample by sample, or ask for gs.tape(model, coupled='exact')"
-            )
-        for k in mine:
-            self.rowwise.reasons[k] = f"{mixed.name} computes across samples"
-            self.uses[k] = []
-        self.rowwise.spread(leaf for each in found for leaf in each.leaves)
 
     def _outputs(self, rows: Tensor) -> Tensor:
         kept = (rows >= 0).to(self.losses.dtype).view(self.losses.shape)
@@ -278,11 +239,21 @@ class Found:
             if finishes[id(meeting)] is None
         ]
         own = [(leaf, meeting) for leaf, meeting in unknown if is_function(meeting.node)]
+        functions_here = [node for node in found.sampled if is_function(node)]
+        given = {place for node in functions_here for place in node.next_functions}
+        fresh = [place for place in places if place in given]
+        called = {meeting.node for _, meeting in own} | {node for node, _ in fresh}
+        below = [
+            leaf.place
+            for leaf in leaves
+            if watched is not None or any(m.node in called for m in leaf.meetings)
+        ]
         descent = Descent(
             self.losses,
             places,
-            below=[leaf.place for leaf in (leaves if watched is not None else [x for x, _ in own])],
+            below=below,
             handing=dict.fromkeys(meeting.node for _, meeting in own if meeting.whole is not None),
+            fresh=fresh,
             watched=watched,
             hooked=self.owner.clock.may_be_hooked(found.sampled),
             weighted=self.weighted,
@@ -421,20 +392,3 @@ def _alike(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use] | No
             use = use.viewed(plane)
         found.append(use)
     return found
-
-
-def _compiled(operations: str) -> str:
-    return " Call the compiled model inside the tape." if "CompiledFunction" in operations else ""
-
-
-def _modules(model: nn.Module, operation: str) -> str:
-    """Which modules an operation is likely to be, for the message."""
-    if "BatchNorm" not in operation:
-        return ""
-    names = [
-        f"{name or 'model'} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        and (module.training or not module.track_running_stats)
-    ]
-    return f" ({', '.join(names)} in training mode)" if names else ""

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.descent import Mixed
+from gradsurgery.capture.graph import ordered, roots, under
 from gradsurgery.capture.hooks import linear, near, scale_of
 from gradsurgery.capture.kept import Kept, as_before, functions
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.probe import steady, unsteady
-from gradsurgery.capture.trace import Leaf
+from gradsurgery.capture.rules import OPAQUE
+from gradsurgery.capture.trace import Leaf, Mixing
 from gradsurgery.capture.uses import RowsUse, Use, occurring
 from gradsurgery.errors import InputError
 
@@ -31,6 +33,42 @@ class Rowwise:
         return bool(self.reasons) and any(
             self._place.get(id(p)) in self.reasons for p in leaf.below[1]
         )
+
+    def coupled(self, mixing: Mixing, parameters: Iterable[nn.Parameter]) -> None:
+        """Refuses what is below operations that have rows meet, or has its rows got one by one."""
+        mine = sorted({self._place[id(p)] for p in parameters if id(p) in self._place})
+        if not mine:
+            return
+        names = ", ".join(self.owner.names[k] for k in mine)
+        operations, why = mixing
+        if self.owner.coupled == "refuse" and why == OPAQUE:
+            raise InputError(
+                f"{operations} cannot be asked which of the losses use which of its inputs, so "
+                f"the losses have no rows in what is below it: {names}.{compiled(operations)} "
+                "Use another operation, or ask for gs.tape(model, coupled='exact')"
+            )
+        if self.owner.coupled == "refuse":
+            raise InputError(
+                f"{operations} computes across samples{_modules(self.owner.model, operations)}, so "
+                f"the losses have no rows of their own in what is below it: {names}. Call "
+                "model.eval(), use another operation, or ask for gs.tape(model, coupled='exact')"
+            )
+        known = "nothing is known of {}" if why == OPAQUE else "{} computes across samples"
+        self.reasons.update(dict.fromkeys(mine, known.format(operations)))
+
+    def mixed(self, mixed: Mixed) -> list[int]:
+        """The same of a hook; the places of the parameters below."""
+        parameters = {id(p) for node in mixed.nodes for p in under((node, 0))[1]}
+        mine = sorted(self._place[p] for p in parameters & set(self._place))
+        names = ", ".join(self.owner.names[k] for k in mine)
+        if self.owner.coupled == "refuse":
+            raise InputError(
+                f"{mixed.name} computes across samples, or answers differently each time, so the "
+                f"losses have no rows of their own in what is below it: {names}. Have it work "
+                "sample by sample, or ask for gs.tape(model, coupled='exact')"
+            )
+        self.reasons.update(dict.fromkeys(mine, f"{mixed.name} computes across samples"))
+        return mine
 
     def spread(self, leaves: Iterable[Leaf]) -> None:
         """A tensor has all the parameters it is computed from got one by one, or none."""
@@ -115,3 +153,20 @@ def hooks_are_linear(parameter: nn.Parameter) -> bool:
         return near(both, one + other, one.abs() + other.abs()) and all(
             linear(one, through(a * factor), factor) for factor in (-scale, 1 / scale)
         )
+
+
+def compiled(operations: str) -> str:
+    return " Call the compiled model inside the tape." if "CompiledFunction" in operations else ""
+
+
+def _modules(model: nn.Module, operation: str) -> str:
+    """Which modules an operation is likely to be, for the message."""
+    if "BatchNorm" not in operation:
+        return ""
+    names = [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and (module.training or not module.track_running_stats)
+    ]
+    return f" ({', '.join(names)} in training mode)" if names else ""

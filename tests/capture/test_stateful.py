@@ -439,6 +439,33 @@ def test_what_is_hidden_in_a_view_is_refused():
         tape.jacobian(losses)
 
 
+WORKSPACE = torch.zeros(BATCH, 7, dtype=torch.float64)
+
+
+class Reusing(torch.autograd.Function):
+    """Its gradients are all in the same memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.mul(g, 3, out=WORKSPACE)
+
+
+def test_memory_that_is_used_again():
+    model = mlp(middle=[nn.Linear(7, 7), nn.Linear(7, 7)])
+
+    def forward():
+        h = model[0](X)
+        for k in (1, 2):
+            h = model[k](Reusing.apply(h).tanh())
+        return energy(model[4](Reusing.apply(h).tanh()))
+
+    exact(model, forward)
+
+
 class Large(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
