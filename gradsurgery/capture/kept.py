@@ -219,8 +219,8 @@ def _is_torchs(what: Any) -> bool:
 
 
 def _packed(saved: Any) -> bool:
-    """Whether a saved tensor is made anew each time it is read, by hooks."""
-    return getattr(saved, "unpack_hook", None) is not None
+    """Whether a checkpoint makes a saved tensor anew each time it is read."""
+    return saved.unpack_hook is not None and hasattr(saved.data, "handles")
 
 
 def _bytes(storage: Any) -> Tensor:

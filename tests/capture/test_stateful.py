@@ -273,6 +273,20 @@ def test_saved_tensors_written_to(combine):
     exact(model, forward, combine=combine)
 
 
+def test_saved_tensors_that_hooks_pack_and_leave_in_place():
+    """They are written to all the same."""
+    model, y = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 4, bias=False)]).double(), labels()
+    model[0].weight.register_hook(lambda grad: 2 * grad)
+
+    def forward():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            pairs = zip(model[0](X).tanh(), y, strict=True)
+            return torch.stack([FusedLinear.apply(h, model[1].weight, t) for h, t in pairs])
+
+    with pytest.warns(UserWarning, match="it has a hook"):
+        exact(model, forward)
+
+
 def test_refusing_leaves_everything_as_it_was():
     model = mlp()
 
