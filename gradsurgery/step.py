@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradsurgery.batch import Loss, batch_size, trainable
 from gradsurgery.collect import Collected, Collector
 from gradsurgery.diagnosis import Diagnosis, diagnose
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import add_to, own
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_count
@@ -176,7 +176,7 @@ class Surgeon:
             InputError: batches the rule has no use for, an entry of one that is no tensor of
                 samples, losses that are no rows or do not depend on the model, parameters of the
                 loss that get no weights from the rule. The message names it, nothing has changed.
-            NonFiniteError: a row that is not finite.
+            NonFiniteError: a row that is not finite, or an update that overflows its dtype.
         """
         start = time.perf_counter()
         name, roles = type(self.rule).__name__, self.rule.roles
@@ -214,6 +214,7 @@ class Surgeon:
             # what follows does
             info = _seen(self.rule, rows, solution)
             self._set_grads(rows, solution, update)
+            _check_held({**named, **outside})
             undo.begin(copies=self.project is not None)
             if self.project is None:
                 undo.step()
@@ -314,6 +315,21 @@ class Surgeon:
             root = (seen["exp_avg_sq"] / correction).sqrt()
             metric.append(group["lr"] / (root + group["eps"]))
         return metric
+
+
+def _check_held(parameters: dict[str, nn.Parameter]) -> None:
+    """Raise where the update of finite rows is more than its dtype holds."""
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    # one wait for all: the sum over an infinity or a NaN is one, and of what is finite it may be
+    device = next(iter(parameters.values())).device
+    sums = [grad.sum().to(device, torch.float64) for grad in grads.values()]
+    if not sums or bool(torch.stack(sums).isfinite().all()):
+        return
+    for name, grad in grads.items():
+        if not bool(grad.isfinite().all()):
+            raise NonFiniteError(
+                f"rows: the update of {name} overflows {grad.dtype}; scale the losses down"
+            )
 
 
 def _seen(rule: Rule, rows: Collected, solution: Solution) -> StepInfo:
