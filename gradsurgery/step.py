@@ -85,7 +85,8 @@ class Surgeon:
 
     Raises:
         InputError: an option, by name; an optimizer that needs a closure or sparse gradients; a
-            model or an optimizer spread over several processes or devices.
+            model or an optimizer spread over several processes or devices; a projection of another
+            model, as of a copy.
     """
 
     def __init__(
@@ -251,6 +252,8 @@ class Surgeon:
             f"rule: {type(self.rule).__name__} remembers an average over other parameters than are "
             "trained now; rule.load_state_dict({}) starts anew",
         )
+        if self.project is not None:
+            self.project.check_holds(named)
         self._known, self._columns = {**self._known, **named}, list(named)
         return named, outside
 

@@ -139,6 +139,26 @@ def test_an_average_over_other_parameters_is_refused():
     assert model is not twin
 
 
+def test_a_projection_of_another_model_is_refused():
+    model, data = mlp(), batch(4)
+    copied = gs.NullSpace(copy.deepcopy(model))
+    with pytest.raises(gs.InputError, match=r"project: 0\.weight is no parameter of the model"):
+        gs.Surgeon(model, sgd(model.parameters()), gs.UPGrad(), project=copied)
+    part = gs.NullSpace(model[0])
+    with pytest.raises(gs.InputError, match=r"project: 2\.weight is no parameter of the model"):
+        gs.Surgeon(model, sgd(model.parameters()), gs.UPGrad(), project=part)
+    alone = gs.Surgeon(model, sgd(model[0].parameters()), gs.UPGrad(), project=part)
+    alone.step(batch=data, loss=classification)
+    alone.optimizer.add_param_group({"params": list(model[2].parameters())})
+    with pytest.raises(gs.InputError, match=r"project: 2\.weight is no parameter of the model"):
+        alone.step(batch=data, loss=classification)
+    with (
+        pytest.raises(gs.InputError, match="parameters are of another model"),
+        copied.steps(model.parameters()),
+    ):
+        pytest.fail("the step was taken")
+
+
 def test_the_metric_is_asked_of_the_models_parameters_alone():
     model, outside = mlp(), nn.Parameter(torch.zeros(2).double())
     model[0].bias.requires_grad_(False)

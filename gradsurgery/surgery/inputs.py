@@ -1,6 +1,6 @@
 """Steps kept off the inputs that weights have seen: OWM and the null space of features."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -128,6 +128,16 @@ class InputProjection:
         self._prepare(names)
         return [self._project(name, part) for name, part in zip(names, update, strict=True)]
 
+    def check_holds(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raise `InputError` for the first of these that is no parameter of the model."""
+        own = {id(parameter) for parameter in self.model.parameters()}
+        for name, parameter in parameters.items():
+            if id(parameter) not in own:
+                raise InputError(
+                    f"project: {name} is no parameter of the model that project holds, which may "
+                    "be a copy, and would move freely: make the projection of the model trained"
+                )
+
     @contextmanager
     def steps(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
         """Of what the body does to parameters, leaves what may be; if it raises, nothing.
@@ -137,10 +147,16 @@ class InputProjection:
 
         Raises:
             InputError: before the body, a parameter that was frozen or not there when inputs were
-                observed; inputs that leave no weight a direction to move in.
+                observed; inputs that leave no weight a direction to move in; parameters of which
+                none is the model's.
         """
         names = {id(p): name for name, p in self.model.named_parameters()}
-        given = self.model.parameters() if parameters is None else parameters
+        given = list(self.model.parameters() if parameters is None else parameters)
+        check(
+            not given or any(id(p) in names for p in given),
+            "parameters are of another model than the projection's, which may be a copy: none of "
+            "them would be held",
+        )
         mine = {names[id(p)]: p for p in given if id(p) in names} if self._seen else {}
         trained = [name for name, p in mine.items() if p.requires_grad]
         self._prepare(trained)
