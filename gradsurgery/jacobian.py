@@ -103,12 +103,14 @@ class DenseJacobian:
             chunk_size: samples differentiated at a time by vmap.
 
         Raises:
-            InputError: a reduced loss, an empty or ragged batch, a module that couples samples.
+            InputError: a reduced loss, an empty or ragged batch, a module that couples samples, a
+                backward hook on a module or a parameter, which torch.func would not run.
         """
         check(rows in ("samples", "mean"), f"rows must be 'samples' or 'mean', got {rows!r}")
         check_count("chunk_size", chunk_size)
         named = trainable(model, parameters)
         _check_independent(model)
+        _check_unhooked(model, named)
         size = batch_size(batch)
         params = list(named.values())
         if rows == "mean":
@@ -398,3 +400,18 @@ def _check_independent(model: nn.Module) -> None:
                 f"{name or 'model'} ({type(module).__name__}) normalizes over the batch, so "
                 "samples have no gradients of their own; call model.eval() or use another norm"
             )
+
+
+def _check_unhooked(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
+    """Raise where autograd would run a hook that torch.func does not."""
+    hooked = [f"parameter {name}" for name, p in named.items() if p._backward_hooks]
+    hooked += [
+        f"module {name or 'model'}"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    check(
+        not hooked,
+        f"{(hooked or [''])[0]} has a backward hook, which stored rows by torch.func do not run; "
+        "remove it, or take captured rows",
+    )

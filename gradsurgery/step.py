@@ -12,7 +12,7 @@ from gradsurgery.batch import Loss, batch_size, trainable
 from gradsurgery.collect import Collected, Collector
 from gradsurgery.diagnosis import Diagnosis, diagnose
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.grads import add_to, own
+from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_count
 from gradsurgery.optimizers import steppable
@@ -292,6 +292,8 @@ class Surgeon:
             # one that no loss depends on has no gradient, as in an ordinary step: no decay
             if used:
                 add_to(parameter, grad.to(parameter.dtype))
+                with torch.no_grad():
+                    run_hooks(parameter)
 
     def _metric(self, rows: Collected) -> list[Tensor] | None:
         """lr / (sqrt(v) + eps) per parameter, of the steps taken so far; None before the first."""

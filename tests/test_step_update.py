@@ -37,3 +37,56 @@ def test_an_update_whose_elements_fit_is_taken(way):
     surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=1e-6), gs.Sum(), **way)
     surgeon.step(loss=lambda m, x: m(x)[:, 0] * 6e3, batch=torch.ones(8, 8).half())
     torch.testing.assert_close(model.weight, before - 0.048, rtol=0, atol=1e-3)
+
+
+def small():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    return model, (torch.randn(6, 4).double(), torch.randint(0, 3, (6,)))
+
+
+def losses(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("rule", [gs.UPGrad, gs.GradDrop])
+def test_hooks_run_once_a_gradient_is_there(rule, way):
+    seen, moves = [], []
+
+    def double(parameter):
+        parameter += 0 * parameter.grad  # without a graph, as in a backward pass
+        seen.append(parameter.grad.mul_(2))
+
+    for hooked in (False, True):
+        model, data = small()
+        before = [p.detach().clone() for p in model.parameters()]
+        if hooked:
+            model[0].weight.register_post_accumulate_grad_hook(double)
+        surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), rule(), **way)
+        surgeon.step(loss=losses, batch=data)
+        moves.append([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    torch.testing.assert_close(moves[1], [2 * moves[0][0], *moves[0][1:]])
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    "hook,name",
+    [
+        (lambda m: m[0].weight.register_hook(lambda g: g * 0), r"parameter 0\.weight"),
+        (lambda m: m[1].register_full_backward_hook(lambda *a: None), "module 1"),
+        (lambda m: m[2].register_full_backward_pre_hook(lambda *a: None), "module 2"),
+        (lambda m: m.register_full_backward_hook(lambda *a: None), "module model"),
+    ],
+    ids=["parameter", "module", "before a module", "model"],
+)
+@pytest.mark.parametrize("rows", ["samples", "mean"])
+def test_stored_rows_name_hooks_that_they_do_not_run(hook, name, rows):
+    model, data = small()
+    hook(model)
+    with pytest.raises(gs.InputError, match=f"{name} has a backward hook.*captured rows"):
+        gs.DenseJacobian.from_model(model, data, losses, rows=rows)
+    surgeon = gs.Surgeon(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad(), rows="stored"
+    )
+    with pytest.raises(gs.InputError, match=f"{name} has a backward hook.*captured rows"):
+        surgeon.step(loss=losses, forget=data, retain=data)
