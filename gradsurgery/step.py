@@ -15,7 +15,7 @@ from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_count
-from gradsurgery.optimizers import steppable
+from gradsurgery.optimizers import check_not_accumulating, steppable
 from gradsurgery.ranks import check_alone, check_one_rank
 from gradsurgery.surgery import InputProjection, Rule, Solution
 from gradsurgery.undo import Undo
@@ -125,6 +125,7 @@ class Surgeon:
             f"project must be an OWM or a NullSpace, got {type(project).__name__}",
         )
         self.model, self.optimizer, self.rule = model, steppable(optimizer), rule
+        self._given = optimizer
         self.rows: Literal["captured", "stored"] = rows
         self.together, self.chunk_size, self.micro_batch = together, chunk_size, micro_batch
         self.process_group = process_group
@@ -174,12 +175,14 @@ class Surgeon:
                 memory rows (OrthoGrad, UPGrad, DualProj, GEM, AGEM).
 
         Raises:
-            InputError: batches the rule has no use for, an entry of one that is no tensor of
+            InputError: a step that accelerate's `accumulate` would leave out, batches the rule has
+                no use for, an entry of one that is no tensor of
                 samples, losses that are no rows or do not depend on the model, parameters of the
                 loss that get no weights from the rule. The message names it, nothing has changed.
             NonFiniteError: a row that is not finite, or an update that overflows its dtype.
         """
         start = time.perf_counter()
+        check_not_accumulating(self._given)
         name, roles = type(self.rule).__name__, self.rule.roles
         parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
         parts = {part: given for part, given in parts.items() if given is not None}
