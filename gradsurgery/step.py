@@ -131,7 +131,6 @@ class Surgeon:
         self.process_group = process_group
         self.project = project
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
-        self._columns: list[str] = []  # the names of the last step's
         self._looked_up()
         plain = isinstance(self.optimizer, torch.optim.Adam) and not any(
             group["amsgrad"] for group in self.optimizer.param_groups
@@ -214,6 +213,7 @@ class Surgeon:
         with undo, undo:
             rows = collector.collect(parts)
             solution, update = self._solve(rows)
+            self.rule.note_columns(rows.jacobian.names)
             # all that may raise comes before the parameters move; it waits for a GPU no more than
             # what follows does
             info = _seen(self.rule, rows, solution)
@@ -250,14 +250,10 @@ class Surgeon:
                 )
         named = trainable(self.model, list(held.values()))
         check_alone(self.process_group)
-        check(
-            "average" not in self.rule._state or self._columns in ([], list(named)),
-            f"rule: {type(self.rule).__name__} remembers an average over other parameters than are "
-            "trained now; rule.load_state_dict({}) starts anew",
-        )
+        self.rule.check_columns(list(named))
         if self.project is not None:
             self.project.check_holds(named)
-        self._known, self._columns = {**self._known, **named}, list(named)
+        self._known = {**self._known, **named}
         return named, outside
 
     def _solve(self, rows: Collected) -> tuple[Solution, Tensor | list[Tensor]]:
