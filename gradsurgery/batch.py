@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections import UserDict
+from collections import UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +88,8 @@ def batch_size(batch: Any, name: str = "batch") -> int:
 def joined(first: Any, second: Any) -> Any | None:
     """Two batches as one, samples of the first before those of the second.
 
-    None where they differ in structure, or a pair of tensors in dtype, device or sample shape.
+    None where they differ in structure, in what they hold beside their tensors, or a pair of
+    tensors in dtype, device or sample shape.
     """
     sides = [list(_walk(batch, "")) for batch in (first, second)]
     if len(sides[0]) != len(sides[1]):
@@ -101,7 +102,7 @@ def joined(first: Any, second: Any) -> Any | None:
             if (a.dtype, a.device, a.shape[1:]) != (b.dtype, b.device, b.shape[1:]):
                 return None
             pairs.append((a, b))
-        elif a != b:  # containers of different types
+        elif not _same(a, b):
             return None
     return refilled(first, [torch.cat(pair) for pair in pairs])
 
@@ -148,9 +149,54 @@ def per_sample_losses(losses: Tensor, size: int) -> Tensor:
 
 
 class _Opened(NamedTuple):
-    """Stands for a container in a walk: two are equal where their types are."""
+    """Stands for a container in a walk: like another with the same type and the same beside."""
 
     kind: type
+    beside: Any = None  # what it holds beside its entries
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether they are equal; not where they do not say so in a word, as arrays do not."""
+    if type(a) is not type(b) or isinstance(a, Tensor):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and _same([*a.values()], [*b.values()])
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    try:
+        return a is b or (a == b) is True
+    except Exception:
+        return False
+
+
+def _beside(node: Any, entries: Sequence[Any]) -> dict[str, Any]:
+    """What a container holds beside its entries: attributes, and what its type was told of it."""
+    own = {id(entry) for entry in entries}
+    held = {
+        name: value
+        for name, value in getattr(node, "__dict__", {}).items()
+        if name != "_encodings" and id(value) not in own and not _stores(value, own)
+    }
+    if isinstance(node, defaultdict):
+        held["default_factory"] = node.default_factory
+    elif type(node) in pytree.SUPPORTED_NODES and not isinstance(node, dict):
+        held["context"] = pytree.SUPPORTED_NODES[type(node)].flatten_fn(node)[1]
+    return held
+
+
+def _stores(value: Any, own: set[int]) -> bool:
+    """Whether it is where a mapping has its entries, as `UserDict.data`."""
+    return isinstance(value, Mapping) and own.issuperset(map(id, value.values()))
+
+
+def _strays(value: Any, own: set[int], depth: int = 4) -> bool:
+    """Whether it is or holds a tensor, but not in one of its own."""
+    if id(value) in own or depth == 0:
+        return False
+    if isinstance(value, (Mapping, list, tuple, set, frozenset, deque)):
+        inside = value.values() if isinstance(value, Mapping) else value
+        return any(_strays(part, own, depth - 1) for part in inside)
+    return isinstance(value, Tensor)
 
 
 def _walk(batch: Any, label: str) -> Iterator[tuple[str, Any]]:
@@ -159,7 +205,7 @@ def _walk(batch: Any, label: str) -> Iterator[tuple[str, Any]]:
     if container is None:
         yield label, batch
         return
-    yield label, _Opened(type(batch))
+    yield label, _Opened(type(batch), _beside(batch, container.entries))
     optional = bool(_fields(batch))
     for part, entry in zip(container.labels, container.entries, strict=True):
         if entry is None and optional:
@@ -239,7 +285,7 @@ def _same_elsewhere(node: Any, made: Any, pairs: Sequence[tuple[Any, Any]]) -> N
     for name, value in list(getattr(made, "__dict__", {}).items()):
         if id(value) in new:
             object.__setattr__(made, name, new[id(value)])
-        elif isinstance(value, Tensor) and id(value) not in own:
+        elif _strays(value, own):
             raise InputError(
                 f"a {type(node).__name__} holds a tensor as attribute {name!r}, beside its "
                 "entries: pass a dict of all its tensors"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, vjp, vmap
 
 from gradsurgery.batch import (
     DETACHED,
@@ -17,6 +17,7 @@ from gradsurgery.batch import (
     tensors,
     trainable,
 )
+from gradsurgery.capture.leaves import unmixed
 from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.ops import combine, gramian
@@ -103,12 +104,14 @@ class DenseJacobian:
             chunk_size: samples differentiated at a time by vmap.
 
         Raises:
-            InputError: a reduced loss, an empty or ragged batch, a module that couples samples.
+            InputError: a reduced loss, an empty or ragged batch, a module that couples samples, a
+                backward hook on a module or a parameter, which torch.func would not run.
         """
         check(rows in ("samples", "mean"), f"rows must be 'samples' or 'mean', got {rows!r}")
         check_count("chunk_size", chunk_size)
         named = trainable(model, parameters)
         _check_independent(model)
+        _check_unhooked(model, named)
         size = batch_size(batch)
         params = list(named.values())
         if rows == "mean":
@@ -136,9 +139,15 @@ class DenseJacobian:
             one = refilled(batch, [leaf.unsqueeze(0) for leaf in sample])
             return per_sample_losses(functional_call(holder, (values, buffers), (one,)), 1)[0]
 
-        per_sample = vmap(
-            grad_and_value(sample_loss), in_dims=(None, None, 0), randomness="different"
-        )
+        def gradient(
+            values: dict[str, Tensor], buffers: dict[str, Tensor], sample: list[Tensor]
+        ) -> tuple[dict[str, Tensor], Tensor]:
+            found: Any = vjp(lambda values: sample_loss(values, buffers, sample), values)
+            value, back = found
+            with unmixed(value):  # autocast is for the loss
+                return back(torch.ones_like(value))[0], value
+
+        per_sample = vmap(gradient, in_dims=(None, None, 0), randomness="different")
         leaves = tensors(batch)
         values = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
         # copies, for a forward that updates them: what torch.func makes must not stay on the model
@@ -366,7 +375,8 @@ def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tens
     """Of a scalar, whose graph is freed; None for parameters that it does not depend on."""
     if not loss.requires_grad:
         return [None] * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
+    with unmixed(loss):
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def first_loss(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
@@ -398,3 +408,18 @@ def _check_independent(model: nn.Module) -> None:
                 f"{name or 'model'} ({type(module).__name__}) normalizes over the batch, so "
                 "samples have no gradients of their own; call model.eval() or use another norm"
             )
+
+
+def _check_unhooked(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
+    """Raise where autograd would run a hook that torch.func does not."""
+    hooked = [f"parameter {name}" for name, p in named.items() if p._backward_hooks]
+    hooked += [
+        f"module {name or 'model'}"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    check(
+        not hooked,
+        f"{(hooked or [''])[0]} has a backward hook, which stored rows by torch.func do not run; "
+        "remove it, or take captured rows",
+    )

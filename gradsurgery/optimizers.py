@@ -52,6 +52,17 @@ def steppable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def check_not_accumulating(given: torch.optim.Optimizer) -> None:
+    """Raise where accelerate's wrapper would leave this step out."""
+    state = getattr(given, "gradient_state", None)
+    check(
+        getattr(state, "sync_gradients", True),
+        "optimizer: accelerate's accumulate leaves this step out, to sum gradients over several, "
+        "and each step of a Surgeon is a whole one; step outside of accumulate, with a larger "
+        "batch and micro_batch=",
+    )
+
+
 def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
     """Whether anything but torch's own optimizer can raise in `optimizer.step()`."""
     kind = type(optimizer)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.batch import Loss, batch_size, trainable
+from gradsurgery.capture.leaves import unmixed
 from gradsurgery.collect import Collected, Collector
 from gradsurgery.diagnosis import Diagnosis, diagnose
-from gradsurgery.errors import InputError
-from gradsurgery.grads import add_to, own
+from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_count
-from gradsurgery.optimizers import steppable
+from gradsurgery.optimizers import check_not_accumulating, steppable
 from gradsurgery.ranks import check_alone, check_one_rank
 from gradsurgery.surgery import InputProjection, Rule, Solution
 from gradsurgery.undo import Undo
@@ -85,7 +86,8 @@ class Surgeon:
 
     Raises:
         InputError: an option, by name; an optimizer that needs a closure or sparse gradients; a
-            model or an optimizer spread over several processes or devices.
+            model or an optimizer spread over several processes or devices; a projection of another
+            model, as of a copy.
     """
 
     def __init__(
@@ -124,12 +126,12 @@ class Surgeon:
             f"project must be an OWM or a NullSpace, got {type(project).__name__}",
         )
         self.model, self.optimizer, self.rule = model, steppable(optimizer), rule
+        self._given = optimizer
         self.rows: Literal["captured", "stored"] = rows
         self.together, self.chunk_size, self.micro_batch = together, chunk_size, micro_batch
         self.process_group = process_group
         self.project = project
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
-        self._columns: list[str] = []  # the names of the last step's
         self._looked_up()
         plain = isinstance(self.optimizer, torch.optim.Adam) and not any(
             group["amsgrad"] for group in self.optimizer.param_groups
@@ -173,12 +175,14 @@ class Surgeon:
                 memory rows (OrthoGrad, UPGrad, DualProj, GEM, AGEM).
 
         Raises:
-            InputError: batches the rule has no use for, an entry of one that is no tensor of
+            InputError: a step that accelerate's `accumulate` would leave out, batches the rule has
+                no use for, an entry of one that is no tensor of
                 samples, losses that are no rows or do not depend on the model, parameters of the
                 loss that get no weights from the rule. The message names it, nothing has changed.
-            NonFiniteError: a row that is not finite.
+            NonFiniteError: a row that is not finite, or an update that overflows its dtype.
         """
         start = time.perf_counter()
+        check_not_accumulating(self._given)
         name, roles = type(self.rule).__name__, self.rule.roles
         parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
         parts = {part: given for part, given in parts.items() if given is not None}
@@ -209,11 +213,14 @@ class Surgeon:
         undo = Undo(self.model, self.optimizer, self.rule)
         with undo, undo:
             rows = collector.collect(parts)
-            solution, update = self._solve(rows)
-            # all that may raise comes before the parameters move; it waits for a GPU no more than
-            # what follows does
-            info = _seen(self.rule, rows, solution)
-            self._set_grads(rows, solution, update)
+            with unmixed(next(iter(named.values()))):  # autocast is for the loss
+                solution, update = self._solve(rows)
+                self.rule.note_columns(rows.jacobian.names)
+                # all that may raise comes before the parameters move; it waits for a GPU no more
+                # than what follows does
+                info = _seen(self.rule, rows, solution)
+                self._set_grads(rows, solution, update)
+            _check_held({**named, **outside})
             undo.begin(copies=self.project is not None)
             if self.project is None:
                 undo.step()
@@ -245,12 +252,10 @@ class Surgeon:
                 )
         named = trainable(self.model, list(held.values()))
         check_alone(self.process_group)
-        check(
-            "average" not in self.rule._state or self._columns in ([], list(named)),
-            f"rule: {type(self.rule).__name__} remembers an average over other parameters than are "
-            "trained now; rule.load_state_dict({}) starts anew",
-        )
-        self._known, self._columns = {**self._known, **named}, list(named)
+        self.rule.check_columns(list(named))
+        if self.project is not None:
+            self.project.check_holds(named)
+        self._known = {**self._known, **named}
         return named, outside
 
     def _solve(self, rows: Collected) -> tuple[Solution, Tensor | list[Tensor]]:
@@ -288,6 +293,8 @@ class Surgeon:
             # one that no loss depends on has no gradient, as in an ordinary step: no decay
             if used:
                 add_to(parameter, grad.to(parameter.dtype))
+                with torch.no_grad():
+                    run_hooks(parameter)
 
     def _metric(self, rows: Collected) -> list[Tensor] | None:
         """lr / (sqrt(v) + eps) per parameter, of the steps taken so far; None before the first."""
@@ -314,6 +321,21 @@ class Surgeon:
             root = (seen["exp_avg_sq"] / correction).sqrt()
             metric.append(group["lr"] / (root + group["eps"]))
         return metric
+
+
+def _check_held(parameters: dict[str, nn.Parameter]) -> None:
+    """Raise where the update of finite rows is more than its dtype holds."""
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    # one wait for all: the sum over an infinity or a NaN is one, and of what is finite it may be
+    device = next(iter(parameters.values())).device
+    sums = [grad.sum().to(device, torch.float64) for grad in grads.values()]
+    if not sums or bool(torch.stack(sums).isfinite().all()):
+        return
+    for name, grad in grads.items():
+        if not bool(grad.isfinite().all()):
+            raise NonFiniteError(
+                f"rows: the update of {name} overflows {grad.dtype}; scale the losses down"
+            )
 
 
 def _seen(rule: Rule, rows: Collected, solution: Solution) -> StepInfo:

@@ -32,6 +32,7 @@ class Undo:
         self._done: list[None] = []
         self._versions: list[int] | None = None
         self._taken: _Taken | None = None
+        self._counts: list[tuple[Tensor, Tensor]] = []
 
     def begin(self, *, copies: bool = False) -> None:
         """To be called just before parameters move.
@@ -42,6 +43,8 @@ class Undo:
         """
         if copies or runs_foreign_code(self.optimizer):
             self._taken = _Taken(self._model, self.optimizer)
+        else:
+            self._counts = _counts(self.optimizer)
         self._known = set(self.optimizer.state)
         self._versions = [parameter._version for parameter in self.held]
 
@@ -63,10 +66,15 @@ class Undo:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._done and not self._moved():
-            self._put_back()
-        for parameter, grad in zip(self.held, self._grads, strict=True):
-            parameter.grad = grad
+        try:
+            if not self._done and not self._moved():
+                self._put_back()
+        except Exception:
+            if error is None:  # else what went wrong first is told
+                raise
+        finally:
+            for parameter, grad in zip(self.held, self._grads, strict=True):
+                parameter.grad = grad
 
     def _moved(self) -> bool:
         """Whether torch's own optimizer has changed a parameter."""
@@ -82,6 +90,8 @@ class Undo:
             if self._versions is not None:
                 for parameter in [p for p in self.optimizer.state if p not in self._known]:
                     del self.optimizer.state[parameter]
+            for count, saved in self._counts:
+                count.copy_(saved)
             if self._taken is not None:
                 self._taken.put_back()
 
@@ -98,9 +108,14 @@ class _Taken:
             p: {name: (value, _copy(value)) for name, value in entries.items()}
             for p, entries in optimizer.state.items()
         }
-        self._options = [
-            {name: value for name, value in group.items() if name != "params"}
-            for group in optimizer.param_groups
+        self._listed = optimizer.param_groups
+        self._groups = list(self._listed)
+        self._options: list[dict[str, tuple[Any, Any]]] = [
+            {
+                name: (value, list(value) if name == "params" else _copy_option(value))
+                for name, value in group.items()
+            }
+            for group in self._groups
         ]
 
     def put_back(self) -> None:
@@ -112,8 +127,35 @@ class _Taken:
             for name, (value, saved) in entries.items():
                 kept = value.copy_(saved) if isinstance(value, Tensor) else saved
                 self.optimizer.state[parameter][name] = kept
-        for group, options in zip(self.optimizer.param_groups, self._options, strict=True):
-            group.update(options)
+        self.optimizer.param_groups = self._listed
+        self._listed[:] = self._groups
+        for group, options in zip(self._groups, self._options, strict=True):
+            for name in set(group) - set(options):
+                del group[name]
+            for name, (value, saved) in options.items():
+                if name == "params":
+                    value[:] = saved
+                kept = value.copy_(saved) if isinstance(value, Tensor) else saved
+                group[name] = value if name == "params" else kept
+
+
+def _counts(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """A state's tensors of one value, as the steps taken, which are counted before all that may
+    raise in an optimizer of torch, with copies."""
+    found = [
+        value
+        for entries in optimizer.state.values()
+        for value in entries.values()
+        if isinstance(value, Tensor) and value.numel() == 1
+    ]
+    # in few launches on a GPU
+    copies = torch._foreach_add(found, 0) if found else ()  # type: ignore[attr-defined]
+    return list(zip(found, copies, strict=True))
+
+
+def _copy_option(value: Any) -> Any:
+    """As `_copy`, of what can be changed in place; what else an option may be stays itself."""
+    return _copy(value) if isinstance(value, (Tensor, list, tuple, dict, set)) else value
 
 
 def _copy(value: Any) -> Any:

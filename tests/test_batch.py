@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import types
-from collections import UserDict, namedtuple
+from collections import UserDict, defaultdict, namedtuple
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import gradsurgery as gs
 from gradsurgery.batch import batch_size, joined, map_batch, refilled, tensors
@@ -219,6 +221,86 @@ def test_batches_are_joined_only_if_alike(other, fits):
         assert found.mask is None
 
 
+class Registered:
+    """As a pytree with a context."""
+
+    def __init__(self, x, y, scale):
+        self.x, self.y, self.scale = x, y, scale
+
+
+@dataclasses.dataclass
+class Sub(Plain):
+    pass
+
+
+class SubDict(dict):
+    pass
+
+
+def told(kind):
+    def make(v, scale):
+        made = kind(v) if kind is Encoding else kind(**v)
+        made.scale = scale
+        return made
+
+    return make
+
+
+@pytest.fixture
+def registered():
+    pytree.register_pytree_node(
+        Registered, lambda b: ([b.x, b.y], b.scale), lambda v, scale: Registered(*v, scale)
+    )
+    yield
+    pytree._deregister_pytree_node(Registered)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        told(Encoding),
+        told(Sub),
+        told(SubDict),
+        told(Attrs),
+        lambda v, scale: (told(SubDict)(v, scale),),
+        lambda v, scale: Registered(**v, scale=scale),
+    ],
+    ids=["user dict", "dataclass", "dict", "attrs", "nested", "registered"],
+)
+@pytest.mark.parametrize(
+    "same,other", [(1.0, 3.0), ((1, "a"), (1, "b")), (None, np.arange(3))], ids=str
+)
+def test_what_batches_hold_beside_their_tensors_is_each_ones_own(make, same, other, registered):
+    first, second = values(3), values(2)
+    assert joined(make(first, same), make(second, same)) is not None
+    assert joined(make(first, same), make(second, other)) is None
+    assert joined(make(first, np.arange(3)), make(second, np.arange(3))) is None
+
+
+def test_default_factories_are_compared():
+    first, second = values(3), values(2)
+    assert joined(defaultdict(int, first), defaultdict(int, second)) is not None
+    assert joined(defaultdict(int, first), defaultdict(float, second)) is None
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_retain_batch_has_its_own_scale(way):
+    def scaled(model, data):
+        return data.scale * loss(model, data)
+
+    infos = []
+    forget, retain = told(Encoding)(values(2), 1.0), told(Encoding)(values(4), 3.0)
+    for options in ({"together": False}, WAYS[way]):
+        torch.manual_seed(0)
+        model = mlp()
+        surgeon = gs.Surgeon(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad(), **options
+        )
+        infos.append(surgeon.step(loss=scaled, forget=forget, retain=retain))
+    torch.testing.assert_close(infos[0].gramian, infos[1].gramian)
+    torch.testing.assert_close(infos[0].losses, infos[1].losses)
+
+
 LARGE = torch.arange(1000)
 
 
@@ -254,6 +336,12 @@ def test_a_tensor_beside_the_entries_is_named():
     data.mask = torch.ones(3)
     with pytest.raises(gs.InputError, match="Encoding holds a tensor as attribute 'mask'"):
         map_batch(lambda leaf: leaf[:2], data)
+    for kept in ((data["x"], data["y"]), [{"a": data["x"]}], {"x": torch.ones(3)}):
+        data.mask = kept
+        with pytest.raises(gs.InputError, match="Encoding holds a tensor as attribute 'mask'"):
+            map_batch(lambda leaf: leaf[:2], data)
+    data.mask = ["no", ("tensor",), {}]
+    assert map_batch(lambda leaf: leaf[:2], data).mask is data.mask
 
 
 def test_a_mapping_that_cannot_be_made_again_is_named():

@@ -187,3 +187,88 @@ def test_a_step_of_torchs_own_optimizer_copies_no_parameter(monkeypatch):
     optimizer.register_step_post_hook(lambda *_: None)
     surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
     assert shapes <= set(copied)
+
+
+def _adds_a_group(optimizer, group):
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def _changes_options(optimizer, group):
+    group["lr"].mul_(0.5)
+    group["new"] = 1
+    group["weight_decay"] = 0.5
+    del group["eps"]
+    group["list"].append(3)
+
+
+def _drops_parameters(optimizer, group):
+    del group["params"][1:]
+    optimizer.param_groups.clear()
+
+
+def _loads(optimizer, group):
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {}})
+
+
+@pytest.mark.parametrize("change", [_adds_a_group, _changes_options, _drops_parameters, _loads])
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_a_hook_that_raises_leaves_groups_and_their_options(change, when):
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.05))
+    group = optimizer.param_groups[0]
+    group["list"] = [1, 2]
+    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad())
+    surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+    before, options, held = state_of(model, optimizer), dict(group), list(group["params"])
+
+    def hook(*_):
+        change(optimizer, group)
+        raise Boom
+
+    handle = getattr(optimizer, f"register_step_{when}_hook")(hook)
+    with pytest.raises(Boom):
+        surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+    handle.remove()
+    assert_same_state(before, state_of(model, optimizer))
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.param_groups[0] is group
+    assert list(map(id, group["params"])) == list(map(id, held))
+    assert group["lr"] is options["lr"]
+    assert float(group["lr"]) == pytest.approx(0.05)
+    assert {k: group[k] for k in group if k != "params"} == {
+        **{k: v for k, v in options.items() if k != "params"},
+        "list": [1, 2],
+    }
+    surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+
+
+def test_what_cannot_be_put_back_hides_no_error_and_no_gradient(monkeypatch):
+    model = mlp()
+    surgeon, optimizer = surgeon_of(model)
+    grads = [torch.randn_like(p) for p in model.parameters()]
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        parameter.grad = grad
+
+    def broken(self):
+        raise RuntimeError("a device is gone")
+
+    monkeypatch.setattr("gradsurgery.undo._Taken.put_back", broken)
+    _hook("pre")(optimizer)
+    with pytest.raises(Boom):
+        surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}])
+def test_torchs_own_error_counts_no_step(options):
+    model = mlp().float()
+    optimizer = torch.optim.Adam(model.parameters(), **options)
+    surgeon = gs.Surgeon(model, optimizer, gs.UPGrad())
+    x, y = batch(3)
+    surgeon.step(batch=(x.float(), y), loss=classification)
+    for entries in optimizer.state.values():
+        entries["exp_avg"] = entries["exp_avg"][..., :-1].clone()  # a state of other shapes
+    before = state_of(model, optimizer)
+    with pytest.raises(RuntimeError):
+        surgeon.step(batch=(x.float(), y), loss=classification)
+    assert_same_state(before, state_of(model, optimizer))

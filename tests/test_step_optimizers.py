@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import types
 
 import pytest
 import torch
@@ -144,6 +145,7 @@ class Wrapper(torch.optim.Optimizer):
 
     def __init__(self, optimizer, scaler=None):
         self.optimizer, self.scaler = optimizer, scaler
+        self.gradient_state = types.SimpleNamespace(sync_gradients=True)
 
     param_groups = property(lambda self: self.optimizer.param_groups)
 
@@ -164,7 +166,7 @@ def test_steps_what_accelerate_wrapped():
 def test_accelerates_own_wrapper_steps():
     accelerate = pytest.importorskip("accelerate")
     models, optimizers = twins("AdamW", lr=0.1)
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=4)
+    accelerator = accelerate.Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(models[0], optimizers[0])
     surgeon = gs.Surgeon(model, optimizer, gs.Mean())
     for _ in range(3):
@@ -173,6 +175,17 @@ def test_accelerates_own_wrapper_steps():
             surgeon.step(batch=data, loss=classification)
         plain(models[1], optimizers[1], data)
     assert_equal(models)
+
+
+def test_a_step_that_accelerate_would_leave_out_is_named():
+    models, optimizers = twins("Adam", lr=0.1)
+    wrapper = Wrapper(optimizers[0])
+    surgeon = gs.Surgeon(models[0], wrapper, gs.Mean())
+    wrapper.gradient_state.sync_gradients = False
+    with pytest.raises(gs.InputError, match=r"accumulate leaves this step out.*micro_batch="):
+        surgeon.step(batch=batch(4), loss=classification)
+    assert_equal(models)
+    assert not optimizers[0].state
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Who is stepped: what the optimizer holds, looked up in every step, each as an ordinary step."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -137,6 +138,52 @@ def test_an_average_over_other_parameters_is_refused():
     rule.load_state_dict({})
     surgeon.step(**given, loss=loss)
     assert model is not twin
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda: gs.GRU(momentum=0.5), lambda: gs.GradVac(granularity="tensor")]
+)
+@pytest.mark.parametrize("new", ["same", "surgeon", "state"])
+def test_what_a_rule_remembers_is_of_the_parameters_it_saw(rule, new):
+    twin = nn.ModuleList([nn.Linear(6, 4).double(), nn.Linear(6, 4).double()])
+    loss = lambda m, b: classification(lambda x: m[0](x) + m[1](x), b)  # noqa: E731
+    twin[0].requires_grad_(False)
+    rule, data = rule(), batch(3)
+    given = {"forget": batch(3), "retain": data} if "forget" in rule.roles else {"batch": data}
+    optimizer = sgd(twin.parameters())
+    surgeon = gs.Surgeon(twin, optimizer, rule)
+    surgeon.step(**given, loss=loss)
+    if new == "state":
+        state = rule.state_dict()
+        rule = dataclasses.replace(rule)
+        rule.load_state_dict(state)
+        gs.Surgeon(twin, optimizer, rule).step(**given, loss=loss)  # the same parameters
+    twin[0].requires_grad_(True)
+    twin[1].requires_grad_(False)
+    with pytest.raises(gs.InputError, match=f"{type(rule).__name__} remembers .* other parameters"):
+        (surgeon if new == "same" else gs.Surgeon(twin, optimizer, rule)).step(**given, loss=loss)
+    rule.load_state_dict({})
+    gs.Surgeon(twin, optimizer, rule).step(**given, loss=loss)
+
+
+def test_a_projection_of_another_model_is_refused():
+    model, data = mlp(), batch(4)
+    copied = gs.NullSpace(copy.deepcopy(model))
+    with pytest.raises(gs.InputError, match=r"project: 0\.weight is no parameter of the model"):
+        gs.Surgeon(model, sgd(model.parameters()), gs.UPGrad(), project=copied)
+    part = gs.NullSpace(model[0])
+    with pytest.raises(gs.InputError, match=r"project: 2\.weight is no parameter of the model"):
+        gs.Surgeon(model, sgd(model.parameters()), gs.UPGrad(), project=part)
+    alone = gs.Surgeon(model, sgd(model[0].parameters()), gs.UPGrad(), project=part)
+    alone.step(batch=data, loss=classification)
+    alone.optimizer.add_param_group({"params": list(model[2].parameters())})
+    with pytest.raises(gs.InputError, match=r"project: 2\.weight is no parameter of the model"):
+        alone.step(batch=data, loss=classification)
+    with (
+        pytest.raises(gs.InputError, match="parameters are of another model"),
+        copied.steps(model.parameters()),
+    ):
+        pytest.fail("the step was taken")
 
 
 def test_the_metric_is_asked_of_the_models_parameters_alone():

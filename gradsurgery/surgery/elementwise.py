@@ -112,7 +112,8 @@ class GradDrop(Elementwise):
             ).to(purity)
             stays = ((purity > drawn) & (rows > 0)) | ((purity < drawn) & (rows < 0))
             kept = values * (self.leak + (1 - self.leak) * stays.to(values.dtype))
-            update.append(kept.sum(0).to(rows.dtype))
+            # where sizes overflow there is no purity: infinite, as the sum of rows of one sign is
+            update.append(torch.where(size.isfinite(), kept.sum(0), size).to(rows.dtype))
         return update
 
 

@@ -1,6 +1,6 @@
 """Steps kept off the inputs that weights have seen: OWM and the null space of features."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from gradsurgery.capture import tape
 from gradsurgery.capture.moments import added
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check, check_number, check_rtol, one_of
-from gradsurgery.surgery.trial import acting_otherwise
+from gradsurgery.surgery.trial import acting_otherwise, sensitive
 
 # of a parameter, the moments of inputs by the dimension they run along: {} where the losses do not
 # depend on it, None where it does something else than multiply inputs
@@ -59,11 +59,13 @@ class InputProjection:
         return [name for name, seen in self._seen.items() if seen is None]
 
     def observe(self, batch: Any, loss: Loss) -> None:
-        """Remember the inputs of all weights on a batch; costs two forward and a backward pass.
+        """Remember the inputs of all weights on a batch; a backward and some forward passes.
 
         A weight of d inputs takes two matrices [d, d] of float64, however many batches there are.
-        The second forward pass tries whether the first sample's loss stays where weights move off
-        its inputs. The model is left as it was.
+        The forward passes after the first try whether losses stay where weights move off inputs:
+        off those of all samples for all losses, and off those of one sample for its own. What acts
+        past autograd's graph on other samples alone is not seen where the inputs of all leave no
+        direction to try. The model is left as it was.
 
         Args:
             batch: any pytree of tensors, leading dimension B.
@@ -71,7 +73,8 @@ class InputProjection:
 
         Raises:
             InputError: samples that depend on each other; random numbers drawn, as by dropout:
-                outputs would stay for these alone.
+                outputs would stay for these alone; losses that are flat, all of them, as of
+                ignored labels or of margins that are met.
             NonFiniteError: a loss or an input with NaN or infinity.
         """
         check(callable(loss), f"loss must be a function, got {type(loss).__name__}")
@@ -102,21 +105,31 @@ class InputProjection:
             self._check_not_drawn(drawn)
             jacobian = recorder.jacobian(losses)
             found = dict(zip(jacobian.names, jacobian.inputs_seen(), strict=True))
-            first = dict(zip(jacobian.names, jacobian.inputs_seen(row=0), strict=True))
         for name, seen in found.items():
             for matrices in (seen or {}).values():
                 if not bool(matrices.isfinite().all()):
                     raise NonFiniteError(f"inputs of {name} are not finite")
         parameters = dict(zip(jacobian.names, jacobian.parameters, strict=True))
-        before = losses[0].detach()
-        del jacobian, losses
+        before = losses.detach()
 
         def again() -> Tensor:
             with buffers_undone(self.model):
-                return loss(self.model, batch)[0]
+                return loss(self.model, batch)
 
-        products = {name: seen for name, seen in first.items() if seen is not None}
+        products = {name: seen for name, seen in found.items() if seen is not None}
+        acting = {name: parameters[name] for name, seen in products.items() if seen}
+        row = sensitive(acting, again, before) if acting else 0
+        if row is None:
+            raise InputError(
+                "loss is flat on the data observed: it shows of no output that it stays, so of no "
+                "parameter what it acts on; observe a loss of the outputs, such as their squares"
+            )
+        one = dict(zip(jacobian.names, jacobian.inputs_seen(row=row), strict=True))
+        del jacobian, losses
         otherwise = acting_otherwise(parameters, products, again, before)
+        # the inputs of one sample leave directions to try where those of all leave none
+        rest = {name: one[name] or {} for name in products if name not in otherwise}
+        otherwise += acting_otherwise(parameters, rest, lambda: again()[row], before[row])
         return {**found, **dict.fromkeys(otherwise)}
 
     def __call__(self, names: list[str], update: list[Tensor]) -> list[Tensor]:
@@ -128,6 +141,16 @@ class InputProjection:
         self._prepare(names)
         return [self._project(name, part) for name, part in zip(names, update, strict=True)]
 
+    def check_holds(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raise `InputError` for the first of these that is no parameter of the model."""
+        own = {id(parameter) for parameter in self.model.parameters()}
+        for name, parameter in parameters.items():
+            if id(parameter) not in own:
+                raise InputError(
+                    f"project: {name} is no parameter of the model that project holds, which may "
+                    "be a copy, and would move freely: make the projection of the model trained"
+                )
+
     @contextmanager
     def steps(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
         """Of what the body does to parameters, leaves what may be; if it raises, nothing.
@@ -137,10 +160,16 @@ class InputProjection:
 
         Raises:
             InputError: before the body, a parameter that was frozen or not there when inputs were
-                observed; inputs that leave no weight a direction to move in.
+                observed; inputs that leave no weight a direction to move in; parameters of which
+                none is the model's.
         """
         names = {id(p): name for name, p in self.model.named_parameters()}
-        given = self.model.parameters() if parameters is None else parameters
+        given = list(self.model.parameters() if parameters is None else parameters)
+        check(
+            not given or any(id(p) in names for p in given),
+            "parameters are of another model than the projection's, which may be a copy: none of "
+            "them would be held",
+        )
         mine = {names[id(p)]: p for p in given if id(p) in names} if self._seen else {}
         trained = [name for name, p in mine.items() if p.requires_grad]
         self._prepare(trained)

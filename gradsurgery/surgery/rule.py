@@ -28,6 +28,7 @@ Index = int | slice | Sequence[int] | Tensor
 Rows = Tensor | Sequence[Tensor] | Mapping[str, Tensor] | Jacobian
 
 GRANULARITIES = ("model", "module", "tensor")
+COLUMNS = "columns"  # in a state: the names of the parameters that it is of, as bytes
 
 
 class Solution(NamedTuple):
@@ -147,12 +148,34 @@ class Rule:
         """Go on from a `state_dict()`; an empty one is that of a rule not yet called."""
         name = type(self).__name__
         check(isinstance(state, Mapping), f"state must be a dict, got {type(state).__name__}")
-        unknown = sorted(map(str, set(state) - set(self.remembers)))
+        unknown = sorted(map(str, set(state) - {*self.remembers, COLUMNS}))
         check(not unknown, f"{name} remembers {self.remembers}, got {unknown}")
         for key, value in state.items():
             check(isinstance(value, Tensor), f"state of {key} must be a Tensor, got {shown(value)}")
         self._state.clear()
         self._state.update({name: value.clone() for name, value in state.items()})
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """Raise `InputError` where what is remembered is of other parameters than these."""
+        known = self._state.get(COLUMNS)
+        check(
+            known is None or bytes(known.tolist()) == _joined(names),
+            f"rule: {type(self).__name__} remembers {self._of_columns()} over other parameters "
+            "than are trained now; rule.load_state_dict({}) starts anew",
+        )
+
+    def note_columns(self, names: Sequence[str]) -> None:
+        """Keep the names of the parameters that what is remembered is of."""
+        if self._of_columns():
+            found = torch.tensor(list(_joined(names)), dtype=torch.uint8, device="cpu")
+            self._state[COLUMNS] = found
+
+    def _of_columns(self) -> str:
+        """What of the state is of parameters; empty where nothing is."""
+        if "average" in self._state:
+            return "an average"
+        several = self.granularity != "model" and set(self._state) - {"draws", COLUMNS}
+        return "targets" if several else ""
 
     def _draw(self, seed: int, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         """Random numbers of the rule's own, going on where the last call ended."""
@@ -221,6 +244,10 @@ def as_jacobian(rows: Rows) -> Jacobian:
         )
         return cast(Jacobian, rows)
     return DenseJacobian(cast(Any, rows))
+
+
+def _joined(names: Sequence[str]) -> bytes:
+    return "\n".join(names).encode()
 
 
 def like_rows(update: list[Tensor], rows: Rows, jacobian: Jacobian) -> Any:

@@ -7,48 +7,83 @@ import torch
 from torch import Tensor, nn
 
 # Of the sum of squares of inputs, what counts as nothing: a trial then moves by its root, 1e-7,
-# along an input.
+# along each direction that inputs have.
 EPS = 1e-14
+# The share of a parameter that it is moved by to see whether losses are flat: in bfloat16 too it
+# is a few units in the last place.
+SMALL = 1 / 64
 
 
 def acting_otherwise(
     parameters: dict[str, nn.Parameter],
     seen: dict[str, dict[int, Tensor]],
-    loss: Callable[[], Tensor],
+    losses: Callable[[], Tensor],
     before: Tensor,
 ) -> list[str]:
-    """Names of parameters that change a loss though they are moved off the inputs it has seen.
+    """Names of parameters that change losses though they are moved off the inputs these have seen.
 
     As a norm of weights does that no gradient flows through: autograd's graph does not show it.
 
     Args:
         seen: the moments of a parameter's inputs, [g, d, d] by dimension, as `moments` has them.
-        loss: the loss, [], of the parameters as they are at the moment.
-        before: what it is.
+        losses: those of the parameters as they are at the moment, of any shape.
+        before: what they are.
     """
     free = {name: _step(parameters[name]) for name in seen}
     off = {name: _off(free[name], moments) for name, moments in seen.items()}
 
-    def change(steps: dict[str, Tensor], names: Iterable[str]) -> float:
-        kept = {name: parameters[name].data for name in names}
-        try:
-            for name, value in kept.items():  # another tensor: a graph that awaits its backward
-                parameters[name].data = value + steps[name].to(value.dtype)  # pass has this one
-            return float((loss() - before).abs())
-        finally:
-            for name, value in kept.items():
-                parameters[name].data = value
+    def change(names: list[str]) -> float:
+        return float((_moved(parameters, off, names, losses) - before).abs().sum())
 
     with torch.no_grad():
         # a step rounded to few bits is off the inputs no longer, nor does a loss resolve it
-        eps = max(torch.finfo(t.dtype).eps for t in (before, *(parameters[name] for name in seen)))
-        scales = [abs(float(before)), change(free, free)]
-        limit = (1e-7 + 30 * eps) * max(scale for scale in scales if math.isfinite(scale))
+        dtypes = {before.dtype, *(parameters[name].dtype for name in seen)}
+        if torch.is_autocast_enabled(before.device.type):
+            dtypes.add(torch.get_autocast_dtype(before.device.type))
+        eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+        rounding = min(30 * eps, 0.06)  # in bfloat16 30 units would hide a norm
+        d = max((m.shape[-1] for each in seen.values() for m in each.values()), default=1)
+        scales = before.abs(), (_moved(parameters, free, seen, losses) - before).abs()
+        known = [torch.where(scale.isfinite(), scale, 0) for scale in scales]
+        limit = (math.sqrt(EPS * d) + rounding) * float(torch.maximum(*known).sum())
         found, rest = [], list(seen)
-        while not change(off, rest) <= limit:
-            found += [name for name in rest if not change(off, [name]) <= limit] or rest
+        while not change(rest) <= limit:
+            found += [name for name in rest if not change([name]) <= limit] or rest
             rest = [name for name in rest if name not in found]
     return found
+
+
+def sensitive(
+    parameters: dict[str, nn.Parameter], losses: Callable[[], Tensor], before: Tensor
+) -> int | None:
+    """Of the losses [B], one that a small step of parameters changes most; None where none does.
+
+    A loss that is flat, as one of ignored labels or of a margin that is met, shows nothing.
+    """
+    steps = {name: SMALL * _step(parameter) for name, parameter in parameters.items()}
+    with torch.no_grad():
+        moved = (_moved(parameters, steps, steps, losses) - before).abs().double()
+    moved = torch.where(moved.isnan(), torch.inf, moved)
+    return int(moved.argmax()) if bool(moved.any()) else None
+
+
+def _moved(
+    parameters: dict[str, nn.Parameter],
+    steps: dict[str, Tensor],
+    names: Iterable[str],
+    losses: Callable[[], Tensor],
+) -> Tensor:
+    """The losses, with steps of these names taken."""
+    kept = {name: parameters[name].data for name in names}
+    try:
+        for name, value in kept.items():  # another tensor: a graph that awaits its backward
+            parameters[name].data = value + steps[name].to(value.dtype)  # pass has this one
+        torch.clear_autocast_cache()  # of parameters in few bits, by what they were
+        return losses()
+    finally:
+        for name, value in kept.items():
+            parameters[name].data = value
+        torch.clear_autocast_cache()
 
 
 def _step(parameter: nn.Parameter) -> Tensor:
