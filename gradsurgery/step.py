@@ -220,7 +220,10 @@ class Surgeon:
                 # than what follows does
                 info = _seen(self.rule, rows, solution)
                 self._set_grads(rows, solution, update)
-            _check_held({**named, **outside})
+            if _fits(solution, named):
+                _check_held(outside)
+            else:
+                _check_held({**named, **outside})
             undo.begin(copies=self.project is not None)
             if self.project is None:
                 undo.step()
@@ -323,13 +326,24 @@ class Surgeon:
         return metric
 
 
+def _fits(solution: Solution, parameters: dict[str, nn.Parameter]) -> bool:
+    """Whether an update is known to be in range: no value is larger than its norm, sqrt(wᵀ G w)."""
+    weights, gram = solution.weights.double(), solution.gramian
+    if weights.shape != gram.shape[:1]:  # one for each tensor, or none
+        return False
+    limit = min(torch.finfo(parameter.dtype).max for parameter in parameters.values())
+    return bool(weights.to(gram.device) @ gram @ weights.to(gram.device) <= (limit / 2) ** 2)
+
+
 def _check_held(parameters: dict[str, nn.Parameter]) -> None:
     """Raise where the update of finite rows is more than its dtype holds."""
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    if not grads:
+        return
     # one wait for all: the sum over an infinity or a NaN is one, and of what is finite it may be
-    device = next(iter(parameters.values())).device
+    device = next(iter(grads.values())).device
     sums = [grad.sum().to(device, torch.float64) for grad in grads.values()]
-    if not sums or bool(torch.stack(sums).isfinite().all()):
+    if bool(torch.stack(sums).isfinite().all()):
         return
     for name, grad in grads.items():
         if not bool(grad.isfinite().all()):
