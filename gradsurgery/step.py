@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.batch import Loss, batch_size, trainable
+from gradsurgery.capture.leaves import unmixed
 from gradsurgery.collect import Collected, Collector
 from gradsurgery.diagnosis import Diagnosis, diagnose
 from gradsurgery.errors import InputError, NonFiniteError
@@ -212,12 +213,13 @@ class Surgeon:
         undo = Undo(self.model, self.optimizer, self.rule)
         with undo, undo:
             rows = collector.collect(parts)
-            solution, update = self._solve(rows)
-            self.rule.note_columns(rows.jacobian.names)
-            # all that may raise comes before the parameters move; it waits for a GPU no more than
-            # what follows does
-            info = _seen(self.rule, rows, solution)
-            self._set_grads(rows, solution, update)
+            with unmixed(next(iter(named.values()))):  # autocast is for the loss
+                solution, update = self._solve(rows)
+                self.rule.note_columns(rows.jacobian.names)
+                # all that may raise comes before the parameters move; it waits for a GPU no more
+                # than what follows does
+                info = _seen(self.rule, rows, solution)
+                self._set_grads(rows, solution, update)
             _check_held({**named, **outside})
             undo.begin(copies=self.project is not None)
             if self.project is None:

@@ -90,3 +90,31 @@ def test_stored_rows_name_hooks_that_they_do_not_run(hook, name, rows):
     )
     with pytest.raises(gs.InputError, match=f"{name} has a backward hook.*captured rows"):
         surgeon.step(loss=losses, forget=data, retain=data)
+
+
+RULES = [gs.SAGO(), gs.SalUn(), gs.GRU(momentum=0.5), gs.OrthoGrad(), gs.GradDrop(), gs.UPGrad()]
+
+
+@pytest.mark.parametrize("way", [{}, {"micro_batch": 3}], ids=["captured", "in parts"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_autocast_around_captured_rows_is_for_its_loss_alone(rule, way):
+    """A loss that says itself how it computes takes the same step, to the bit."""
+
+    def full(model, batch):
+        with torch.autocast("cpu", enabled=False):
+            return losses(model, batch)
+
+    infos, moved = [], []
+    for autocast in (False, True):
+        model, (x, y) = small()
+        model, data = model.float(), (x.float(), y)
+        rule.load_state_dict({})
+        given = {"forget": data, "retain": data} if "forget" in rule.roles else {"batch": data}
+        surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), rule, **way)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(2):
+                info = surgeon.step(loss=full, **given)
+        infos.append(info)
+        moved.append(list(model.parameters()))
+    assert torch.equal(infos[0].gramian, infos[1].gramian)
+    assert all(map(torch.equal, *moved))
