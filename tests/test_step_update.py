@@ -95,8 +95,9 @@ def test_stored_rows_name_hooks_that_they_do_not_run(hook, name, rows):
 RULES = [gs.SAGO(), gs.SalUn(), gs.GRU(momentum=0.5), gs.OrthoGrad(), gs.GradDrop(), gs.UPGrad()]
 
 
+@pytest.mark.parametrize("way", [{}, {"micro_batch": 3}], ids=["captured", "in parts"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-def test_autocast_around_a_step_is_for_its_loss_alone(rule, way):
+def test_autocast_around_captured_rows_is_for_its_loss_alone(rule, way):
     """A loss that says itself how it computes takes the same step, to the bit."""
 
     def full(model, batch):
