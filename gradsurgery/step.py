@@ -332,7 +332,8 @@ def _fits(solution: Solution, parameters: dict[str, nn.Parameter]) -> bool:
     if weights.shape != gram.shape[:1]:  # one for each tensor, or none
         return False
     limit = min(torch.finfo(parameter.dtype).max for parameter in parameters.values())
-    return bool(weights.to(gram.device) @ gram @ weights.to(gram.device) <= (limit / 2) ** 2)
+    square = weights.to(gram.device) @ gram @ weights.to(gram.device)
+    return bool(square.clamp_min(0).sqrt() <= limit / 2)
 
 
 def _check_held(parameters: dict[str, nn.Parameter]) -> None:
