@@ -19,7 +19,10 @@ class Buffers:
             for module, name, buffer in self._owned:
                 module._buffers[name] = buffer
             for buffer, saved in self._copies.values():
-                buffer.copy_(saved)
+                if not torch.equal(
+                    buffer, saved
+                ):  # an expanded one cannot be written to, or by a step
+                    buffer.copy_(saved)
 
 
 @contextmanager

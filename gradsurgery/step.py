@@ -317,7 +317,8 @@ class Surgeon:
                 continue
             check(
                 name in known,
-                f"precondition: the optimizer has state for some parameters only, none for {name}",
+                f"precondition: the optimizer has state for some parameters only, none for {name}: "
+                "let it take a step with a rule without precondition",
             )
             group, seen = groups[id(parameter)], state[parameter]
             correction = 1 - group["betas"][1] ** float(seen["step"])

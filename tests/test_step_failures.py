@@ -272,3 +272,15 @@ def test_torchs_own_error_counts_no_step(options):
     with pytest.raises(RuntimeError):
         surgeon.step(batch=(x.float(), y), loss=classification)
     assert_same_state(before, state_of(model, optimizer))
+
+
+def test_buffers_that_cannot_be_written_to_do_not_hide_an_error():
+    model = nn.Linear(3, 2)
+    model.register_buffer("expanded", torch.zeros(1).expand(4))
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.UPGrad())
+
+    def loss(model, batch):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        surgeon.step(batch=torch.randn(4, 3), loss=loss)

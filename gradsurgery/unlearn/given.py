@@ -87,6 +87,13 @@ def checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer
     """What a function made, if it is an optimizer that can step on the gradients of a model."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(f"optimizer must make a torch optimizer, got {_named(optimizer)}")
+    own = {id(parameter) for parameter in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(parameter) in own for parameter in held):
+        raise InputError(
+            "optimizer holds none of the model's parameters, but those of another, such as a copy: "
+            "make it of the parameters it is given"
+        )
     sparse = any(getattr(module, "sparse", False) for module in model.modules())
     if isinstance(optimizer, torch.optim.SparseAdam) and sparse:
         return optimizer

@@ -560,3 +560,20 @@ def test_a_network_that_cannot_be_copied_is_named(method):
         run(model, data, method)
     model.kept = None
     run(model, data, method)
+
+
+@pytest.mark.parametrize("method", ["finetune", "orthograd", "ssd"])
+def test_an_optimizer_of_another_model_is_refused(method):
+    data, model, other = sets(), net(), net()
+    kind, before = METHODS[method], copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError, match="optimizer holds none of the model's parameters"):
+        kind(
+            model,
+            cross_entropy,
+            data["forget"],
+            data["retain"],
+            kind.Config(),
+            validation=data["validation"],
+            optimizer=lambda _: torch.optim.SGD(other.parameters(), lr=0.1),
+        )
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
