@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.func import functional_call, grad_and_value, vmap
 
 from gradsurgery.batch import (
     DETACHED,
@@ -17,7 +18,6 @@ from gradsurgery.batch import (
     tensors,
     trainable,
 )
-from gradsurgery.capture.leaves import unmixed
 from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.ops import combine, gramian
@@ -139,15 +139,9 @@ class DenseJacobian:
             one = refilled(batch, [leaf.unsqueeze(0) for leaf in sample])
             return per_sample_losses(functional_call(holder, (values, buffers), (one,)), 1)[0]
 
-        def gradient(
-            values: dict[str, Tensor], buffers: dict[str, Tensor], sample: list[Tensor]
-        ) -> tuple[dict[str, Tensor], Tensor]:
-            found: Any = vjp(lambda values: sample_loss(values, buffers, sample), values)
-            value, back = found
-            with unmixed(value):  # autocast is for the loss
-                return back(torch.ones_like(value))[0], value
-
-        per_sample = vmap(gradient, in_dims=(None, None, 0), randomness="different")
+        per_sample = vmap(
+            grad_and_value(sample_loss), in_dims=(None, None, 0), randomness="different"
+        )
         leaves = tensors(batch)
         values = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
         # copies, for a forward that updates them: what torch.func makes must not stay on the model
@@ -201,6 +195,8 @@ class DenseJacobian:
         return torch.stack(grams) if per == "tensor" else torch.stack(grams).sum(0)
 
     def _check_range(self, squares: Tensor) -> None:
+        if is_functorch_wrapped_tensor(squares):  # under vmap no value decides
+            return
         short = factors(flat(self.blocks), squares)
         if short is not None:
             row = int((short != 1).nonzero()[0])
@@ -375,8 +371,7 @@ def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tens
     """Of a scalar, whose graph is freed; None for parameters that it does not depend on."""
     if not loss.requires_grad:
         return [None] * len(parameters)
-    with unmixed(loss):
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 def first_loss(model: nn.Module, batch: Any, loss: Loss) -> Tensor:

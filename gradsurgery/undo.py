@@ -26,7 +26,7 @@ class Undo:
         self.optimizer, self._memory = optimizer, {} if rule is None else rule._state
         self.held = [p for group in optimizer.param_groups for p in group["params"]]
         self._grads = [parameter.grad for parameter in self.held]
-        self._buffers = Buffers(model)
+        self._buffers, self._differentiates = Buffers(model), torch.is_grad_enabled()
         self._remembered = dict(self._memory)  # tensors in it are replaced, never changed
         self._model = model
         self._done: list[None] = []
@@ -75,6 +75,8 @@ class Undo:
         finally:
             for parameter, grad in zip(self.held, self._grads, strict=True):
                 parameter.grad = grad
+            # an interrupt inside of torch.no_grad's own code leaves it on
+            torch.set_grad_enabled(self._differentiates)
 
     def _moved(self) -> bool:
         """Whether torch's own optimizer has changed a parameter."""

@@ -71,11 +71,11 @@ class Tape:
             combine in ("stored", "backward"),
             f"combine must be 'stored' or 'backward', got {combine!r}",
         )
+        rows = self._rows(losses, groups)
         check(
             not torch.is_inference_mode_enabled(),
             "tape.jacobian: torch.inference_mode() is on, where there is no backward pass",
         )
-        rows = self._rows(losses, groups)
         known = numbers(rows)
         m = int(known.ids[-1]) + 1 if rows.numel() else 0
         flat, into = losses.detach().flatten(), rows

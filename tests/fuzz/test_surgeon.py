@@ -129,7 +129,7 @@ class Program:
             error = float((p - expected[n]).norm())
             assert error <= 1e-6 * float(moved) + 1e-13, f"{n} moved otherwise, by {error:.1e}"
         remembered = differing(self.rule.state_dict(), again.state_dict())
-        for name in remembered:
+        for name in set(remembered) - {"columns"}:  # of whom it is, which no twin knows
             pair = self.rule.state_dict()[name], again.state_dict()[name]
             torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-9, msg=f"rule: {name}")
 
