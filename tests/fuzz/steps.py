@@ -121,9 +121,10 @@ def reference(model, optimizer, rule, parts, loss):
         given["retain_loss"] = losses[list(parts).index("retain")].mean()
     if rule.weighted:
         metric = metric_of(optimizer, list(named.values())) if rule.precondition else None
-        update = jacobian.combine(rule.solve(jacobian, metric=metric, **given).weights)
+        solution = rule.solve(jacobian, metric=metric, **given)
+        update, gramian = jacobian.combine(solution.weights), solution.gramian  # in the metric
     else:
-        update = rule(jacobian, **given)
+        update, gramian = rule(jacobian, **given), jacobian.gramian()
     for p in model.parameters():
         p.grad = None
     for (name, p), u in zip(named.items(), update, strict=True):
@@ -131,7 +132,7 @@ def reference(model, optimizer, rule, parts, loss):
     optimizer.step()
     for p in model.parameters():
         p.grad = None
-    return jacobian.gramian(), torch.cat(losses)
+    return gramian, torch.cat(losses)
 
 
 def metric_of(optimizer, parameters):
@@ -143,7 +144,8 @@ def metric_of(optimizer, parameters):
             if "exp_avg_sq" in state:
                 v = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
                 found[p] = group["lr"] / (v.sqrt() + group["eps"])
-    return [found[p] for p in parameters] if all(p in found for p in parameters) else None
+    # one without state has had no gradient: its rows are zero in any metric
+    return [found.get(p, torch.ones_like(p)) for p in parameters] if found else None
 
 
 def cloned(model, optimizer, rule):
