@@ -1,6 +1,7 @@
 """Edit gradients per sample or per task before the optimizer sees them."""
 
 from gradsurgery import integrations
+from gradsurgery.batch import WeightedLosses
 from gradsurgery.capture import FactoredJacobian, check, tape
 from gradsurgery.diagnosis import diagnose
 from gradsurgery.errors import InputError, NonFiniteError
@@ -80,6 +81,7 @@ __all__ = [
     "Surgeon",
     "TrimmedMean",
     "UPGrad",
+    "WeightedLosses",
     "check",
     "combine",
     "concat",

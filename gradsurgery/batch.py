@@ -14,11 +14,40 @@ from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check
 from gradsurgery.ranks import check_one_rank
 
-Loss = Callable[[nn.Module, Any], Tensor]  # (model, batch) -> per-sample losses [B]
+# (model, batch) -> per-sample losses [B], where it is asked for them also [B, tasks] or weighted
+Loss = Callable[[nn.Module, Any], "Tensor | WeightedLosses"]
 DETACHED = (
     "loss does not depend on the model's parameters: it was detached, computed under "
     "torch.no_grad, or by another model, such as a copy"
 )
+
+
+class WeightedLosses(NamedTuple):
+    """What a loss may return, for means over tokens or whatever else samples have several of.
+
+    The mean of a batch, or of several micro-batches, is then Σ weights · losses / Σ weights, and a
+    sample's row is its gradient times weights / mean(weights), so that rows have that mean, too.
+
+    Attributes:
+        losses: [B], of a sample the mean over its own tokens; or [B, tasks].
+        weights: [B], not negative: how many tokens a sample has.
+    """
+
+    losses: Tensor
+    weights: Tensor
+
+    def checked(self, size: int) -> "tuple[Tensor, Tensor]":
+        """The losses, and the weights as float64 on the CPU, if these are [size]."""
+        weights = self.weights
+        check(
+            isinstance(weights, Tensor) and weights.shape == (size,),
+            f"weights of losses must be one for each sample, [{size}], got "
+            + (str(list(weights.shape)) if isinstance(weights, Tensor) else type(weights).__name__),
+        )
+        weights = weights.detach().to("cpu", torch.float64)
+        fine = bool((weights.isfinite() & (weights >= 0)).all())
+        check(fine, "weights of losses must be finite and not negative")
+        return self.losses, weights
 
 
 class _Container(NamedTuple):

@@ -1,227 +1,259 @@
-"""The rows of a step's batches, of samples, tasks or means: recorded or explicit, pass by pass."""
+"""Rows of micro-batches: added pass by pass, held, and put in the order of their batches."""
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.batch import (
-    DETACHED,
-    Loss,
-    batch_size,
-    joined,
-    map_batch,
-    per_sample_losses,
-    tokens,
-)
-from gradsurgery.capture import FactoredJacobian, tape
-from gradsurgery.errors import InputError
-from gradsurgery.jacobian import DenseJacobian, SummedRows, concat, first_loss, gradients
+from gradsurgery.capture import FactoredJacobian
+from gradsurgery.capture.held import Hold, Sums, held, rows_of
+from gradsurgery.errors import NonFiniteError
+from gradsurgery.jacobian import DenseJacobian, DenseSums, SummedRows, concat
 from gradsurgery.ops._inputs import check
+from gradsurgery.passes import Part, Pass, Passes, check_outside
 from gradsurgery.surgery import Rule
 
-# Tokens of both batches up to which they go together: reading the parameters twice then costs more
-# than large activations do. Measured on two threads: 512 tokens 12 % faster together, 2048 3 % and
-# 6272 the same, at up to 1.5 times the memory.
-FEW_TOKENS = 1024
+ROLES = ("forget", "retain", "batch", "memory")  # the order of their rows
+
+Stored = FactoredJacobian | DenseJacobian
 
 
 class Collected(NamedTuple):
     """Rows of several batches, in order."""
 
-    jacobian: FactoredJacobian | SummedRows | DenseJacobian
+    jacobian: Stored | SummedRows
     counts: dict[str, int]  # the rows of each batch
-    losses: dict[str, Tensor]  # of each batch, [B] or [B, tasks]
+    losses: dict[str, Tensor]  # of the rows of each batch
+    means: dict[str, Tensor]  # of the losses of each batch, []
     reached: list[bool]  # which of the columns' parameters the losses depend on
     # the same rows, of parameters that are not the model's; None where no loss depends on any
     outside: FactoredJacobian | SummedRows | None = None
 
 
-class _Pass(NamedTuple):
-    """What one forward and backward pass gave."""
+class Added:
+    """The rows of micro-batches, until an update is made of them.
 
-    jacobian: FactoredJacobian
-    counts: dict[str, int]
-    losses: dict[str, Tensor]
+    The last pass stays as it is; before another is made, rows that are means go to their sums, and
+    those of samples take less memory.
 
+    Args:
+        hold: how rows of samples are kept while others are made, as for `held`.
+    """
 
-@dataclass(frozen=True)
-class Collector:
-    """Makes the rows of batches; options as those of `Surgeon`."""
+    def __init__(self, hold: Hold) -> None:
+        self.hold: Hold = hold
+        self.overflowed = False  # whether a pass was scaled up too far: its rows are not there
+        self._columns: dict[str, nn.Parameter] = {}
+        self._versions: list[int] = []
+        self._last: list[Pass] = []
+        self._samples: list[Pass] = []  # of one part each
+        self._sums: dict[str, Sums | DenseSums] = {}
+        self._parts: dict[str, list[Part]] = {}  # of all passes
+        self._bent: dict[str, str] = {}  # by part: parameters whose rows may not be added up
 
-    model: nn.Module
-    rule: Rule
-    loss: Loss
-    named: dict[str, nn.Parameter]  # the columns
-    outside: dict[str, nn.Parameter]  # what else the optimizer holds and the losses may depend on
-    rows: Literal["captured", "stored"]
-    together: bool | None
-    chunk_size: int
-    micro_batch: int | None
+    def __bool__(self) -> bool:
+        return bool(self._parts) or self.overflowed
 
-    def collect(self, parts: dict[str, Any]) -> Collected:
-        """The rows of the batches `parts`, by name."""
-        if self.rows == "stored":
-            return self._stored(parts)
-        sizes = {part: batch_size(batch) for part, batch in parts.items()}
-        if self.micro_batch is not None and max(sizes.values()) > self.micro_batch:
-            return self._in_parts(parts, sizes)
-        together = None
-        if set(parts) == {"forget", "retain"} and self._one_pass(*parts.values()):
-            together = joined(*parts.values())
-        if together is None:
-            found = [self._pass({part: batch}, batch, sizes) for part, batch in parts.items()]
-        else:
-            found = [self._pass(parts, together, sizes)]
-        jacobians = [each.jacobian for each in found]
-        whole = concat(jacobians) if len(jacobians) > 1 else jacobians[0]
-        jacobian, outside = self._apart(whole)
-        counts = {part: n for each in found for part, n in each.counts.items()}
-        losses = {part: values for each in found for part, values in each.losses.items()}
-        return Collected(jacobian, counts, losses, jacobian.reached, outside)
+    @property
+    def parts(self) -> set[str]:
+        """The batches that there are rows of."""
+        return set(self._parts)
 
-    def _in_parts(self, parts: dict[str, Any], sizes: dict[str, int]) -> Collected:
-        """With no more than `micro_batch` samples in a pass."""
-        jacobians, rows = [], []
-        counts, losses = dict.fromkeys(parts, 0), {}
-        most = cast(int, self.micro_batch)
-        for part, batch in parts.items():
-            above = sum(counts.values())
-            values = []
-            for at in range(0, sizes[part], most):
-                piece = map_batch(lambda leaf, at=at: leaf[at : at + most], batch)
-                jacobian, known, seen = self._pass({part: piece}, piece, sizes)
-                summed = self._merges(part) or seen[part].dim() == 2  # over samples
-                if summed and sizes[part] > most and jacobian.bent:
-                    raise InputError(
-                        f"micro_batch: {', '.join(jacobian.bent)}: a hook or a Function is not "
-                        f"linear in its gradient, and a row of {part} is a sum over parts; take "
-                        "whole batches"
-                    )
-                first = above if summed else above + counts[part]
-                counts[part] = known[part] if summed else counts[part] + known[part]
-                rows += range(first, first + known[part])
-                jacobians.append(jacobian)
-                values.append(seen[part])
-            losses[part] = torch.cat(values)
-        own, others = self._apart(concat(jacobians))
-        outside = None if others is None else SummedRows(others, rows)
-        return Collected(SummedRows(own, rows), counts, losses, own.reached, outside)
+    @property
+    def count(self) -> int:
+        """How often rows were added."""
+        return sum(map(len, self._parts.values())) + self.overflowed
 
-    def _one_pass(self, *batches: Any) -> bool:
-        if self.together is not None:
-            return self.together
-        return sum(map(tokens, batches)) <= FEW_TOKENS
+    def check_columns(self, named: Mapping[str, nn.Parameter]) -> None:
+        """Raise where rows were added of other parameters, or of the same at other values."""
+        if not self:
+            return
+        other = [name for name, p in self._columns.items() if named.get(name) is not p]
+        other += [name for name in named if name not in self._columns]
+        check(
+            not other,
+            f"rows were added before {', '.join(other[:3])} was frozen, unfrozen or replaced: call "
+            "backward() first, or drop them with discard()",
+        )
+        now = [p._version for p in self._columns.values()]
+        changed = zip(self._columns, self._versions, now, strict=True)
+        moved = [name for name, before, after in changed if before != after]
+        check(
+            not moved,
+            f"{', '.join(moved[:3])} moved after rows were added, which are of the model as it "
+            "was: call backward() before the optimizer's step, or drop them with discard()",
+        )
 
-    def _pass(self, parts: dict[str, Any], whole: Any, totals: dict[str, int]) -> _Pass:
-        """Rows from one pass over `whole`, the parts' samples in order.
+    def take(self, passes: Passes, parts: dict[str, Any], overflows: bool = False) -> None:
+        """Make and add the rows of batches. An error leaves what was added before.
 
-        `totals` has the samples of each part's whole batch, which a mean is over.
+        Args:
+            overflows: rows or losses that are not finite are noted, and raise nothing.
         """
-        sizes = {part: batch_size(batch) for part, batch in parts.items()}
-        parameters = list(self.named.values())
-        with (
-            torch.enable_grad(),
-            tape(self.model, parameters=parameters, outside=self.outside) as recorder,
-        ):
-            # of a sample alone nothing is seen of sums, but other parts have several
-            alone = self.micro_batch != 1
-            recorder.summed = any(alone < sizes[part] < totals[part] for part in parts)
-            losses = self.loss(self.model, whole)
-            several = set(parts) <= {"batch", "memory"}
-            if several and isinstance(losses, Tensor) and losses.dim() == 2:
-                ((part, size),) = sizes.items()
-                tasks, merged = losses.shape[1], self._merges(part)
-                check(
-                    losses.shape[0] == size and tasks > 0,
-                    f"loss must return [{size}] or [{size}, tasks], got {list(losses.shape)}",
-                )
-                counts = {part: 1 if merged else tasks}
-                groups = torch.arange(tasks, device="cpu").expand(size, tasks)
-                groups = torch.zeros_like(groups) if merged else groups
-                share = 1 / (totals[part] * (tasks if merged else 1))
-                shares = torch.full((size, 1), share, dtype=torch.float64, device="cpu")
-            elif several and not isinstance(losses, Tensor):
-                got = type(losses).__name__
-                raise InputError(
-                    f"loss must return a Tensor, [B] or [B, tasks], got {got}: torch.stack(..., 1)"
-                )
-            else:
-                losses = per_sample_losses(losses, sum(sizes.values()))
-                counts, groups, shares = self._layout(sizes, totals)
-            check(losses.requires_grad, DETACHED)
-            jacobian = recorder.jacobian(losses * shares.to(losses), groups)
-        detached = losses.detach().split(list(sizes.values()))
-        return _Pass(jacobian, counts, dict(zip(parts, detached, strict=True)))
+        self._fold()
+        new = Added(self.hold)
+        try:
+            for each in passes.of(parts):
+                new._add(each)
+                if each.cut:
+                    new._fold()
+        except NonFiniteError:
+            if not overflows:
+                raise
+            self.overflowed = True
+        else:
+            self._join(new)
+        self._columns = {**passes.named, **passes.outside}
+        self._versions = [p._version for p in self._columns.values()]
 
-    def _layout(
-        self, sizes: dict[str, int], totals: dict[str, int]
-    ) -> tuple[dict[str, int], Tensor, Tensor]:
-        """How many rows each part has, the row of each sample, and its share in that row."""
-        counts, groups, shares = {}, [], []
-        for part, size in sizes.items():
-            merged = self._merges(part)
-            each = torch.arange(size, device="cpu")
-            groups.append((torch.zeros_like(each) if merged else each) + sum(counts.values()))
-            share = 1 / totals[part] if merged else 1.0
-            shares.append(torch.full((size,), share, dtype=torch.float64, device="cpu"))
-            counts[part] = 1 if merged else size
-        return counts, torch.cat(groups), torch.cat(shares)
+    def _add(self, made: Pass) -> None:
+        bent = made.jacobian.bent if isinstance(made.jacobian, FactoredJacobian) else []
+        for part, known in made.parts.items():
+            self._note(part, [known], ", ".join(bent) if known.summed else "")
+        self._last.append(made)
 
-    def _merges(self, part: str) -> bool:
-        """Whether the rule asks for the mean of a batch only."""
-        return part == "forget" or part in self.rule.merges
-
-    def _apart(
-        self, jacobian: FactoredJacobian
-    ) -> tuple[FactoredJacobian, FactoredJacobian | None]:
-        """The model's columns, and those outside that the losses depend on."""
-        if not self.outside:
-            return jacobian, None
-        reached, own = jacobian.reached, len(self.named)
-        more = [k for k in range(own, len(reached)) if reached[k]]
-        if more:
-            self._check_outside([jacobian.names[k] for k in more])
-        return jacobian.columns(range(own)), jacobian.columns(more) if more else None
-
-    def _check_outside(self, names: list[str]) -> None:
-        """Parameters outside the model step along the losses, weighted as the rule weights rows."""
-        rule, named = type(self.rule).__name__, ", ".join(names)
-        why = None
-        if self.rows == "stored":
-            why = "rows='stored' has the model's alone; use rows='captured'"
-        elif not self.rule.weighted:
-            why = f"{rule} gives the losses no weights; put it into the model"
-        elif self.rule.granularity != "model":
-            why = (
-                f"granularity={self.rule.granularity!r} gives the losses several weights each; "
-                "use granularity='model'"
+    def _note(self, part: str, found: Sequence[Part], bent: str) -> None:
+        known = [*self._parts.get(part, ()), *found]
+        bent = self._bent.get(part) or bent
+        for each in known:
+            shapes = [
+                f"[B{''.join(f', {n}' for n in p.losses.shape[1:])}]" for p in (known[0], each)
+            ]
+            check(
+                shapes[0] == shapes[1],
+                f"loss must return losses of one shape for {part}, got {shapes[0]} and {shapes[1]}",
             )
         check(
-            why is None,
-            f"loss depends on what the optimizer holds and the model does not, {named}: {why}",
+            len(known) == 1 or not bent,
+            f"{bent}: a hook or a Function is not linear in its gradient, and a row of {part} is a "
+            "sum over several passes; take whole batches",
         )
+        self._parts[part], self._bent[part] = known, bent
 
-    def _stored(self, parts: dict[str, Any]) -> Collected:
-        """The same rows, explicit."""
-        options = {"parameters": list(self.named.values()), "chunk_size": self.chunk_size}
-        found = {}
-        for part, batch in parts.items():
-            if self.outside:
-                loss = first_loss(self.model, batch, self.loss)
-                grads = gradients(loss, list(self.outside.values()))
-                names = [n for n, g in zip(self.outside, grads, strict=True) if g is not None]
-                if names:
-                    self._check_outside(names)
-            kind = "mean" if self._merges(part) else "samples"
-            found[part] = DenseJacobian.from_model(
-                self.model, batch, self.loss, rows=kind, **options
-            )
-        jacobian = concat(found.values())
-        return Collected(
-            jacobian,
-            {part: each.m for part, each in found.items()},
-            {part: cast(Tensor, each.losses) for part, each in found.items()},
-            cast(list[bool], jacobian.reached),
-        )
+    def _fold(self) -> None:
+        """Sum the last passes' rows that are means, and make those of samples small."""
+        while self._last:
+            made, first = self._last[0], 0
+            for part, known in made.parts.items():
+                jacobian = made.jacobian
+                if isinstance(jacobian, FactoredJacobian):
+                    jacobian = rows_of(jacobian, first, known.count)
+                first += known.count
+                if known.summed:
+                    if part not in self._sums:
+                        self._sums[part] = _sums(jacobian)
+                    self._sums[part].add(jacobian, known.total / made.scale)
+                    continue
+                if isinstance(jacobian, FactoredJacobian):
+                    jacobian = held(jacobian, self.hold)
+                self._samples.append(Pass(jacobian, {part: known}, made.scale))
+            del self._last[0]
+
+    def _join(self, new: "Added") -> None:
+        before = dict(self._parts), dict(self._bent)
+        try:
+            for part, found in new._parts.items():
+                self._note(part, found, new._bent[part])
+        except BaseException:
+            self._parts, self._bent = before
+            raise
+        self._last = new._last
+        self._samples += new._samples
+        for part, sums in new._sums.items():
+            if part in self._sums:
+                self._sums[part].add(sums.jacobian(), 1.0)
+            else:
+                self._sums[part] = sums
+
+    def collected(self, rule: Rule, outside: Sequence[str]) -> Collected:
+        """All rows, in the order of `ROLES`. What was added is given away.
+
+        `outside`: names of parameters that are not the model's.
+        """
+        known = {part: self._parts[part] for part in ROLES if part in self._parts}
+        counts = {
+            part: found[0].count if found[0].summed else sum(each.count for each in found)
+            for part, found in known.items()
+        }
+        jacobians, sums = self._in_order(known, counts)
+        whole = concat(jacobians) if len(jacobians) > 1 else jacobians[0]
+        self._sums, self._samples, self._last = {}, [], []
+        others = None
+        if isinstance(whole, FactoredJacobian) and outside:
+            whole, others = _apart(whole, rule, outside)
+        reached = whole.reached or []
+        plain = torch.equal(sums, torch.eye(len(sums), dtype=sums.dtype, device="cpu"))
+        own = whole if plain else SummedRows(whole, sums)
+        if others is not None and not plain:
+            others = SummedRows(others, sums)
+        losses = {part: _row_losses(found) for part, found in known.items()}
+        means = {part: _mean(found).mean() for part, found in known.items()}
+        return Collected(own, counts, losses, means, reached, others)
+
+    def _in_order(
+        self, known: Mapping[str, Sequence[Part]], counts: Mapping[str, int]
+    ) -> tuple[list[Stored], Tensor]:
+        """All that rows are made of, and how, [rows, rows of what they are made of]."""
+        sizes = {part: sum(len(each.losses) for each in found) for part, found in known.items()}
+        totals = {part: sum(each.total for each in found) for part, found in known.items()}
+        for part, total in totals.items():
+            check(total > 0, f"weights of losses: those of {part} sum to zero")
+        starts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+        jacobians: list[Stored] = []
+        rows: list[int] = []
+        factors: list[Tensor] = []
+
+        def note(part: str, count: int, weights: Tensor) -> None:
+            rows.extend(range(starts[part], starts[part] + count))
+            factors.append(weights.expand(count))
+
+        for part, each in self._sums.items():
+            jacobians.append(each.jacobian())
+            note(part, counts[part], ONE / totals[part])
+        for made in (*self._samples, *self._last):
+            jacobians.append(made.jacobian)
+            for part, each in made.parts.items():
+                share = (each.total if each.summed else sizes[part]) / totals[part] / made.scale
+                note(part, each.count, share * (ONE if each.summed else each.shares))
+                if not each.summed:
+                    starts[part] += each.count
+        sums = torch.zeros(sum(counts.values()), len(rows), dtype=torch.float64, device="cpu")
+        sums[rows, torch.arange(len(rows), device="cpu")] = torch.cat(factors)
+        return jacobians, sums
+
+
+ONE = torch.ones(1, dtype=torch.float64, device="cpu")
+
+
+def _apart(
+    jacobian: FactoredJacobian, rule: Rule, outside: Sequence[str]
+) -> tuple[FactoredJacobian, FactoredJacobian | None]:
+    """The model's columns, and those outside that the losses depend on."""
+    reached, own = jacobian.reached, len(jacobian.names) - len(outside)
+    more = [k for k in range(own, len(reached)) if reached[k]]
+    if more:
+        check_outside(rule, "captured", [jacobian.names[k] for k in more])
+    return jacobian.columns(range(own)), jacobian.columns(more) if more else None
+
+
+def _sums(like: Stored) -> Sums | DenseSums:
+    return Sums(like) if isinstance(like, FactoredJacobian) else DenseSums(like)
+
+
+def _mean(parts: Sequence[Part]) -> Tensor:
+    """Of the losses of all samples, [], or of their [B, tasks], [tasks]."""
+    losses = torch.cat([each.losses for each in parts])
+    if all(each.weights is None for each in parts):
+        return losses.mean(0)
+    weights = torch.cat([each.shares for each in parts]).to(losses.device)
+    return weights @ losses.double() / weights.sum()
+
+
+def _row_losses(parts: Sequence[Part]) -> Tensor:
+    """[rows]: those of samples, or the means that rows are of."""
+    if not parts[0].summed:
+        return torch.cat([each.losses for each in parts])
+    means = _mean(parts)
+    return means if means.shape == (parts[0].count,) else means.mean().reshape(1)

@@ -21,7 +21,7 @@ from gradsurgery.batch import (
 from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.ops import combine, gramian
-from gradsurgery.ops._inputs import as_blocks, check, check_count, check_shapes, flat
+from gradsurgery.ops._inputs import as_blocks, check, check_count, check_shapes, flat, wide
 from gradsurgery.ops._range import factors
 
 if TYPE_CHECKING:
@@ -310,21 +310,45 @@ def concat(jacobians: Iterable[J]) -> J:
     return type(first).concat(parts)
 
 
+class DenseSums:
+    """Rows of several Jacobians, added up in float32 or wider."""
+
+    def __init__(self, like: DenseJacobian) -> None:
+        self._like, self._reached = like, [False] * len(like.names)
+        self._totals = [torch.zeros_like(wide(block)) for block in like.blocks]
+
+    def add(self, jacobian: DenseJacobian, weight: float) -> None:
+        """The rows of another, times `weight`."""
+        for total, block in zip(self._totals, jacobian.blocks, strict=True):
+            total.add_(block, alpha=weight)
+        reached = jacobian.reached or [True] * len(self._reached)
+        self._reached = [a or b for a, b in zip(self._reached, reached, strict=True)]
+
+    def jacobian(self) -> DenseJacobian:
+        """Of the sums, in the dtype of the rows."""
+        named = zip(self._like.names, self._totals, self._like.blocks, strict=True)
+        blocks = {name: total.to(block.dtype) for name, total, block in named}
+        made = DenseJacobian(blocks, self._like.parameters)
+        made.reached = self._reached
+        return made
+
+
 class SummedRows:
-    """A Jacobian whose rows are sums of another's, as of a batch that was taken in parts.
+    """A Jacobian whose rows are weighted sums of another's, as of batches taken in parts.
 
     Args:
-        jacobian: of the parts.
-        rows: the row that each row of the parts is added to, from 0 on, none left out.
+        jacobian: of the parts, M rows.
+        sums: [m, M] float64, on the CPU.
     """
 
-    def __init__(self, jacobian: "DenseJacobian | FactoredJacobian", rows: Sequence[int]) -> None:
-        check(len(rows) == jacobian.m, f"rows must be {jacobian.m}, one for each, got {len(rows)}")
+    def __init__(self, jacobian: "DenseJacobian | FactoredJacobian", sums: Tensor) -> None:
+        shape = list(sums.shape)
+        check(
+            sums.dim() == 2 and shape[1] == jacobian.m, f"sums must be [m, {jacobian.m}]: {shape}"
+        )
         self.parts, self.names, self.sizes = jacobian, jacobian.names, jacobian.sizes
         self.parameters = jacobian.parameters
-        self.m = max(rows) + 1
-        self._sums = torch.zeros(self.m, len(rows), dtype=torch.float64, device="cpu")
-        self._sums[list(rows), torch.arange(len(rows), device="cpu")] = 1
+        self.m, self._sums = shape[0], sums
 
     def gramian(
         self,

@@ -4,6 +4,7 @@ import inspect
 from typing import cast
 
 import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradsurgery.ops._inputs import check
@@ -14,8 +15,8 @@ def steppable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """`optimizer`, or the one that accelerate wrapped, if one step on `.grad` alone is a step.
 
     Raises:
-        InputError: one that needs a closure, sparse gradients or a graph of its steps, or that
-            scales gradients down or steps on several ranks; the message says what to use instead.
+        InputError: one that needs sparse gradients or a graph of its steps, or that steps on
+            several ranks; the message says what to use instead.
     """
     if any(f"{base.__module__}.".startswith("accelerate.") for base in type(optimizer).__mro__):
         optimizer = _inside(optimizer)
@@ -24,19 +25,6 @@ def steppable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     check(
         not isinstance(optimizer, torch.optim.SparseAdam),
         f"optimizer: {name} steps on sparse gradients, and an update of rows is dense; use Adam",
-    )
-    # of the class: a scheduler's wrapper around the bound method shows the function's `self`
-    given = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    needed = [
-        parameter.name
-        for parameter in given
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    check(
-        not needed,
-        f"optimizer: {name}.step needs {', '.join(needed)}, to compute losses again within a step, "
-        "where there is no rule; use an optimizer that steps on gradients, such as SGD or Adam",
     )
     for group in optimizer.param_groups:
         check(
@@ -52,15 +40,60 @@ def steppable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Raise where a step computes losses several times, as that of LBFGS."""
+    name = type(optimizer).__name__
+    # of the class: a scheduler's wrapper around the bound method shows the function's `self`
+    given = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    needed = [
+        parameter.name
+        for parameter in given
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    check(
+        not needed,
+        f"optimizer: {name}.step needs {', '.join(needed)}, to compute losses again within a step; "
+        "call optimizer.step(closure) with a closure that calls optimizer.zero_grad(), "
+        "surgeon.add(...) and surgeon.backward(), and returns the loss",
+    )
+
+
 def check_not_accumulating(given: torch.optim.Optimizer) -> None:
     """Raise where accelerate's wrapper would leave this step out."""
     state = getattr(given, "gradient_state", None)
     check(
         getattr(state, "sync_gradients", True),
         "optimizer: accelerate's accumulate leaves this step out, to sum gradients over several, "
-        "and each step of a Surgeon is a whole one; step outside of accumulate, with a larger "
-        "batch and micro_batch=",
+        "and each step of a Surgeon is a whole one; call add for each micro-batch, backward after "
+        "the last, and the optimizer's own step",
     )
+
+
+def metric(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], reached: list[bool]
+) -> list[Tensor] | None:
+    """lr / (sqrt(v) + eps) of Adam's steps so far, per parameter; None before the first."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    state = optimizer.state
+    known = [name for name, p in parameters.items() if "exp_avg_sq" in state.get(p, {})]
+    if not known:
+        return None
+    found = []
+    for (name, parameter), used in zip(parameters.items(), reached, strict=True):
+        if not used and name not in known:  # its rows are zero in any metric
+            found.append(torch.ones_like(parameter))
+            continue
+        check(
+            name in known,
+            f"precondition: the optimizer has state for some parameters only, none for {name}: "
+            "let it take a step with a rule without precondition",
+        )
+        group, seen = groups[id(parameter)], state[parameter]
+        correction = 1 - group["betas"][1] ** float(seen["step"])
+        root = (seen["exp_avg_sq"] / correction).sqrt()
+        found.append(group["lr"] / (root + group["eps"]))
+    return found
 
 
 def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
@@ -85,10 +118,5 @@ def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         isinstance(inner, torch.optim.Optimizer),
         f"optimizer: {name} is stepped by another engine, not on given gradients; "
         "use the optimizer itself, in one process",
-    )
-    check(
-        getattr(optimizer, "scaler", None) is None,
-        f"optimizer: {name} has a GradScaler, which would divide the update by a scale that it "
-        "does not have; use mixed_precision='bf16' or 'no'",
     )
     return cast(torch.optim.Optimizer, inner)

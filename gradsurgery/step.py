@@ -1,58 +1,40 @@
-"""One optimizer step with surgery on its gradients."""
+"""Surgery on gradients: rows of batches, a rule, and its update in `.grad` or stepped along."""
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from gradsurgery.batch import Loss, batch_size, trainable
+from gradsurgery.capture.held import Hold
 from gradsurgery.capture.leaves import unmixed
-from gradsurgery.collect import Collected, Collector
-from gradsurgery.diagnosis import Diagnosis, diagnose
+from gradsurgery.collect import ROLES, Added, Collected
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import add_to, own, run_hooks
-from gradsurgery.jacobian import DenseJacobian
-from gradsurgery.ops._inputs import check, check_count
-from gradsurgery.optimizers import check_not_accumulating, steppable
+from gradsurgery.info import StepInfo, seen
+from gradsurgery.jacobian import DenseJacobian, Jacobian
+from gradsurgery.ops._inputs import check, check_count, check_number, one_of
+from gradsurgery.optimizers import (
+    check_needs_no_closure,
+    check_not_accumulating,
+    metric,
+    steppable,
+)
+from gradsurgery.passes import Passes
 from gradsurgery.ranks import check_alone, check_one_rank
 from gradsurgery.surgery import InputProjection, Rule, Solution
 from gradsurgery.undo import Undo
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """What one step saw. Losses and gradients are those before the step."""
-
-    losses: Tensor  # [m] float64, of the rows: the mean over the batch where a row is of a batch
-    cosines: Tensor  # float64: [k], of the forget gradient with each other row; else [m, m]
-    # share of the other rows whose loss forgetting raises: positive cosines, or negative ones where
-    # the forget loss is to be lowered; of tasks the share of pairs of rows with a negative one
-    conflict_rate: float
-    seconds: float
-    gramian: Tensor  # [m, m] float64, of the rows, on the CPU
-    forget_loss: float | None = None  # means over the batches
-    retain_loss: float | None = None
-    kept_norm: float | None = None  # OrthoGrad: |g⊥| / |g_u|, in [0, 1]
-    rank: float | None = None  # OrthoGrad: of the rows; the mean over groups of tensors
-    frozen: Sequence[str] = ()  # tensors a projection left no unlearning signal, or exempted
-
-    @property
-    def diagnosis(self) -> Diagnosis:
-        """Cosines, norms, ranks and conflicts of the rows, from the Gramian the step had."""
-        return diagnose(self.gramian)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON; without the Gramian."""
-        known = {name: value for name, value in vars(self).items() if name != "gramian"}
-        lists = {"losses": self.losses.tolist(), "cosines": self.cosines.tolist()}
-        return {**known, **lists, "frozen": list(self.frozen)}
-
-
 class Surgeon:
-    """Takes steps: gradients of batches, a rule, the optimizer.
+    """Edits gradients: rows of batches, a rule, its update in `.grad`, and the optimizer's step.
+
+    `step` does all of it. In a loop that is not ours, `add` takes the rows of each micro-batch and
+    `backward` leaves the update in `.grad`, as `loss.backward()` would, to be clipped and stepped
+    along by whoever does so. Both give the same update: it is that of all samples at once.
 
     A plain object: the model keeps no wrapper and no hook, and `.grad` is after a step what it
     was before. Where a loss, the rule or code hung on the optimizer raises, or where the step is
@@ -60,14 +42,14 @@ class Surgeon:
     remembers are as they were; or the step is whole. Not undone: what a forward pass does to
     parameters, and an interrupt in the middle of torch's own `optimizer.step()`.
 
-    Parameters are looked up in every step: what the optimizer holds, of the model, and is not
+    Parameters are looked up each time: what the optimizer holds, of the model, and is not
     frozen has rows and is moved. Parameters that the optimizer holds and the model does not, such
     as learned weights of losses, have no part in the rule: they get the ordinary gradient of the
     losses, weighted as the rule weights their rows.
 
     Args:
         model: in the mode (train or eval) its losses are wanted in, held by one process.
-        optimizer: any that steps on `.grad` alone; the parameters it holds are the ones edited.
+        optimizer: its parameters are the ones edited; one wrapped by accelerate is looked through.
         rule: what makes one update of the rows.
         rows: "captured", from one recorded forward and backward pass, never stored; "stored", one
             gradient of the model's size per row, by torch.func.
@@ -80,13 +62,20 @@ class Surgeon:
         micro_batch: captured rows only: most samples in one forward and backward pass. A larger
             batch goes in parts, to the same rows: what the rows need is kept, a pass's graph is
             not. None: whole batches.
+        hold: captured rows only: what is kept of samples' rows while others are made: "rows", or
+            the "pairs" of activations and gradients that these are made of; "auto" keeps, of each
+            parameter, the smaller. Rows that are means over a batch are summed as they come.
+        scaler: a `torch.amp.GradScaler`, for float16: losses are scaled up as it says, and so is
+            what `backward` leaves in `.grad`; `step` calls its `step` and `update`. Where scaled
+            rows overflow, `.grad` is made infinite, for the scaler to leave the step out, and the
+            rule remembers what it did before. None: that of accelerate's wrapper, or none.
         project: keeps every step of the optimizer off inputs observed (`OWM`, `NullSpace`).
         process_group: where torch.distributed runs several ranks, False says that this one steps
             alone, on its own rows; None refuses, since replicas would part.
 
     Raises:
-        InputError: an option, by name; an optimizer that needs a closure or sparse gradients; a
-            model or an optimizer spread over several processes or devices; a projection of another
+        InputError: an option, by name; an optimizer that needs sparse gradients; a model or an
+            optimizer spread over several processes or devices; a projection of another
             model, as of a copy.
     """
 
@@ -100,10 +89,13 @@ class Surgeon:
         together: bool | None = None,
         chunk_size: int = 32,
         micro_batch: int | None = None,
+        hold: Hold = "auto",
+        scaler: torch.amp.GradScaler | None = None,
         project: InputProjection | None = None,
         process_group: Literal[False] | None = None,
     ) -> None:
-        check(rows in ("captured", "stored"), f"rows must be 'captured' or 'stored', got {rows!r}")
+        one_of("rows", rows, ("captured", "stored"))
+        one_of("hold", hold, ("auto", "pairs", "rows"))
         for name, given, kind in (
             ("model", model, nn.Module),
             ("optimizer", optimizer, torch.optim.Optimizer),
@@ -126,9 +118,21 @@ class Surgeon:
             f"project must be an OWM or a NullSpace, got {type(project).__name__}",
         )
         self.model, self.optimizer, self.rule = model, steppable(optimizer), rule
-        self._given = optimizer
+        self._wrapped = optimizer
         self.rows: Literal["captured", "stored"] = rows
         self.together, self.chunk_size, self.micro_batch = together, chunk_size, micro_batch
+        self.hold: Hold = hold
+        scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+        check(
+            scaler is None or isinstance(scaler, torch.amp.GradScaler),
+            f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}",
+        )
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        check(
+            self.scaler is None or rows == "captured",
+            "scaler is for captured rows; stored ones are not scaled",
+        )
+        self._added = Added(hold)
         self.process_group = process_group
         self.project = project
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
@@ -147,7 +151,7 @@ class Surgeon:
         """Those of the model that the next step has rows of, by name."""
         return self._looked_up()[0]
 
-    def step(
+    def add(
         self,
         *,
         loss: Loss,
@@ -155,19 +159,82 @@ class Surgeon:
         retain: Any = None,
         batch: Any = None,
         memory: Any = None,
+    ) -> None:
+        """Take the rows of a micro-batch, any number of times before `backward`.
+
+        Sizes, and lengths of samples, may differ from one time to the next. `forget`, `retain` and
+        `memory` may come together or by turns. Means, as that of the forget loss, are over all
+        samples added, or over their tokens where the loss returns `gs.WeightedLosses`. The losses
+        of a sample must not depend on the others of its micro-batch, nor on how many there are.
+
+        Arguments and errors are those of `step`. What raises leaves the rows added before.
+        """
+        parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
+        check(len(parts) > 0, f"add: no batch was given; {self._takes()}")
+        undo = Undo(self.model, self.optimizer, self.rule)
+        with undo, undo:
+            self._take(parts, loss, adds=True)
+            undo.keep()
+
+    def backward(self, scale: float = 1.0) -> StepInfo:
+        """Leave the update of all rows added in `.grad`, added to what is there.
+
+        As after `loss.backward()`, the caller clips and steps: `clip_grad_norm_`, schedulers and
+        accelerate's or a `GradScaler`'s `step` find what they expect. Whatever happens, the rows
+        are used up, or dropped; where it raises, `.grad` and the rule are as they were.
+
+        Args:
+            scale: what the update is multiplied by, besides the scaler's scale.
+
+        Raises:
+            InputError: nothing was added, or not all that the rule needs; parameters were frozen,
+                unfrozen, replaced or moved since.
+            NonFiniteError: as for `step`.
+        """
+        start = time.perf_counter()
+        check_number("scale", scale)
+        check(
+            self.project is None,
+            "project= is of steps, and backward takes none: leave it out, and step within "
+            "`with kept.steps(): optimizer.step()`",
+        )
+        check(bool(self._added), f"backward: no rows were added; {self._takes()}, by add")
+        undo = Undo(self.model, self.optimizer, self.rule)
+        with undo, undo:
+            for parameter, grad in undo.grads:  # copies, which hooks may see grow
+                parameter.grad = None if grad is None else grad.clone()
+            info = self._update(scale)
+            undo.keep(grads=True)
+        return replace(info, seconds=time.perf_counter() - start)
+
+    def discard(self) -> None:
+        """Drop the rows added so far."""
+        self._added = Added(self.hold)
+
+    def step(
+        self,
+        *,
+        loss: Loss | None = None,
+        forget: Any = None,
+        retain: Any = None,
+        batch: Any = None,
+        memory: Any = None,
     ) -> StepInfo:
-        """One optimizer step along the rule's update.
+        """One optimizer step along the rule's update: `add`, `backward` and `optimizer.step()`.
 
         Either `forget` and `retain`, for rules that tell them apart (OrthoGrad, GRU, ...): raise
         the forget loss and keep the retain losses; or `batch`, for all others (PCGrad, UPGrad,
         ...): lower the losses of all rows. Batches are containers of tensors of the same leading
         dimension B, in any nesting: tuples, lists, dicts and other mappings (what a tokenizer
-        gives), named tuples, dataclasses, attrs classes. `loss` gets them in the same types.
+        gives), named tuples, dataclasses, attrs classes. `loss` gets them in the same types. Rows
+        added before are stepped along, too; batches may then be left out. `.grad` has no part in
+        the step, and is afterwards what it was.
 
         Args:
-            loss: (model, batch) -> per-sample losses [B], those that training lowers; for `batch`
-                and its `memory` also [B, T], a column for each of T tasks, and then a row is the
-                mean of a task and not one sample's (captured rows only).
+            loss: (model, batch) -> per-sample losses [B], those that training lowers, or
+                `gs.WeightedLosses`; for `batch` and its `memory` also [B, T], a column for each of
+                T tasks, and then a row is the mean of a task and not one sample's (captured rows
+                only).
             forget: its mean loss is unlearned.
             retain: its samples are protected, each, or in the mean, as the rule says.
             batch: one row for each sample or task.
@@ -175,31 +242,76 @@ class Surgeon:
                 memory rows (OrthoGrad, UPGrad, DualProj, GEM, AGEM).
 
         Raises:
-            InputError: a step that accelerate's `accumulate` would leave out, batches the rule has
-                no use for, an entry of one that is no tensor of
-                samples, losses that are no rows or do not depend on the model, parameters of the
-                loss that get no weights from the rule. The message names it, nothing has changed.
+            InputError: a step that accelerate's `accumulate` would leave out; an optimizer that
+                needs a closure; batches the rule has no use for; an entry of one that is no tensor
+                of samples; losses that are no rows or do not depend on the model; parameters of
+                the loss that get no weights from the rule. The message names it, nothing has
+                changed.
             NonFiniteError: a row that is not finite, or an update that overflows its dtype.
         """
         start = time.perf_counter()
-        check_not_accumulating(self._given)
+        check_not_accumulating(self._wrapped)
+        check_needs_no_closure(self.optimizer)
+        parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
+        self._check_complete({*parts} | self._added.parts)
+        before = self._added.count
+        undo = Undo(self.model, self.optimizer, self.rule)
+        try:
+            with undo, undo:
+                if parts:
+                    self._take(parts, loss, adds=bool(self._added))
+                for parameter, _ in undo.grads:  # no parameter is moved by an old gradient
+                    parameter.grad = None
+                info = self._update(1.0)
+                undo.begin(copies=self.project is not None)
+                if self.project is None:
+                    undo.step(self.scaler)
+                else:
+                    with self.project.steps(undo.held):
+                        if self.scaler is None:
+                            self.optimizer.step()
+                        else:
+                            self.scaler.step(self.optimizer)
+                    undo.keep()
+                if self.scaler is not None:
+                    self.scaler.update()
+        except BaseException:
+            if self._added.count != before:
+                self.discard()
+            raise
+        return replace(info, seconds=time.perf_counter() - start)
+
+    def _given(self, **parts: Any) -> dict[str, Any]:
+        """The batches that were given, if the rule has a use for them."""
+        given = {part: batch for part, batch in parts.items() if batch is not None}
         name, roles = type(self.rule).__name__, self.rule.roles
-        parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
-        parts = {part: given for part, given in parts.items() if given is not None}
-        check("memory" in roles or memory is None, f"{name} has no memory rows")
+        check("memory" in roles or "memory" not in given, f"{name} has no memory rows")
         if "forget" in roles:
-            check(batch is None, f"{name} takes forget= and retain=, got {list(parts)}")
-            parts = {"forget": forget, "retain": retain, **parts}
+            check("batch" not in given, f"{self._takes()}, got {list(given)}")
         else:
-            check(
-                batch is not None and forget is None and retain is None,
-                f"{name} lowers every loss it is given: it takes batch=, got {list(parts)}",
-            )
-        for part, given in parts.items():
-            batch_size(given, part)
+            foreign = "forget" in given or "retain" in given
+            check(not foreign, f"{self._takes()}, got {list(given)}")
+        for part, batch in given.items():
+            batch_size(batch, part)
+        return given
+
+    def _takes(self) -> str:
+        name = type(self.rule).__name__
+        if "forget" in self.rule.roles:
+            return f"{name} takes forget= and retain="
+        return f"{name} lowers every loss it is given: it takes batch="
+
+    def _check_complete(self, parts: set[str]) -> None:
+        needed = {"forget", "retain"} if "forget" in self.rule.roles else {"batch"}
+        got = [part for part in ROLES if part in parts]
+        check(needed <= parts, f"{self._takes()}, got {got}")
+
+    def _take(self, parts: dict[str, Any], loss: Loss | None, adds: bool) -> None:
+        """Add the rows of batches; where it raises, nothing is added."""
         check(callable(loss), f"loss must be a function, got {type(loss).__name__}")
         named, outside = self._looked_up()
-        collector = Collector(
+        self._added.check_columns({**named, **outside})
+        passes = Passes(
             model=self.model,
             rule=self.rule,
             loss=loss,
@@ -209,29 +321,49 @@ class Surgeon:
             together=self.together,
             chunk_size=self.chunk_size,
             micro_batch=self.micro_batch,
+            adds=adds,
+            scale=self._scale(next(iter(named.values()))),
         )
-        undo = Undo(self.model, self.optimizer, self.rule)
-        with undo, undo:
-            rows = collector.collect(parts)
+        self._added.take(passes, parts, overflows=self.scaler is not None)
+
+    def _scale(self, like: Tensor) -> float:
+        """What the scaler multiplies losses by; asked in this way, for it is made when it is."""
+        if self.scaler is None:
+            return 1.0
+        one = torch.ones((), dtype=torch.float32, device=like.device)
+        return float(cast(Tensor, self.scaler.scale(one)))
+
+    def _update(self, scale: float) -> StepInfo:
+        """Add the update of all rows, times `scale`, to `.grad`; the rows are used up."""
+        named, outside = self._looked_up()
+        added, scale = self._added, scale * self._scale(next(iter(named.values())))
+        added.check_columns({**named, **outside})
+        if not added.overflowed:
+            self._check_complete(added.parts)
+        self.discard()
+        remembered = dict(self.rule._state)
+        try:
+            if added.overflowed:
+                raise NonFiniteError("rows: scaled losses overflow")
+            rows = added.collected(self.rule, list(outside))
             with unmixed(next(iter(named.values()))):  # autocast is for the loss
                 solution, update = self._solve(rows)
                 self.rule.note_columns(rows.jacobian.names)
                 # all that may raise comes before the parameters move; it waits for a GPU no more
                 # than what follows does
-                info = _seen(self.rule, rows, solution)
-                self._set_grads(rows, solution, update)
-            if _fits(solution, named):
-                _check_held(outside)
-            else:
-                _check_held({**named, **outside})
-            undo.begin(copies=self.project is not None)
-            if self.project is None:
-                undo.step()
-            else:
-                with self.project.steps(undo.held):
-                    self.optimizer.step()
-                undo.keep()
-        return replace(info, seconds=time.perf_counter() - start)
+                info = seen(self.rule, rows, solution)
+                self._add_update(rows, solution, update, scale)
+            fits = _fits(solution, named, scale)
+            _check_finite(outside if fits else {**named, **outside})
+        except NonFiniteError:
+            if self.scaler is None:
+                raise
+            for parameter in {**named, **outside}.values():
+                parameter.grad = torch.full_like(parameter, math.inf)
+            self.rule._state.clear()
+            self.rule._state.update(remembered)
+            return StepInfo.of_none()
+        return info
 
     def _looked_up(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""
@@ -267,77 +399,64 @@ class Surgeon:
         if "memory" in rows.counts:
             given["memory"] = slice(jacobian.m - rows.counts["memory"], None)
         if "retain_loss" in self.rule.roles:
-            given["retain_loss"] = rows.losses["retain"].mean()
+            given["retain_loss"] = rows.means["retain"]
         update: Any
         if self.rule.weighted:
-            solution = self.rule.solve(jacobian, metric=self._metric(rows), **given)
+            columns = {name: self._known[name] for name in jacobian.names}
+            known = self.rule.precondition and metric(self.optimizer, columns, rows.reached)
+            solution = self.rule.solve(jacobian, metric=known or None, **given)
             update = solution.weights
         else:
             solution = Solution(torch.empty(0), jacobian.gramian())
             update = self.rule(jacobian, **given)
         return solution, update
 
-    def _set_grads(
-        self, rows: Collected, solution: Solution, update: Tensor | list[Tensor]
+    def _add_update(
+        self,
+        rows: Collected,
+        solution: Solution,
+        update: Tensor | list[Tensor],
+        scale: float,
     ) -> None:
-        """wᵀ J, or a given update, alone in `.grad`: no parameter is moved by an old one."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        """Add wᵀ J, or a given update, times `scale`, to `.grad`."""
         if rows.outside is not None:
-            rows.outside.backward(solution.weights)
+            rows.outside.backward(_times(solution.weights, scale))
         jacobian = rows.jacobian
-        if isinstance(update, Tensor) and not isinstance(jacobian, DenseJacobian):
-            jacobian.backward(update, release=True)
+        if isinstance(update, Tensor) and not _is_stored(jacobian):
+            jacobian.backward(_times(update, scale), release=True)
             return
-        whole = jacobian.combine(update) if isinstance(update, Tensor) else own(update)
+        if isinstance(update, Tensor):
+            whole = jacobian.combine(_times(update, scale))
+        else:
+            whole = own([_times(each, scale) for each in update])
         parameters = jacobian.parameters or []
         for parameter, grad, used in zip(parameters, whole, rows.reached, strict=True):
             # one that no loss depends on has no gradient, as in an ordinary step: no decay
             if used:
-                add_to(parameter, grad.to(parameter.dtype))
                 with torch.no_grad():
+                    add_to(parameter, grad.to(parameter.dtype))
                     run_hooks(parameter)
 
-    def _metric(self, rows: Collected) -> list[Tensor] | None:
-        """lr / (sqrt(v) + eps) per parameter, of the steps taken so far; None before the first."""
-        if self.rule.precondition is None:
-            return None
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        state = self.optimizer.state
-        names = rows.jacobian.names
-        known = [name for name in names if "exp_avg_sq" in state.get(self._known[name], {})]
-        if not known:
-            return None
-        metric = []
-        for name, reached in zip(names, rows.reached, strict=True):
-            parameter = self._known[name]
-            if not reached and name not in known:  # its rows are zero in any metric
-                metric.append(torch.ones_like(parameter))
-                continue
-            check(
-                name in known,
-                f"precondition: the optimizer has state for some parameters only, none for {name}: "
-                "let it take a step with a rule without precondition",
-            )
-            group, seen = groups[id(parameter)], state[parameter]
-            correction = 1 - group["betas"][1] ** float(seen["step"])
-            root = (seen["exp_avg_sq"] / correction).sqrt()
-            metric.append(group["lr"] / (root + group["eps"]))
-        return metric
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else tensor * scale
 
 
-def _fits(solution: Solution, parameters: dict[str, nn.Parameter]) -> bool:
+def _is_stored(jacobian: Jacobian) -> bool:
+    return isinstance(getattr(jacobian, "parts", jacobian), DenseJacobian)
+
+
+def _fits(solution: Solution, parameters: dict[str, nn.Parameter], scale: float) -> bool:
     """Whether an update is known to be in range: no value is larger than its norm, sqrt(wᵀ G w)."""
     weights, gram = solution.weights.double(), solution.gramian
     if weights.shape != gram.shape[:1]:  # one for each tensor, or none
         return False
     limit = min(torch.finfo(parameter.dtype).max for parameter in parameters.values())
     square = weights.to(gram.device) @ gram @ weights.to(gram.device)
-    return bool(square.clamp_min(0).sqrt() <= limit / 2)
+    return bool(square.clamp_min(0).sqrt() * abs(scale) <= limit / 2)
 
 
-def _check_held(parameters: dict[str, nn.Parameter]) -> None:
+def _check_finite(parameters: dict[str, nn.Parameter]) -> None:
     """Raise where the update of finite rows is more than its dtype holds."""
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     if not grads:
@@ -352,43 +471,3 @@ def _check_held(parameters: dict[str, nn.Parameter]) -> None:
             raise NonFiniteError(
                 f"rows: the update of {name} overflows {grad.dtype}; scale the losses down"
             )
-
-
-def _seen(rule: Rule, rows: Collected, solution: Solution) -> StepInfo:
-    """What a step tells of its rows; `seconds` are to come."""
-    jacobian, losses, gram = rows.jacobian, rows.losses, solution.gramian
-    norms = gram.diagonal().sqrt()
-    scale = norms[:, None] * norms
-    cosines = torch.where(scale > 0, gram / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
-    if "forget" in losses:
-        cosines = cosines[0, 1:]
-        lowered = getattr(rule, "objective", "raise") == "lower"
-        rate = (cosines < 0 if lowered else cosines > 0).double().mean()
-    else:
-        above = cosines.triu(1)
-        rate = (above < 0).double().sum() / max(jacobian.m * (jacobian.m - 1) / 2, 1)
-    wanted: dict[str, Tensor | None] = {
-        "conflict_rate": rate,
-        "kept_norm": solution.kept_norm,
-        "rank": None if solution.rank is None else solution.rank.double().mean(),
-        "forget_loss": losses["forget"].mean() if "forget" in losses else None,
-        "retain_loss": losses["retain"].mean() if "retain" in losses else None,
-    }
-    seen = {name: value for name, value in wanted.items() if value is not None}
-    values = torch.stack([value.to(gram.device).double() for value in seen.values()]).tolist()
-    means = torch.cat([_row_losses(each, rows.counts[part]) for part, each in losses.items()])
-    return StepInfo(
-        losses=means.double().cpu(),
-        cosines=cosines.cpu(),
-        gramian=gram.cpu(),
-        frozen=solution.frozen,
-        seconds=0.0,
-        **dict(zip(seen, values, strict=True)),
-    )
-
-
-def _row_losses(losses: Tensor, rows: int) -> Tensor:
-    """[rows]: of the samples [B], their mean, or of tasks [B, T] the means."""
-    if losses.dim() == 2:
-        return losses.mean(0) if rows == losses.shape[1] else losses.mean().reshape(1)
-    return losses if len(losses) == rows else losses.mean(0, keepdim=True)

@@ -16,8 +16,9 @@ from gradsurgery.surgery import Rule
 class Undo:
     """Around a step, twice (`with undo, undo:`), for an interrupt may come while the first ends.
 
-    At the end `.grad` of what the optimizer holds is as it was. Unless parameters have moved, so
-    are the model's buffers, what the rule remembers and the optimizer.
+    At the end `.grad` of what the optimizer holds is as it was, unless gradients were kept. Unless
+    parameters have moved, or all was kept, so are the model's buffers, what the rule remembers and
+    the optimizer.
     """
 
     def __init__(
@@ -29,7 +30,8 @@ class Undo:
         self._buffers, self._differentiates = Buffers(model), torch.is_grad_enabled()
         self._remembered = dict(self._memory)  # tensors in it are replaced, never changed
         self._model = model
-        self._done: list[None] = []
+        self._done: list[Any] = []
+        self._kept: list[Tensor | None] | None = None  # gradients that stay
         self._versions: list[int] | None = None
         self._taken: _Taken | None = None
         self._counts: list[tuple[Tensor, Tensor]] = []
@@ -48,14 +50,40 @@ class Undo:
         self._known = set(self.optimizer.state)
         self._versions = [parameter._version for parameter in self.held]
 
-    def step(self) -> None:
-        """The optimizer's step, and the note that it is done."""
-        # in one call of C: an interrupt comes between lines of Python, and there are none here
-        self._done.extend(map(methodcaller("step"), (self.optimizer,)))
+    @property
+    def grads(self) -> list[tuple[Tensor, Tensor | None]]:
+        """What the optimizer holds, with the gradients from before."""
+        return list(zip(self.held, self._grads, strict=True))
 
-    def keep(self) -> None:
-        """In place of `step`, when all have moved: there is nothing to put back any more."""
-        self._done.append(None)
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        """The optimizer's step, or a scaler's of it, and the note that it is done."""
+        # in one call of C: an interrupt comes between lines of Python, and there are none here
+        if scaler is None:
+            self._done.extend(map(methodcaller("step"), (self.optimizer,)))
+        else:
+            self._done.extend(map(methodcaller("step", self.optimizer), (scaler,)))
+
+    def keep(self, *, grads: bool = False) -> None:
+        """There is nothing to put back any more; `grads`: in `.grad` neither.
+
+        Tensors that were gradients before get the new values, for others may hold them.
+        """
+        if not grads:
+            self._done.append(None)
+            return
+        self._kept, olds, news = [], [], []
+        for parameter, old in self.grads:
+            new = parameter.grad
+            if old is not None and new is not None and old.layout == new.layout == torch.strided:
+                olds.append(old)
+                news.append(new)
+                new = old
+            self._kept.append(new)
+        with torch.no_grad():
+            if olds:  # and the note, in one call of C
+                self._done.extend(map(torch._foreach_copy_, (olds,), (news,)))
+            else:
+                self._done.append(None)
 
     def __enter__(self) -> "Undo":
         return self
@@ -73,7 +101,8 @@ class Undo:
             if error is None:  # else what went wrong first is told
                 raise
         finally:
-            for parameter, grad in zip(self.held, self._grads, strict=True):
+            grads = self._grads if self._kept is None or not self._done else self._kept
+            for parameter, grad in zip(self.held, grads, strict=True):
                 parameter.grad = grad
             # an interrupt inside of torch.no_grad's own code leaves it on
             torch.set_grad_enabled(self._differentiates)

@@ -320,7 +320,7 @@ def test_an_unused_parameter_is_not_stepped(way, impl):
     [
         (((torch.ones(2, 6), torch.zeros(3))), batch(3), "forget holds tensors of different batch"),
         (batch(3), (torch.ones(0, 6), torch.zeros(0)), "retain is empty"),
-        (None, batch(3), "forget must hold tensors"),
+        (None, batch(3), r"takes forget= and retain=, got \['retain'\]"),
     ],
     ids=["ragged", "empty", "none"],
 )

@@ -173,7 +173,7 @@ def test_what_is_told_is_known_before_parameters_move(monkeypatch):
     def fails(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr("gradsurgery.step.StepInfo", fails)
+    monkeypatch.setattr("gradsurgery.info.StepInfo", fails)
     with pytest.raises(MemoryError):
         surgeon.step(batch=data, loss=classification)
     assert_same_state(before, _state(surgeon))

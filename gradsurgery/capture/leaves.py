@@ -239,5 +239,5 @@ def dense_rows(uses: Sequence[Use], m: int) -> Tensor:
     out = wide(uses[0].values[-1][:0]).new_zeros(m, *uses[0].plane)
     for use in uses:
         use = use.wide()
-        use.add_rows(out, use.rows, 0, use.plane[0])
+        use.add_rows(out.view(m, *use.plane), use.rows, 0, use.plane[0])
     return out

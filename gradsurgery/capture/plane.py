@@ -29,7 +29,7 @@ class Plane:
 
     def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
         uses = [use for use in uses if use.n] or uses[:1]  # kernels take no empty ones
-        self.parameter, self.uses = parameter, _formed(uses)
+        self.parameter, self.uses = parameter, _of_one_plane(_formed(uses))
         self.whole = _whole(self.uses)
         self.group = group if self.whole is None else int(self.whole.rows)
         self.kept: Tensor | None = None  # [H, W], the row `group`
@@ -230,6 +230,14 @@ def _formed(uses: list[Use]) -> list[Use]:
     if not small or not all(isinstance(use, (MatrixUse, RowsUse)) for use in uses):
         return uses
     return [use.formed() if isinstance(use, MatrixUse) else use.wide() for use in uses]
+
+
+def _of_one_plane(uses: list[Use]) -> list[Use]:
+    """Rows that exist are seen as planes of the others' height and width."""
+    plane = next((use.plane for use in uses if not isinstance(use, RowsUse)), None)
+    if plane is None or all(use.plane == plane for use in uses):
+        return uses
+    return [use.viewed(plane) if isinstance(use, RowsUse) else use for use in uses]
 
 
 def _whole(uses: Sequence[Use]) -> RowsUse | None:
