@@ -83,7 +83,7 @@ def test_a_schedule_goes_on(rows):
 
 def test_names_an_optimizer_of_sparse_gradients():
     model = mlp()
-    with pytest.raises(gs.InputError, match="optimizer: SparseAdam steps on sparse.*; use Adam"):
+    with pytest.raises(gs.InputError, match=r"optimizer: SparseAdam steps on sparse.*; use Adam"):
         gs.Surgeon(model, torch.optim.SparseAdam(model.parameters()), gs.UPGrad())
 
 
