@@ -1,7 +1,8 @@
 """Which optimizers can be stepped on given gradients, and what runs in their steps."""
 
 import inspect
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -63,6 +64,16 @@ def check_not_accumulating(given: torch.optim.Optimizer) -> None:
     )
 
 
+class Note:
+    """A hook of ours around an optimizer's step, which neither raises nor moves anything."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __call__(self, *_: Any) -> None:
+        self.call()
+
+
 def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
     """Whether anything but torch's own optimizer can raise in `optimizer.step()`."""
     kind = type(optimizer)
@@ -73,7 +84,8 @@ def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
         not kind.__module__.startswith("torch.optim.")
         or not kind.step.__module__.startswith("torch.optim.")
         or step is not kind.step
-        or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        or not all(isinstance(hook, Note) for hook in optimizer._optimizer_step_pre_hooks.values())
+        or bool(optimizer._optimizer_step_post_hooks)
         or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
     )
 

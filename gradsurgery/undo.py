@@ -1,6 +1,8 @@
 """What an error or an interrupt must not leave half done: buffers, parameters, memories."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import methodcaller
 from types import TracebackType
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.buffers import Buffers
-from gradsurgery.optimizers import runs_foreign_code
+from gradsurgery.optimizers import Note, runs_foreign_code
 from gradsurgery.surgery import Rule
 
 
@@ -47,6 +49,23 @@ class Undo:
             self._counts = _counts(self.optimizer)
         self._known = set(self.optimizer.state)
         self._versions = [parameter._version for parameter in self.held]
+
+    @contextmanager
+    def begun_by_step(self, *, copies: bool = False) -> Iterator[None]:
+        """`begin` for code inside that calls the optimizer's step itself.
+
+        What a forward pass writes to parameters, as `nn.Embedding(max_norm=...)` does, is no step.
+        """
+        if copies or runs_foreign_code(self.optimizer):
+            self.begin(copies=True)
+            yield
+            return
+        note = Note(lambda: self.begin() if self._versions is None else None)
+        handle = self.optimizer.register_step_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def step(self) -> None:
         """The optimizer's step, and the note that it is done."""

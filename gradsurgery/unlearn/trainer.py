@@ -342,8 +342,10 @@ class Trainer(ABC, Generic[C]):
         undo = Undo(self.model, self.optimizer)
         try:
             with modes_kept(self.model), grads_kept(self.model), undo, undo:
-                undo.begin(copies=not ours)
-                yield
+                for parameter in undo.held:  # those outside of the model too
+                    parameter.grad = None
+                with undo.begun_by_step(copies=not ours):
+                    yield
                 undo.keep()
         except BaseException:
             self.samples.update(samples)
