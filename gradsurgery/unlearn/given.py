@@ -24,6 +24,14 @@ def check_model(model: Any) -> None:
             raise InputError(f"model: {name} is on the meta device and has no values: load some")
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name; `InputError` where there is none."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise InputError("model: no parameter requires a gradient: there is nothing to unlearn")
+    return found
+
+
 def check_instance(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise InputError(f"{name} must be a {kind.__name__}, got {_named(value)}")

@@ -202,11 +202,8 @@ class RunDirectory(CheckedFolder):
         with self._reading(CHECKPOINT):
             try:
                 trainer.load_state_dict(state)
-                known = 0 <= trainer.step <= trainer.total_steps()
-            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-                known = False
-            if not known:
-                raise files.DamageError("its state is not one of this trainer")
+            except InputError as error:
+                raise files.DamageError(str(error)) from None
 
     # -- metrics.jsonl
 
