@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,15 @@ def check_loss(loss: Any) -> None:
     raise InputError(
         f"loss must be a function (model, batch) -> losses [B], got {got}: "
         "gradsurgery.unlearn.classification.cross_entropy is one for (inputs, labels)"
+    )
+
+
+def warn_of_unused_loss(name: str, instead: str) -> None:
+    warnings.warn(
+        f"loss: {name} never calls it, for {instead}; with "
+        "gradsurgery.unlearn.classification.cross_entropy in its place there is no warning",
+        UserWarning,
+        stacklevel=3,
     )
 
 

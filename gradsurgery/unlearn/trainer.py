@@ -62,7 +62,9 @@ class Trainer(ABC, Generic[C]):
     Args:
         model: changed in place.
         loss: `loss(model, batch)` -> [B], not reduced. With `classification.cross_entropy`, and in
-            sets whose labels a method looks at itself, labels must be integers [B].
+            sets whose labels a method looks at itself, labels must be integers [B]. SCRUB and
+            BadTeacher work on a classifier's outputs and warn of any other loss, which they never
+            call.
         forget: samples to forget, tensors with leading dimension N in tuples, mappings or
             dataclasses, or a DataLoader of such batches. May be None for methods that never look
             at them.
@@ -87,6 +89,7 @@ class Trainer(ABC, Generic[C]):
     needs: ClassVar[tuple[str, ...]] = ()  # sets it cannot do without and draws no batches from
     passes_over: ClassVar[tuple[str, ...]] = ()  # sets of which it uses no batch of one sample
     uses_optimizer: ClassVar[bool] = True
+    instead_of_loss: ClassVar[str] = ""  # what it computes where it never calls `loss`
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
 
@@ -153,6 +156,8 @@ class Trainer(ABC, Generic[C]):
         self._left_out = self.trained.keys() - self.held().keys()
         self._peaks: list[float] = []
         self._note_peaks()
+        if self.instead_of_loss and not every:
+            given.warn_of_unused_loss(name, self.instead_of_loss)
 
     def _check_batch_norm(self) -> None:
         """Raise `InputError` where batch norm in training mode would meet what it cannot take."""
