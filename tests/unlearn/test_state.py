@@ -308,8 +308,8 @@ class Stubborn(nn.Linear):
 
     loads = False
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, *args, **options):
+        super()._load_from_state_dict(*args, **options)
         if not self.loads:
             raise RuntimeError("I keep what I have")
 

@@ -98,11 +98,13 @@ def test_buffers_of_a_step_that_moved_parameters_stay(monkeypatch):
     config = FinetuneConfig(steps=2, lr=0.1, retain_batch=5)
     trainer = Finetune(model, own_loss, None, samples(24), config)
 
+    update = Finetune.update
+
     def interrupted(self):
-        interrupted.__wrapped__(self)
+        update(self)
         raise KeyboardInterrupt
 
-    interrupted.__module__, interrupted.__wrapped__ = Finetune.__module__, Finetune.update
+    interrupted.__module__ = Finetune.__module__
     start = model.head.weight.detach().clone()
     monkeypatch.setattr(Finetune, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
