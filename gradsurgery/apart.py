@@ -3,6 +3,7 @@
 import functools
 import random
 import sys
+import warnings
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ def tried(model: nn.Module, loss: Loss, together: Any, parts: Sequence[Any]) -> 
     eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
     before = _Before(model, loss, together)
     try:
-        with eager, torch.enable_grad():
+        with eager, torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return _compared(model, loss, together, parts, before)
     except Exception:  # of the loss: where it is wanted, it will raise again
         return Trial()
@@ -131,7 +133,11 @@ def _compared(
         each.append(losses.detach())
     before.put_back_buffers()
     away = float(_away(whole, torch.cat(each)).max())
-    if away == 0 or away <= _rounding(model, loss, together, whole, before):
+    eps = _unit(whole, list(model.parameters()))
+    limit = ROUNDINGS * eps * _largest(whole.detach())
+    if not away <= limit:
+        limit += ROUNDINGS * _move(model, loss, together, whole, eps, before)
+    if away <= limit:
         return Trial(None, moves)
     random = before.random_changed()
     again = float(_away(whole, loss(model, together)).max())
@@ -157,15 +163,16 @@ def _away(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((a == b) | (a.isnan() & b.isnan()), 0, a - b).abs()
 
 
-def _rounding(model: nn.Module, loss: Loss, batch: Any, losses: Tensor, before: "_Before") -> float:
-    """What losses may differ by: by their size, and by what parameters' last places change."""
-    eps = _unit(losses, list(model.parameters()))
+def _move(
+    model: nn.Module, loss: Loss, batch: Any, losses: Tensor, eps: float, before: "_Before"
+) -> float:
+    """What losses move by when every parameter does by eps of itself, up or down."""
     generator = torch.Generator(device="cpu").manual_seed(0)
 
     def moved(parameter: Tensor) -> Tensor:
         signs = torch.randint(2, parameter.shape, generator=generator, device="cpu") * 2 - 1
-        moved = parameter.detach() * (1 + eps * signs.to(parameter))
-        return moved.requires_grad_(parameter.requires_grad)
+        found = parameter.detach() * (1 + eps * signs.to(parameter))
+        return found.requires_grad_(parameter.requires_grad)
 
     values = {
         f"model.{name}": moved(parameter)
@@ -179,7 +186,7 @@ def _rounding(model: nn.Module, loss: Loss, batch: Any, losses: Tensor, before: 
     finally:
         before.put_back_random(state)
         before.put_back_buffers()
-    return ROUNDINGS * (eps * _largest(losses.detach()) + _largest(_away(losses, found)))
+    return _largest(_away(losses, found))
 
 
 def _largest(values: Tensor) -> float:

@@ -68,7 +68,7 @@ class Surgeon:
 
     Where samples are taken one by one (`rows="stored"`), in parts (`micro_batch`) or both batches
     at once (`together`), the first step with a loss tries whether that changes it: it calls the
-    loss three or four times more, on six samples at most, and up to eleven times where it differs.
+    loss three or four times more, on six samples at most, and up to twelve times where it differs.
     The model's buffers, its mode and random numbers are put back. A loss that draws random numbers
     is tried in eval mode; not tried are one that draws there too, one that differs at each call,
     and one that raises on so few samples. Differences of rounding pass: in 16 bits, a few percent.
