@@ -142,9 +142,9 @@ def _compared(
     random = before.random_changed()
     again = float(_away(whole, loss(model, together)).max())
     if random or again != again or again > 0.1 * away:
-        before.put_back()
         if not any(module.training for module in before.modules):
             return Trial(None, moves)
+        before.put_back()
         for module in before.modules:
             module.training = False
         return Trial(_compared(model, loss, together, parts, before).coupled, moves)

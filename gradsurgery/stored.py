@@ -112,7 +112,8 @@ def sample_rows(
             losses = functional_call(holder, (values, copies), (one,))
             return per_sample_losses(losses, 1)[0], copies
 
-        value, back, copies = vjp(of_one, values, has_aux=True)
+        found: Any = vjp(of_one, values, has_aux=True)
+        value, back, copies = found
         for name, copy in copies.items():
             if is_batchedtensor(copy) or not torch.equal(copy, buffers[name]):
                 moved[name] = None

@@ -145,7 +145,7 @@ def test_an_error_of_the_loss_itself_is_left_as_it_is():
     def broken(model, data):
         raise RuntimeError("of mine")
 
-    with pytest.raises(RuntimeError, match="^of mine$"):
+    with pytest.raises(RuntimeError, match=r"^of mine$"):
         gs.DenseJacobian.from_model(mlp(), batch(3), broken)
 
 
