@@ -1,15 +1,18 @@
 """The rows of a step's batches, of samples, tasks or means: recorded or explicit, pass by pass."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.apart import Trial, few, identity, in_parts, tried
 from gradsurgery.batch import (
     DETACHED,
     Loss,
     batch_size,
+    check_floating,
     joined,
     map_batch,
     per_sample_losses,
@@ -17,8 +20,9 @@ from gradsurgery.batch import (
 )
 from gradsurgery.capture import FactoredJacobian, tape
 from gradsurgery.errors import InputError
-from gradsurgery.jacobian import DenseJacobian, SummedRows, concat, first_loss, gradients
+from gradsurgery.jacobian import DenseJacobian, SummedRows, concat
 from gradsurgery.ops._inputs import check
+from gradsurgery.stored import first_loss, gradients
 from gradsurgery.surgery import Rule
 
 # Tokens of both batches up to which they go together: reading the parameters twice then costs more
@@ -59,6 +63,7 @@ class Collector:
     together: bool | None
     chunk_size: int
     micro_batch: int | None
+    trials: dict[Hashable, Trial]  # those done, by loss and batches
 
     def collect(self, parts: dict[str, Any]) -> Collected:
         """The rows of the batches `parts`, by name."""
@@ -70,6 +75,8 @@ class Collector:
         together = None
         if set(parts) == {"forget", "retain"} and self._one_pass(*parts.values()):
             together = joined(*parts.values())
+            if together is not None and not self._goes_together(parts):
+                together = None
         if together is None:
             found = [self._pass({part: batch}, batch, sizes) for part, batch in parts.items()]
         else:
@@ -105,6 +112,16 @@ class Collector:
                 jacobians.append(jacobian)
                 values.append(seen[part])
             losses[part] = torch.cat(values)
+        for part, batch in parts.items():
+            if sizes[part] > most:
+                again = lambda batch=batch: in_parts(self.model, self.loss, batch, most)  # noqa: E731
+                differs = self._trial(part, again).coupled
+                check(
+                    differs is None,
+                    f"micro_batch: loss of a sample of {part} depends on the others of its pass: "
+                    f"{differs}; take whole batches (micro_batch=None), or sum over tokens and "
+                    "divide by a constant",
+                )
         own, others = self._apart(concat(jacobians))
         outside = None if others is None else SummedRows(others, rows)
         return Collected(SummedRows(own, rows), counts, losses, own.reached, outside)
@@ -113,6 +130,26 @@ class Collector:
         if self.together is not None:
             return self.together
         return sum(map(tokens, batches)) <= FEW_TOKENS
+
+    def _goes_together(self, parts: dict[str, Any]) -> bool:
+        """Whether samples of both batches have the losses in one pass that they have in two."""
+        some = [few(batch, 3) for batch in parts.values()]
+        differs = self._trial(
+            "together", lambda: tried(self.model, self.loss, joined(*some), some)
+        ).coupled
+        check(
+            differs is None or self.together is None,
+            "together: loss of a sample depends on the others of its pass, which are of both "
+            f"batches: {differs}; take together=False",
+        )
+        return differs is None
+
+    def _trial(self, what: str, new: Callable[[], Trial]) -> Trial:
+        """What a trial of the loss found: done once, in each mode of the model."""
+        known = what, self.model.training, identity(self.loss)
+        if known not in self.trials:
+            self.trials[known] = new()
+        return self.trials[known]
 
     def _pass(self, parts: dict[str, Any], whole: Any, totals: dict[str, int]) -> _Pass:
         """Rows from one pass over `whole`, the parts' samples in order.
@@ -137,6 +174,12 @@ class Collector:
                     losses.shape[0] == size and tasks > 0,
                     f"loss must return [{size}] or [{size}, tasks], got {list(losses.shape)}",
                 )
+                check(
+                    tasks > 1 or merged or totals[part] == 1,
+                    f"loss of {part} is [{size}, 1]: losses.squeeze(1) has a row for each sample; "
+                    "for one task, whose row is the mean, that and gs.Mean()",
+                )
+                check_floating(losses)
                 counts = {part: 1 if merged else tasks}
                 groups = torch.arange(tasks, device="cpu").expand(size, tasks)
                 groups = torch.zeros_like(groups) if merged else groups
@@ -205,7 +248,6 @@ class Collector:
 
     def _stored(self, parts: dict[str, Any]) -> Collected:
         """The same rows, explicit."""
-        options = {"parameters": list(self.named.values()), "chunk_size": self.chunk_size}
         found = {}
         for part, batch in parts.items():
             if self.outside:
@@ -214,9 +256,16 @@ class Collector:
                 names = [n for n, g in zip(self.outside, grads, strict=True) if g is not None]
                 if names:
                     self._check_outside(names)
-            kind = "mean" if self._merges(part) else "samples"
-            found[part] = DenseJacobian.from_model(
-                self.model, batch, self.loss, rows=kind, **options
+            alone = lambda batch=batch: in_parts(self.model, self.loss, batch, 1)  # noqa: E731
+            what = f"{part}, one sample" if batch_size(batch) == 1 else part
+            found[part] = DenseJacobian._of(
+                self.model,
+                batch,
+                self.loss,
+                rows="mean" if self._merges(part) else "samples",
+                parameters=list(self.named.values()),
+                chunk_size=self.chunk_size,
+                trial=lambda what=what, alone=alone: self._trial(what, alone),
             )
         jacobian = concat(found.values())
         return Collected(
