@@ -1,10 +1,12 @@
 """Which optimizers can be stepped on given gradients, and what runs in their steps."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradsurgery.ops._inputs import check
@@ -88,6 +90,38 @@ def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
         or bool(optimizer._optimizer_step_post_hooks)
         or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
     )
+
+
+@contextmanager
+def after_steps(parameters: Iterable[Tensor], work: Callable[[], None]) -> Iterator[None]:
+    """In the body, does work after each optimizer's step on any of these, before other post hooks.
+
+    Those see what the work has made of the step. An optimizer whose class keeps torch from calling
+    hooks does not call this one either.
+    """
+    mine, key, found = {id(p) for p in parameters}, object(), []
+
+    def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            hooks: Any = optimizer._optimizer_step_post_hooks
+            found.append(hooks)
+            hooks[key] = lambda *_: work()
+            hooks.move_to_end(key, last=False)
+
+    known: Any = _global_optimizer_pre_hooks
+    try:
+        try:
+            known[key] = before
+            yield
+        finally:
+            _without(key, [known, *found])
+    finally:  # again: an interrupt may come while the first ends
+        _without(key, [known, *found])
+
+
+def _without(key: object, every: list[Any]) -> None:
+    for hooks in every:
+        hooks.pop(key, None)
 
 
 def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
