@@ -18,7 +18,7 @@ from gradsurgery.ranks import check_one_rank
 Loss = Callable[[nn.Module, Any], "Tensor | WeightedLosses"]
 DETACHED = (
     "loss does not depend on the model's parameters: it was detached, computed under "
-    "torch.no_grad, or by another model, such as a copy"
+    "torch.no_grad, from comparisons (as an accuracy is), or by another model, such as a copy"
 )
 
 
@@ -174,7 +174,16 @@ def per_sample_losses(losses: Tensor, size: int) -> Tensor:
         f"loss must return one value per sample, [{size}], got {list(losses.shape)}"
         + ("; use reduction='none'" if losses.dim() == 0 else ""),
     )
+    check_floating(losses)
     return losses
+
+
+def check_floating(losses: Tensor) -> None:
+    check(
+        losses.is_floating_point(),
+        f"loss must be floating point, got {losses.dtype}: whole numbers, as of an accuracy, have "
+        "no gradient",
+    )
 
 
 class _Opened(NamedTuple):

@@ -11,8 +11,19 @@ class Buffers:
     """Copies of them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._owned = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
+        named = [(p, m, n, b) for p, m in model.named_modules() for n, b in m._buffers.items()]
+        self._prefixes = [prefix for prefix, *_ in named]
+        self._owned = [(module, name, buffer) for _, module, name, buffer in named]
         self._copies = {id(b): (b, b.detach().clone()) for b in model.buffers()}
+
+    def changed(self) -> list[str]:
+        """Names of those that have another value, or were replaced."""
+        return [
+            f"{prefix}.{name}" if prefix else name
+            for (module, name, buffer), prefix in zip(self._owned, self._prefixes, strict=True)
+            if module._buffers.get(name) is not buffer
+            or (buffer is not None and not torch.equal(*self._copies[id(buffer)]))
+        ]
 
     def put_back(self) -> None:
         with torch.no_grad():

@@ -15,6 +15,7 @@ from gradsurgery.text import show
 
 DESCRIPTION = "Gradient surgery and unlearning: jobs, reports, benchmarks."
 LONGEST = 800  # characters of a message
+COMMANDS = ("report", "compare", "bench", "rules", "doctor")  # and unlearn
 EXTRAS = 'pip install "gradsurgery[cli,jobs]"'
 
 
@@ -81,7 +82,9 @@ def _unlearn(arguments: list[str]) -> None:
             raise SystemExit(2)
         return
     if arguments[0] != "digits":
-        raise InputError(f"unlearn has no job named {arguments[0]}; there is digits")
+        known = arguments[0] in COMMANDS
+        advice = f"; {arguments[0]} is a command: gradsurgery {arguments[0]}" if known else ""
+        raise InputError(f"unlearn has no job named {arguments[0]}; there is digits{advice}")
     from gradsurgery.unlearn.command import parse_digits, run_digits
 
     run_digits(parse_digits(arguments[1:]))
@@ -107,6 +110,11 @@ def _compare(paths: list[Path], out: Path | None) -> None:
     from gradsurgery.unlearn import compare
     from gradsurgery.unlearn.tables import print_summary
 
+    if out is not None and os.path.isdir(out):
+        example = show(out / "compare.html")
+        raise InputError(
+            f"--out: cannot write to {show(out)}: it is a directory; name a file, such as {example}"
+        )
     runs = compare.load(paths)
     summaries = compare.merge(runs)
     for summary in summaries:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gradsurgery.errors import NonFiniteError
 
 
 def own(grads: list[Any]) -> list[Any]:
@@ -76,3 +78,20 @@ def run_hooks(parameter: Tensor) -> None:
     hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
     for hook in list(hooks.values()):
         hook(parameter)
+
+
+def check_held(parameters: dict[str, nn.Parameter]) -> None:
+    """Raise where the update of finite rows is more than its dtype holds."""
+    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    if not grads:
+        return
+    # one wait for all: the sum over an infinity or a NaN is one, and of what is finite it may be
+    device = next(iter(grads.values())).device
+    sums = [grad.sum().to(device, torch.float64) for grad in grads.values()]
+    if bool(torch.stack(sums).isfinite().all()):
+        return
+    for name, grad in grads.items():
+        if not bool(grad.isfinite().all()):
+            raise NonFiniteError(
+                f"rows: the update of {name} overflows {grad.dtype}; scale the losses down"
+            )

@@ -1,28 +1,20 @@
 """What a Jacobian is to the rest of the library, and `DenseJacobian`, rows that exist."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.func import functional_call, grad_and_value, vmap
 
-from gradsurgery.batch import (
-    DETACHED,
-    Loss,
-    batch_size,
-    map_batch,
-    per_sample_losses,
-    refilled,
-    tensors,
-    trainable,
-)
+from gradsurgery.apart import Trial, in_parts
+from gradsurgery.batch import Loss, batch_size, trainable
 from gradsurgery.errors import InputError
-from gradsurgery.grads import add_to, own, run_hooks
+from gradsurgery.grads import add_to, run_hooks
 from gradsurgery.ops import combine, gramian
 from gradsurgery.ops._inputs import as_blocks, check, check_count, check_shapes, flat, wide
 from gradsurgery.ops._range import factors
+from gradsurgery.stored import check_alone, check_served, mean_row, sample_rows
 
 if TYPE_CHECKING:
     from gradsurgery.capture import FactoredJacobian
@@ -103,68 +95,44 @@ class DenseJacobian:
             parameters: keep only these of the model's parameters.
             chunk_size: samples differentiated at a time by vmap.
 
+        Samples are taken one by one. So the loss is first tried on three of them, together and
+        each alone. The model's buffers are afterwards what a forward pass of the batch makes them:
+        where it changes some, one is run.
+
         Raises:
             InputError: a reduced loss, an empty or ragged batch, a module that couples samples, a
-                backward hook on a module or a parameter, which torch.func would not run.
+                loss that does so, such as a mean over the tokens of its batch; what torch.func does
+                not run: a backward hook on a module or a parameter, a `torch.autograd.Function`
+                without `setup_context`, a gradient taken inside of the loss, values that decide.
         """
+        return cls._of(model, batch, loss, rows, parameters, chunk_size)
+
+    @classmethod
+    def _of(
+        cls,
+        model: nn.Module,
+        batch: Any,
+        loss: Loss,
+        rows: Literal["samples", "mean"],
+        parameters: Sequence[nn.Parameter] | None,
+        chunk_size: int,
+        trial: Callable[[], Trial] | None = None,
+    ) -> "DenseJacobian":
+        """As `from_model`; `trial` tells whether samples are coupled, in place of a new one."""
         check(rows in ("samples", "mean"), f"rows must be 'samples' or 'mean', got {rows!r}")
         check_count("chunk_size", chunk_size)
         named = trainable(model, parameters)
-        _check_independent(model)
-        _check_unhooked(model, named)
-        size = batch_size(batch)
-        params = list(named.values())
+        check_served(model, named)
+        batch_size(batch)
         if rows == "mean":
-            with torch.enable_grad():
-                losses = per_sample_losses(loss(model, batch), size)
-                grads = list(gradients(losses.mean(), params))
-            reached = [g is not None for g in grads]
-            check(any(reached), DETACHED)
-            blocks = [
-                torch.zeros_like(p)[None] if g is None else g[None]
-                for p, g in zip(params, own(grads), strict=True)
-            ]
-            mean = losses.detach().mean()[None]
-            found = cls(dict(zip(named, blocks, strict=True)), params, mean)
-            found.reached = reached
-            return found
-
-        holder = _Holder(model, loss)
-
-        def sample_loss(
-            values: dict[str, Tensor],
-            buffers: dict[str, Tensor],
-            sample: list[Tensor],
-        ) -> Tensor:
-            one = refilled(batch, [leaf.unsqueeze(0) for leaf in sample])
-            return per_sample_losses(functional_call(holder, (values, buffers), (one,)), 1)[0]
-
-        per_sample = vmap(
-            grad_and_value(sample_loss), in_dims=(None, None, 0), randomness="different"
-        )
-        leaves = tensors(batch)
-        values = {f"model.{name}": parameter.detach() for name, parameter in named.items()}
-        # copies, for a forward that updates them: what torch.func makes must not stay on the model
-        buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-        blocks = {name: p.new_empty(size, *p.shape) for name, p in named.items()}
-        losses = None
-        for start in range(0, size, chunk_size):
-            part = slice(start, start + chunk_size)
-            grads, value = per_sample(values, buffers, [leaf[part] for leaf in leaves])
-            losses = value.new_empty(size) if losses is None else losses
-            losses[part] = value
-            for name, block in blocks.items():
-                block[part] = grads[f"model.{name}"]
-        found = cls(blocks, params, losses)
-        found.reached = [bool(block.any()) for block in blocks.values()]
-        if not all(found.reached):
-            # vmap(grad) gives zeros for a loss that was detached, or is of another model; autograd
-            # tells it from flat ones
-            grads = gradients(first_loss(model, batch, loss), params)
-            pairs = zip(found.reached, grads, strict=True)
-            found.reached = [known or grad is not None for known, grad in pairs]
-            check(any(found.reached), DETACHED)
-        return found
+            found = mean_row(model, named, batch, loss)
+        else:
+            known = in_parts(model, loss, batch, 1) if trial is None else trial()
+            check_alone(known)
+            found = sample_rows(model, named, batch, loss, chunk_size, known.moves)
+        made = cls(found.blocks, list(named.values()), found.losses)
+        made.reached = found.reached
+        return made
 
     def gramian(
         self,
@@ -389,56 +357,3 @@ def _columns(
     if isinstance(jacobian, DenseJacobian):
         return [(list(b.shape[1:]), b.dtype, b.device) for b in jacobian.blocks]
     return [(list(p.shape), p.dtype, p.device) for p in jacobian.parameters]
-
-
-def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
-    """Of a scalar, whose graph is freed; None for parameters that it does not depend on."""
-    if not loss.requires_grad:
-        return [None] * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
-
-
-def first_loss(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
-    """The loss of the first sample, with its graph, a scalar; buffers stay as they are."""
-    buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-    first = map_batch(lambda leaf: leaf[:1], batch)
-    with torch.enable_grad():
-        losses = functional_call(_Holder(model, loss), ({}, buffers), (first,))
-    return per_sample_losses(losses, 1)[0]
-
-
-class _Holder(nn.Module):
-    """A module whose forward is the loss, so that functional_call swaps the model's parameters."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
-
-
-def _check_independent(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or not module.track_running_stats
-        ):
-            raise InputError(
-                f"{name or 'model'} ({type(module).__name__}) normalizes over the batch, so "
-                "samples have no gradients of their own; call model.eval() or use another norm"
-            )
-
-
-def _check_unhooked(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
-    """Raise where autograd would run a hook that torch.func does not."""
-    hooked = [f"parameter {name}" for name, p in named.items() if p._backward_hooks]
-    hooked += [
-        f"module {name or 'model'}"
-        for name, module in model.named_modules()
-        if module._backward_hooks or module._backward_pre_hooks
-    ]
-    check(
-        not hooked,
-        f"{(hooked or [''])[0]} has a backward hook, which stored rows by torch.func do not run; "
-        "remove it, or take captured rows",
-    )

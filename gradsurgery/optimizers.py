@@ -1,7 +1,9 @@
 """Which optimizers can be stepped on given gradients, and what runs in their steps."""
 
 import inspect
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +98,16 @@ def metric(
     return found
 
 
+class Note:
+    """A hook of ours around an optimizer's step, which neither raises nor moves anything."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __call__(self, *_: Any) -> None:
+        self.call()
+
+
 def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
     """Whether anything but torch's own optimizer can raise in `optimizer.step()`."""
     kind = type(optimizer)
@@ -106,9 +118,42 @@ def runs_foreign_code(optimizer: torch.optim.Optimizer) -> bool:
         not kind.__module__.startswith("torch.optim.")
         or not kind.step.__module__.startswith("torch.optim.")
         or step is not kind.step
-        or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+        or not all(isinstance(hook, Note) for hook in optimizer._optimizer_step_pre_hooks.values())
+        or bool(optimizer._optimizer_step_post_hooks)
         or bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
     )
+
+
+@contextmanager
+def after_steps(parameters: Iterable[Tensor], work: Callable[[], None]) -> Iterator[None]:
+    """In the body, does work after each optimizer's step on any of these, before other post hooks.
+
+    Those see what the work has made of the step. An optimizer whose class keeps torch from calling
+    hooks does not call this one either.
+    """
+    mine, key, found = {id(p) for p in parameters}, object(), []
+
+    def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            hooks: Any = optimizer._optimizer_step_post_hooks
+            found.append(hooks)
+            hooks[key] = lambda *_: work()
+            hooks.move_to_end(key, last=False)
+
+    known: Any = _global_optimizer_pre_hooks
+    try:
+        try:
+            known[key] = before
+            yield
+        finally:
+            _without(key, [known, *found])
+    finally:  # again: an interrupt may come while the first ends
+        _without(key, [known, *found])
+
+
+def _without(key: object, every: list[Any]) -> None:
+    for hooks in every:
+        hooks.pop(key, None)
 
 
 def _inside(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -1,17 +1,19 @@
 """Rows of batches, of samples, tasks or means: one forward and backward pass after another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.apart import Trial, few, identity, in_parts, tried
 from gradsurgery.batch import (
     DETACHED,
     Loss,
     WeightedLosses,
     batch_size,
+    check_floating,
     joined,
     map_batch,
     per_sample_losses,
@@ -19,8 +21,9 @@ from gradsurgery.batch import (
 )
 from gradsurgery.capture import FactoredJacobian, tape
 from gradsurgery.errors import InputError
-from gradsurgery.jacobian import DenseJacobian, first_loss, gradients
+from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check
+from gradsurgery.stored import first_loss, gradients
 from gradsurgery.surgery import Rule
 
 # Tokens of both batches up to which they go together: reading the parameters twice then costs more
@@ -73,6 +76,7 @@ class Passes:
     micro_batch: int | None
     adds: bool  # whether the rows may be added to those of other batches
     scale: float
+    trials: dict[Hashable, Trial]  # those done, by loss and batches
 
     def of(self, parts: dict[str, Any]) -> Iterator[Pass]:
         """The passes over batches, by name, each made when it is asked for."""
@@ -81,25 +85,66 @@ class Passes:
             return
         sizes = {part: batch_size(batch) for part, batch in parts.items()}
         most = self.micro_batch
-        if most is not None and max(sizes.values()) > most:
+        cut = most is not None and max(sizes.values()) > most
+        if cut:
             for part, batch in parts.items():
                 for at in range(0, sizes[part], most):
                     piece = map_batch(lambda leaf, at=at: leaf[at : at + most], batch)
                     yield self._pass({part: piece}, piece, most < sizes[part])
-            return
-        together = None
-        if set(parts) == {"forget", "retain"} and self._one_pass(*parts.values()):
-            together = joined(*parts.values())
-        if together is not None:
-            yield self._pass(parts, together, False)
-            return
+        else:
+            together = self._joined(parts)
+            if together is not None:
+                yield self._pass(parts, together, False)
+            else:
+                for part, batch in parts.items():
+                    yield self._pass({part: batch}, batch, False)
         for part, batch in parts.items():
-            yield self._pass({part: batch}, batch, False)
+            if cut and sizes[part] > most:
+                self._check_apart("micro_batch", part, batch, most)
+            elif self.adds and sizes[part] > 1:
+                self._check_apart("add", part, batch, 1)
+
+    def _joined(self, parts: dict[str, Any]) -> Any | None:
+        """Both batches as one, where one pass does for them."""
+        if set(parts) != {"forget", "retain"} or not self._one_pass(*parts.values()):
+            return None
+        together = joined(*parts.values())
+        return together if together is not None and self._goes_together(parts) else None
 
     def _one_pass(self, *batches: Any) -> bool:
         if self.together is not None:
             return self.together
         return sum(map(tokens, batches)) <= FEW_TOKENS
+
+    def _goes_together(self, parts: dict[str, Any]) -> bool:
+        """Whether samples of both batches have the losses in one pass that they have in two."""
+        some = [few(batch, 3) for batch in parts.values()]
+        differs = self._trial(
+            "together", lambda: tried(self.model, self.loss, joined(*some), some)
+        ).coupled
+        check(
+            differs is None or self.together is None,
+            "together: loss of a sample depends on the others of its pass, which are of both "
+            f"batches: {differs}; take together=False",
+        )
+        return differs is None
+
+    def _check_apart(self, what: str, part: str, batch: Any, most: int) -> None:
+        """Raise where losses of samples taken in parts of `most` are others than together."""
+        differs = self._trial(part, lambda: in_parts(self.model, self.loss, batch, most)).coupled
+        check(
+            differs is None,
+            f"{what}: loss of a sample of {part} depends on the others of its pass: {differs}; "
+            "take whole batches (by step, micro_batch=None), or return gs.WeightedLosses for a "
+            "mean over tokens",
+        )
+
+    def _trial(self, what: str, new: Callable[[], Trial]) -> Trial:
+        """What a trial of the loss found: done once, in each mode of the model."""
+        known = what, self.model.training, identity(self.loss)
+        if known not in self.trials:
+            self.trials[known] = new()
+        return self.trials[known]
 
     def _pass(self, parts: dict[str, Any], whole: Any, cut: bool) -> Pass:
         """Rows from one pass over `whole`, the parts' samples in order.
@@ -114,7 +159,7 @@ class Passes:
         ):
             # of a sample alone nothing is seen of sums, but other pieces have several
             recorder.summed = self.adds or (cut and self.micro_batch != 1)
-            losses, weights = self._losses(parts, whole, sizes)
+            losses, weights = self._losses(parts, whole, sizes, cut)
             each = list(sizes.values())
             mine = losses.detach().split(each)
             theirs = [None] * len(each) if weights is None else weights.split(each)
@@ -129,7 +174,7 @@ class Passes:
         return Pass(jacobian, found, self.scale, cut)
 
     def _losses(
-        self, parts: dict[str, Any], whole: Any, sizes: dict[str, int]
+        self, parts: dict[str, Any], whole: Any, sizes: dict[str, int], cut: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Losses, [B] or [B, tasks], and weights [B] of the samples in means, if there are any."""
         size, several = sum(sizes.values()), set(parts) <= {"batch", "memory"}
@@ -147,19 +192,30 @@ class Passes:
                 losses.shape[0] == size and losses.shape[1] > 0,
                 f"loss must return [{size}] or [{size}, tasks], got {list(losses.shape)}",
             )
+            (part,) = parts
+            alone = size == 1 and not (cut or self.adds)
+            check(
+                losses.shape[1] > 1 or self._merges(part) or alone,
+                f"loss of {part} is [{size}, 1]: losses.squeeze(1) has a row for each sample; "
+                "for one task, whose row is the mean, that and gs.Mean()",
+            )
+            check_floating(losses)
         else:
             losses = per_sample_losses(losses, size)
         check(losses.requires_grad, DETACHED)
         return losses, weights
 
+    def _merges(self, part: str) -> bool:
+        """Whether the rule asks for the mean of a batch only."""
+        return part == "forget" or part in self.rule.merges
+
     def _part(self, part: str, losses: Tensor, weights: Tensor | None) -> Part:
-        merged = part == "forget" or part in self.rule.merges
+        merged = self._merges(part)
         count = 1 if merged else losses.shape[-1]
         return Part(count, losses, weights, merged or losses.dim() == 2)
 
     def _stored(self, parts: dict[str, Any]) -> Iterator[Pass]:
         """The same rows, explicit."""
-        options = {"parameters": list(self.named.values()), "chunk_size": self.chunk_size}
         for part, batch in parts.items():
             if self.outside:
                 loss = first_loss(self.model, batch, self.loss)
@@ -167,11 +223,21 @@ class Passes:
                 names = [n for n, g in zip(self.outside, grads, strict=True) if g is not None]
                 if names:
                     check_outside(self.rule, self.rows, names)
-            merged = part == "forget" or part in self.rule.merges
-            kind = "mean" if merged else "samples"
-            found = DenseJacobian.from_model(self.model, batch, self.loss, rows=kind, **options)
+            alone = lambda batch=batch: in_parts(self.model, self.loss, batch, 1)  # noqa: E731
+            what = f"{part}, one sample" if batch_size(batch) == 1 else part
+            found = DenseJacobian._of(
+                self.model,
+                batch,
+                self.loss,
+                rows="mean" if self._merges(part) else "samples",
+                parameters=list(self.named.values()),
+                chunk_size=self.chunk_size,
+                trial=lambda what=what, alone=alone: self._trial(what, alone),
+            )
             losses = cast(Tensor, found.losses).expand(batch_size(batch))
-            yield Pass(found, {part: Part(found.m, losses, None, merged)})
+            yield Pass(found, {part: Part(found.m, losses, None, self._merges(part))})
+            if self.adds and self._merges(part) and batch_size(batch) > 1:
+                self._check_apart("add", part, batch, 1)
 
 
 def check_outside(rule: Rule, rows: str, names: list[str]) -> None:

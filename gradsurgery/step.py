@@ -2,18 +2,20 @@
 
 import math
 import time
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.apart import Trial
 from gradsurgery.batch import Loss, batch_size, trainable
 from gradsurgery.capture.held import Hold
 from gradsurgery.capture.leaves import unmixed
 from gradsurgery.collect import ROLES, Added, Collected
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.grads import add_to, own, run_hooks
+from gradsurgery.grads import add_to, check_held, own, run_hooks
 from gradsurgery.info import StepInfo, seen
 from gradsurgery.jacobian import DenseJacobian, Jacobian
 from gradsurgery.ops._inputs import check, check_count, check_number, one_of
@@ -47,17 +49,25 @@ class Surgeon:
     as learned weights of losses, have no part in the rule: they get the ordinary gradient of the
     losses, weighted as the rule weights their rows.
 
+    Where samples are taken one by one (`rows="stored"`), in parts (`add`, `micro_batch`) or both
+    batches at once (`together`), the first step with a loss tries whether that changes it: it calls
+    the loss three or four times more, on six samples at most, and up to twelve times where it
+    differs. The model's buffers, its mode and random numbers are put back. A loss that draws random
+    numbers is tried in eval mode; not tried are one that draws there too, one that differs at each
+    call, and one that raises on so few samples. Differences of rounding pass: in 16 bits, a few percent.
+
     Args:
         model: in the mode (train or eval) its losses are wanted in, held by one process.
         optimizer: its parameters are the ones edited; one wrapped by accelerate is looked through.
         rule: what makes one update of the rows.
         rows: "captured", from one recorded forward and backward pass, never stored; "stored", one
-            gradient of the model's size per row, by torch.func.
+            gradient of the model's size per row, by torch.func, each sample taken alone. Where a
+            forward pass changes buffers, one of the whole batch follows.
         together: captured rows only: whether one pass does for both batches, where these have the
             same structure, dtypes, devices and sample shapes. It reads the parameters once, but
             holds what both batches need. The loss of a sample must not depend on the others of its
-            batch, nor on how many there are. None: where that is faster, on few tokens. False:
-            always a pass each.
+            batch, nor on how many there are. None: where that is faster, on few tokens, and where
+            it does not. False: always a pass each.
         chunk_size: stored rows only: samples differentiated at a time.
         micro_batch: captured rows only: most samples in one forward and backward pass. A larger
             batch goes in parts, to the same rows: what the rows need is kept, a pass's graph is
@@ -135,6 +145,7 @@ class Surgeon:
         self._added = Added(hold)
         self.process_group = process_group
         self.project = project
+        self._trials: dict[Hashable, Trial] = {}
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
         self._looked_up()
         plain = isinstance(self.optimizer, torch.optim.Adam) and not any(
@@ -234,7 +245,7 @@ class Surgeon:
             loss: (model, batch) -> per-sample losses [B], those that training lowers, or
                 `gs.WeightedLosses`; for `batch` and its `memory` also [B, T], a column for each of
                 T tasks, and then a row is the mean of a task and not one sample's (captured rows
-                only).
+                only). [B, 1] is neither.
             forget: its mean loss is unlearned.
             retain: its samples are protected, each, or in the mean, as the rule says.
             batch: one row for each sample or task.
@@ -244,9 +255,9 @@ class Surgeon:
         Raises:
             InputError: a step that accelerate's `accumulate` would leave out; an optimizer that
                 needs a closure; batches the rule has no use for; an entry of one that is no tensor
-                of samples; losses that are no rows or do not depend on the model; parameters of
-                the loss that get no weights from the rule. The message names it, nothing has
-                changed.
+                of samples; losses that are no rows, do not depend on the model, or do on other
+                samples where these are taken apart; parameters of the loss that get no weights from
+                the rule. The message names it, nothing has changed.
             NonFiniteError: a row that is not finite, or an update that overflows its dtype.
         """
         start = time.perf_counter()
@@ -323,6 +334,7 @@ class Surgeon:
             micro_batch=self.micro_batch,
             adds=adds,
             scale=self._scale(next(iter(named.values()))),
+            trials=self._trials,
         )
         self._added.take(passes, parts, overflows=self.scaler is not None)
 
@@ -354,7 +366,7 @@ class Surgeon:
                 info = seen(self.rule, rows, solution)
                 self._add_update(rows, solution, update, scale)
             fits = _fits(solution, named, scale)
-            _check_finite(outside if fits else {**named, **outside})
+            check_held(outside if fits else {**named, **outside})
         except NonFiniteError:
             if self.scaler is None:
                 raise
@@ -454,20 +466,3 @@ def _fits(solution: Solution, parameters: dict[str, nn.Parameter], scale: float)
     limit = min(torch.finfo(parameter.dtype).max for parameter in parameters.values())
     square = weights.to(gram.device) @ gram @ weights.to(gram.device)
     return bool(square.clamp_min(0).sqrt() * abs(scale) <= limit / 2)
-
-
-def _check_finite(parameters: dict[str, nn.Parameter]) -> None:
-    """Raise where the update of finite rows is more than its dtype holds."""
-    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    if not grads:
-        return
-    # one wait for all: the sum over an infinity or a NaN is one, and of what is finite it may be
-    device = next(iter(grads.values())).device
-    sums = [grad.sum().to(device, torch.float64) for grad in grads.values()]
-    if bool(torch.stack(sums).isfinite().all()):
-        return
-    for name, grad in grads.items():
-        if not bool(grad.isfinite().all()):
-            raise NonFiniteError(
-                f"rows: the update of {name} overflows {grad.dtype}; scale the losses down"
-            )

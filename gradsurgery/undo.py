@@ -1,6 +1,8 @@
 """What an error or an interrupt must not leave half done: buffers, parameters, memories."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import methodcaller
 from types import TracebackType
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.buffers import Buffers
-from gradsurgery.optimizers import runs_foreign_code
+from gradsurgery.optimizers import Note, runs_foreign_code
 from gradsurgery.surgery import Rule
 
 
@@ -54,6 +56,23 @@ class Undo:
     def grads(self) -> list[tuple[Tensor, Tensor | None]]:
         """What the optimizer holds, with the gradients from before."""
         return list(zip(self.held, self._grads, strict=True))
+
+    @contextmanager
+    def begun_by_step(self, *, copies: bool = False) -> Iterator[None]:
+        """`begin` for code inside that calls the optimizer's step itself.
+
+        What a forward pass writes to parameters, as `nn.Embedding(max_norm=...)` does, is no step.
+        """
+        if copies or runs_foreign_code(self.optimizer):
+            self.begin(copies=True)
+            yield
+            return
+        note = Note(lambda: self.begin() if self._versions is None else None)
+        handle = self.optimizer.register_step_pre_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """The optimizer's step, or a scaler's of it, and the note that it is done."""

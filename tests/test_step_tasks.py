@@ -332,3 +332,33 @@ def test_nonsense_parts_are_named():
         gs.Surgeon(model, optimizer, gs.PCGrad(), micro_batch=0)
     with pytest.raises(gs.InputError, match="micro_batch is for captured rows"):
         gs.Surgeon(model, optimizer, gs.PCGrad(), micro_batch=2, rows="stored")
+
+
+def one_column(model, batch):
+    return per_task(model, batch)[:, :1]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+@pytest.mark.parametrize("rule,memory", [(gs.UPGrad(), False), (gs.GEM(), True)])
+def test_a_column_for_samples_or_for_one_task_is_asked_about(rule, memory, micro_batch):
+    model, given = network(), {"memory": batch_of(4)} if memory else {}
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    surgeon = gs.Surgeon(model, optimizer, rule, micro_batch=micro_batch)
+    part = "memory" if memory else "batch"  # the mean of GEM's batch is one row in any case
+    with pytest.raises(
+        gs.InputError, match=rf"loss of {part} is \[\d, 1\]: losses.squeeze\(1\) has"
+    ):
+        surgeon.step(batch=batch_of(4), loss=one_column, **given)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_column_of_which_both_readings_are_one_row_is_served():
+    one, several, model = batch_of(1), batch_of(4), network()
+    update, _ = step_of(gs.UPGrad(), batch=one, loss=one_column)
+    assert_equal(update, gradient(model, one_column(model, one).mean()))
+    update, info = step_of(gs.AGEM(), batch=several, memory=one, loss=one_column)
+    assert len(info.losses) == 2
+    # and what the error says to do for one task
+    update, _ = step_of(gs.Mean(), batch=several, loss=lambda m, b: one_column(m, b).squeeze(1))
+    assert_equal(update, gradient(model, one_column(model, several).mean()))

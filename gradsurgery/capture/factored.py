@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
-from gradsurgery.capture.moments import Moment, moment, moments
+from gradsurgery.capture.moments import Moment, moment, moments, stacked
 from gradsurgery.capture.paths import existing
 from gradsurgery.capture.plane import Made, Plane, all_in_range
 from gradsurgery.capture.ranges import WEIGHTS, unit, within
@@ -267,6 +267,11 @@ class FactoredJacobian:
         """
         with torch.no_grad(), unmixed(self.parameters[0]):
             return [moments(uses, row) for uses in self._met("inputs_seen")]
+
+    def inputs_stacked(self) -> list[dict[int, Tensor] | None]:
+        """As `inputs_seen`, rows [g, r, d] whose moments these are: the inputs, or fewer."""
+        with torch.no_grad(), unmixed(self.parameters[0]):
+            return [stacked(uses) for uses in self._met("inputs_stacked")]
 
     def _met(self, what: str) -> list[list[Use] | None]:
         """The uses of each parameter; None where tensors are computed from it."""

@@ -62,7 +62,7 @@ class Found:
             return None
         self.weighted = self.start = kept = Kept(functions([roots(self.losses)[0]]))
         self._run(rows, True)
-        if self.asked:
+        if self.asked and not self.unsure:  # no pass here showed what those of leaves change
             kept.forget_the_rest()
         return kept
 

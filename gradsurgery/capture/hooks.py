@@ -1,14 +1,17 @@
 """Hooks between the losses and the parameters, asked like operations where they change a gradient.
 
 Nothing tells from outside which tensors have hooks. But whoever registers one makes a handle, and
-handles and nodes are counted: where none was made since the tape began, there is no hook. Else the
-pass is watched, and repeated for some rows alone: what is made of a row's gradient must be the same
+handles and nodes are counted: where none was made since the tape began, there is no hook but on
+what is older. Nodes that this thread made before have smaller numbers; those of other threads have
+numbers of their own, and are told by the hooks that live anywhere. Where there may be one, the pass
+is watched, and repeated for some rows alone: what is made of a row's gradient must be the same
 without the others.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gradsurgery.capture.graph import Place, ordered, roots
 from gradsurgery.capture.kept import Kept
 from gradsurgery.capture.layout import Layout
+from gradsurgery.capture.older import LiveHooks
 from gradsurgery.errors import InputError
 
 Sampled = dict[Any, dict[int, Layout]]  # operations, losses first: the layouts of their outputs
@@ -29,17 +33,20 @@ SCALES = {torch.float16: 2.0**4, torch.float64: 2.0**200}
 
 
 _own = 0  # handles made here
+_counting = Lock()
 
 
 def register(method: Callable, hook: Callable) -> RemovableHandle:
     """A hook of the library's own on a node, which no `Clock` counts."""
     global _own
-    _own += 1
-    return method(hook)
+    with _counting:
+        _own += 1
+        return method(hook)
 
 
 def _others() -> int:
-    return RemovableHandle.next_id - _own
+    with _counting:
+        return RemovableHandle.next_id - _own
 
 
 class Clock(NamedTuple):
@@ -56,9 +63,12 @@ class Clock(NamedTuple):
         """Whether a hook can be on any of these, in a graph made since then."""
         if _others() != self.handles:
             return True
-        return any(node._sequence_nr() < self.nodes for node in nodes)
+        if any(node._sequence_nr() < self.nodes for node in nodes):
+            return True
+        return older_hooks.live()
 
 
+older_hooks = LiveHooks(_others)
 _looked_at = WeakTensorKeyDictionary()  # by parameter: how many handles there were
 
 

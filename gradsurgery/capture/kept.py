@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dis import get_instructions
-from types import FunctionType
+from itertools import chain
+from types import FunctionType, MemberDescriptorType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from gradsurgery.capture.graph import ordered
 BINDS = "STORE_GLOBAL"
 DEPTH = 3  # of attributes of attributes that are looked into
 CONTAINERS = (dict, list, set, deque)
+NONE = object()  # of a slot that is not set
 SIMPLE = (bool, int, float, complex, str, type(None), Tensor, *CONTAINERS)
 
 
@@ -55,16 +57,20 @@ class Kept:
         self._storages: dict[int, tuple[Any, Tensor]] = {}
         self._versions: dict[int, tuple[Tensor, int]] = {}
         self._names: list[tuple[Any, dict[str, Any]]] = []
+        self._slots: list[tuple[Any, MemberDescriptorType, Any]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._seen: set[int] = set()
         self._written: set[int] = set()
-        self._mine: set[int] = set()  # memory of the nodes' own
+        self._mine: set[int] = set()  # memory, and what has names, of the nodes' own
+        self._changed: set[int] = set()  # of what has names
         for node in nodes:
             self._look_at(node)
 
     def put_back(self) -> None:
         for owner, before in self._names:
             _put_names_back(owner, before)
+        for owner, slot, before in self._slots:
+            _put_slot_back(owner, slot, before)
         for container, before in self._containers:
             _put_content_back(container, before)
         with torch.no_grad():
@@ -94,9 +100,12 @@ class Kept:
             for tensor, version in self._versions.values()
             if tensor._version != version
         }
+        self._changed |= {id(o) for o, was in self._names if _names_differ(o, was)}
+        self._changed |= {id(o) for o, slot, was in self._slots if _in_slot(o, slot) is not was}
+        self._changed |= {id(c) for c, was in self._containers if _content_differs(c, was)}
 
     def forget_the_rest(self) -> None:
-        """Keep only what nodes hold themselves, of memory only what was seen to be changed.
+        """Keep only what nodes hold themselves, and of that what was seen to be changed.
 
         What they reach besides may be changed by others later.
         """
@@ -107,17 +116,21 @@ class Kept:
             for key, (tensor, version) in self._versions.items()
             if tensor.untyped_storage()._cdata in kept
         }
-        self._names = [(owner, before) for owner, before in self._names if is_function(owner)]
-        self._containers = []
+        mine = self._mine & self._changed
+        self._names = [each for each in self._names if is_function(each[0]) or id(each[0]) in mine]
+        self._slots = [each for each in self._slots if id(each[0]) in mine]
+        self._containers = [each for each in self._containers if id(each[0]) in mine]
 
     def _look_at(self, node: Any) -> None:
-        known = set(self._storages)
+        known, counts = set(self._storages), self._counts()
         if not any(_packed(saved) for saved in node._raw_saved_tensors):
             with suppress(RuntimeError):  # freed by an earlier pass: calling it will say so
                 for tensor in node.saved_tensors:
                     self._keep(tensor, DEPTH)
         self._keep_names(node, vars(node), DEPTH)
         self._mine |= set(self._storages) - known
+        found = (self._names[counts[0] :], self._slots[counts[1] :], self._containers[counts[2] :])
+        self._mine |= {id(owner) for owner, *_ in chain(*found) if not isinstance(owner, nn.Module)}
         for kind in type(node)._forward_cls.__mro__:
             if _is_torchs(kind):
                 continue
@@ -125,6 +138,9 @@ class Kept:
             backward = getattr(kind, "backward", None)
             if isinstance(backward, FunctionType):
                 self._keep_surroundings(backward, DEPTH)
+
+    def _counts(self) -> tuple[int, int, int]:
+        return len(self._names), len(self._slots), len(self._containers)
 
     def _keep_class(self, kind: type) -> None:
         names = {k: v for k, v in vars(kind).items() if isinstance(v, SIMPLE) and k[:2] != "__"}
@@ -186,6 +202,7 @@ class Kept:
                 return
             for each in list(value.values() if isinstance(value, dict) else value):
                 self._keep(each, depth - 1)
+            self._keep_slots(value, depth - 1)
         elif isinstance(value, nn.Module) or not (
             _is_torchs(type(value)) or type(value).__module__ in ("builtins", "functools")
         ):
@@ -193,6 +210,14 @@ class Kept:
             if isinstance(names, dict) and not isinstance(value, (type, FunctionType)):
                 self._seen.add(id(value))
                 self._keep_names(value, names, depth - 1)
+            self._keep_slots(value, depth - 1)
+
+    def _keep_slots(self, value: Any, depth: int) -> None:
+        for slot in _slots(type(value)):
+            self._seen.add(id(value))
+            before = _in_slot(value, slot)
+            self._slots.append((value, slot, before))
+            self._keep(before, depth)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         # weights are not what a backward pass writes to, and copies of them would be large
@@ -234,6 +259,45 @@ def _put_names_back(owner: Any, before: dict[str, Any]) -> None:
     if not isinstance(owner, type) and "cell_contents" not in before:
         for name in [name for name in vars(owner) if name not in before]:
             delattr(owner, name)
+
+
+def _names_differ(owner: Any, before: dict[str, Any]) -> bool:
+    differ = any(getattr(owner, name, NONE) is not value for name, value in before.items())
+    return differ or (hasattr(owner, "__dict__") and bool(vars(owner).keys() - before.keys()))
+
+
+def _content_differs(container: Any, before: Any) -> bool:
+    if isinstance(container, dict):
+        return container.keys() != before.keys() or any(
+            container[name] is not value for name, value in before.items()
+        )
+    if not isinstance(container, CONTAINERS):  # an array
+        return container.tobytes() != before.tobytes()
+    return len(container) != len(before) or any(
+        a is not b for a, b in zip(container, before, strict=True)
+    )
+
+
+def _slots(kind: type) -> list[MemberDescriptorType]:
+    """Of a class and those it is made of; a name that begins with __ is mangled, these know it."""
+    every = [vars(k) for k in kind.__mro__ if "__slots__" in vars(k) and not _is_torchs(k)]
+    return [v for own in every for v in own.values() if isinstance(v, MemberDescriptorType)]
+
+
+def _in_slot(owner: Any, slot: MemberDescriptorType) -> Any:
+    try:
+        return slot.__get__(owner, type(owner))
+    except AttributeError:
+        return NONE
+
+
+def _put_slot_back(owner: Any, slot: MemberDescriptorType, before: Any) -> None:
+    if _in_slot(owner, slot) is before:
+        return
+    if before is NONE:
+        slot.__delete__(owner)
+    else:  # past what a frozen dataclass forbids
+        slot.__set__(owner, before)
 
 
 def _put_content_back(container: Any, before: Any) -> None:

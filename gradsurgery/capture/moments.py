@@ -1,12 +1,16 @@
-"""Second moments of the inputs that weights multiply, from what a Jacobian keeps."""
+"""Inputs that weights multiply, and their second moments, from what a Jacobian keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, Use, Within
+
+_Made = Callable[[Tensor], Tensor]
+_Put = Callable[[Tensor, Tensor], Tensor]
 
 
 class Moment(NamedTuple):
@@ -34,36 +38,73 @@ def moments(uses: Sequence[Use] | None, row: int | None = None) -> dict[int, Ten
     Both dimensions are there for a parameter used both ways, as a tied embedding is. `row`: over
     the blocks of one row of the Jacobian only.
     """
+    return _total(uses, row, _gram, torch.add)
+
+
+def stacked(uses: Sequence[Use] | None) -> dict[int, Tensor] | None:
+    """As `moments`, the inputs themselves: [g, r, d] float64, or fewer rows of the same moments.
+
+    A singular value σ of these rows is an eigenvalue σ² of the moments, where rounding hides it
+    below 1e-8 of the largest.
+    """
+    return _total(uses, None, _same, joined)
+
+
+def joined(one: Tensor, other: Tensor) -> Tensor:
+    """Rows [g, r, d] of the moments of both, at most 2d of them."""
+    rows = torch.cat([one.to(other.device), other], -2)
+    r, d = rows.shape[-2:]
+    if d == 1:
+        return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+    return torch.linalg.qr(rows, mode="r").R if r > 2 * d else rows
+
+
+def _total(
+    uses: Sequence[Use] | None, row: int | None, made: _Made, put: _Put
+) -> dict[int, Tensor] | None:
     if uses is None:
         return None
     total: dict[int, Tensor] | None = {}
     for use in uses:
         part = use if row is None else use.select((use.rows == row).nonzero().flatten())
-        total = added(total, _of(part))
+        total = added(total, _of(part, made, put), put)
     return total
 
 
 def added(
-    one: dict[int, Tensor] | None, other: dict[int, Tensor] | None
+    one: dict[int, Tensor] | None, other: dict[int, Tensor] | None, put: _Put
 ) -> dict[int, Tensor] | None:
-    """The moments of both; None where they see a parameter in different ways."""
+    """What both see, put together; None where they see a parameter in different ways."""
     if one is None or other is None:
         return None
     total = dict(one)
-    for dim, matrices in other.items():
+    for dim, part in other.items():
         before = total.get(dim)
-        if before is not None and before.shape != matrices.shape:
+        if before is not None and _sizes(before) != _sizes(part):
             return None
-        total[dim] = matrices if before is None else before.to(matrices.device) + matrices
+        total[dim] = part if before is None else put(before.to(part.device), part)
     return total
 
 
-def _of(use: Use) -> dict[int, Tensor] | None:
+def _sizes(part: Tensor) -> tuple[int, int]:
+    return part.shape[0], part.shape[-1]
+
+
+def _gram(inputs: Tensor) -> Tensor:
+    return inputs.mT @ inputs
+
+
+def _same(inputs: Tensor) -> Tensor:
+    return joined(inputs[:, :0], inputs)
+
+
+def _of(use: Use, made: _Made, put: _Put) -> dict[int, Tensor] | None:
     if isinstance(use, Within):  # some rows of a taller parameter: inputs are alike for all
-        inner = _of(use.inner)
+        inner = _of(use.inner, made, put)
         return inner if inner is not None and _ungrouped(inner) else None
     if isinstance(use, EmbeddingUse):
-        return {0: use.counts().double().view(-1, 1, 1)}
+        counts = use.counts().double().view(-1, 1, 1)
+        return {0: counts if made is _gram else counts.sqrt()}
     if isinstance(use, ConvolutionUse):
         # sample by sample: patches are k times the input
         each = [use.select(slice(k, k + 1)) for k in range(use.n)]
@@ -72,17 +113,15 @@ def _of(use: Use) -> dict[int, Tensor] | None:
         parts = [use]
     else:
         return None
-    if not parts:
-        return None
-    total: Tensor | None = None
+    total: dict[int, Tensor] | None = None
     for part in parts:
         inputs = part.left if part.inputs == "left" else part.right
         inputs = inputs if inputs.dim() == 4 else inputs.unsqueeze(1)  # [n, g, T, d]
-        inputs = inputs.movedim(1, 0).flatten(1, 2).double()
-        gram = inputs.mT @ inputs
-        total = gram if total is None else total + gram
-    return None if total is None else {0 if parts[0].inputs == "left" else 1: total}
+        inputs = made(inputs.movedim(1, 0).flatten(1, 2).double())
+        one = {0 if part.inputs == "left" else 1: inputs}
+        total = one if total is None else added(total, one, put)
+    return total
 
 
 def _ungrouped(inner: dict[int, Tensor]) -> bool:
-    return set(inner) <= {1} and all(len(matrices) == 1 for matrices in inner.values())
+    return set(inner) <= {1} and all(len(part) == 1 for part in inner.values())

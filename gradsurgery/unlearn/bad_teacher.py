@@ -32,7 +32,8 @@ class BadTeacherConfig(TrainerConfig):
 
 
 class BadTeacher(Trainer[BadTeacherConfig]):
-    """Both sets are learned from outputs; no label and no `loss` is looked at.
+    """Both sets are learned from outputs. No label is looked at; `loss` is never called, and one of
+    your own is a warning.
 
     The incompetent teacher is the original's architecture with weights drawn afresh. The paper has
     one batch of both sets mixed and its mean; here a step takes the sum of two means, one of each
@@ -46,6 +47,7 @@ class BadTeacher(Trainer[BadTeacherConfig]):
     Config = BadTeacherConfig
     draws = ("forget", "retain")
     keeps = ("competent", "incompetent")
+    instead_of_loss = "it takes divergences of the model's outputs from two teachers'"
 
     def prepare(self) -> None:
         self.competent, self.incompetent = self.frozen_copy(), self.copied()

@@ -15,6 +15,8 @@ from gradsurgery.unlearn import files
 from gradsurgery.unlearn.config import parse_yaml, to_yaml
 from gradsurgery.unlearn.shapes import check_summary, expect
 
+CHECKPOINT = "checkpoint.safetensors"
+
 
 class CheckedFolder:
     """The files of a folder.
@@ -65,8 +67,14 @@ class CheckedFolder:
     def _reading(self, name: str) -> Iterator[None]:
         """What goes wrong inside is an `InputError` that names the file and the way out."""
         stage = name.removeprefix("models/").removesuffix(".safetensors")
-        way_out = "delete it and continue the run with --resume auto"
-        if name.startswith("models/"):
+        again = f"--out {show(self.path)} --resume auto"  # without --out a finished run is no match
+        there = self.has(name)
+        way_out = f"{'delete it and ' if there else ''}continue the run with {again}"
+        if name == "env.json":
+            way_out = f"{'delete it, and ' if there else ''}{again} writes it anew, of this machine"
+        elif name == "metrics.jsonl":
+            way_out = f"delete it, stages/*.json and {CHECKPOINT}, and {again} makes all again"
+        elif name.startswith("models/"):
             way_out = f"delete stages/{stage}.json, and --resume auto makes it again"
         elif name.endswith(".yaml"):
             way_out = "start the run anew in another directory"

@@ -1,6 +1,7 @@
 """`gradsurgery unlearn digits`: options to a run directory, a table and a report."""
 
 import argparse
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -122,10 +123,15 @@ def choose_directory(invocation: Invocation) -> Path:
     name = f"digits-{config.task}"
     if invocation.resume == "auto":
         for path in numbered(RUNS, name):
-            found = RunDirectory(path)
-            if found.complete or found.old:
+            found = RunDirectory(path, "--resume")
+            if found.complete:
                 continue
-            if stored_options(found, config) == to_dict(config):
+            try:
+                same = not found.old and stored_options(found, config) == to_dict(config)
+            except InputError as error:  # it may be any run's, and does not stop this one
+                print(f"gradsurgery: warning: passed over: {error}", file=sys.stderr)
+                continue
+            if same:
                 return path
     return new_directory(RUNS, name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -94,9 +95,13 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def read_yaml(path: Path, option: str = "--config") -> dict[str, Any]:
-    """A YAML file's top-level mapping; `InputError` naming `option` where there is none."""
+    """A YAML file's top-level mapping; `InputError` naming `option` where there is none.
+
+    A file of the user's own may be a link or a pipe, one in a run directory may not.
+    """
+    ours = os.path.isdir(path.parent / "stages")  # a run's, perhaps from somebody else
     try:
-        return parse_yaml(files.read(path.parent, path.name))
+        return parse_yaml(files.read(path.parent, path.name) if ours else files.read_given(path))
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{option}: cannot read {show(path)}: {reason}") from None

@@ -102,6 +102,15 @@ def read(root: Path, name: str, limit: int = LIMIT) -> bytes:
         return file.read(limit)
 
 
+def read_given(path: Path, limit: int = LIMIT) -> bytes:
+    """At most `limit` bytes of what a user names: a file, a link to one, or a pipe."""
+    with _naming(path, "."), open(path, "rb") as file:
+        data = file.read(limit + 1)
+        if len(data) > limit:
+            raise OSError(errno.EFBIG, f"it has more than {limit} bytes")
+        return data
+
+
 def write(root: Path, name: str, content: bytes | str) -> None:
     """Write a file that is either the old one or the whole new one, whatever happens."""
     data = content.encode() if isinstance(content, str) else content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,14 @@ def check_model(model: Any) -> None:
             raise InputError(f"model: {name} is on the meta device and has no values: load some")
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name; `InputError` where there is none."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise InputError("model: no parameter requires a gradient: there is nothing to unlearn")
+    return found
+
+
 def check_instance(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise InputError(f"{name} must be a {kind.__name__}, got {_named(value)}")
@@ -39,6 +48,15 @@ def check_loss(loss: Any) -> None:
     raise InputError(
         f"loss must be a function (model, batch) -> losses [B], got {got}: "
         "gradsurgery.unlearn.classification.cross_entropy is one for (inputs, labels)"
+    )
+
+
+def warn_of_unused_loss(name: str, instead: str) -> None:
+    warnings.warn(
+        f"loss: {name} never calls it, for {instead}; with "
+        "gradsurgery.unlearn.classification.cross_entropy in its place there is no warning",
+        UserWarning,
+        stacklevel=3,
     )
 
 

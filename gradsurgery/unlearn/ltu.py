@@ -7,7 +7,7 @@ descend g_r + g_f, made not to conflict.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,6 +130,11 @@ class LTUTrainer(Trainer[LTUConfig]):
         held_out = ("validation",) if self.config.feedback == "membership" else ()
         kept = ("retain",) if self.config.split == "class" else ()
         return ("forget", *kept, *held_out)
+
+    def check_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().check_extra_state(state)
+        if (self.auditors is None) != (state["auditors"] is None):
+            raise InputError("state: extra: of it and this trainer only one has membership models")
 
     def prepare(self) -> None:
         self.auditors: MembershipModels | None = None

@@ -80,7 +80,8 @@ def unlearning(
             forget loader; what is later measured on them has been seen.
         method: a name of `METHODS`, or "retrain".
         loss: (net, batch) -> per-sample losses [B]. By default cross-entropy, whose labels are
-            integers [B] of any integer dtype, in every set given.
+            integers [B] of any integer dtype, in every set given. "scrub" and "bad_teacher" never
+            call it, and warn of one that is not cross-entropy.
         epochs: in place of the option `steps`: a method's own epochs where it has some (SCRUB), or
             passes over the retain loader, or over the forget loader where only that is drawn from.
             In memory one is as many whole batches as there are. Without either, the option's

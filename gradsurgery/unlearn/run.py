@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from gradsurgery.errors import InputError
 from gradsurgery.text import show
 from gradsurgery.unlearn import files, tensors
+from gradsurgery.unlearn.checked import CHECKPOINT as CHECKPOINT
 from gradsurgery.unlearn.checked import CheckedFolder
 from gradsurgery.unlearn.shapes import RECORD, SAVED, STAGE, TRIAL, expect
 
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 Stage = tuple[int, str]  # seed, method
 
 FOLDERS = ("stages", "models")
-CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+LISTED = 6  # files that a message names one by one
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -202,11 +204,8 @@ class RunDirectory(CheckedFolder):
         with self._reading(CHECKPOINT):
             try:
                 trainer.load_state_dict(state)
-                known = 0 <= trainer.step <= trainer.total_steps()
-            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-                known = False
-            if not known:
-                raise files.DamageError("its state is not one of this trainer")
+            except InputError as error:
+                raise files.DamageError(str(error)) from None
 
     # -- metrics.jsonl
 
@@ -229,30 +228,48 @@ class RunDirectory(CheckedFolder):
         return open(files.open_plain(self.path, name, new), "ab")
 
     def _lines(self) -> list[tuple[Stage, dict[str, Any], bytes]]:
-        """What metrics.jsonl holds of each step; a line that says nothing of one is left out.
-
-        Lines of a finished stage must be those it was finished with, so that none is missing.
-        """
+        """What metrics.jsonl holds of each step; a line that says nothing of one is left out."""
         found = []
         for line in self._read_lines("metrics.jsonl"):
             with suppress(files.DamageError):  # cut short by a kill, or not of a stage that counts
                 record = files.parse_json(line)
                 expect(record, RECORD)
                 found.append(((record["seed"], record["method"]), record, line))
-        known = {}
+        return found
+
+    def _require_lines(
+        self, found: list[tuple[Stage, dict[str, Any], bytes]], more: tuple[str, ...] = ()
+    ) -> None:
+        """Raise `InputError` unless each finished stage has the lines it was finished with, so
+        that none is missing.
+
+        Args:
+            more: other files that are known to lack lines.
+        """
+        known: dict[Stage, Records] = {}
         for stage, record, line in found:
             known.setdefault(stage, Records()).add(record["step"], line)
-        for result in self._stages():
+        lost = []
+        stages = self._stages()
+        for result in stages:
             stage = result["seed"], result["method"]
             wanted = result.get("files", {}).get("records")
             if wanted not in (None, known.get(stage, Records()).digest()):
-                self._lost(_stage_name(stage))
-        return found
-
-    def _lost(self, name: str) -> NoReturn:
+                lost.append(_stage_name(stage))
+        if not lost and not more:
+            return
+        names = [show(name, 80) for name in lost]
+        if len(lost) > LISTED:  # to make all again is more than needed, and right
+            names = [f"stages/*.json ({len(lost)} of {len(stages)})"]
+        names += more
+        several = len(lost) + len(more) > 1
+        listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        state = "damaged: it has" if self.has(METRICS) else "lost: there are"
         raise InputError(
-            f"{self.option}: {show(self / 'metrics.jsonl')} is damaged: it has other lines than "
-            f"{name} was made with; delete that file too, and --resume auto makes it again"
+            f"{self.option}: {show(self / METRICS)} is {state} other lines than {listed} "
+            f"{'were' if several else 'was'} made with; delete {'those' if several else 'that'}, "
+            f"not {METRICS}, and --out {show(self.path)} --resume auto makes "
+            f"{'them' if several else 'it'} again"
         )
 
     def _read_lines(self, name: str) -> list[bytes]:
@@ -265,7 +282,9 @@ class RunDirectory(CheckedFolder):
 
     def records(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl."""
-        return [record for _, record, _ in self._lines()]
+        found = self._lines()
+        self._require_lines(found)
+        return [record for _, record, _ in found]
 
     def rewind(self) -> None:
         """Drop the lines of steps that will be taken again: those past the last checkpoint."""
@@ -275,16 +294,18 @@ class RunDirectory(CheckedFolder):
         last = None if saved is None else (saved["seed"], saved["method"])
         kept = []
         mine = Records()
-        for stage, record, line in self._lines():
+        found = self._lines()
+        for stage, record, line in found:
             if stage in finished:
                 kept.append(line)
             elif saved and stage == last and record["step"] <= saved["trainer"]["step"]:
                 kept.append(line)
                 mine.add(record["step"], line)
+        more = ()
         if saved and last is not None and last not in finished:
-            if mine.digest() != saved["records"]:
-                self._lost(CHECKPOINT)
+            more = () if mine.digest() == saved["records"] else (CHECKPOINT,)
             self._records[last] = mine
+        self._require_lines(found, more)
         self.write("metrics.jsonl", b"".join(kept))
 
     # -- tuning.jsonl

@@ -5,16 +5,18 @@ m_j = 1 where |dL_f/dw_j| is among the largest share of all weights, at the star
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gradsurgery.errors import NonFiniteError
+from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.unlearn.data import batch_size
 from gradsurgery.unlearn.modes import evaluating
 from gradsurgery.unlearn.random_label import RandomLabel, RandomLabelConfig
+from gradsurgery.unlearn.resume import same_tensors
 from gradsurgery.unlearn.trainer import Record, require
 
 
@@ -62,19 +64,36 @@ class SalUn(RandomLabel[SalUnConfig]):
         finally:
             self.model.zero_grad()
         self.masks = largest(sizes, self.config.saliency)  # one [*p.shape] per parameter
+        self.ranked = list(self.trained)  # their names
+
+    def check_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().check_extra_state(state)
+        same_tensors(self.masks, state["masks"], "extra.masks")
 
     def update(self) -> Record:
+        masks = self._masks()
         numbers = self.gradients()
         before = [p.detach().clone() for p in self.parameters]
-        for p, mask in zip(self.parameters, self.masks, strict=True):
+        for p, mask in zip(self.parameters, masks, strict=True):
             if p.grad is not None:
                 p.grad.mul_(mask)
         self.optimizer.step()
         # weight decay and what an optimizer remembers move weights of gradient zero as well
         with torch.no_grad():
-            for p, mask, old in zip(self.parameters, self.masks, before, strict=True):
+            for p, mask, old in zip(self.parameters, masks, before, strict=True):
                 p.copy_(torch.where(mask, p, old))
         return numbers
+
+    def _masks(self) -> list[Tensor]:
+        """Of the parameters that train now."""
+        known = dict(zip(self.ranked, self.masks, strict=True))
+        for name, p in self.trained.items():
+            if name not in known or known[name].shape != p.shape:
+                raise InputError(
+                    f"model: {name} trains, but SalUn ranked its weights without it: make a new "
+                    "Trainer"
+                )
+        return [known[name] for name in self.trained]
 
 
 def largest(sizes: list[Tensor], share: float) -> list[Tensor]:

@@ -54,9 +54,10 @@ class SCRUB(Trainer[SCRUBConfig]):
     At the start the student is its teacher, where D is smallest and its gradient zero: the first
     pass over forget moves little but for what dropout, batch norm or rounding brings in, and it is
     the retain pass after it that parts the two. Nothing bounds D: `msteps` is what ends its climb.
-    CE is cross-entropy with the batch's labels, from the same forward pass as D, whatever `loss`
-    is. The authors' code also lowers the learning rate at fixed epochs (here: `schedule`), and
-    their variant that rewinds to an earlier checkpoint is not here.
+    CE is cross-entropy with the batch's labels, from the same forward pass as D: `loss` is never
+    called, and one of your own is a warning. The authors' code also lowers the learning rate at
+    fixed epochs (here: `schedule`), and their variant that rewinds to an earlier checkpoint is not
+    here.
 
     Towards Unbounded Machine Unlearning, Kurmanji et al. 2023 (arXiv:2302.09880).
     """
@@ -64,6 +65,7 @@ class SCRUB(Trainer[SCRUBConfig]):
     Config = SCRUBConfig
     draws = ("forget", "retain")
     keeps = ("teacher",)
+    instead_of_loss = "it takes divergences and the cross-entropy of the model's outputs"
 
     def labeled_sets(self) -> tuple[str, ...]:
         return ("retain",)

@@ -55,6 +55,7 @@ class SSD(Trainer[SSDConfig]):
 
     Config = SSDConfig
     needs = ("forget", "retain")
+    uses_optimizer = False
 
     def total_steps(self) -> int:
         return min(1, self.config.steps)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -82,6 +84,18 @@ class SurgicalTrainer(Trainer[S]):
     def extra_state(self) -> dict[str, Any]:
         """What the rule remembers: nothing of most."""
         return self.rule.state_dict()
+
+    def check_extra_state(self, state: Mapping[str, Any]) -> None:
+        rule, held = copy.deepcopy(self.rule), self.held()
+        try:
+            rule.load_state_dict(dict(state))
+            rule.check_columns(list(held))
+        except InputError as error:
+            raise InputError(f"state: extra: {error}") from None
+        size = sum(p.numel() for p in held.values())
+        if "average" in state and state["average"].shape != (size,):
+            got = list(state["average"].shape)
+            raise InputError(f"state: extra.average is {got}, of parameters with {size} values")
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         self.rule.load_state_dict({name: value.to(self.device) for name, value in state.items()})

@@ -16,14 +16,13 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from gradsurgery.batch import DETACHED, per_sample_losses
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ranks import check_one_rank
 from gradsurgery.undo import Undo
-from gradsurgery.unlearn import classification, given
+from gradsurgery.unlearn import classification, given, resume
 from gradsurgery.unlearn.data import Batch, Batches, Data, batch_size, fresh, take, to_device
 from gradsurgery.unlearn.modes import evaluating, grads_kept, modes_kept, values_undone_by_errors
 from gradsurgery.unlearn.options import TrainerConfig as TrainerConfig
@@ -63,7 +62,9 @@ class Trainer(ABC, Generic[C]):
     Args:
         model: changed in place.
         loss: `loss(model, batch)` -> [B], not reduced. With `classification.cross_entropy`, and in
-            sets whose labels a method looks at itself, labels must be integers [B].
+            sets whose labels a method looks at itself, labels must be integers [B]. SCRUB and
+            BadTeacher work on a classifier's outputs and warn of any other loss, which they never
+            call.
         forget: samples to forget, tensors with leading dimension N in tuples, mappings or
             dataclasses, or a DataLoader of such batches. May be None for methods that never look
             at them.
@@ -87,6 +88,8 @@ class Trainer(ABC, Generic[C]):
     draws: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()  # sets it cannot do without and draws no batches from
     passes_over: ClassVar[tuple[str, ...]] = ()  # sets of which it uses no batch of one sample
+    uses_optimizer: ClassVar[bool] = True
+    instead_of_loss: ClassVar[str] = ""  # what it computes where it never calls `loss`
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
 
@@ -123,9 +126,8 @@ class Trainer(ABC, Generic[C]):
         given.check_choice("overlap", overlap, ("error", "allow"))
         if config.stop != "never" and probe is None:
             raise InputError(f"stop = {config.stop} needs a probe that measures forget accuracy")
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise InputError("model: no parameter requires a gradient: there is nothing to unlearn")
+        self.trained = given.trained(model)
+        self.parameters = list(self.trained.values())
         self.device = self.parameters[0].device
         self.model, self.loss, self.config, self.seed = model, loss, config, seed
         self.probe, self.probe_every = probe, probe_every
@@ -150,7 +152,12 @@ class Trainer(ABC, Generic[C]):
             self.schedule = None if schedule is None else schedule(self.optimizer)
             if schedule is not None:
                 given.check_schedule(self.schedule)
-        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        # those that a function for `optimizer` left out stay where they are
+        self._left_out = self.trained.keys() - self.held().keys()
+        self._peaks: list[float] = []
+        self._note_peaks()
+        if self.instead_of_loss and not every:
+            given.warn_of_unused_loss(name, self.instead_of_loss)
 
     def _check_batch_norm(self) -> None:
         """Raise `InputError` where batch norm in training mode would meet what it cannot take."""
@@ -192,6 +199,10 @@ class Trainer(ABC, Generic[C]):
         """What later steps depend on besides model, optimizer, order of data and draws."""
         held = {name: getattr(self, name) for name in self.keeps}
         return {k: v.state_dict() if isinstance(v, nn.Module) else v for k, v in held.items()}
+
+    def check_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Raise `InputError` naming what in another's `extra_state()` does not fit."""
+        resume.check_kept(self, state)
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Continue from `extra_state()`."""
@@ -290,6 +301,9 @@ class Trainer(ABC, Generic[C]):
         of the optimizer's state is held for that only where code that is neither torch's nor ours
         may run once they have changed: hooks of an optimizer, a step or an `update` of one's own.
         Not undone: an interrupt once parameters have begun to move.
+
+        Parameters are looked up in every step: those that train and that the optimizer holds move,
+        and one that trains since without being held is an `InputError` that names it.
         """
         if self.step == 0 and self.probe is not None:
             yield self._told(self._measured({"step": 0, "seconds": self.seconds}))
@@ -297,6 +311,7 @@ class Trainer(ABC, Generic[C]):
         while self.step < total and not self.stopped:
             start = time.perf_counter()
             self.sets.drawn.clear()
+            self._look_up()
             try:
                 with self._undone_by_errors():
                     if self.schedule is None:
@@ -342,8 +357,10 @@ class Trainer(ABC, Generic[C]):
         undo = Undo(self.model, self.optimizer)
         try:
             with modes_kept(self.model), grads_kept(self.model), undo, undo:
-                undo.begin(copies=not ours)
-                yield
+                for parameter in undo.held:  # those outside of the model too
+                    parameter.grad = None
+                with undo.begun_by_step(copies=not ours):
+                    yield
                 undo.keep()
         except BaseException:
             self.samples.update(samples)
@@ -358,6 +375,34 @@ class Trainer(ABC, Generic[C]):
 
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
+
+    def _note_peaks(self) -> None:
+        """The peak rate of each group of parameters is the one that it came with."""
+        groups = self._groups()
+        if len(groups) < len(self._peaks):
+            raise InputError(
+                f"optimizer: it had {len(self._peaks)} groups of parameters and has {len(groups)}: "
+                "make a new Trainer"
+            )
+        self._peaks += [group["lr"] for group in groups[len(self._peaks) :]]
+
+    def _look_up(self) -> None:
+        """The parameters that train now. Raises `InputError` where a step could not move one."""
+        self.trained = given.trained(self.model)
+        self.parameters = list(self.trained.values())
+        self._note_peaks()
+        known = self._left_out | self.held().keys()
+        alone = [name for name in self.trained if name not in known]
+        if alone and self.uses_optimizer:
+            raise InputError(
+                f"model: {alone[0]} trains, but the optimizer does not hold it, so no step would "
+                "move it: give it to optimizer.add_param_group, or make a new Trainer"
+            )
+
+    def held(self) -> dict[str, nn.Parameter]:
+        """Those of the parameters that train which the optimizer holds, by name."""
+        held = {id(p) for group in self._groups() for p in group["params"]}
+        return {name: p for name, p in self.trained.items() if id(p) in held}
 
     def _mode(self) -> None:
         """Training mode, but of batch norm what the config says."""
@@ -418,41 +463,17 @@ class Trainer(ABC, Generic[C]):
         before stays the last good state.
         """
         self._check_model()
-        cuda = self.device.type == "cuda"
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "batches": {kind: found.state_dict() for kind, found in self.batches.items()},
-            "loaders": {kind: own.get_state() for kind, own in self._generators().items()},
-            "samples": dict(self.samples),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
-            "generator": self.generator.get_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "stopped": self.stopped,
-            "extra": self.extra_state(),
-        }
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
+        return resume.state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of a trainer made with the same arguments."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        for kind, drawn in state["batches"].items():
-            self.batches[kind].load_state_dict(drawn)
-        for kind, own in self._generators().items():
-            own.set_state(state["loaders"][kind])
-        self.samples.update(state["samples"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.generator.set_state(state["generator"])
-        self.step, self.seconds, self.stopped = state["step"], state["seconds"], state["stopped"]
-        self.load_extra_state(state["extra"])
+        """Continue from `state_dict()` of a trainer made with the same arguments.
+
+        Raises:
+            InputError: naming what does not fit: another method, optimizer or schedule, other
+                groups of parameters, sets or tensors, damage. Nothing has changed then.
+        """
+        self._note_peaks()
+        resume.load(self, state)
 
 
 def differentiable(losses: Tensor) -> Tensor:

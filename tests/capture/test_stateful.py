@@ -1,5 +1,6 @@
 """Backward passes that change what they kept: as from one ordinary backward pass, or refused."""
 
+import dataclasses
 from collections import deque
 from contextlib import nullcontext
 
@@ -532,3 +533,151 @@ def test_check_says_the_same():
 
     checked = gs.check(model, X, loss=loss)
     assert checked.exact, checked
+
+
+class Tally:
+    __slots__ = ("__factor", "calls", "latest")  # the first is mangled, the last is not set
+
+    def __init__(self):
+        self.__factor, self.calls = 3.0, 0
+
+    def take(self, g):
+        out = g * self.__factor
+        self.__factor *= 2
+        self.calls += 1
+        self.latest = float(g.abs().max())
+        return out
+
+
+class Longer(Tally):
+    """Slots of its own beside those it inherits, and tensors and lists in them."""
+
+    __slots__ = ("history", "scale")
+
+    def __init__(self):
+        super().__init__()
+        self.history, self.scale = [], torch.ones((), dtype=torch.float64)
+
+    def take(self, g):
+        out = super().take(g) * self.scale
+        self.scale.mul_(2)
+        self.history.append(len(self.history))
+        return out * (1 + len(self.history))
+
+
+class Named(Tally):
+    """Attributes beside slots."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = 1.0
+
+    def take(self, g):
+        self.more += 1
+        return super().take(g) * self.more
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frozen:
+    factor: float = 3.0
+    calls: int = 0
+
+    def take(self, g):
+        out = g * self.factor
+        object.__setattr__(self, "factor", 2 * self.factor)
+        object.__setattr__(self, "calls", self.calls + 1)
+        return out
+
+
+class Log(list):
+    __slots__ = ("factor",)
+
+    def __init__(self):
+        self.factor = 3.0
+
+    def take(self, g):
+        self.factor *= 2
+        return g * self.factor
+
+
+class Plain:
+    """No slots, to see that these are as attributes are."""
+
+    def __init__(self):
+        self.factor = 3.0
+
+    def take(self, g):
+        out = g * self.factor
+        self.factor *= 2
+        return out
+
+
+class Taking(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, state):
+        ctx.state = state
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.state.take(g), None
+
+
+@pytest.mark.parametrize("combine", ["stored", "backward"])
+@pytest.mark.parametrize("kind", [Tally, Longer, Named, Frozen, Log, Plain])
+def test_slots_are_put_back(kind, combine):
+    """Where nodes are called several times: one for each task, and a graph for all."""
+    model = Heads()
+    model.c.requires_grad_(False)
+
+    def forward():
+        h = model.a(X).tanh()
+        weight = Taking.apply(model.b.weight, kind())
+        return energy(F.linear(Taking.apply(h, kind()), weight, model.b.bias))
+
+    exact_of(model, forward, combine)
+
+
+def exact_of(model, forward, combine):
+    """As `exact`, of what requires gradients."""
+    used = [p for p in model.parameters() if p.requires_grad]
+    count = len(forward())
+    rows = torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(forward()[i], used)])
+            for i in range(count)
+        ]
+    )
+    with gs.tape(model) as tape:
+        losses = forward()
+    jacobian = tape.jacobian(losses, combine=combine)
+    weights = torch.randn(count, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(jacobian.gramian(), rows @ rows.mT)
+        update = torch.cat([u.flatten() for u in jacobian.combine(weights)])
+        torch.testing.assert_close(update, weights @ rows)
+
+
+def test_memory_of_a_weights_function_is_put_back_for_weighted_losses():
+    model = Heads()
+    model.c.requires_grad_(False)
+    exact_of(model, lambda: of_a_weight(model), combine="backward")
+
+
+@pytest.mark.parametrize("kind", [Tally, Longer, Named, Frozen, Plain])
+def test_slots_are_as_after_one_backward_pass(kind):
+    def content(state):
+        names = ("calls", "_Tally__factor", "latest", "history", "scale", "more", "factor")
+        return [getattr(state, name, None) for name in names]
+
+    found = []
+    for captured in (True, False):
+        model, state = mlp(), kind()
+        with gs.tape(model) as tape:
+            losses = energy(model[2](Taking.apply(model[0](X), state).tanh()))
+        if captured:
+            tape.jacobian(losses).gramian()
+        else:
+            losses.sum().backward()
+        found.append(content(state)[:2])
+    assert found[0] == found[1] != content(kind())[:2] or kind is Plain

@@ -294,6 +294,67 @@ def test_holds_over_many_steps():
     assert wavy(model, (new,)).mean() < 0.7 * first
 
 
+def near_dependent():
+    """Inputs with singular values from 1 to 1e-8: all but the first few vanish when squared."""
+    u, v = (torch.linalg.qr(torch.randn(n, n).double()).Q for n in (24, 20))
+    return u[:, :9] @ torch.diag(10.0 ** -torch.arange(9).double()) @ v[:9] * 20
+
+
+@pytest.mark.parametrize(
+    "kind, optimizer",
+    [(gs.NullSpace, "sgd"), (gs.NullSpace, "momentum"), (gs.NullSpace, "adam"), (gs.OWM, "adamw")],
+)
+def test_holds_over_a_thousand_steps(kind, optimizer):
+    """A gradient that has the same sign in every step takes Adam's weights as far as they go."""
+    torch.manual_seed(0)
+    model, past = nn.Linear(20, 4, bias=False).double(), near_dependent()
+    kept = kind(model)
+    for part in past.split(6):
+        kept.observe((part,), loss)
+    before, start = model(past).detach(), model.weight.detach().clone()
+    stepped = OPTIMIZERS[optimizer](model.parameters())
+    signs = torch.randn(4, 20).double().sign()
+    for _ in range(1200):
+        model.weight.grad = signs.clone()
+        with kept.steps():
+            stepped.step()
+    assert (model.weight - start).norm() > 50
+    torch.testing.assert_close(model(past).detach(), before, rtol=0, atol=1e-6)
+
+
+def test_few_bits_drift_as_their_rounding_adds_up():
+    """Each step rounds each weight once, and a step like the last may round the same way."""
+    torch.manual_seed(0)
+    model, past = nn.Linear(20, 4, bias=False), torch.randn(6, 20)
+    kept = gs.NullSpace(model)
+    kept.observe((past,), loss)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    signs, steps = torch.randn(4, 20).sign(), 400
+    before = F.linear(past.double(), model.weight.double()).detach()
+    for _ in range(steps):
+        model.weight.grad = signs.clone()
+        with kept.steps():
+            optimizer.step()
+    drift = (F.linear(past.double(), model.weight.double()) - before).abs().max()
+    largest = F.linear(past.abs(), model.weight.abs()).max()
+    assert drift < steps * 2.0**-24 * largest
+    assert (model.weight.abs().mean() > 0.1) and drift < 1e-4
+
+
+@pytest.mark.parametrize("alpha", [1e-3, 1e-1, 10.0])
+def test_alpha_bounds_what_outputs_move_by(alpha):
+    torch.manual_seed(0)
+    model = nn.Linear(20, 4, bias=False).double()
+    past = near_dependent()
+    kept = gs.OWM(model, alpha=alpha)
+    kept.observe((past,), loss)
+    step = torch.randn(4, 20).double()
+    moved = past @ kept(["weight"], [step])[0].mT
+    assert 1e-9 < moved.norm() <= alpha**0.5 / 2 * step.norm()
+    exact = torch.linalg.inv(torch.eye(20).double() + past.mT @ past / alpha)
+    torch.testing.assert_close(moved, past @ exact @ step.mT, rtol=0, atol=1e-9)
+
+
 def test_rtol_bounds_what_outputs_move_by():
     torch.manual_seed(0)
     layer = nn.Linear(12, 3).double()
@@ -495,16 +556,60 @@ def test_a_group_added_later_is_held_by_its_name():
     torch.testing.assert_close(model(past).detach(), before, rtol=0, atol=1e-9)
 
 
-def test_refuses_a_state_that_does_not_fit():
-    layer = nn.Linear(5, 3)
-    for state in (
-        {"weight": (1, torch.eye(5))},
-        {"weight": {1: torch.eye(4)[None]}},
-        {"weight": {2: torch.eye(5)[None]}},
-        {"weight": 3},
-    ):
-        with pytest.raises(gs.InputError, match="state of weight is not that of its inputs"):
-            gs.OWM(layer).load_state_dict(state)
+STATES = {
+    "a tuple": (lambda eye: (1, eye), "expected a dict or None, got tuple"),
+    "a number": (lambda eye: 3, "expected a dict or None, got int"),
+    "a third dimension": (lambda eye: {2: eye}, "its keys must be the dimensions 0 or 1"),
+    "true": (lambda eye: {True: eye}, "its keys must be the dimensions 0 or 1"),
+    "no tensor": (lambda eye: {1: [1.0]}, r"\[1\] must be a Tensor, got list"),
+    "a matrix": (lambda eye: {1: eye[0]}, r"\[1\] is \[5, 5\], and the parameter \[3, 5\]"),
+    "other inputs": (lambda eye: {1: eye[..., :3]}, r"\[1\] is \[1, 5, 3\], and the parameter"),
+    "divisors": (lambda eye: {1: eye[..., :1]}, r"\[1\] is \[1, 5, 1\], and the parameter"),
+    "groups": (lambda eye: {1: eye.expand(2, -1, -1)}, r"\[1\] is \[2, 5, 5\], and the parameter"),
+    "as columns": (lambda eye: {0: eye}, r"\[0\] is \[1, 5, 5\], and the parameter"),
+    "no inputs": (lambda eye: {1: eye[..., :0]}, r"\[1\] is \[1, 5, 0\], and the parameter"),
+    "float32": (lambda eye: {1: eye.float()}, r"\[1\] must be float64, got torch.float32"),
+    "whole numbers": (lambda eye: {1: eye.long()}, r"\[1\] must be float64, got torch.int64"),
+    "nan": (lambda eye: {1: eye / eye}, r"\[1\] has NaN or infinity"),
+    "infinity": (lambda eye: {1: 1 / eye}, r"\[1\] has NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("kind", [gs.OWM, gs.NullSpace])
+def test_refuses_a_state_that_does_not_fit(kind, name):
+    make, message = STATES[name]
+    eye = torch.eye(5).double()[None]
+    layer = nn.Linear(5, 3).double()
+    kept = kind(layer)
+    kept.observe((torch.randn(2, 5).double(),), loss)
+    update = [torch.randn(3, 5).double(), torch.randn(3).double()]
+    before, held = copy.deepcopy(kept.state_dict()), kept(["weight", "bias"], update)
+    for state in ({"bias": None, "weight": make(eye)}, {"weight": make(eye), "bias": None}):
+        with pytest.raises(gs.InputError, match=f"state of weight is not that .*: {message}"):
+            kept.load_state_dict(state)
+    with pytest.raises(gs.InputError, match="state is of a parameter head, which the model has"):
+        kept.load_state_dict({"weight": {1: eye}, "head": None})
+    torch.testing.assert_close(kept.state_dict(), before, rtol=0, atol=0)
+    assert all(map(torch.equal, kept(["weight", "bias"], update), held))
+
+
+def test_a_state_of_both_dimensions_must_let_both_be_held():
+    kept = gs.NullSpace(Net(lambda net, x: x, w=torch.randn(4, 5)))
+    pairs, eye = torch.eye(2).double().expand(2, 2, 2), torch.eye(5).double()
+    kept.load_state_dict({"w": {0: pairs, 1: eye[None]}})
+    with pytest.raises(gs.InputError, match=r"state of w .* off its \[0\] would not be off its"):
+        kept.load_state_dict({"w": {0: pairs, 1: eye.expand(4, 5, 5)}})
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if MODELS[n][2]])
+@pytest.mark.filterwarnings("ignore:.*there is no rule for.*")
+def test_every_state_fits_its_model(name):
+    model, past, _, _ = built(name)
+    kept, again = gs.NullSpace(model), gs.NullSpace(model)
+    kept.observe((past,), loss)
+    again.load_state_dict(copy.deepcopy(kept.state_dict()))
+    torch.testing.assert_close(again.state_dict(), kept.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])

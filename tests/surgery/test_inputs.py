@@ -96,7 +96,8 @@ def test_one_sample_is_seen_as_much_as_it_is():
     for one in x:
         apart.observe((one[None],), loss)
     seen = [owm.state_dict()["weight"][1] for owm in (together, apart)]
-    torch.testing.assert_close(*seen)
+    torch.testing.assert_close(*(rows.mT @ rows for rows in seen))
+    torch.testing.assert_close(seen[0].mT @ seen[0], gram(x)[None])
 
 
 @pytest.mark.parametrize("layer", [nn.Linear, Turned])
@@ -171,7 +172,7 @@ def test_refuses_what_makes_no_sense():
     model = nn.Linear(5, 3)
     for call, message in (
         (lambda: gs.OWM([1]), "model must be a Module, got list"),
-        (lambda: gs.OWM(model, alpha=0.0), "alpha must be above 0, got 0.0"),
+        (lambda: gs.OWM(model, alpha=-1e-3), "alpha must be at least 0, got -0.001"),
         (lambda: gs.NullSpace(model, rtol=1.0), r"rtol must be in \[0, 1\), got 1.0"),
         (lambda: gs.OWM(model, others="keep"), "others must be one of .* got 'keep'"),
         (

@@ -14,6 +14,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.unlearn import Finetune, NegGrad, OrthoGradTrainer
 from gradsurgery.unlearn.bad_teacher import BadTeacher
 from gradsurgery.unlearn.boundary_shrink import BoundaryShrink
+from gradsurgery.unlearn.classification import cross_entropy
 from gradsurgery.unlearn.gdr_gma import GDRGMATrainer
 from gradsurgery.unlearn.gru import GRUTrainer
 from gradsurgery.unlearn.scrub import SCRUB, divergence
@@ -27,7 +28,8 @@ EVERYTHING = 64  # a batch size beyond every set: all samples in each batch
 def make(kind, problem, size=EVERYTHING, **options):
     sizes = {f"{drawn}_batch": size for drawn in kind.draws}
     config = kind.Config(**{"optimizer": "sgd", **sizes, **options})
-    return kind(problem.model, problem.loss, problem.forget, problem.retain, config, seed=3)
+    loss = cross_entropy if kind.instead_of_loss else problem.loss
+    return kind(problem.model, loss, problem.forget, problem.retain, config, seed=3)
 
 
 def state(model):
@@ -211,7 +213,7 @@ def test_scrub_goes_by_its_plan(options, plan, problem):
 def test_scrub_of_no_options_takes_five_epochs(problem):
     """One batch of 12 is the forget set, one of 24 the retain set."""
     config = SCRUB.Config()
-    trainer = SCRUB(problem.model, problem.loss, problem.forget, problem.retain, config)
+    trainer = SCRUB(problem.model, cross_entropy, problem.forget, problem.retain, config)
     kinds = ["f" if "forget_loss_batch" in record else "r" for record in trainer.fit()]
     assert "".join(kinds) == "frfrfrrr"
 
@@ -292,7 +294,7 @@ def test_the_incompetent_teacher_knows_nothing_of_the_original(problem):
     assert not torch.equal(flat(nn.Sequential(*fresh)), teachers[0])  # as its seed would begin
     assert torch.equal(flat(trainer.competent), flat(problem.model))
     other = BadTeacher(
-        problem.model, problem.loss, problem.forget, problem.retain, BadTeacher.Config(), seed=4
+        problem.model, cross_entropy, problem.forget, problem.retain, BadTeacher.Config(), seed=4
     )
     assert not torch.equal(flat(other.incompetent), teachers[0])
 

@@ -1,5 +1,6 @@
 """Labels of any integer dtype do the same in every method; all others are refused, by set."""
 
+import contextlib
 import copy
 
 import pytest
@@ -145,7 +146,32 @@ def test_a_loss_of_ones_own_may_have_other_labels(method):
         return F.mse_loss(model(batch[0]), batch[1], reduction="none").mean(1)
 
     data = {k: (x, torch.randn(len(x), CLASSES)) for k, (x, _) in sets().items()}
-    run(net(), data, method, loss=loss)
+    unused = pytest.warns(UserWarning, match="^loss: BadTeacher never calls it, for it takes div")
+    with unused if method == "bad_teacher" else contextlib.nullcontext():
+        run(net(), data, method, loss=loss)
+
+
+@pytest.mark.parametrize("method", ["scrub", "bad_teacher"])
+def test_a_loss_that_is_never_called_is_one_warning(method):
+    def loss(model, batch):
+        raise AssertionError
+
+    with pytest.warns(UserWarning, match=f"^loss: {ALL[method].__name__} never ca") as caught:
+        run(net(), sets(), method, loss=loss)
+    assert len(caught) == 1
+    run(net(), sets(), method)  # any warning is an error
+
+
+@pytest.mark.parametrize("method", [m for m in ALL if m not in ("scrub", "bad_teacher")])
+def test_a_loss_of_ones_own_is_called(method):
+    calls = []
+
+    def loss(model, batch):
+        calls.append(model)
+        return cross_entropy(model, batch)
+
+    run(net(), sets(), method, loss=loss)
+    assert calls
 
 
 def test_a_single_loss_refuses_them_too():

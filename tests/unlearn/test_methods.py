@@ -17,6 +17,7 @@ from gradsurgery.unlearn import (
     Retrain,
     RetrainConfig,
 )
+from gradsurgery.unlearn.classification import cross_entropy
 
 EVERYTHING = 64  # a batch size beyond every set: all samples in each batch
 
@@ -32,7 +33,8 @@ def run(kind, problem, **options):
     config = kind.Config(**{"optimizer": "sgd", **sizes, **options})
     before = losses(problem)
     data = (problem.forget, problem.retain, config)
-    kind(problem.model, problem.loss, *data, validation=problem.validation).run()
+    loss = cross_entropy if kind.instead_of_loss else problem.loss
+    kind(problem.model, loss, *data, validation=problem.validation).run()
     return tuple(b - a for a, b in zip(before, losses(problem), strict=True))
 
 

@@ -18,6 +18,7 @@ from gradsurgery.unlearn import (
     TrainerConfig,
     TrainingError,
 )
+from gradsurgery.unlearn.classification import cross_entropy
 from gradsurgery.unlearn.trainer import rate_share
 
 ALL = {**METHODS, "retrain": Retrain}
@@ -29,7 +30,8 @@ def make(kind, problem, **options):
         if hasattr(config, size):
             setattr(config, size, 5)
     data = (problem.forget, problem.retain, config)
-    return kind(problem.model, problem.loss, *data, validation=problem.validation, seed=3)
+    loss = cross_entropy if kind.instead_of_loss else problem.loss
+    return kind(problem.model, loss, *data, validation=problem.validation, seed=3)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -1,0 +1,273 @@
+"""Whether the loss of a sample depends on the samples taken with it, tried out on a few."""
+
+import functools
+import random
+import sys
+import warnings
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gradsurgery.batch import Loss, WeightedLosses, batch_size, map_batch, tensors
+from gradsurgery.buffers import Buffers
+from gradsurgery.capture.graph import ordered, roots
+
+# What rounding may do to a loss: this often a unit in the last place of the largest one, and this
+# often what losses move by when all parameters do by such a unit. A forward pass adds up many
+# roundings, in another order for each size of a batch.
+ROUNDINGS = 10
+TF32 = 2.0**-11  # the digits that a GPU may keep of float32
+
+
+class Trial(NamedTuple):
+    """What a trial found."""
+
+    coupled: str | None = None  # a loss that differs, in words
+    moves: Sequence[str] = ()  # names of buffers of the model that a forward pass changes
+
+
+class Holder(nn.Module):
+    """A module whose forward is the loss, so that functional_call swaps the model's parameters."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(self.model, batch)
+
+
+def in_parts(model: nn.Module, loss: Loss, batch: Any, most: int) -> Trial:
+    """Some samples of a batch together, and in parts of no more than `most`: of one or of two."""
+    step = min(most, 2)
+    together = few(batch, 2 + step)
+    parts = [
+        map_batch(lambda leaf, k=k: leaf[k : k + step], together)
+        for k in range(0, batch_size(together), step)
+    ]
+    return tried(model, loss, together, parts if len(parts) > 1 else [])
+
+
+def few(batch: Any, count: int) -> Any:
+    """Samples of a batch: those with most padding, those with least, and some between.
+
+    Zeros count as padding, and so does the least value of a tensor. Where all have as much, samples
+    are spread over the batch.
+    """
+    size = batch_size(batch)
+    padding = [0] * size
+    for leaf in tensors(batch):
+        if leaf.dim() > 1 and leaf.numel() > 0 and not leaf.is_complex():
+            flat = leaf.detach().flatten(1)
+            counts = (flat == 0).sum(1) + (flat == flat.min()).sum(1)
+            padding = [a + b for a, b in zip(padding, counts.tolist(), strict=True)]
+    order = sorted(range(size), key=padding.__getitem__)
+    count = min(count, size)
+    chosen = [order[round(k * (size - 1) / max(count - 1, 1))] for k in range(count)]
+    return map_batch(lambda leaf: leaf[torch.tensor(chosen, device=leaf.device)], batch)
+
+
+def tried(model: nn.Module, loss: Loss, together: Any, parts: Sequence[Any]) -> Trial:
+    """Losses of samples taken together, and of the same in parts, in order.
+
+    The loss is called once for each, and again where they differ. Buffers of the model and of a
+    loss that is a module, their modes and random numbers are afterwards as before.
+
+    What draws random numbers, or differs from call to call, is tried in eval mode. Where it does so
+    there too, or where it raises, nothing is known, and nothing is found.
+    """
+    if not parts and next(model.buffers(), None) is None:
+        return Trial()
+    compiles = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+    before = _Before(model, loss, together)
+    try:
+        with eager, torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _compared(model, loss, together, parts, before)
+    except Exception:  # of the loss: where it is wanted, it will raise again
+        return Trial()
+    finally:
+        before.put_back()
+
+
+def identity(loss: Any, depth: int = 3) -> Hashable:
+    """What tells one loss from another; the same for a lambda that is made anew at each step."""
+    if depth == 0:
+        return None
+    if isinstance(loss, functools.partial):
+        code, own = None, None
+        inside = [loss.func, *loss.args, *loss.keywords.values()]
+    else:
+        code = getattr(loss, "__code__", None)
+        own = getattr(loss, "__self__", loss if code is None else None)
+        inside = [_content(cell) for cell in getattr(loss, "__closure__", None) or ()]
+    known = tuple(identity(each, depth - 1) for each in inside if callable(each))
+    return code, None if own is None else id(own), known
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # as yet empty
+        return None
+
+
+def _compared(
+    model: nn.Module, loss: Loss, together: Any, parts: Sequence[Any], before: "_Before"
+) -> Trial:
+    whole = _losses(model, loss, together)
+    moves = before.buffers_changed()
+    if whole is None or not parts:
+        return Trial(None, moves)
+    each = []
+    for part in parts:
+        before.put_back_buffers()
+        losses = _losses(model, loss, part)
+        if losses is None or losses.shape[1:] != whole.shape[1:]:
+            return Trial(None, moves)
+        each.append(losses.detach())
+    before.put_back_buffers()
+    away = float(_away(whole, torch.cat(each)).max())
+    eps = _unit(whole, list(model.parameters()))
+    limit = ROUNDINGS * eps * _largest(whole.detach())
+    if not away <= limit:
+        limit += ROUNDINGS * _move(model, loss, together, whole, eps, before)
+    if away <= limit:
+        return Trial(None, moves)
+    random = before.random_changed()
+    repeated = _losses(model, loss, together)
+    again = float("nan") if repeated is None else float(_away(whole, repeated).max())
+    if random or again != again or again > 0.1 * away:
+        if not any(module.training for module in before.modules):
+            return Trial(None, moves)
+        before.put_back()
+        for module in before.modules:
+            module.training = False
+        return Trial(_compared(model, loss, together, parts, before).coupled, moves)
+    return Trial(_said(whole, each), moves)
+
+
+def _losses(model: nn.Module, loss: Loss, batch: Any) -> Tensor | None:
+    """Losses of samples, [B, ...]; None for what is none, which is told elsewhere."""
+    losses: Any = loss(model, batch)
+    if isinstance(losses, WeightedLosses):
+        losses = losses.losses
+    wanted = isinstance(losses, Tensor) and losses.is_floating_point() and losses.dim() > 0
+    return losses if wanted and len(losses) == batch_size(batch) else None
+
+
+def _away(a: Tensor, b: Tensor) -> Tensor:
+    """By how much they differ; infinities and NaN do not where they are the same."""
+    a, b = a.detach().double(), b.detach().double()
+    return torch.where((a == b) | (a.isnan() & b.isnan()), 0, a - b).abs()
+
+
+def _move(
+    model: nn.Module, loss: Loss, batch: Any, losses: Tensor, eps: float, before: "_Before"
+) -> float:
+    """What losses move by when every parameter does by eps of itself, up or down."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+
+    def moved(parameter: Tensor) -> Tensor:
+        signs = torch.randint(2, parameter.shape, generator=generator, device="cpu") * 2 - 1
+        found = parameter.detach() * (1 + eps * signs.to(parameter))
+        return found.requires_grad_(parameter.requires_grad)
+
+    values = {
+        f"model.{name}": moved(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+    state = before.random()
+    try:
+        before.put_back_random()  # the same draws, if there are any
+        found = functional_call(Holder(model, loss), values, (batch,))
+        found = found.losses if isinstance(found, WeightedLosses) else found
+    finally:
+        before.put_back_random(state)
+        before.put_back_buffers()
+    return _largest(_away(losses, found))
+
+
+def _largest(values: Tensor) -> float:
+    """Of their sizes, but infinities and NaN."""
+    return float(torch.where(values.isfinite(), values, 0).abs().max())
+
+
+def _unit(losses: Tensor, parameters: Sequence[Tensor]) -> float:
+    """By the coarsest dtype of parameters, losses and what autograd's graph has between."""
+    dtypes = {losses.dtype, *(parameter.dtype for parameter in parameters)}
+    if losses.requires_grad:
+        for node in ordered(roots(losses)[0]):
+            dtypes |= {meta.dtype for meta in getattr(node, "_input_metadata", ())}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+    if losses.is_cuda and torch.float32 in dtypes:
+        eps = max(eps, TF32)
+    return eps
+
+
+def _said(whole: Tensor, each: Sequence[Tensor]) -> str:
+    parts = torch.cat(list(each))
+    away = _away(whole, parts)
+    at = int(torch.where(away.isnan(), torch.inf, away).argmax())
+    row = at // max(whole[0].numel(), 1)
+    ends = torch.tensor([len(part) for part in each], device="cpu").cumsum(0).tolist()
+    size = len(each[next(k for k, end in enumerate(ends) if row < end)])
+    values = [float(losses.detach().flatten()[at]) for losses in (whole, parts)]
+    where = "alone" if size == 1 else f"among {size}"
+    return f"{values[0]:.6g} among {len(whole)} samples, {values[1]:.6g} {where}"
+
+
+class _Before:
+    """What calls of a loss may change, to be put back: buffers, modes, random numbers."""
+
+    def __init__(self, model: nn.Module, loss: Loss, batch: Any) -> None:
+        owners = [each for each in (loss, getattr(loss, "__self__", None)) if each is not model]
+        owners = [model, *(each for each in owners if isinstance(each, nn.Module))]
+        self.modules = [module for owner in owners for module in owner.modules()]
+        self._modes = [module.training for module in self.modules]
+        self._buffers = [Buffers(owner) for owner in owners]
+        leaves = [*model.parameters(), *model.buffers(), *tensors(batch)]
+        self._devices = sorted({leaf.device.index or 0 for leaf in leaves if leaf.is_cuda})
+        self._state = self.random()
+
+    def random(self) -> tuple[list[Tensor], Any, Any]:
+        """The state of torch's random numbers, of Python's, and of numpy's if there is any."""
+        states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
+        numpy = sys.modules.get("numpy")
+        return states, random.getstate(), None if numpy is None else numpy.random.get_state()
+
+    def random_changed(self) -> bool:
+        states, python, numpy = self.random()
+        same = all(torch.equal(a, b) for a, b in zip(states, self._state[0], strict=True))
+        return not (same and python == self._state[1] and repr(numpy) == repr(self._state[2]))
+
+    def buffers_changed(self) -> list[str]:
+        """Of the model, by name."""
+        return self._buffers[0].changed()
+
+    def put_back_buffers(self) -> None:
+        for buffers in self._buffers:
+            buffers.put_back()
+
+    def put_back_random(self, state: tuple[list[Tensor], Any, Any] | None = None) -> None:
+        states, python, numpy = self._state if state is None else state
+        torch.set_rng_state(states[0])
+        for device, each in zip(self._devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(each, device)
+        random.setstate(python)
+        if numpy is not None:
+            sys.modules["numpy"].random.set_state(numpy)
+
+    def put_back(self) -> None:
+        """All of them, and no cast of a parameter is kept by autocast with a graph."""
+        for module, training in zip(self.modules, self._modes, strict=True):
+            module.training = training
+        self.put_back_buffers()
+        self.put_back_random()
+        torch.clear_autocast_cache()
