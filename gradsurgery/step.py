@@ -54,7 +54,8 @@ class Surgeon:
     the loss three or four times more, on six samples at most, and up to twelve times where it
     differs. The model's buffers, its mode and random numbers are put back. A loss that draws random
     numbers is tried in eval mode; not tried are one that draws there too, one that differs at each
-    call, and one that raises on so few samples. Differences of rounding pass: in 16 bits, a few percent.
+    call, and one that raises on so few samples. Differences of rounding pass: in 16 bits, a few
+    percent.
 
     Args:
         model: in the mode (train or eval) its losses are wanted in, held by one process.
