@@ -42,6 +42,18 @@ def steppable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
+def scaler_of(
+    optimizer: torch.optim.Optimizer, given: torch.amp.GradScaler | None
+) -> torch.amp.GradScaler | None:
+    """The scaler given, or that of accelerate's wrapper; None where it is off."""
+    scaler = getattr(optimizer, "scaler", None) if given is None else given
+    check(
+        scaler is None or isinstance(scaler, torch.amp.GradScaler),
+        f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}",
+    )
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
 def check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
     """Raise where a step computes losses several times, as that of LBFGS."""
     name = type(optimizer).__name__

@@ -13,22 +13,22 @@ from gradsurgery.apart import Trial
 from gradsurgery.batch import Loss, batch_size, trainable
 from gradsurgery.capture.held import Hold
 from gradsurgery.capture.leaves import unmixed
-from gradsurgery.collect import ROLES, Added, Collected
+from gradsurgery.collect import ROLES, Added
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.grads import add_to, check_held, own, run_hooks
+from gradsurgery.grads import check_held
 from gradsurgery.info import StepInfo, seen
-from gradsurgery.jacobian import DenseJacobian, Jacobian
 from gradsurgery.ops._inputs import check, check_count, check_number, one_of
 from gradsurgery.optimizers import (
     check_needs_no_closure,
     check_not_accumulating,
-    metric,
+    scaler_of,
     steppable,
 )
 from gradsurgery.passes import Passes
 from gradsurgery.ranks import check_alone, check_one_rank
-from gradsurgery.surgery import InputProjection, Rule, Solution
+from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
+from gradsurgery.update import add_update, fits, solve
 
 
 class Surgeon:
@@ -133,12 +133,7 @@ class Surgeon:
         self.rows: Literal["captured", "stored"] = rows
         self.together, self.chunk_size, self.micro_batch = together, chunk_size, micro_batch
         self.hold: Hold = hold
-        scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
-        check(
-            scaler is None or isinstance(scaler, torch.amp.GradScaler),
-            f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}",
-        )
-        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.scaler = scaler_of(optimizer, scaler)
         check(
             self.scaler is None or rows == "captured",
             "scaler is for captured rows; stored ones are not scaled",
@@ -360,14 +355,14 @@ class Surgeon:
                 raise NonFiniteError("rows: scaled losses overflow")
             rows = added.collected(self.rule, list(outside))
             with unmixed(next(iter(named.values()))):  # autocast is for the loss
-                solution, update = self._solve(rows)
+                solution, update = solve(self.rule, self.optimizer, rows)
                 self.rule.note_columns(rows.jacobian.names)
                 # all that may raise comes before the parameters move; it waits for a GPU no more
                 # than what follows does
                 info = seen(self.rule, rows, solution)
-                self._add_update(rows, solution, update, scale)
-            fits = _fits(solution, named, scale)
-            check_held(outside if fits else {**named, **outside})
+                add_update(rows, solution, update, scale)
+            in_range = fits(solution, named, scale)
+            check_held(outside if in_range else {**named, **outside})
         except NonFiniteError:
             if self.scaler is None:
                 raise
@@ -405,65 +400,3 @@ class Surgeon:
             self.project.check_holds(named)
         self._known = {**self._known, **named}
         return named, outside
-
-    def _solve(self, rows: Collected) -> tuple[Solution, Tensor | list[Tensor]]:
-        """What the rule says of the rows, and the update: weights, or a tensor per parameter."""
-        jacobian, given = rows.jacobian, {}
-        if "memory" in rows.counts:
-            given["memory"] = slice(jacobian.m - rows.counts["memory"], None)
-        if "retain_loss" in self.rule.roles:
-            given["retain_loss"] = rows.means["retain"]
-        update: Any
-        if self.rule.weighted:
-            columns = {name: self._known[name] for name in jacobian.names}
-            known = self.rule.precondition and metric(self.optimizer, columns, rows.reached)
-            solution = self.rule.solve(jacobian, metric=known or None, **given)
-            update = solution.weights
-        else:
-            solution = Solution(torch.empty(0), jacobian.gramian())
-            update = self.rule(jacobian, **given)
-        return solution, update
-
-    def _add_update(
-        self,
-        rows: Collected,
-        solution: Solution,
-        update: Tensor | list[Tensor],
-        scale: float,
-    ) -> None:
-        """Add wᵀ J, or a given update, times `scale`, to `.grad`."""
-        if rows.outside is not None:
-            rows.outside.backward(_times(solution.weights, scale))
-        jacobian = rows.jacobian
-        if isinstance(update, Tensor) and not _is_stored(jacobian):
-            jacobian.backward(_times(update, scale), release=True)
-            return
-        if isinstance(update, Tensor):
-            whole = jacobian.combine(_times(update, scale))
-        else:
-            whole = own([_times(each, scale) for each in update])
-        parameters = jacobian.parameters or []
-        for parameter, grad, used in zip(parameters, whole, rows.reached, strict=True):
-            # one that no loss depends on has no gradient, as in an ordinary step: no decay
-            if used:
-                with torch.no_grad():
-                    add_to(parameter, grad.to(parameter.dtype))
-                    run_hooks(parameter)
-
-
-def _times(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1 else tensor * scale
-
-
-def _is_stored(jacobian: Jacobian) -> bool:
-    return isinstance(getattr(jacobian, "parts", jacobian), DenseJacobian)
-
-
-def _fits(solution: Solution, parameters: dict[str, nn.Parameter], scale: float) -> bool:
-    """Whether an update is known to be in range: no value is larger than its norm, sqrt(wᵀ G w)."""
-    weights, gram = solution.weights.double(), solution.gramian
-    if weights.shape != gram.shape[:1]:  # one for each tensor, or none
-        return False
-    limit = min(torch.finfo(parameter.dtype).max for parameter in parameters.values())
-    square = weights.to(gram.device) @ gram @ weights.to(gram.device)
-    return bool(square.clamp_min(0).sqrt() * abs(scale) <= limit / 2)

@@ -22,6 +22,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPERATORS = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
 RULES = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+SURGEON = (ROOT / "docs" / "surgeon.md").read_text(encoding="utf-8")
 
 
 def blocks(text, language):
@@ -134,7 +135,7 @@ def test_no_path_of_one_machine(page):
 
 def test_every_public_name_is_on_a_page():
     for name in gs.__all__:
-        assert re.search(rf"\b{name}\b", OPERATORS + RULES), name
+        assert re.search(rf"\b{name}\b", OPERATORS + RULES + SURGEON), name
 
 
 def test_the_table_of_rules_is_the_registry():

@@ -1,0 +1,77 @@
+"""From rows to an update in `.grad`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.collect import Collected
+from gradsurgery.grads import add_to, own, run_hooks
+from gradsurgery.jacobian import DenseJacobian, Jacobian
+from gradsurgery.optimizers import metric
+from gradsurgery.surgery import Rule, Solution
+
+
+def solve(
+    rule: Rule, optimizer: torch.optim.Optimizer, rows: Collected
+) -> tuple[Solution, Tensor | list[Tensor]]:
+    """What the rule says of the rows, and the update: weights, or a tensor per parameter."""
+    jacobian, given = rows.jacobian, {}
+    if "memory" in rows.counts:
+        given["memory"] = slice(jacobian.m - rows.counts["memory"], None)
+    if "retain_loss" in rule.roles:
+        given["retain_loss"] = rows.means["retain"]
+    update: Any
+    if rule.weighted:
+        columns = dict(zip(jacobian.names, jacobian.parameters or (), strict=True))
+        known = rule.precondition and metric(optimizer, columns, rows.reached)
+        solution = rule.solve(jacobian, metric=known or None, **given)
+        update = solution.weights
+    else:
+        solution = Solution(torch.empty(0), jacobian.gramian())
+        update = rule(jacobian, **given)
+    return solution, update
+
+
+def add_update(
+    rows: Collected,
+    solution: Solution,
+    update: Tensor | list[Tensor],
+    scale: float,
+) -> None:
+    """Add wᵀ J, or a given update, times `scale`, to `.grad`."""
+    if rows.outside is not None:
+        rows.outside.backward(_times(solution.weights, scale))
+    jacobian = rows.jacobian
+    if isinstance(update, Tensor) and not _is_stored(jacobian):
+        jacobian.backward(_times(update, scale), release=True)
+        return
+    if isinstance(update, Tensor):
+        whole = jacobian.combine(_times(update, scale))
+    else:
+        whole = own([_times(each, scale) for each in update])
+    parameters = jacobian.parameters or []
+    for parameter, grad, used in zip(parameters, whole, rows.reached, strict=True):
+        # one that no loss depends on has no gradient, as in an ordinary step: no decay
+        if used:
+            with torch.no_grad():
+                add_to(parameter, grad.to(parameter.dtype))
+                run_hooks(parameter)
+
+
+def _times(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else tensor * scale
+
+
+def _is_stored(jacobian: Jacobian) -> bool:
+    return isinstance(getattr(jacobian, "parts", jacobian), DenseJacobian)
+
+
+def fits(solution: Solution, parameters: dict[str, nn.Parameter], scale: float) -> bool:
+    """Whether an update is known to be in range: no value is larger than its norm, sqrt(wᵀ G w)."""
+    weights, gram = solution.weights.double(), solution.gramian
+    if weights.shape != gram.shape[:1]:  # one for each tensor, or none
+        return False
+    limit = min(torch.finfo(parameter.dtype).max for parameter in parameters.values())
+    square = weights.to(gram.device) @ gram @ weights.to(gram.device)
+    return bool(square.clamp_min(0).sqrt() * abs(scale) <= limit / 2)
