@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -183,19 +184,30 @@ class Surgeon:
             self._take(parts, loss, adds=True)
             undo.keep()
 
-    def backward(self, scale: float = 1.0) -> StepInfo:
-        """Leave the update of all rows added in `.grad`, added to what is there.
+    def backward(
+        self,
+        scale: float = 1.0,
+        *,
+        loss: Loss | None = None,
+        forget: Any = None,
+        retain: Any = None,
+        batch: Any = None,
+        memory: Any = None,
+    ) -> StepInfo:
+        """Leave the update of all rows added, and of batches, in `.grad`, added to what is there.
 
         As after `loss.backward()`, the caller clips and steps: `clip_grad_norm_`, schedulers and
-        accelerate's or a `GradScaler`'s `step` find what they expect. Whatever happens, the rows
-        are used up, or dropped; where it raises, `.grad` and the rule are as they were.
+        accelerate's or a `GradScaler`'s `step` find what they expect. Where it raises, `.grad` and
+        the rule are as they were. Rows are used up, or dropped where no update comes of them; what
+        is wrong with an argument leaves them.
 
         Args:
             scale: what the update is multiplied by, besides the scaler's scale.
+            loss, forget, retain, batch, memory: as for `step`.
 
         Raises:
-            InputError: nothing was added, or not all that the rule needs; parameters were frozen,
-                unfrozen, replaced or moved since.
+            InputError: as for `step`; there are not all rows that the rule needs; parameters were
+                frozen, unfrozen, replaced or moved since rows were added.
             NonFiniteError: as for `step`.
         """
         start = time.perf_counter()
@@ -205,13 +217,17 @@ class Surgeon:
             "project= is of steps, and backward takes none: leave it out, and step within "
             "`with kept.steps(): optimizer.step()`",
         )
-        check(bool(self._added), f"backward: no rows were added; {self._takes()}, by add")
-        undo = Undo(self.model, self.optimizer, self.rule)
-        with undo, undo:
-            for parameter, grad in undo.grads:  # copies, which hooks may see grow
-                parameter.grad = None if grad is None else grad.clone()
-            info = self._update(scale)
-            undo.keep(grads=True)
+        parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
+        self._check_complete({*parts} | self._added.parts)
+        with self._rows_used_up():
+            undo = Undo(self.model, self.optimizer, self.rule)
+            with undo, undo:
+                if parts:
+                    self._take(parts, loss, adds=bool(self._added))
+                for parameter, grad in undo.grads:  # copies, which hooks may see grow
+                    parameter.grad = None if grad is None else grad.clone()
+                info = self._update(scale)
+                undo.keep(grads=True)
         return replace(info, seconds=time.perf_counter() - start)
 
     def discard(self) -> None:
@@ -261,9 +277,8 @@ class Surgeon:
         check_needs_no_closure(self.optimizer)
         parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
         self._check_complete({*parts} | self._added.parts)
-        before = self._added.count
-        undo = Undo(self.model, self.optimizer, self.rule)
-        try:
+        with self._rows_used_up():
+            undo = Undo(self.model, self.optimizer, self.rule)
             with undo, undo:
                 if parts:
                     self._take(parts, loss, adds=bool(self._added))
@@ -282,11 +297,18 @@ class Surgeon:
                     undo.keep()
                 if self.scaler is not None:
                     self.scaler.update()
+        return replace(info, seconds=time.perf_counter() - start)
+
+    @contextmanager
+    def _rows_used_up(self) -> Iterator[None]:
+        """Rows that an error leaves half used are dropped."""
+        before = self._added.count
+        try:
+            yield
         except BaseException:
             if self._added.count != before:
                 self.discard()
             raise
-        return replace(info, seconds=time.perf_counter() - start)
 
     def _given(self, **parts: Any) -> dict[str, Any]:
         """The batches that were given, if the rule has a use for them."""
@@ -309,6 +331,8 @@ class Surgeon:
         return f"{name} lowers every loss it is given: it takes batch="
 
     def _check_complete(self, parts: set[str]) -> None:
+        if self._added.overflowed:
+            return
         needed = {"forget", "retain"} if "forget" in self.rule.roles else {"batch"}
         got = [part for part in ROLES if part in parts]
         check(needed <= parts, f"{self._takes()}, got {got}")
@@ -346,8 +370,6 @@ class Surgeon:
         named, outside = self._looked_up()
         added, scale = self._added, scale * self._scale(next(iter(named.values())))
         added.check_columns({**named, **outside})
-        if not added.overflowed:
-            self._check_complete(added.parts)
         self.discard()
         remembered = dict(self.rule._state)
         try:

@@ -186,6 +186,21 @@ def test_step_without_batches_steps_along_what_was_added():
         assert torch.equal(a, b)
 
 
+def test_backward_takes_batches_besides_what_was_added():
+    model, data = mlp(), batch(4)
+    surgeon = surgeon_of(model, gs.UPGrad())
+    for part in cut(data, 3):
+        surgeon.add(batch=part, loss=classification)
+    surgeon.backward()
+    added = taken(model)
+    surgeon.backward(batch=data, loss=classification)
+    assert_close(taken(model), added, 1e-12)
+    first, second = cut(data, 3)
+    surgeon.add(batch=first, loss=classification)
+    surgeon.backward(batch=second, loss=classification)
+    assert_close(taken(model), added, 1e-12)
+
+
 def test_adds_to_the_gradients_there_are_in_their_memory():
     model, data = mlp(), batch(4)
     classification(model, data).sum().backward()
@@ -390,7 +405,7 @@ def test_what_raises_in_backward_leaves_gradients_and_the_rule(monkeypatch):
     assert {k: v.tolist() for k, v in rule.state_dict().items()} == {
         k: v.tolist() for k, v in remembered.items()
     }
-    with pytest.raises(gs.InputError, match="backward: no rows were added"):
+    with pytest.raises(gs.InputError, match=r"takes forget= and retain=, got \[\]"):
         surgeon.backward()
 
 
