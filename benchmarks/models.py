@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 VOCAB, CLASSES = 128, 10
 
@@ -75,6 +76,24 @@ def with_lora(model, r):
     return model
 
 
+class Checkpointed(nn.Module):
+    """Computed once more in the backward pass, in place of keeping activations."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def checkpointed(model):
+    """The transformer with a checkpoint around each block."""
+    for k, block in enumerate(model.blocks):
+        model.blocks[k] = Checkpointed(block)
+    return model
+
+
 def mlp(*widths):
     layers = []
     for i, o in pairwise(widths):
@@ -136,6 +155,11 @@ MODELS = {  # name: (the model, batches for it)
     "transformer 768x2 T16": (lambda: transformer(768, 2, VOCAB, 16), text(16)),
     "MLP 6.3M": (lambda: mlp(1024, 2048, 2048, CLASSES), labelled(1024)),
     "LoRA 384x6 T64": (lambda: with_lora(transformer(384, 6, VOCAB, 64), 8), text(64)),
+    "transformer 256x8 T256": (lambda: transformer(256, 8, VOCAB, 256), text(256)),
+    "LoRA 256x8 T256, checkpoints": (
+        lambda: checkpointed(with_lora(transformer(256, 8, VOCAB, 256), 8)),
+        text(256),
+    ),
     "ResNet-18 GN": (resnet18, labelled(3, 32, 32)),
     "MLP 85k": (lambda: mlp(64, 256, 256, CLASSES), labelled(64)),
     "MLP 0.7M": (lambda: mlp(256, 640, 640, 160), labelled(256)),
