@@ -13,9 +13,9 @@ formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/emulated_
 demo: $(VENV)/demo
 	$(bin)/gradsurgery unlearn digits
 
-# the whole suite runs on every core, a process and some 1 GB each; what ARGS picks runs in one
-# process, which starts sooner, unless WORKERS says otherwise
-WORKERS ?= $(if $(ARGS),0,logical)
+# the whole suite runs on every core, a process and some 1 GB each; where ARGS picks tests there is
+# one process, which starts sooner, unless WORKERS says otherwise
+WORKERS ?= $(if $(filter tests% -k% -m% --lf,$(ARGS)),0,logical)
 workers = -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 
 test: $(VENV)/dev
