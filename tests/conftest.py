@@ -2,6 +2,12 @@
 
 import os
 import sys
+from collections import Counter
+
+# before torch starts OpenMP: a thread that spins while it waits takes the core of another process
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests run
 
 import numpy
 import pytest
@@ -43,7 +49,10 @@ if INTERPRETED:
     numpy.seterr(all="ignore")  # a GPU does not warn of what is not finite
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["torch", "native"])
+PLAIN_TORCH = pytest.param("torch", marks=pytest.mark.plain_torch)
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else [PLAIN_TORCH, "native"])
 def impl(request, monkeypatch):
     """Each implementation of an operator in turn, forced."""
     if request.param == "native" and not _backend.native_available("cpu"):
@@ -62,6 +71,24 @@ def assert_close():
         torch.testing.assert_close(actual.double(), expected, atol=atol * scale, rtol=rtol)
 
     return compare
+
+
+# what the workers of pytest-xdist attacked is counted in each of them; tests/fuzz/conftest.py
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    attacks = getattr(node, "workeroutput", {}).get("attacks")
+    if attacks:
+        from tests.fuzz.profiles import TALLY
+
+        for kind, count in attacks.items():
+            TALLY.setdefault(kind, Counter()).update(count)
+
+
+def pytest_terminal_summary(terminalreporter):
+    profiles = sys.modules.get("tests.fuzz.profiles")
+    if profiles and profiles.TALLY:
+        terminalreporter.section("attacks")
+        terminalreporter.write_line(profiles.table(profiles.TALLY))
 
 
 # what torch.device(...) as a context moves is looked up once: before `unwritten_is_nan`

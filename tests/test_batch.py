@@ -321,7 +321,6 @@ LARGE = torch.arange(1000)
         (lambda x: {"a": {"b": (x, x[:1])}}, r"batch sizes: \[1, 2\]"),
         (lambda x: Encoding({}), "batch holds no tensor"),
     ],
-    ids=str,
 )
 def test_names_the_entry_that_is_no_tensor_of_samples(data, message):
     with pytest.raises(gs.InputError, match=message) as error:

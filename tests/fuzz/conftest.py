@@ -1,4 +1,4 @@
-"""Prints what was tried, and writes it where `make fuzz` collects it."""
+"""Hands on what was tried: to tests/conftest.py, which prints it, and to `make fuzz`."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fuzz.profiles import TALLY, table
+from tests.fuzz.profiles import TALLY
 
 
 @pytest.fixture(autouse=True)
@@ -16,13 +16,9 @@ def one_thread(threads):
     torch.set_num_threads(1)
 
 
-def pytest_terminal_summary(terminalreporter):
-    if TALLY:
-        terminalreporter.section("attacks")
-        terminalreporter.write_line(table(TALLY))
-
-
-def pytest_sessionfinish():
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of a worker of pytest-xdist
+        session.config.workeroutput["attacks"] = {k: dict(v) for k, v in TALLY.items()}
     out = os.environ.get("GRADSURGERY_FUZZ_OUT")
     if out:
         Path(out).write_text(json.dumps(TALLY))

@@ -8,7 +8,10 @@ import pytest
 
 from gradsurgery.ops import _backend
 
-each = pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+ISAS = ["baseline", "avx2", "avx512"]
+each = pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=pytest.mark.each_isa) for isa in ISAS]
+)
 
 
 def prints_nothing(isa, code):

@@ -183,6 +183,11 @@ def test_operators_obey_the_variable(backend, monkeypatch):
         }  # fmt: skip
 
 
+def test_what_is_forced_to_plain_torch_is_marked(impl, request):
+    # the checks of other instruction sets and of memory leave it out by that
+    assert (request.node.get_closest_marker("plain_torch") is not None) == (impl == "torch")
+
+
 # one process per instruction set: the choice is made once
 
 PREAMBLE = """

@@ -236,7 +236,6 @@ class Duck:
         (3, "rows must be a Tensor or a sequence of Tensors, got int"),
         (None, "rows must be a Tensor or a sequence of Tensors, got NoneType"),
     ],
-    ids=str,
 )
 def test_rejects_what_is_no_jacobian(rows, message, impl):
     with pytest.raises(gs.InputError, match=message):

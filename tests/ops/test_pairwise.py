@@ -234,7 +234,6 @@ def test_a_gramian_that_is_not_finite_is_never_taken_for_zero_rows(value, impl):
         (torch.eye(2), torch.eye(2), None, "order must be int64, got torch.float32"),
         (torch.eye(2), orders(2), torch.ones(2), r"targets must be \[2, 2\] .*, got \[2\]"),
     ],
-    ids=str,
 )
 def test_rejects_what_does_not_fit(gramian, order, targets, message):
     with pytest.raises(gs.InputError, match=message):
