@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gradsurgery.batch import Loss, WeightedLosses, batch_size, map_batch, tensors
+from gradsurgery.batch import (
+    AnyLoss,
+    WeightedLosses,
+    batch_size,
+    map_batch,
+    tensors,
+)
 from gradsurgery.buffers import Buffers
 from gradsurgery.capture.graph import ordered, roots
 
@@ -33,15 +39,15 @@ class Trial(NamedTuple):
 class Holder(nn.Module):
     """A module whose forward is the loss, so that functional_call swaps the model's parameters."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: AnyLoss) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any) -> Tensor | WeightedLosses:
         return self.loss(self.model, batch)
 
 
-def in_parts(model: nn.Module, loss: Loss, batch: Any, most: int) -> Trial:
+def in_parts(model: nn.Module, loss: AnyLoss, batch: Any, most: int) -> Trial:
     """Some samples of a batch together, and in parts of no more than `most`: of one or of two."""
     step = min(most, 2)
     together = few(batch, 2 + step)
@@ -71,7 +77,7 @@ def few(batch: Any, count: int) -> Any:
     return map_batch(lambda leaf: leaf[torch.tensor(chosen, device=leaf.device)], batch)
 
 
-def tried(model: nn.Module, loss: Loss, together: Any, parts: Sequence[Any]) -> Trial:
+def tried(model: nn.Module, loss: AnyLoss, together: Any, parts: Sequence[Any]) -> Trial:
     """Losses of samples taken together, and of the same in parts, in order.
 
     The loss is called once for each, and again where they differ. Buffers of the model and of a
@@ -118,7 +124,11 @@ def _content(cell: Any) -> Any:
 
 
 def _compared(
-    model: nn.Module, loss: Loss, together: Any, parts: Sequence[Any], before: "_Before"
+    model: nn.Module,
+    loss: AnyLoss,
+    together: Any,
+    parts: Sequence[Any],
+    before: "_Before",
 ) -> Trial:
     whole = _losses(model, loss, together)
     moves = before.buffers_changed()
@@ -152,7 +162,7 @@ def _compared(
     return Trial(_said(whole, each), moves)
 
 
-def _losses(model: nn.Module, loss: Loss, batch: Any) -> Tensor | None:
+def _losses(model: nn.Module, loss: AnyLoss, batch: Any) -> Tensor | None:
     """Losses of samples, [B, ...]; None for what is none, which is told elsewhere."""
     losses: Any = loss(model, batch)
     if isinstance(losses, WeightedLosses):
@@ -168,7 +178,12 @@ def _away(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _move(
-    model: nn.Module, loss: Loss, batch: Any, losses: Tensor, eps: float, before: "_Before"
+    model: nn.Module,
+    loss: AnyLoss,
+    batch: Any,
+    losses: Tensor,
+    eps: float,
+    before: "_Before",
 ) -> float:
     """What losses move by when every parameter does by eps of itself, up or down."""
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -226,7 +241,7 @@ def _said(whole: Tensor, each: Sequence[Tensor]) -> str:
 class _Before:
     """What calls of a loss may change, to be put back: buffers, modes, random numbers."""
 
-    def __init__(self, model: nn.Module, loss: Loss, batch: Any) -> None:
+    def __init__(self, model: nn.Module, loss: AnyLoss, batch: Any) -> None:
         owners = [each for each in (loss, getattr(loss, "__self__", None)) if each is not model]
         owners = [model, *(each for each in owners if isinstance(each, nn.Module))]
         self.modules = [module for owner in owners for module in owner.modules()]

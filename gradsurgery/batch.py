@@ -15,7 +15,8 @@ from gradsurgery.ops._inputs import check
 from gradsurgery.ranks import check_one_rank
 
 # (model, batch) -> per-sample losses [B], where it is asked for them also [B, tasks] or weighted
-Loss = Callable[[nn.Module, Any], "Tensor | WeightedLosses"]
+Loss = Callable[[nn.Module, Any], Tensor]
+AnyLoss = Loss | Callable[[nn.Module, Any], "WeightedLosses"]
 DETACHED = (
     "loss does not depend on the model's parameters: it was detached, computed under "
     "torch.no_grad, from comparisons (as an accuracy is), or by another model, such as a copy"
@@ -166,7 +167,7 @@ def trainable(
     return named
 
 
-def per_sample_losses(losses: Tensor, size: int) -> Tensor:
+def per_sample_losses(losses: Any, size: int) -> Tensor:
     """`losses`, if they are [size]."""
     check(isinstance(losses, Tensor), f"loss must return a Tensor, got {type(losses).__name__}")
     check(

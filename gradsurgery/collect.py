@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +139,12 @@ class Added:
             for part, known in made.parts.items():
                 jacobian = made.jacobian
                 if isinstance(jacobian, FactoredJacobian):
-                    jacobian = rows_of(jacobian, first, known.count)
-                first += known.count
+                    jacobian = rows_of(jacobian, first, known.rows)
+                first += known.rows
                 if known.summed:
                     if part not in self._sums:
                         self._sums[part] = _sums(jacobian)
-                    self._sums[part].add(jacobian, known.total / made.scale)
+                    self._sums[part].add(cast(Any, jacobian), known.total / made.scale)
                     continue
                 if isinstance(jacobian, FactoredJacobian):
                     jacobian = held(jacobian, self.hold)
@@ -163,7 +163,7 @@ class Added:
         self._samples += new._samples
         for part, sums in new._sums.items():
             if part in self._sums:
-                self._sums[part].add(sums.jacobian(), 1.0)
+                self._sums[part].add(cast(Any, sums.jacobian()), 1.0)
             else:
                 self._sums[part] = sums
 
@@ -174,11 +174,11 @@ class Added:
         """
         known = {part: self._parts[part] for part in ROLES if part in self._parts}
         counts = {
-            part: found[0].count if found[0].summed else sum(each.count for each in found)
+            part: found[0].rows if found[0].summed else sum(each.rows for each in found)
             for part, found in known.items()
         }
         jacobians, sums = self._in_order(known, counts)
-        whole = concat(jacobians) if len(jacobians) > 1 else jacobians[0]
+        whole: Stored = concat(cast(Any, jacobians)) if len(jacobians) > 1 else jacobians[0]
         self._sums, self._samples, self._last = {}, [], []
         others = None
         if isinstance(whole, FactoredJacobian) and outside:
@@ -216,9 +216,9 @@ class Added:
             jacobians.append(made.jacobian)
             for part, each in made.parts.items():
                 share = (each.total if each.summed else sizes[part]) / totals[part] / made.scale
-                note(part, each.count, share * (ONE if each.summed else each.shares))
+                note(part, each.rows, share * (ONE if each.summed else each.shares))
                 if not each.summed:
-                    starts[part] += each.count
+                    starts[part] += each.rows
         sums = torch.zeros(sum(counts.values()), len(rows), dtype=torch.float64, device="cpu")
         sums[rows, torch.arange(len(rows), device="cpu")] = torch.cat(factors)
         return jacobians, sums
@@ -256,4 +256,4 @@ def _row_losses(parts: Sequence[Part]) -> Tensor:
     if not parts[0].summed:
         return torch.cat([each.losses for each in parts])
     means = _mean(parts)
-    return means if means.shape == (parts[0].count,) else means.mean().reshape(1)
+    return means if means.shape == (parts[0].rows,) else means.mean().reshape(1)

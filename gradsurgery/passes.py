@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gradsurgery.apart import Trial, few, identity, in_parts, tried
 from gradsurgery.batch import (
     DETACHED,
+    AnyLoss,
     Loss,
     WeightedLosses,
     batch_size,
@@ -35,7 +36,7 @@ FEW_TOKENS = 1024
 class Part(NamedTuple):
     """What a pass gave of one batch."""
 
-    count: int  # rows
+    rows: int
     losses: Tensor  # [B] or [B, tasks]
     weights: Tensor | None  # [B] float64 on the CPU, of the samples in means; None where all are 1
     summed: bool  # whether its rows are means over samples, and go to the same rows of all passes
@@ -67,7 +68,7 @@ class Passes:
 
     model: nn.Module
     rule: Rule
-    loss: Loss
+    loss: AnyLoss
     named: dict[str, nn.Parameter]  # the columns
     outside: dict[str, nn.Parameter]  # what else the optimizer holds and the losses may depend on
     rows: Literal["captured", "stored"]
@@ -84,9 +85,9 @@ class Passes:
             yield from self._stored(parts)
             return
         sizes = {part: batch_size(batch) for part, batch in parts.items()}
-        most = self.micro_batch
-        cut = most is not None and max(sizes.values()) > most
-        if cut:
+        largest = max(sizes.values())
+        most = largest if self.micro_batch is None else self.micro_batch
+        if largest > most:
             for part, batch in parts.items():
                 for at in range(0, sizes[part], most):
                     piece = map_batch(lambda leaf, at=at: leaf[at : at + most], batch)
@@ -99,7 +100,7 @@ class Passes:
                 for part, batch in parts.items():
                     yield self._pass({part: batch}, batch, False)
         for part, batch in parts.items():
-            if cut and sizes[part] > most:
+            if sizes[part] > most:
                 self._check_apart("micro_batch", part, batch, most)
             elif self.adds and sizes[part] > 1:
                 self._check_apart("add", part, batch, 1)
@@ -114,6 +115,8 @@ class Passes:
     def _one_pass(self, *batches: Any) -> bool:
         if self.together is not None:
             return self.together
+        if self.adds:  # a pass for a mean alone leaves that gradient, and no pairs
+            return False
         return sum(map(tokens, batches)) <= FEW_TOKENS
 
     def _goes_together(self, parts: dict[str, Any]) -> bool:
@@ -163,10 +166,8 @@ class Passes:
             each = list(sizes.values())
             mine = losses.detach().split(each)
             theirs = [None] * len(each) if weights is None else weights.split(each)
-            found = {
-                part: self._part(part, *known)
-                for part, *known in zip(sizes, mine, theirs, strict=True)
-            }
+            known = zip(sizes, mine, theirs, strict=True)
+            found = {part: self._part(part, losses, weights) for part, losses, weights in known}
             groups, shares = _layout(list(found.values()))
             scaled = losses * shares.to(losses)
             scaled = scaled if self.scale == 1 else scaled * self.scale
@@ -211,15 +212,16 @@ class Passes:
 
     def _part(self, part: str, losses: Tensor, weights: Tensor | None) -> Part:
         merged = self._merges(part)
-        count = 1 if merged else losses.shape[-1]
-        return Part(count, losses, weights, merged or losses.dim() == 2)
+        rows = 1 if merged else losses.shape[-1]
+        return Part(rows, losses, weights, merged or losses.dim() == 2)
 
     def _stored(self, parts: dict[str, Any]) -> Iterator[Pass]:
         """The same rows, explicit."""
+        loss = cast(Loss, self.loss)
         for part, batch in parts.items():
             if self.outside:
-                loss = first_loss(self.model, batch, self.loss)
-                grads = gradients(loss, list(self.outside.values()))
+                first = first_loss(self.model, batch, loss)
+                grads = gradients(first, list(self.outside.values()))
                 names = [n for n, g in zip(self.outside, grads, strict=True) if g is not None]
                 if names:
                     check_outside(self.rule, self.rows, names)
@@ -228,7 +230,7 @@ class Passes:
             found = DenseJacobian._of(
                 self.model,
                 batch,
-                self.loss,
+                loss,
                 rows="mean" if self._merges(part) else "samples",
                 parameters=list(self.named.values()),
                 chunk_size=self.chunk_size,
@@ -266,12 +268,12 @@ def _layout(parts: list[Part]) -> tuple[Tensor, Tensor]:
         share = part.shares / (part.total or 1) if part.summed else torch.ones_like(part.shares)
         if part.losses.dim() == 2:
             tasks = part.losses.shape[1]
-            share = share[:, None].expand(part.losses.shape) * (part.count / tasks)
-        if part.count == 1:
+            share = share[:, None].expand(part.losses.shape) * (part.rows / tasks)
+        if part.rows == 1:
             rows = torch.zeros(part.losses.shape, dtype=torch.int64, device="cpu")
         else:  # the last dimension is that of samples, or of tasks
-            rows = torch.arange(part.count, device="cpu").expand(part.losses.shape)
+            rows = torch.arange(part.rows, device="cpu").expand(part.losses.shape)
         groups.append(rows + above)
         shares.append(share)
-        above += part.count
+        above += part.rows
     return torch.cat(groups), torch.cat(shares)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.apart import Trial
-from gradsurgery.batch import Loss, batch_size, trainable
+from gradsurgery.batch import AnyLoss, batch_size, trainable
 from gradsurgery.capture.held import Hold
 from gradsurgery.capture.leaves import unmixed
 from gradsurgery.collect import ROLES, Added
@@ -162,7 +162,7 @@ class Surgeon:
     def add(
         self,
         *,
-        loss: Loss,
+        loss: AnyLoss,
         forget: Any = None,
         retain: Any = None,
         batch: Any = None,
@@ -188,7 +188,7 @@ class Surgeon:
         self,
         scale: float = 1.0,
         *,
-        loss: Loss | None = None,
+        loss: AnyLoss | None = None,
         forget: Any = None,
         retain: Any = None,
         batch: Any = None,
@@ -237,7 +237,7 @@ class Surgeon:
     def step(
         self,
         *,
-        loss: Loss | None = None,
+        loss: AnyLoss | None = None,
         forget: Any = None,
         retain: Any = None,
         batch: Any = None,
@@ -337,9 +337,10 @@ class Surgeon:
         got = [part for part in ROLES if part in parts]
         check(needed <= parts, f"{self._takes()}, got {got}")
 
-    def _take(self, parts: dict[str, Any], loss: Loss | None, adds: bool) -> None:
+    def _take(self, parts: dict[str, Any], loss: AnyLoss | None, adds: bool) -> None:
         """Add the rows of batches; where it raises, nothing is added."""
-        check(callable(loss), f"loss must be a function, got {type(loss).__name__}")
+        if loss is None or not callable(loss):
+            raise InputError(f"loss must be a function, got {type(loss).__name__}")
         named, outside = self._looked_up()
         self._added.check_columns({**named, **outside})
         passes = Passes(

@@ -100,7 +100,7 @@ class Undo:
             self._kept.append(new)
         with torch.no_grad():
             if olds:  # and the note, in one call of C
-                self._done.extend(map(torch._foreach_copy_, (olds,), (news,)))
+                self._done.extend(map(torch.ops.aten._foreach_copy_, (olds,), (news,)))
             else:
                 self._done.append(None)
 

@@ -1,13 +1,14 @@
 """From rows to an update in `.grad`."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.capture import FactoredJacobian
 from gradsurgery.collect import Collected
 from gradsurgery.grads import add_to, own, run_hooks
-from gradsurgery.jacobian import DenseJacobian, Jacobian
+from gradsurgery.jacobian import DenseJacobian, Jacobian, SummedRows
 from gradsurgery.optimizers import metric
 from gradsurgery.surgery import Rule, Solution
 
@@ -44,7 +45,7 @@ def add_update(
         rows.outside.backward(_times(solution.weights, scale))
     jacobian = rows.jacobian
     if isinstance(update, Tensor) and not _is_stored(jacobian):
-        jacobian.backward(_times(update, scale), release=True)
+        cast(FactoredJacobian | SummedRows, jacobian).backward(_times(update, scale), release=True)
         return
     if isinstance(update, Tensor):
         whole = jacobian.combine(_times(update, scale))

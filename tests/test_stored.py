@@ -83,7 +83,7 @@ class Square(torch.autograd.Function):
         return x**2
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # type: ignore[override]
         return 2 * ctx.saved_tensors[0] * grad
 
 
@@ -167,7 +167,7 @@ def test_the_backward_pass_is_outside_of_autocast(rows):
             ctx.save_for_backward(*inputs)
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, grad):  # type: ignore[override]
             x, weight = ctx.saved_tensors
             seen.append((grad.float() @ weight.mT.float()).dtype)
             return (grad.float() @ weight.mT.float()).to(x.dtype), None

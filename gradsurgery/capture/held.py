@@ -10,7 +10,7 @@ from torch import Tensor
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.leaves import Derived, unmixed
-from gradsurgery.capture.ranges import in_range
+from gradsurgery.capture.ranges import SQUARES, in_range, within
 from gradsurgery.capture.uses import RowsUse, Use, occurring
 from gradsurgery.ops._inputs import wide
 
@@ -53,8 +53,8 @@ def held(jacobian: FactoredJacobian, hold: Hold = "auto") -> FactoredJacobian:
             mine = [*through.get(id(parameter), ()), *(use for use in mine if use.n)]
             if mine and not all(isinstance(use, RowsUse) for use in mine):
                 rows = _occurring(mine)
-                if formed_is_smaller(mine, len(rows), parameter.numel()):
-                    mine = [_formed(mine, rows, parameter.shape)]
+                smaller = formed_is_smaller(mine, len(rows), parameter.numel())
+                mine = [_formed(mine, rows, parameter.shape)] if smaller else mine
             uses.append(mine)
     return _like(jacobian, jacobian.m, jacobian.losses, uses, kept)
 
@@ -107,15 +107,17 @@ class Sums:
 
 
 def rows_of(jacobian: FactoredJacobian, first: int, count: int) -> FactoredJacobian:
-    """Some of the rows, `count` from `first` on."""
+    """Some of the rows, `count` from `first` on; views of what has them side by side."""
     if (first, count) == (0, jacobian.m):
         return jacobian
-    known: dict[int, tuple[Tensor, Tensor]] = {}
+    known: dict[int, tuple[Tensor | slice, Tensor]] = {}
 
     def part(use: Use) -> Use:
         if id(use.rows) not in known:
             blocks = ((use.rows >= first) & (use.rows < first + count)).nonzero().flatten()
-            known[id(use.rows)] = blocks, use.rows[blocks] - first
+            at, n = (int(blocks[0]) if len(blocks) else 0), len(blocks)
+            beside = torch.equal(blocks, torch.arange(at, at + n, device="cpu"))
+            known[id(use.rows)] = slice(at, at + n) if beside else blocks, use.rows[blocks] - first
         return use.select(*known[id(use.rows)])
 
     uses = [[part(use) for use in mine] for mine in jacobian._uses]
@@ -136,15 +138,22 @@ def _like(
 
 def _formed(uses: Sequence[Use], rows: Tensor, shape: Sequence[int]) -> RowsUse:
     """The rows themselves, in float64 where float32 would lose products of tokens."""
-    fine = all(isinstance(use, RowsUse) or in_range(use) for use in uses)
-    uses = [use.best() if isinstance(use, ConvolutionUse) else use for use in uses]
-    uses = [use.wide() if fine else use.double() for use in uses]
-    widest = max((use.values[-1] for use in uses), key=lambda tensor: tensor.dtype.itemsize)
-    plane = uses[0].plane
-    out = wide(widest[:0]).new_empty(len(rows), *plane)
-    for k, use in enumerate(uses):
-        index = torch.searchsorted(rows, use.rows)
-        (use.add_rows if k else use.write_rows)(out, index, 0, plane[0])
+    best = [use.best() if isinstance(use, ConvolutionUse) else use for use in uses]
+    index = [torch.searchsorted(rows, use.rows) for use in uses]
+
+    def formed(parts: Sequence[Use]) -> Tensor:
+        widest = max((use.values[-1] for use in parts), key=lambda tensor: tensor.dtype.itemsize)
+        out = wide(widest[:0]).new_empty(len(rows), *parts[0].plane)
+        for k, (use, where) in enumerate(zip(parts, index, strict=True)):
+            (use.add_rows if k else use.write_rows)(out, where, 0, use.plane[0])
+        return out.flatten(1)
+
+    out = formed([use.wide() for use in best])
+    if out.dtype == torch.float32:
+        # of rows near 1 nothing was lost; else tokens tell, and they are many
+        squares = torch.linalg.vector_norm(out, dim=1).square()
+        if not bool(within(squares, SQUARES).all()) and not all(map(in_range, uses)):
+            out = formed([use.double() for use in best])
     return RowsUse(out.view(len(rows), *shape), rows)
 
 
