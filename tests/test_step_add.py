@@ -160,7 +160,10 @@ def test_step_is_add_backward_and_the_optimizers_step():
     models = [mlp()]
     models += [copy.deepcopy(models[0]) for _ in range(2)]
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in models]
-    surgeons = [gs.Surgeon(m, o, gs.OrthoGrad()) for m, o in zip(models, optimizers, strict=True)]
+    surgeons = [
+        gs.Surgeon(m, o, gs.OrthoGrad(), together=False)
+        for m, o in zip(models, optimizers, strict=True)
+    ]
     for _ in range(3):
         data = {"forget": batch(3), "retain": batch(4)}
         surgeons[0].step(**data, loss=classification)
@@ -512,10 +515,12 @@ def test_a_hook_that_is_not_linear_is_refused_for_a_sum_over_parts():
     model[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
     surgeon = surgeon_of(model, gs.OrthoGrad())
     with pytest.warns(UserWarning, match="it has a hook"):
-        surgeon.add(forget=data, retain=data, loss=classification)
+        surgeon.add(retain=data, loss=classification)
     with pytest.raises(gs.InputError, match=r"0\.weight.* not linear in its gradient.*take whole"):
         surgeon.add(forget=data, loss=classification)
-    surgeon.backward()
+    surgeon = surgeon_of(model, gs.OrthoGrad(), micro_batch=1)
+    with pytest.raises(gs.InputError, match=r"0\.weight: a hook.*a row of forget is a sum over"):
+        surgeon.step(forget=data, retain=data, loss=classification)
 
 
 def test_projections_are_of_steps():
