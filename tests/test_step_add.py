@@ -109,8 +109,19 @@ def test_parts_give_the_update_of_the_whole(rule, options):
     assert_same_info(parts[1], whole[1])
 
 
-# its losses are not in the order of the samples
-@pytest.mark.parametrize("name", [name for name in ZOO if name != "loss reversed"])
+PLACED = ("loss reversed", "loss of two halves")  # by the place of a sample in its batch
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_losses_that_depend_on_other_samples_are_refused(name):
+    model, data = from_zoo(name, size=5)
+    surgeon = surgeon_of(model, gs.PCGrad())
+    with pytest.raises(gs.InputError, match="add: loss of a sample of batch depends on the others"):
+        surgeon.add(batch=data, loss=ZOO[name].loss)
+    surgeon.step(batch=data, loss=ZOO[name].loss)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in PLACED])
 def test_every_architecture_gives_the_update_of_the_whole(name):
     # the rows held are the same in either form, and the sums those of all samples
     model, data = from_zoo(name, size=5)

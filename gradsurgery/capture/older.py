@@ -57,10 +57,17 @@ def _found() -> list[Any]:
         kind = type(each)
         if issubclass(kind, OWNERS):
             known.update(map(id, vars(each).values()))
-        elif issubclass(kind, Tensor) and each.is_leaf:
+        elif issubclass(kind, Tensor) and _is_leaf(each):
             known.add(id(each._backward_hooks))
             known.add(id(getattr(each, "_post_accumulate_grad_hooks", None)))
     return [each for each in hooks if id(each) not in known]
+
+
+def _is_leaf(tensor: Tensor) -> bool:
+    try:
+        return tensor.is_leaf
+    except RuntimeError:  # a view whose base was written to, as those of DDP's buckets are
+        return False
 
 
 def _are_hooks(content: OrderedDict) -> bool:
