@@ -193,7 +193,7 @@ def test_one_part_that_depends_on_no_parameter_is_refused():
 
 
 def test_refuses_rows_of_no_kind():
-    with pytest.raises(gs.InputError, match="rows must be one of .*stored.*, got 'dense'"):
+    with pytest.raises(gs.InputError, match=r"rows must be one of .*stored.*, got 'dense'"):
         gs.Surgeon(mlp(), torch.optim.SGD(mlp().parameters()), gs.OrthoGrad(), rows="dense")
 
 
