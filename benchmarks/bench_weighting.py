@@ -12,7 +12,7 @@ from torchjd import aggregation as theirs
 
 import gradsurgery as gs
 from gradsurgery.ops import cone_weights
-from gradsurgery.ops.pairwise import pairwise_weights, pairwise_weights_reference, shuffled
+from gradsurgery.ops.deconflict import deconflict_weights, deconflict_weights_reference, shuffled
 
 # m rows: times faster than torchjd's weighting at least
 TARGETS = {
@@ -65,8 +65,8 @@ def missed(name, gram):
     if name in ("PCGrad", "GradVac"):  # against the same visits in plain torch
         order = shuffled(torch.rand(gram.shape))
         targets = torch.zeros_like(gram) if name == "GradVac" else None
-        expected, _ = pairwise_weights_reference(gram, order, targets, 0.5)
-        found, _ = pairwise_weights(gram, order, targets, 0.5)
+        expected, _ = deconflict_weights_reference(gram, order, targets, 0.5)
+        found, _ = deconflict_weights(gram, order, targets, 0.5)
         return ((found - expected).abs().max() / expected.abs().max()).item()
     return (weights - getattr(theirs, f"{name}Weighting")()(gram)).abs().max().item()
 

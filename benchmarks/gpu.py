@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gradsurgery as gs
+from gradsurgery.ops.combine_tokens import combine_tokens
+from gradsurgery.ops.formed_gramian import formed_gramian
 from gradsurgery.ops.gramian import gramian_of
-from gradsurgery.ops.pairs import token_pairs
-from gradsurgery.ops.plane_sum import plane_sum
-from gradsurgery.ops.planes import plane_gramian
+from gradsurgery.ops.token_gramian import token_gramian
 from gradsurgery.ops.weighting import projection_weights
 
 SECONDS = 0.4  # of repetitions, after the first calls, which compile
@@ -154,16 +154,18 @@ def planes(bench: Bench) -> None:
 
         both = bench.add(f"form and multiply them, {label}", stored)
         direct = bench.add(
-            f"plane_gramian, {label}", lambda: plane_gramian([left], [right], [index], b)
+            f"formed_gramian, {label}", lambda: formed_gramian([left], [right], [index], b)
         )
         bench.rows[-1] |= {"of_forming": direct / form, "of_both": direct / both}
-        pairs = bench.add(f"token_pairs, {label}", lambda: token_pairs(left, right))
+        pairs = bench.add(f"token_gramian, {label}", lambda: token_gramian(left, right))
         bench.rows[-1] |= {"of_forming": pairs / form, "of_both": pairs / both}
         bench.rows[-1]["target"] = (
             "best of both: 0.6 of forming and multiplying, T=1024: 1.35 of forming"
         )
         weights, out = bench.randn(b), bench.randn(side, side)
-        ours = bench.add(f"plane_sum, {label}", lambda: plane_sum(left, right, weights, out))
+        ours = bench.add(
+            f"combine_tokens, {label}", lambda: combine_tokens(left, right, weights, out)
+        )
         plain = bench.add(
             f"torch.matmul of all tokens, {label}",
             lambda: left.flatten(0, 1).mT @ right.flatten(0, 1),

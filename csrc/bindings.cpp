@@ -7,14 +7,14 @@
 
 #include "caster.h"
 #include "combine.h"
+#include "combine_tokens.h"
 #include "cpu.h"
+#include "formed_gramian.h"
 #include "gramian.h"
 #include "group_norm.h"
 #include "launchers.h"
 #include "orthonormalize.h"
-#include "pairs.h"
-#include "plane_sum.h"
-#include "planes.h"
+#include "token_gramian.h"
 #include "weighting.h"
 
 #ifdef GRADSURGERY_CUDA_VERSION
@@ -81,9 +81,9 @@ void check_tokens(const Tokens& tokens, const char* name, const Tokens& like) {
         tokens.right.shape_text());
 }
 
-void token_pairs_cpu(const Tensor& left, const Tensor& right,
-                     const std::optional<Tensor>& other_left,
-                     const std::optional<Tensor>& other_right, const Tensor& out, int threads) {
+void token_gramian_cpu(const Tensor& left, const Tensor& right,
+                       const std::optional<Tensor>& other_left,
+                       const std::optional<Tensor>& other_right, const Tensor& out, int threads) {
   const Tokens first{left, right};
   check_tokens(first, "left and right", first);
   std::optional<Tokens> second;
@@ -95,12 +95,12 @@ void token_pairs_cpu(const Tensor& left, const Tensor& right,
   }
   double* gram = matrix(out, first.blocks(), (second ? *second : first).blocks(), "out");
   py::gil_scoped_release release;
-  GRADSURGERY_SELECT(token_pairs)(first, second ? &*second : nullptr, gram, threads);
+  GRADSURGERY_SELECT(token_gramian)(first, second ? &*second : nullptr, gram, threads);
 }
 
-void plane_gramian_cpu(const std::vector<Tensor>& left, const std::vector<Tensor>& right,
-                       const std::vector<Tensor>& rows, std::int64_t count,
-                       const std::optional<Tensor>& kept, const Tensor& out, int threads) {
+void formed_gramian_cpu(const std::vector<Tensor>& left, const std::vector<Tensor>& right,
+                        const std::vector<Tensor>& rows, std::int64_t count,
+                        const std::optional<Tensor>& kept, const Tensor& out, int threads) {
   check(!left.empty() && left.size() == right.size() && left.size() == rows.size(),
         "left, right and rows must be as many, one at least");
   Planes planes{{}, count, kept, left[0].size(-1), right[0].size(-1), left[0].dtype};
@@ -124,11 +124,11 @@ void plane_gramian_cpu(const std::vector<Tensor>& left, const std::vector<Tensor
         " on the CPU, got ", kept ? kept->shape_text() : "");
   double* gram = matrix(out, planes.rows(), planes.rows(), "out");
   py::gil_scoped_release release;
-  GRADSURGERY_SELECT(plane_gramian)(std::move(planes), gram, threads);
+  GRADSURGERY_SELECT(formed_gramian)(std::move(planes), gram, threads);
 }
 
-void plane_sum_cpu(const Tensor& left, const Tensor& right, const Tensor& weights, double beta,
-                   const Tensor& out, int threads) {
+void combine_tokens_cpu(const Tensor& left, const Tensor& right, const Tensor& weights, double beta,
+                        const Tensor& out, int threads) {
   const Tokens tokens{left, right};
   check_tokens(tokens, "left and right", tokens);
   check(weights.ndim == 1 && weights.size(0) == tokens.blocks() && weights.is_contiguous() &&
@@ -142,7 +142,7 @@ void plane_sum_cpu(const Tensor& left, const Tensor& right, const Tensor& weight
         " on the CPU with a stride of 1, got ", out.shape_text(), " ", name(out.dtype));
   const double* w = weights.data_as<double>();
   py::gil_scoped_release release;
-  GRADSURGERY_SELECT(plane_sum)(tokens, w, beta, out, threads);
+  GRADSURGERY_SELECT(combine_tokens)(tokens, w, beta, out, threads);
 }
 
 void group_norm_double_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& u,
@@ -263,9 +263,9 @@ void shuffle_cpu(const Tensor& draws, const Tensor& order) {
   GRADSURGERY_SELECT(shuffle)(numbers, lines, m > 0 ? draws.numel() / m : 0, m);
 }
 
-void pairwise_weights_cpu(const Tensor& gramian, const Tensor& order,
-                          const std::optional<Tensor>& targets, const Tensor& coefficients,
-                          double beta, int threads) {
+void deconflict_weights_cpu(const Tensor& gramian, const Tensor& order,
+                            const std::optional<Tensor>& targets, const Tensor& coefficients,
+                            double beta, int threads) {
   const auto [gram, batch, m] = gramians(gramian);
   const std::int64_t size = batch * m * m;
   check(order.numel() == size && order.is_contiguous() && order.device == Device::cpu,
@@ -274,7 +274,7 @@ void pairwise_weights_cpu(const Tensor& gramian, const Tensor& order,
   double* cosines = targets ? contiguous(*targets, size, "targets") : nullptr;
   double* v = contiguous(coefficients, size, "coefficients");
   py::gil_scoped_release release;
-  GRADSURGERY_SELECT(pairwise_weights)(gram, visits, cosines, v, batch, m, beta, threads);
+  GRADSURGERY_SELECT(deconflict_weights)(gram, visits, cosines, v, batch, m, beta, threads);
 }
 
 void bargaining_weights_cpu(const Tensor& gramian, const Tensor& weights, double power, double rtol,
@@ -349,19 +349,20 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("threads"));
   module.def("all_finite_cpu", &all_finite_cpu, py::arg("values"));
   module.def("shuffle_cpu", &shuffle_cpu, py::arg("draws"), py::arg("order"));
-  module.def("pairwise_weights_cpu", &pairwise_weights_cpu, py::arg("gramian"), py::arg("order"),
-             py::arg("targets"), py::arg("coefficients"), py::arg("beta"), py::arg("threads"));
+  module.def("deconflict_weights_cpu", &deconflict_weights_cpu, py::arg("gramian"),
+             py::arg("order"), py::arg("targets"), py::arg("coefficients"), py::arg("beta"),
+             py::arg("threads"));
   module.def("bargaining_weights_cpu", &bargaining_weights_cpu, py::arg("gramian"),
              py::arg("weights"), py::arg("power"), py::arg("rtol"), py::arg("threads"));
   module.def("eigen_cpu", &eigen_cpu, py::arg("gramian"), py::arg("values"), py::arg("vectors"),
              py::arg("threads"));
-  module.def("token_pairs_cpu", &token_pairs_cpu, py::arg("left"), py::arg("right"),
+  module.def("token_gramian_cpu", &token_gramian_cpu, py::arg("left"), py::arg("right"),
              py::arg("other_left"), py::arg("other_right"), py::arg("out"), py::arg("threads"));
-  module.def("plane_gramian_cpu", &plane_gramian_cpu, py::arg("left"), py::arg("right"),
+  module.def("formed_gramian_cpu", &formed_gramian_cpu, py::arg("left"), py::arg("right"),
              py::arg("rows"), py::arg("count"), py::arg("kept"), py::arg("out"),
              py::arg("threads"));
-  module.def("plane_sum_cpu", &plane_sum_cpu, py::arg("left"), py::arg("right"), py::arg("weights"),
-             py::arg("beta"), py::arg("out"), py::arg("threads"));
+  module.def("combine_tokens_cpu", &combine_tokens_cpu, py::arg("left"), py::arg("right"),
+             py::arg("weights"), py::arg("beta"), py::arg("out"), py::arg("threads"));
 
 #if GRADSURGERY_HAS_CUDA
   // launches only: short enough to keep the interpreter's lock
@@ -387,8 +388,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("conflict_averse_weights_cuda", &conflict_averse_weights_cuda, py::arg("gramian"),
              py::arg("weights"), py::arg("scratch"), py::arg("c"), py::arg("rtol"),
              py::arg("noise"));
-  module.def("pairwise_weights_cuda", &pairwise_weights_cuda, py::arg("gramian"), py::arg("order"),
-             py::arg("targets"), py::arg("coefficients"), py::arg("scratch"), py::arg("beta"));
+  module.def("deconflict_weights_cuda", &deconflict_weights_cuda, py::arg("gramian"),
+             py::arg("order"), py::arg("targets"), py::arg("coefficients"), py::arg("scratch"),
+             py::arg("beta"));
   module.def("bargaining_weights_cuda", &bargaining_weights_cuda, py::arg("gramian"),
              py::arg("weights"), py::arg("scratch"), py::arg("power"), py::arg("rtol"));
   module.def("eigen_cuda", &eigen_cuda, py::arg("gramian"), py::arg("values"), py::arg("vectors"),

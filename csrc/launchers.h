@@ -17,7 +17,7 @@ using Sources = std::vector<std::vector<Tensor>>;  // [source][block], [m_s, n_k
 // How many float64 of scratch each launcher below needs.
 std::int64_t gramian_scratch(std::int64_t m);
 std::int64_t orthonormalize_scratch(std::int64_t batch, std::int64_t m);
-// problem: projection, cone, conflict_averse, pairwise, bargaining or eigen; count of them.
+// problem: projection, cone, conflict_averse, deconflict, bargaining or eigen; count of them.
 std::int64_t weighting_scratch(const std::string& problem, std::int64_t count, std::int64_t m);
 
 void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise);
@@ -39,9 +39,9 @@ void cone_weights_cuda(const Tensor& gramian, const Tensor& products, const Tens
                        const Tensor& residual, const Tensor& scratch, double rtol, double noise);
 void conflict_averse_weights_cuda(const Tensor& gramian, const Tensor& weights,
                                   const Tensor& scratch, double c, double rtol, double noise);
-void pairwise_weights_cuda(const Tensor& gramian, const Tensor& order,
-                           const std::optional<Tensor>& targets, const Tensor& coefficients,
-                           const Tensor& scratch, double beta);
+void deconflict_weights_cuda(const Tensor& gramian, const Tensor& order,
+                             const std::optional<Tensor>& targets, const Tensor& coefficients,
+                             const Tensor& scratch, double beta);
 void bargaining_weights_cuda(const Tensor& gramian, const Tensor& weights, const Tensor& scratch,
                              double power, double rtol);
 void eigen_cuda(const Tensor& gramian, const Tensor& values, const Tensor& vectors,

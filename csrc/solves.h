@@ -130,7 +130,7 @@ struct ConflictAverse {
 
 // Row i of problem b m + i: visits the other rows in its order and, where its cosine with one is
 // below the target, adds as much of that one as makes it the target. A target of 0 is PCGrad.
-struct Pairwise {
+struct Deconflict {
   const double* gramian;      // [count / m, m, m]
   const std::int64_t* order;  // [count, m]
   double* targets;            // [count, m], becomes (1 - beta) target + beta cosine; null for 0

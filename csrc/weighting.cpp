@@ -74,12 +74,12 @@ void shuffle(const float* draws, std::int64_t* order, std::int64_t batch, std::i
   }
 }
 
-void pairwise_weights(const double* gramian, const std::int64_t* order, double* targets,
-                      double* coefficients, std::int64_t batch, std::int64_t m, double beta,
-                      int threads) {
+void deconflict_weights(const double* gramian, const std::int64_t* order, double* targets,
+                        double* coefficients, std::int64_t batch, std::int64_t m, double beta,
+                        int threads) {
   // some 0.8 ns a step: less than half a millisecond is done before a sleeping thread is awake
   const bool brief = batch * m * m * m < 1 << 19;
-  run(dense::Pairwise{gramian, order, targets, coefficients, batch * m, m, beta},
+  run(dense::Deconflict{gramian, order, targets, coefficients, batch * m, m, beta},
       brief ? 1 : threads);
 }
 

@@ -76,7 +76,7 @@ std::int64_t weighting_scratch(const std::string& problem, std::int64_t count, s
   if (problem == "projection") return scratch_size<dense::Projection>(count, m);
   if (problem == "cone") return scratch_size<dense::ConeProjection>(count, m);
   if (problem == "conflict_averse") return scratch_size<dense::ConflictAverse>(count, m);
-  if (problem == "pairwise") return scratch_size<dense::Pairwise>(count, m);
+  if (problem == "deconflict") return scratch_size<dense::Deconflict>(count, m);
   if (problem == "bargaining") return scratch_size<dense::Bargaining>(count, m);
   if (problem == "eigen") return scratch_size<dense::Eigen>(count, m);
   fail("no such problem: ", problem);
@@ -119,16 +119,16 @@ void conflict_averse_weights_cuda(const Tensor& gramian, const Tensor& weights,
         gramian, scratch);
 }
 
-void pairwise_weights_cuda(const Tensor& gramian, const Tensor& order,
-                           const std::optional<Tensor>& targets, const Tensor& coefficients,
-                           const Tensor& scratch, double beta) {
+void deconflict_weights_cuda(const Tensor& gramian, const Tensor& order,
+                             const std::optional<Tensor>& targets, const Tensor& coefficients,
+                             const Tensor& scratch, double beta) {
   const auto [batch, m] = shape_of(gramian);
   cuda::check_result(order, Dtype::int64, batch * m * m, gramian.device_index, "order");
-  solve("pairwise_weights",
-        dense::Pairwise{gramian.data_as<double>(), order.data_as<std::int64_t>(),
-                        targets ? result(*targets, batch * m * m, gramian, "targets") : nullptr,
-                        result(coefficients, batch * m * m, gramian, "coefficients"), batch * m, m,
-                        beta},
+  solve("deconflict_weights",
+        dense::Deconflict{gramian.data_as<double>(), order.data_as<std::int64_t>(),
+                          targets ? result(*targets, batch * m * m, gramian, "targets") : nullptr,
+                          result(coefficients, batch * m * m, gramian, "coefficients"), batch * m,
+                          m, beta},
         gramian, scratch);
 }
 

@@ -41,9 +41,10 @@ GRADSURGERY_DECLARE(void shuffle(const float* draws, std::int64_t* order, std::i
 
 // Rows corrected one by one, as coefficients [b, m, m] of the given rows; order [b, m, m], targets
 // [b, m, m] or null.
-GRADSURGERY_DECLARE(void pairwise_weights(const double* gramian, const std::int64_t* order,
-                                          double* targets, double* coefficients, std::int64_t batch,
-                                          std::int64_t m, double beta, int threads))
+GRADSURGERY_DECLARE(void deconflict_weights(const double* gramian, const std::int64_t* order,
+                                            double* targets, double* coefficients,
+                                            std::int64_t batch, std::int64_t m, double beta,
+                                            int threads))
 
 // K w = w^-power, weights [b, m].
 GRADSURGERY_DECLARE(void bargaining_weights(const double* gramian, double* weights,

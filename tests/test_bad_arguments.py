@@ -102,12 +102,12 @@ CALLS = {
     "conflict_averse_weights(x)": lambda x: ops.conflict_averse_weights(x, 0.5),
     "conflict_averse_weights(c=x)": lambda x: ops.conflict_averse_weights(GRAM, x),
     "conflict_averse_weights(noise=x)": lambda x: ops.conflict_averse_weights(GRAM, 1, noise=x),
-    "pairwise_weights(x)": lambda x: ops.pairwise_weights(x, torch.zeros(2, 2).long()),
-    "pairwise_weights(order=x)": lambda x: ops.pairwise_weights(GRAM, x),
-    "pairwise_weights(targets=x)": lambda x: ops.pairwise_weights(
+    "deconflict_weights(x)": lambda x: ops.deconflict_weights(x, torch.zeros(2, 2).long()),
+    "deconflict_weights(order=x)": lambda x: ops.deconflict_weights(GRAM, x),
+    "deconflict_weights(targets=x)": lambda x: ops.deconflict_weights(
         GRAM, torch.tensor([[0, 1], [0, 1]]), x
     ),
-    "pairwise_weights(beta=x)": lambda x: ops.pairwise_weights(
+    "deconflict_weights(beta=x)": lambda x: ops.deconflict_weights(
         GRAM, torch.tensor([[0, 1], [0, 1]]), GRAM.clamp(-1, 1), x
     ),
     "eigen(x)": lambda x: ops.eigen(x),

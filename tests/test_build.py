@@ -42,10 +42,10 @@ def test_doctor_says_which_kernel_serves_each_operator_and_why(monkeypatch):
     assert lines["orthonormalize"] == f"CPU: native; CUDA: torch ({missing}, none in Triton)"
     monkeypatch.setattr(_backend, "TRITON", False)
     lines = dict(line.split(maxsplit=1) for line in doctor.report().splitlines())
-    assert lines["token_pairs"] == f"CPU: native; CUDA: torch ({missing}, Triton absent)"
+    assert lines["token_gramian"] == f"CPU: native; CUDA: torch ({missing}, Triton absent)"
     monkeypatch.setenv("GRADSURGERY_BACKEND", "native")
     lines = dict(line.split(maxsplit=1) for line in doctor.report().splitlines())
-    assert lines["plane_sum"] == "CPU: native; CUDA: none, native is forced"
+    assert lines["combine_tokens"] == "CPU: native; CUDA: none, native is forced"
 
 
 def test_doctor_survives_a_missing_module():

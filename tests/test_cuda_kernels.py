@@ -12,10 +12,10 @@ from gradsurgery.ops.bargaining import bargaining_weights_native, bargaining_wei
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.cone import cone_weights_native, cone_weights_reference
 from gradsurgery.ops.conflict_averse import conflict_averse_weights_native
+from gradsurgery.ops.deconflict import deconflict_weights_native, deconflict_weights_reference
 from gradsurgery.ops.eigen import eigen_native
 from gradsurgery.ops.gramian import FEW_ROWS, gramian_of
 from gradsurgery.ops.orthonormalize import orthonormalize_native
-from gradsurgery.ops.pairwise import pairwise_weights_native, pairwise_weights_reference
 from gradsurgery.ops.weighting import (
     projection_weights_native,
     projection_weights_reference,
@@ -303,14 +303,14 @@ def test_conflict_averse_weights_match_the_host(batch, m):
 
 @pytest.mark.parametrize("with_targets", [False, True])
 @pytest.mark.parametrize("batch,m", [size for size in SOLVES if size[1] < 128] + [(1, 129)])
-def test_pairwise_weights_match_the_reference(batch, m, with_targets):
+def test_deconflict_weights_match_the_reference(batch, m, with_targets):
     rows, gram = gramians(batch, m)
     rows[:, 1:2] += 1  # a copy is cancelled to rounding, whose cosines are rounding
     gram, order = rows @ rows.mT, torch.rand(batch, m, m).argsort(-1)
     targets = 0.4 * torch.rand(batch, m, m).double() if with_targets else None
     before = targets.to(DEVICE) if with_targets else None
-    v, after = pairwise_weights_native(gram.to(DEVICE), order.to(DEVICE), before, 0.25)
-    expected, expected_after = pairwise_weights_reference(gram, order, targets, 0.25)
+    v, after = deconflict_weights_native(gram.to(DEVICE), order.to(DEVICE), before, 0.25)
+    expected, expected_after = deconflict_weights_reference(gram, order, targets, 0.25)
     assert_rows_agree(v, expected, rows)
     torch.testing.assert_close(after.cpu(), expected_after, rtol=0, atol=1e-12)
 
@@ -352,19 +352,21 @@ def test_solves_of_equal_values_and_of_more_than_the_blocks_of_a_launch():
     assert (bargaining_weights_native(gram, 2.0, 1e-7) == 1).all()
 
 
-@pytest.mark.parametrize("problem", ["cone", "conflict_averse", "pairwise", "bargaining", "eigen"])
+@pytest.mark.parametrize(
+    "problem", ["cone", "conflict_averse", "deconflict", "bargaining", "eigen"]
+)
 def test_solves_refuse_what_does_not_fit(problem):
-    m = 2050 if problem == "pairwise" else 50  # rows that shared memory does not hold
+    m = 2050 if problem == "deconflict" else 50  # rows that shared memory does not hold
     gram = torch.eye(m, dtype=torch.float64, device=DEVICE)[None]
     vector, order = gram.new_empty(1, m), torch.arange(m, device=DEVICE).expand(1, m, m).clone()
     name, outs, options = {
         "cone": ("cone_weights_cuda", (vector, vector.clone(), gram.new_empty(1)), (1e-6, 1e-14)),
         "conflict_averse": ("conflict_averse_weights_cuda", (vector,), (0.5, 1e-6, 1e-14)),
-        "pairwise": ("pairwise_weights_cuda", (order, gram.clone(), gram.clone()), (0.0,)),
+        "deconflict": ("deconflict_weights_cuda", (order, gram.clone(), gram.clone()), (0.0,)),
         "bargaining": ("bargaining_weights_cuda", (vector,), (1.0, 1e-7)),
         "eigen": ("eigen_cuda", (vector, gram.clone()), ()),
     }[problem]
-    scratch = scratch_for(problem, m if problem == "pairwise" else 1, gram)
+    scratch = scratch_for(problem, m if problem == "deconflict" else 1, gram)
     assert scratch.numel() > 0
     args = [gram, *outs, scratch]
     elsewhere = "cpu" if DEVICE == "cuda" else "meta"

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, joined, numbers, placed
 from gradsurgery.ops._inputs import wide
+from gradsurgery.ops.formed_gramian import formed_gramian
 from gradsurgery.ops.gramian import gramian_of_parts, gramian_unchecked
-from gradsurgery.ops.pairs import token_pairs
-from gradsurgery.ops.planes import plane_gramian
+from gradsurgery.ops.token_gramian import token_gramian
 
 # a CPU's stay in its cache; of so small ones, a GPU would do nothing but begin
 _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -56,7 +56,7 @@ def direct(
     matrices = [use for use in uses if isinstance(use, MatrixUse) and use.left.dim() == 3]
     if metric is None and 0 < len(matrices) == len(uses):
         left, right = [use.left for use in matrices], [use.right for use in matrices]
-        return to_rows(plane_gramian(left, right, index, len(ids), kept), rows, m)
+        return to_rows(formed_gramian(left, right, index, len(ids), kept), rows, m)
     like = wide((uses[0].values[-1] if kept is None else kept)[:0])
     height, width = uses[0].plane if kept is None else kept.shape
     count = len(rows)
@@ -126,7 +126,7 @@ def pairs_of(
     """Inner products of the blocks of a use with one another, or with those of another, [n, k]."""
     other_sides = () if other is None else _sides(other)
     if other is None or type(use) is type(other):
-        return token_pairs(*_sides(use), *other_sides)
+        return token_gramian(*_sides(use), *other_sides)
     if isinstance(use, EmbeddingUse):
         return pairs_of(other, use).mT
     assert isinstance(other, EmbeddingUse)

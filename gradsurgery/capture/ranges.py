@@ -7,7 +7,7 @@ from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, Within
 
 # Squared norms between which products of tokens that do not cancel are in range: nearer to 0 than
-# what a token's lost product could add to them (see `token_pairs`), and far from float32's largest
+# what a token's lost product could add to them (`token_gramian`), and far from float32's largest
 SQUARES = 2.0**-60, 2.0**60
 # and with a metric, which multiplies planes that exist: what of those is lost is far smaller
 SCALED = 2.0**-200, 2.0**200

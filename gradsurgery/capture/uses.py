@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gradsurgery.ops._backend import choose
 from gradsurgery.ops._inputs import wide
-from gradsurgery.ops.plane_sum import IMPLEMENTATIONS, plane_sum, plane_sum_cuda
-from gradsurgery.ops.planes import SMALL
+from gradsurgery.ops.combine_tokens import IMPLEMENTATIONS, combine_tokens, combine_tokens_cuda
+from gradsurgery.ops.formed_gramian import SMALL
 
 
 class Numbers(NamedTuple):
@@ -139,7 +139,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def _kernels_take_halves(device: str) -> bool:
-    return choose("plane_sum", IMPLEMENTATIONS, device) is plane_sum_cuda
+    return choose("combine_tokens", IMPLEMENTATIONS, device) is combine_tokens_cuda
 
 
 def scale(out: Tensor, beta: float) -> Tensor:
@@ -249,11 +249,11 @@ class MatrixUse(Use):
         left, right = self.left, self.right
         computed = wide(left[:0]).dtype
         if left.dim() == 3 and computed == out.dtype:
-            plane_sum(left, right, weights, out, beta)
+            combine_tokens(left, right, weights, out, beta)
             return
         if left.dim() == 3:
             part = torch.empty_like(out, dtype=computed)
-            plane_sum(left, right, weights, part)
+            combine_tokens(left, right, weights, part)
         else:
             left, right = wide(left), wide(right)
             left = left * weights.to(left.dtype).view(-1, 1, 1, 1)
@@ -268,7 +268,7 @@ class MatrixUse(Use):
             and left.dim() == 3
             and math.prod(self.plane) >= SMALL
         ):
-            # `vector` rounded as the tokens were, for tensor cores, as `plane_gramian` has it
+            # `vector` rounded as the tokens were, for tensor cores, as `formed_gramian` has it
             moved = torch.mm(left.flatten(0, 1), vector.to(left.dtype), out_dtype=torch.float32)
             return (moved.view_as(right) * right).flatten(1).sum(1, dtype=torch.float64)
         left, right = wide(left), wide(right)

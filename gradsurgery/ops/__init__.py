@@ -5,12 +5,12 @@ from gradsurgery.ops.bargaining import bargaining_weights
 from gradsurgery.ops.combine import combine
 from gradsurgery.ops.cone import cone_weights
 from gradsurgery.ops.conflict_averse import conflict_averse_weights
+from gradsurgery.ops.deconflict import deconflict_weights
 from gradsurgery.ops.eigen import eigen
 from gradsurgery.ops.gramian import gramian
 from gradsurgery.ops.group_norm import group_norm
 from gradsurgery.ops.harmonize import harmonize
 from gradsurgery.ops.orthonormalize import orthonormalize
-from gradsurgery.ops.pairwise import pairwise_weights
 from gradsurgery.ops.project_out import Projection, project_out
 from gradsurgery.ops.weighting import projection_weights
 
@@ -20,12 +20,12 @@ __all__ = [
     "combine",
     "cone_weights",
     "conflict_averse_weights",
+    "deconflict_weights",
     "eigen",
     "gramian",
     "group_norm",
     "harmonize",
     "orthonormalize",
-    "pairwise_weights",
     "project_out",
     "projection_weights",
 ]

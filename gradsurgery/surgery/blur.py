@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.pair import Pair
+from gradsurgery.surgery.forget_retain import ForgetRetain
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLUR(Pair):
+class BLUR(ForgetRetain):
     """r without its part along f, plus gamma f: forgetting is the lower of two levels.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
 from gradsurgery.ops._inputs import check, check_values, flat, wide
-from gradsurgery.surgery.pair import directions
+from gradsurgery.surgery.forget_retain import directions
 from gradsurgery.surgery.rule import (
     Index,
     Rows,
@@ -171,11 +171,11 @@ class TrimmedMean(Elementwise):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ElementwisePair(Elementwise):
-    """As `Pair`: f and r from the forget rows and the others.
+class ElementwiseForgetRetain(Elementwise):
+    """As `ForgetRetain`: f and r from the forget rows and the others.
 
     Args:
-        objective: what the forget rows are gradients of, "raise" or "lower" as in `Pair`.
+        objective: what the forget rows are gradients of, "raise" or "lower" as in `ForgetRetain`.
     """
 
     roles: ClassVar[tuple[str, ...]] = ("forget",)
@@ -187,14 +187,14 @@ class ElementwisePair(Elementwise):
         super().__post_init__()
         one_of("objective", self.objective, ("raise", "lower"))
 
-    def _pairs(self, blocks: list[Tensor], forget: Index) -> list[tuple[Tensor, Tensor]]:
+    def _directions(self, blocks: list[Tensor], forget: Index) -> list[tuple[Tensor, Tensor]]:
         weights = directions(len(blocks[0]), forget, self.objective)
         both = [weights.to(block) @ block for block in blocks]
         return [(f, r) for f, r in both]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAGO(ElementwisePair):
+class SAGO(ElementwiseForgetRetain):
     """Coordinate by coordinate: gamma f where f and r agree in sign, alpha r where they do not.
 
     Where one of them is zero, they do not meet: the other stays.
@@ -216,12 +216,12 @@ class SAGO(ElementwisePair):
         return [
             torch.where(f.sign() * r.sign() < 0, 0, self.gamma * f)
             + torch.where(f.sign() * r.sign() > 0, 0, self.alpha * r)
-            for f, r in self._pairs(blocks, forget)
+            for f, r in self._directions(blocks, forget)
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SalUn(ElementwisePair):
+class SalUn(ElementwiseForgetRetain):
     """f + r on the coordinates where the forget gradient is largest, zero elsewhere.
 
     Args:
@@ -243,14 +243,14 @@ class SalUn(ElementwisePair):
         one_of("granularity", self.granularity, ("model", "tensor"))
 
     def _edit(self, blocks: list[Tensor], forget: Index = 0) -> list[Tensor]:
-        pairs = self._pairs(blocks, forget)
-        sizes = [f.abs() for f, _ in pairs]
+        both = self._directions(blocks, forget)
+        sizes = [f.abs() for f, _ in both]
         if self.granularity == "model":
             counts = [len(size) for size in sizes]
             masks = self._largest(torch.cat(sizes)).split(counts)
         else:
             masks = [self._largest(size) for size in sizes]
-        return [(f + r) * mask for (f, r), mask in zip(pairs, masks, strict=True)]
+        return [(f + r) * mask for (f, r), mask in zip(both, masks, strict=True)]
 
     def _largest(self, sizes: Tensor) -> Tensor:
         mask = torch.zeros_like(sizes, dtype=torch.bool)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check, check_number, check_values
-from gradsurgery.surgery.pair import Pair, off
+from gradsurgery.surgery.forget_retain import ForgetRetain, off
 
 
 @dataclass(frozen=True, kw_only=True)
-class GDRGMA(Pair):
+class GDRGMA(ForgetRetain):
     """λ f' + (1 - λ) r', f' and r' each off the other's original where they conflict.
 
     λ = 1 / (1 + exp(gamma (L_r - eps))): once the retain loss L_r exceeds eps, the update turns to

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradsurgery.ops import cone_weights
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.pair import off
+from gradsurgery.surgery.forget_retain import off
 from gradsurgery.surgery.rule import Index, Rule, mean_of, split, to_device
 
 

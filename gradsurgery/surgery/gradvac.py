@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from gradsurgery.ops import pairwise_weights
+from gradsurgery.ops import deconflict_weights
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.pcgrad import PCGrad
 
@@ -39,6 +39,6 @@ class GradVac(PCGrad):
         targets = self._state.get("targets")
         if targets is None or targets.shape != gram.shape:
             targets = torch.zeros_like(gram)
-        changed, moved = pairwise_weights(gram, self._orders(gram), targets, self.beta)
+        changed, moved = deconflict_weights(gram, self._orders(gram), targets, self.beta)
         self._state["targets"] = cast(Tensor, moved)
         return changed.sum(-2) if self.reduction == "sum" else changed.mean(-2)

@@ -10,12 +10,12 @@ from torch import Tensor
 from gradsurgery.errors import InputError
 from gradsurgery.jacobian import Jacobian
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.pair import Pair, off
+from gradsurgery.surgery.forget_retain import ForgetRetain, off
 from gradsurgery.surgery.rule import Index, Rows, Solution, as_jacobian, like_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRU(Pair):
+class GRU(ForgetRetain):
     """f without its part against r, if it opposes that; r may be a moving average.
 
     Args:

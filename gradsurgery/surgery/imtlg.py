@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.surgery.pair import inverse_norms
+from gradsurgery.surgery.forget_retain import inverse_norms
 from gradsurgery.surgery.rule import Rule, preference
 from gradsurgery.surgery.spectral import PseudoInverse
 

@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.surgery.pair import Pair, off
+from gradsurgery.surgery.forget_retain import ForgetRetain, off
 from gradsurgery.surgery.rule import one_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTUHarmonize(Pair):
+class LTUHarmonize(ForgetRetain):
     """f + r, with f, r or both first taken off the other's original where they conflict.
 
     Args:

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.surgery.pair import Pair, inverse_norms
+from gradsurgery.surgery.forget_retain import ForgetRetain, inverse_norms
 
 
 @dataclass(frozen=True, kw_only=True)
-class MUNBa(Pair):
+class MUNBa(ForgetRetain):
     """(f / |f| + r / |r|) / sqrt(1 + cos(f, r)): Nash-MTL's solution for two players.
 
     Of two opposed directions there is no bargain: the update is zero.

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradsurgery.surgery.pair import Pair, inverse_norms
+from gradsurgery.surgery.forget_retain import ForgetRetain, inverse_norms
 
 
 @dataclass(frozen=True, kw_only=True)
-class NGDiff(Pair):
+class NGDiff(ForgetRetain):
     """f / |f| + r / |r|: with an ordinary forget loss, r / |r| - g_f / |g_f|.
 
     Unlearning as multi-task optimization: a normalized gradient difference approach, Bu et al. 2024

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.ops.pairwise import pairwise_weights, shuffled
+from gradsurgery.ops.deconflict import deconflict_weights, shuffled
 from gradsurgery.surgery.rule import Rule, one_of, to_device
 
 
@@ -36,7 +36,7 @@ class PCGrad(Rule):
         one_of("reduction", self.reduction, ("sum", "mean"))
 
     def _weights(self, gram: Tensor, rtol: float) -> Tensor:
-        changed, _ = pairwise_weights(gram, self._orders(gram))
+        changed, _ = deconflict_weights(gram, self._orders(gram))
         return changed.sum(-2) if self.reduction == "sum" else changed.mean(-2)
 
     def _orders(self, gram: Tensor) -> Tensor:

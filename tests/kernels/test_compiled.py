@@ -20,9 +20,15 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from gradsurgery.kernels import combine, gramian, pairs, plane_sum, planes  # noqa: E402
+from gradsurgery.kernels import (  # noqa: E402
+    combine,
+    combine_tokens,
+    formed_gramian,
+    gramian,
+    token_gramian,
+)
 from gradsurgery.kernels.tiles import precision  # noqa: E402
-from gradsurgery.ops.planes import BUFFER  # noqa: E402
+from gradsurgery.ops.formed_gramian import BUFFER  # noqa: E402
 
 # shared memory of a block in bytes, and matrix instructions of tiles with 64 rows
 CHIPS = {80: (163 << 10, "mma.sync"), 90: (227 << 10, "wgmma"), 100: (227 << 10, "tcgen05.mma")}
@@ -87,9 +93,9 @@ def launches(monkeypatch):
     """All launches of a call, of every kernel."""
     recorders = []
     for module, name in (
-        (pairs, "pairs_kernel"),
-        (planes, "planes_kernel"),
-        (plane_sum, "plane_sum_kernel"),
+        (token_gramian, "token_gramian_kernel"),
+        (formed_gramian, "formed_gramian_kernel"),
+        (combine_tokens, "combine_tokens_kernel"),
         (gramian, "gramian_kernel"),
         (combine, "combine_kernel"),
     ):
@@ -138,27 +144,33 @@ def weights(*shape):
 LARGE = torch.bfloat16, torch.float32, torch.float64
 CALLS = {
     # samples that fill tiles, that share one, and with one token; odd widths; few of all
-    "pairs": [
-        lambda d: pairs.token_pairs(*tokens(16, 1024, 4096, 4096, d)),
-        lambda d: pairs.token_pairs(*tokens(256, 16, 4096, 1024, d)),
-        lambda d: pairs.token_pairs(*tokens(4096, 1, 2048, 2048, d)),
-        lambda d: pairs.token_pairs(*tokens(9, 13, 1001, 77, d)),
-        lambda d: pairs.token_pairs(*tokens(16, 1000, 4095, 77, d)),
-        lambda d: pairs.token_pairs(*tokens(16, 64, 768, 768, d), *tokens(1, 900, 768, 768, d)),
+    "token_gramian": [
+        lambda d: token_gramian.token_gramian(*tokens(16, 1024, 4096, 4096, d)),
+        lambda d: token_gramian.token_gramian(*tokens(256, 16, 4096, 1024, d)),
+        lambda d: token_gramian.token_gramian(*tokens(4096, 1, 2048, 2048, d)),
+        lambda d: token_gramian.token_gramian(*tokens(9, 13, 1001, 77, d)),
+        lambda d: token_gramian.token_gramian(*tokens(16, 1000, 4095, 77, d)),
+        lambda d: token_gramian.token_gramian(
+            *tokens(16, 64, 768, 768, d), *tokens(1, 900, 768, 768, d)
+        ),
     ],
-    "pairs of picked rows": [
-        lambda d: pairs.token_pairs(meta(32, 256, dtype=torch.int64), meta(32, 256, 2048, dtype=d)),
-        lambda d: pairs.token_pairs(meta(3, 5, dtype=torch.int64), meta(3, 5, 7, dtype=d)),
+    "token_gramian of picked rows": [
+        lambda d: token_gramian.token_gramian(
+            meta(32, 256, dtype=torch.int64), meta(32, 256, 2048, dtype=d)
+        ),
+        lambda d: token_gramian.token_gramian(
+            meta(3, 5, dtype=torch.int64), meta(3, 5, 7, dtype=d)
+        ),
     ],
-    "planes": [
-        lambda d, m=m, kept=kept, side=side: planes.plane_gramian(
+    "formed_gramian": [
+        lambda d, m=m, kept=kept, side=side: formed_gramian.formed_gramian(
             meta(2000, side, dtype=d), meta(2000, side, dtype=d), meta(m + 1, dtype=torch.int64),
             meta(side, side, dtype=d) if kept else None,
         )
         for m in (16, 32, 63) for kept in (False, True) for side in (2048, 251)
     ],
-    "plane_sum": [
-        lambda d, beta=beta, a=a, b=b: plane_sum.plane_sum(
+    "combine_tokens": [
+        lambda d, beta=beta, a=a, b=b: combine_tokens.combine_tokens(
             *tokens(32, 256, a, b, d), weights(32), meta(a, b, dtype=d), beta
         )
         for beta in (0.0, 0.5) for a, b in ((8192, 2048), (512, 512), (2047, 8191), (16, 4096))
@@ -196,7 +208,7 @@ def test_fits_and_does_not_spill(name, chip, dtype, launches, tmp_path):
         code = compiled.asm["ptx"]
         if dtype == torch.float64 or launch.constant("PRECISE"):
             continue  # a version may or may not know instructions for float64
-        if name.startswith("pairs") or name == "plane_sum":
+        if name.startswith("token_gramian") or name == "combine_tokens":
             assert instruction in code, f"{launch.constants} without {instruction}"
         elif name != "combine":
             assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", code)
@@ -204,7 +216,7 @@ def test_fits_and_does_not_spill(name, chip, dtype, launches, tmp_path):
 
 
 def test_float16_fits_too(launches, tmp_path):
-    calls = [CALLS[name][0] for name in CALLS] + CALLS["plane_sum"]
+    calls = [CALLS[name][0] for name in CALLS] + CALLS["combine_tokens"]
     for launch in distinct(launches(lambda: [call(torch.float16) for call in calls])):
         assert spilled(compile_for(launch, 90), tmp_path) <= PARKED
 
@@ -229,16 +241,18 @@ def test_tf32_is_taken_where_torch_allows_it(setting):
 
 def test_grids_are_in_range(launches):
     huge = [
-        lambda d: pairs.token_pairs(*tokens(100_000, 1, 8, 8, d)),
-        lambda d: pairs.token_pairs(meta(4, 512, 90, 8, dtype=d), meta(4, 512, 90, 8, dtype=d)),
-        lambda d: plane_sum.plane_sum(
+        lambda d: token_gramian.token_gramian(*tokens(100_000, 1, 8, 8, d)),
+        lambda d: token_gramian.token_gramian(
+            meta(4, 512, 90, 8, dtype=d), meta(4, 512, 90, 8, dtype=d)
+        ),
+        lambda d: combine_tokens.combine_tokens(
             *tokens(2, 2, 1 << 20, 1 << 17, d), weights(2), meta(1 << 20, 1 << 17, dtype=d), 0.0
         ),
         lambda d: gramian.gramian([[meta(3000, 1 << 33, dtype=d)]]),
         lambda d: combine.combine_into(
             rows(2, 1 << 33, d), weights(1, 3), [[meta(1, 1 << 33, dtype=d)]]
         ),
-        lambda d: planes.plane_gramian(
+        lambda d: formed_gramian.formed_gramian(
             meta(1 << 22, 1 << 16, dtype=d), meta(1 << 22, 1 << 16, dtype=d),
             meta(65, dtype=torch.int64), None,
         ),
@@ -255,7 +269,7 @@ def test_grids_are_in_range(launches):
 def test_tiles_of_planes_stay_in_the_cache(m, dtype, launches):
     sides = meta(4096, 4096, dtype=dtype), meta(4096, 4096, dtype=dtype)
     offsets = meta(m + 1, dtype=torch.int64)
-    (launch,) = launches(lambda: planes.plane_gramian(*sides, offsets, None))
-    _, high, wide = planes.tile_of(m, dtype, dtype)[:3]
+    (launch,) = launches(lambda: formed_gramian.formed_gramian(*sides, offsets, None))
+    _, high, wide = formed_gramian.tile_of(m, dtype, dtype)[:3]
     assert launch.grid[0] * m * high * wide * dtype.itemsize <= BUFFER
     assert launch.grid[0] >= 64

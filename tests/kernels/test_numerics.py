@@ -6,10 +6,10 @@ import torch
 import gradsurgery as gs
 from gradsurgery.errors import InputError
 from gradsurgery.ops.combine import combine_into
+from gradsurgery.ops.combine_tokens import combine_tokens
+from gradsurgery.ops.formed_gramian import formed_gramian, formed_gramian_reference
 from gradsurgery.ops.gramian import gramian_of
-from gradsurgery.ops.pairs import token_pairs, token_pairs_reference
-from gradsurgery.ops.plane_sum import plane_sum
-from gradsurgery.ops.planes import plane_gramian, plane_gramian_reference
+from gradsurgery.ops.token_gramian import token_gramian, token_gramian_reference
 from tests.conftest import INTERPRETED, ROUNDOFF
 
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -55,79 +55,79 @@ TOKENS = [
 
 
 @pytest.mark.parametrize("n,t,a,b", TOKENS)
-def test_token_pairs(n, t, a, b, dtype):
+def test_token_gramian(n, t, a, b, dtype):
     left, right = randn(n, t, a, dtype=dtype), randn(n, t, b, dtype=dtype)
-    out, planes = token_pairs(left, right), planes_of(left, right)
+    out, planes = token_gramian(left, right), planes_of(left, right)
     assert torch.equal(out, out.mT)
     assert relative(out, planes @ planes.mT) <= LIMITS[dtype]
     more = randn(4, 5, a, dtype=dtype), randn(4, 5, b, dtype=dtype)
     others = planes_of(*more)
     squares = planes.square().sum(1), others.square().sum(1)
-    cross = token_pairs(left, right, *more)
+    cross = token_gramian(left, right, *more)
     assert relative(cross, planes @ others.mT, *squares) <= LIMITS[dtype]
 
 
-def test_token_pairs_of_many_matrices(dtype):
+def test_token_gramian_of_many_matrices(dtype):
     left, right = randn(3, 4, 5, 6, dtype=dtype), randn(3, 4, 5, 7, dtype=dtype)
     planes = (left.double().mT @ right.double()).flatten(1)
-    assert relative(token_pairs(left, right), planes @ planes.mT) <= LIMITS[dtype]
+    assert relative(token_gramian(left, right), planes @ planes.mT) <= LIMITS[dtype]
 
 
-def test_token_pairs_by_hand():
+def test_token_gramian_by_hand():
     # G_0 = 1·2 + 3·1 = 5 and G_1 = -1·4 + 2·1 = -2, as 1 x 1 matrices
     left, right = (
         torch.tensor([[[1.0], [3]], [[-1], [2]]]),
         torch.tensor([[[2.0], [1]], [[4], [1]]]),
     )
-    assert token_pairs(left, right).tolist() == [[25, -10], [-10, 4]]
+    assert token_gramian(left, right).tolist() == [[25, -10], [-10, 4]]
 
 
 @pytest.mark.parametrize("n,t,b", [(1, 1, 1), (5, 9, 20), (3, 70, 4), (40, 2, 3)])
-def test_token_pairs_of_picked_rows(n, t, b, dtype):
+def test_token_gramian_of_picked_rows(n, t, b, dtype):
     ids, right = torch.randint(-1, 6, (n, t)), randn(n, t, b, dtype=dtype)
     left = (ids[..., None] == torch.arange(6)).to(dtype)
     planes = planes_of(left, right)
-    out = token_pairs(ids, right)
+    out = token_gramian(ids, right)
     assert relative(out, planes @ planes.mT) <= LIMITS[dtype]
     other, more = torch.randint(-1, 6, (2, 3)), randn(2, 3, b, dtype=dtype)
     exact = planes @ planes_of((other[..., None] == torch.arange(6)).to(dtype), more).mT
-    assert (token_pairs(ids, right, other, more) - exact).abs().max() <= 1e-5
+    assert (token_gramian(ids, right, other, more) - exact).abs().max() <= 1e-5
     torch.testing.assert_close(
-        out, token_pairs_reference(ids, right.double()), atol=1e-4, rtol=1e-5
+        out, token_gramian_reference(ids, right.double()), atol=1e-4, rtol=1e-5
     )
 
 
 @pytest.mark.parametrize("scales", [(1e-15, 1e-15), (1e13, 1e13), (1e-17, 1e10)])
-def test_token_pairs_out_of_float32s_range(scales):
+def test_token_gramian_out_of_float32s_range(scales):
     left, right = randn(4, 3, 20, scale=scales[0]), randn(4, 3, 30, scale=scales[1])
     planes = planes_of(left, right)
-    assert relative(token_pairs(left, right), planes @ planes.mT) <= 1e-6
+    assert relative(token_gramian(left, right), planes @ planes.mT) <= 1e-6
 
 
-def test_token_pairs_of_rows_of_very_different_size():
+def test_token_gramian_of_rows_of_very_different_size():
     left, right = randn(6, 3, 20), randn(6, 3, 30)
     left[1] *= 1e-12
     right[1] *= 1e-12
     right[2] *= 1e12
     planes = planes_of(left, right)
-    assert relative(token_pairs(left, right), planes @ planes.mT) <= 1e-6
+    assert relative(token_gramian(left, right), planes @ planes.mT) <= 1e-6
 
 
 @pytest.mark.parametrize("n,t", [(6, 3), (9, 1), (6, 70)])
-def test_token_pairs_of_a_token_lost_on_one_side(n, t):
+def test_token_gramian_of_a_token_lost_on_one_side(n, t):
     left, right = randn(n, t, 20), randn(n, t, 30)
     left[5, -1] *= 1e-22
     right[5, -1] *= 1e16
-    out = token_pairs(left, right)
+    out = token_gramian(left, right)
     assert out.isnan().nonzero().tolist() == [[5, 5]]
-    assert token_pairs(left, right, left, right).isfinite().all()
+    assert token_gramian(left, right, left, right).isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_token_pairs_not_finite_stay_in_their_row(bad):
+def test_token_gramian_not_finite_stay_in_their_row(bad):
     left, right = randn(21, 3, 20), randn(21, 3, 30)
     left[17, 1, 4] = bad
-    out, rest = token_pairs(left, right), [i for i in range(21) if i != 17]
+    out, rest = token_gramian(left, right), [i for i in range(21) if i != 17]
     assert not out[17].isfinite().any()
     planes = planes_of(left[rest], right[rest])
     assert relative(out[rest][:, rest], planes @ planes.mT) <= 1e-6
@@ -138,10 +138,10 @@ def test_memory_past_2_to_the_31():
     far = torch.empty(2**32 + 64, dtype=torch.bfloat16).as_strided((5, 2, 8), (2**30, 8, 1))
     near = randn(5, 2, 8, dtype=torch.bfloat16)
     far.copy_(near)
-    assert torch.equal(token_pairs(far, near), token_pairs(near, near))
+    assert torch.equal(token_gramian(far, near), token_gramian(near, near))
     out, expected = torch.zeros(8, 8), torch.zeros(8, 8)
-    plane_sum(far, near, torch.ones(5), out)
-    plane_sum(near, near, torch.ones(5), expected)
+    combine_tokens(far, near, torch.ones(5), out)
+    combine_tokens(near, near, torch.ones(5), expected)
     assert torch.equal(out, expected)
     assert torch.equal(gramian_of([[far[:, 0]]], False), gramian_of([[near[:, 0]]], False))
     update, weights = near.new_empty(1, 8), torch.ones(1, 5, dtype=torch.float64)
@@ -151,11 +151,11 @@ def test_memory_past_2_to_the_31():
 
 @pytest.mark.parametrize("n,t,a,b", TOKENS)
 @pytest.mark.parametrize("kept", [False, True], ids=["", "kept"])
-def test_plane_gramian(n, t, a, b, kept, dtype):
+def test_formed_gramian(n, t, a, b, kept, dtype):
     left, right = randn(n, t, a, dtype=dtype), randn(n, t, b, dtype=dtype)
     plane = randn(a, b, dtype=dtype) if kept else None
-    out = plane_gramian([left], [right], [torch.arange(n)], n, plane)
-    exact = plane_gramian_reference(
+    out = formed_gramian([left], [right], [torch.arange(n)], n, plane)
+    exact = formed_gramian_reference(
         [left.double()], [right.double()], [torch.arange(n)], n, plane.double() if kept else None
     )
     assert torch.equal(out, out.mT)
@@ -168,14 +168,14 @@ LENGTHS = [[3, 4, 4], [1, 30, 2, 0, 1], [0, 0, 50, 1], [1] * 20 + [40], [1] * 70
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("kept", [False, True], ids=["", "kept"])
-def test_plane_gramian_of_rows_of_any_length(lengths, kept, dtype):
+def test_formed_gramian_of_rows_of_any_length(lengths, kept, dtype):
     # a row's tokens in two blocks, the rows in no order
     left = [randn(1, (t + k) // 2, 9, dtype=dtype) for k in range(2) for t in lengths]
     right = [randn(1, x.shape[1], 70, dtype=dtype) for x in left]
     index = [torch.tensor([r]) for _ in range(2) for r in range(len(lengths))]
     plane = randn(9, 70, dtype=dtype) if kept else None
-    out = plane_gramian(left[::-1], right[::-1], index[::-1], len(lengths), plane)
-    exact = plane_gramian_reference(
+    out = formed_gramian(left[::-1], right[::-1], index[::-1], len(lengths), plane)
+    exact = formed_gramian_reference(
         [x.double() for x in left], [y.double() for y in right], index, len(lengths),
         plane.double() if kept else None,
     )  # fmt: skip
@@ -189,13 +189,13 @@ def test_plane_gramian_of_rows_of_any_length(lengths, kept, dtype):
      (torch.bfloat16, 1e10), (torch.float16, 300.0), (torch.float16, 3e-5)],
     ids=str,
 )  # fmt: skip
-def test_plane_gramian_of_any_scale(lengths, dtype, size):
+def test_formed_gramian_of_any_scale(lengths, dtype, size):
     count = sum(lengths)
     left, right = (randn(count, 1, 20, dtype=dtype, scale=size) for _ in range(2))
     index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     kept = randn(20, 20, dtype=torch.float32, scale=size**2)
-    out = plane_gramian([left], [right], [index], len(lengths), kept)
-    exact = plane_gramian_reference(
+    out = formed_gramian([left], [right], [index], len(lengths), kept)
+    exact = formed_gramian_reference(
         [left.double()], [right.double()], [index], len(lengths), kept.double()
     )
     assert relative(out, exact) <= 1e-6
@@ -206,8 +206,8 @@ def test_large_float16_planes_keep_their_range(lengths):
     left = randn(sum(lengths), 1, 300, dtype=torch.float16, scale=300)
     right = randn(sum(lengths), 1, 260, dtype=torch.float16, scale=300)
     index = torch.arange(2).repeat_interleave(torch.tensor(lengths))
-    out = plane_gramian([left], [right], [index], 2)
-    exact = plane_gramian_reference([left.double()], [right.double()], [index], 2)
+    out = formed_gramian([left], [right], [index], 2)
+    exact = formed_gramian_reference([left.double()], [right.double()], [index], 2)
     assert relative(out, exact) <= 1e-6
 
 
@@ -218,17 +218,17 @@ def test_tokens_of_several_dtypes():
     planes, others = planes_of(*first), planes_of(*second)
     squares = planes.square().sum(1), others.square().sum(1)
     exact = planes @ others.mT
-    assert relative(token_pairs(*first, *second), exact, *squares) <= 1e-6
-    assert relative(token_pairs(*second, *first), exact.mT, *squares[::-1]) <= 1e-6
+    assert relative(token_gramian(*first, *second), exact, *squares) <= 1e-6
+    assert relative(token_gramian(*second, *first), exact.mT, *squares[::-1]) <= 1e-6
     mixed = first[0], randn(3, 2, 30)
     expected = planes_of(*mixed)
-    assert relative(token_pairs(*mixed), expected @ expected.mT) <= 1e-6
+    assert relative(token_gramian(*mixed), expected @ expected.mT) <= 1e-6
     out = torch.empty(20, 30)
-    plane_sum(*mixed, torch.ones(3), out)
+    combine_tokens(*mixed, torch.ones(3), out)
     assert (out.double() - expected.sum(0).view(20, 30)).norm() <= 1e-5 * expected.norm()
     every = torch.cat([planes, others])
     rows = [torch.arange(3), torch.arange(3, 7)]
-    out = plane_gramian([first[0], second[0]], [first[1], second[1]], rows, 7)
+    out = formed_gramian([first[0], second[0]], [first[1], second[1]], rows, 7)
     assert relative(out, every @ every.mT) <= 1e-6
 
 
@@ -237,8 +237,8 @@ def test_large_bfloat16_planes_are_rounded(lengths):
     left = randn(sum(lengths), 1, 300, dtype=torch.bfloat16)
     right = randn(sum(lengths), 1, 260, dtype=torch.bfloat16)
     index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    out = plane_gramian([left], [right], [index], len(lengths))
-    exact = plane_gramian_reference([left.double()], [right.double()], [index], len(lengths))
+    out = formed_gramian([left], [right], [index], len(lengths))
+    exact = formed_gramian_reference([left.double()], [right.double()], [index], len(lengths))
     longer = [i for i, t in enumerate(lengths) if t > 1]
     assert relative(out, exact) <= 4e-4
     assert relative(out[longer][:, longer], exact[longer][:, longer]) <= 1e-4
@@ -246,12 +246,12 @@ def test_large_bfloat16_planes_are_rounded(lengths):
 
 @pytest.mark.parametrize("n,t,a,b", TOKENS)
 @pytest.mark.parametrize("beta", [0, -0.3])
-def test_plane_sum(n, t, a, b, beta, dtype):
+def test_combine_tokens(n, t, a, b, beta, dtype):
     left, right, weights = randn(n, t, a, dtype=dtype), randn(n, t, b, dtype=dtype), torch.randn(n)
     out_dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     out = randn(a, b, dtype=out_dtype) if beta else torch.full((a, b), torch.nan, dtype=out_dtype)
     before = out.double().clone()
-    plane_sum(left, right, weights, out, beta)
+    combine_tokens(left, right, weights, out, beta)
     scaled = left.double() * weights.double()[:, None, None]
     exact = (scaled.mT @ right.double()).sum(0) + (beta * before if beta else 0)
     size = (scaled.abs().mT @ right.double().abs()).sum(0) + (
@@ -263,18 +263,18 @@ def test_plane_sum(n, t, a, b, beta, dtype):
 
 
 @pytest.mark.parametrize("size,weight", [(1e-4, 1e-4), (1e3, 100.0)])
-def test_plane_sum_of_weights_that_leave_float16s_range(size, weight):
+def test_combine_tokens_of_weights_that_leave_float16s_range(size, weight):
     left = randn(4, 3, 20, dtype=torch.float16, scale=size)
     right = randn(4, 3, 30, dtype=torch.float16, scale=size)
     out = torch.empty(20, 30)
-    plane_sum(left, right, torch.full((4,), weight), out)
+    combine_tokens(left, right, torch.full((4,), weight), out)
     exact = weight * (left.double().mT @ right.double()).sum(0)
     assert (out.double() - exact).norm() <= 1e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_plane_sum_of_a_scalar_weight_on_the_device(transposed):
-    from gradsurgery.kernels.plane_sum import plane_sum as kernel
+def test_combine_tokens_of_a_scalar_weight_on_the_device(transposed):
+    from gradsurgery.kernels.combine_tokens import combine_tokens as kernel
 
     left, right = randn(3, 2, 5), randn(3, 2, 4)
     out = torch.ones(4, 5).mT if transposed else torch.ones(5, 4)

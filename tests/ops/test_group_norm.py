@@ -11,7 +11,7 @@ import gradsurgery as gs
 from gradsurgery.ops import _backend
 from gradsurgery.ops.group_norm import group_norm
 from tests.ops import instruction_sets
-from tests.ops.test_pairs import native
+from tests.ops.test_token_gramian import native
 
 # largest distance to torch's derivatives in float64, over their norm
 LIMITS = {torch.float32: 2e-6, torch.float64: 1e-14}

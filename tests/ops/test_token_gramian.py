@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsurgery as gs
-from gradsurgery.ops import _backend, pairs
-from gradsurgery.ops.pairs import token_pairs
+from gradsurgery.ops import _backend
+from gradsurgery.ops import token_gramian as module
+from gradsurgery.ops.token_gramian import token_gramian
 from tests.ops import instruction_sets
 
 # |K_ij - <G_i, G_j>| / sum_tu |left_t| |left_u| |right_t| |right_u|, largest
@@ -64,23 +65,23 @@ def tokens(*shape, a, b, dtype=torch.float32):
 @pytest.mark.parametrize("n,t,a,b", SHAPES)
 def test_matches_the_gramian_of_the_planes(n, t, a, b, impl, dtype):
     first = tokens(n, t, a=a, b=b, dtype=dtype)
-    assert error(token_pairs(*first), *first) <= LIMITS[dtype]
+    assert error(token_gramian(*first), *first) <= LIMITS[dtype]
 
 
 @pytest.mark.parametrize("n,t,a,b", SHAPES)
 @pytest.mark.parametrize("k,u", [(1, 1), (5, 16), (70, 6)])
 def test_matches_the_products_with_other_planes(n, t, a, b, k, u, impl, dtype):
     both = tokens(n, t, a=a, b=b, dtype=dtype) + tokens(k, u, a=a, b=b, dtype=dtype)
-    assert error(token_pairs(*both), *both) <= LIMITS[dtype]
+    assert error(token_gramian(*both), *both) <= LIMITS[dtype]
 
 
 def test_is_accurate_to_the_norms(impl):
     # relative to the norms of the sums themselves, as their Gramian is
     for n, t, a, b in [(16, 16, 2304, 768), (32, 1, 2048, 2048), (16, 64, 128, 384)]:
         first = tokens(n, t, a=a, b=b)
-        expected = pairs.token_pairs_reference(*[x.double() for x in first])
+        expected = module.token_gramian_reference(*[x.double() for x in first])
         norms = expected.diagonal().sqrt()
-        difference = (token_pairs(*first) - expected).abs() / torch.outer(norms, norms)
+        difference = (token_gramian(*first) - expected).abs() / torch.outer(norms, norms)
         assert difference.max() <= 1e-6
 
 
@@ -88,7 +89,7 @@ def test_is_accurate_to_the_norms(impl):
 def test_equal_values(value, impl):
     # whose rounding errors all have one sign
     left, right = torch.full((9, 5, 4000), value), torch.full((9, 5, 3000), value)
-    assert error(token_pairs(left, right), left, right) <= 2e-5
+    assert error(token_gramian(left, right), left, right) <= 2e-5
 
 
 @given(
@@ -101,7 +102,7 @@ def test_any_shape(n, t, k, u, a, b, symmetric, double):
     both = tokens(n, t, a=a, b=b, dtype=dtype)
     if not symmetric:
         both += tokens(k, u, a=a, b=b, dtype=dtype)
-    out = token_pairs(*both)
+    out = token_gramian(*both)
     if 0 in both[0].shape[1:] or 0 in both[-1].shape[1:]:
         assert torch.equal(out, torch.zeros(len(both[0]), len(both[-2]), dtype=torch.float64))
     else:
@@ -128,22 +129,22 @@ def test_reads_any_layout(layout, n, t, a, b, impl, dtype):
     moved = [make(x) for x in both]
     assert all(torch.equal(x, y) for x, y in zip(both, moved, strict=True))
     for x, y in ((both, moved), (both[:2], moved[:2])):
-        assert error(token_pairs(*y), *x) <= LIMITS[dtype]
+        assert error(token_gramian(*y), *x) <= LIMITS[dtype]
         if impl == "native":
-            assert torch.equal(token_pairs(*x), token_pairs(*y)), "layouts differ in the order"
+            assert torch.equal(token_gramian(*x), token_gramian(*y)), "layouts differ in the order"
 
 
 def test_one_token_for_all(impl):
     left, right = torch.randn(1, 1, 40).expand(9, 4, 40), torch.randn(9, 4, 3)
-    assert error(token_pairs(left, right), left, right) <= 1e-6
+    assert error(token_gramian(left, right), left, right) <= 1e-6
 
 
 @pytest.mark.parametrize("n,g,t,a,b", [(5, 3, 4, 6, 7), (2, 1, 50, 33, 8), (3, 8, 1, 1, 9)])
 def test_many_matrices(n, g, t, a, b, impl, dtype):
     left, right = tokens(n, g, t, a=a, b=b, dtype=dtype)
     more = tokens(n + 2, g, t + 1, a=a, b=b, dtype=dtype)
-    out = token_pairs(left, right)
-    cross = token_pairs(left, right, *more)
+    out = token_gramian(left, right)
+    cross = token_gramian(left, right, *more)
     planes, others = ((x.double().mT @ y.double()).flatten(1) for x, y in ((left, right), more))
     for actual, expected in ((out, planes @ planes.mT), (cross, planes @ others.mT)):
         assert (actual - expected).abs().max() <= 10 * LIMITS[dtype] * planes.square().sum()
@@ -152,7 +153,7 @@ def test_many_matrices(n, g, t, a, b, impl, dtype):
 @pytest.mark.parametrize("n,t", [(1, 1), (40, 1), (16, 16), (3, 50), (5, 197), (390, 2)])
 def test_symmetric_is_the_same_as_with_itself(n, t, impl, dtype):
     first = tokens(n, t, a=50, b=300, dtype=dtype)
-    out, cross = token_pairs(*first), token_pairs(*first, *first)
+    out, cross = token_gramian(*first), token_gramian(*first, *first)
     scale = sizes(*first)
     assert ((out - cross).abs() / torch.outer(scale, scale)).max() <= LIMITS[dtype]
 
@@ -163,10 +164,10 @@ def test_threads(threads, impl, dtype):
         both = tokens(n, t, a=150, b=60, dtype=dtype) + tokens(k, u, a=150, b=60, dtype=dtype)
         torch.set_num_threads(threads)
         for x in (both, both[:2]):
-            out = token_pairs(*x)
+            out = token_gramian(*x)
             assert error(out, *x) <= LIMITS[dtype]
             if impl == "native":
-                assert all(torch.equal(out, token_pairs(*x)) for _ in range(5))
+                assert all(torch.equal(out, token_gramian(*x)) for _ in range(5))
 
 
 def test_products_beyond_float32(impl):
@@ -176,7 +177,7 @@ def test_products_beyond_float32(impl):
     for scale in (1e-15, 1e13):
         first = tokens(5, 6, a=20, b=30)
         first = tuple(scale * x for x in first)
-        assert error(token_pairs(*first), *first) <= 1e-6
+        assert error(token_gramian(*first), *first) <= 1e-6
 
 
 def mixed(n=9, t=3):
@@ -191,28 +192,28 @@ def mixed(n=9, t=3):
 def test_a_token_lost_on_one_side_is_not_a_number(n, t, turned, impl):
     left, right = mixed(n, t + 1)
     left, right = (right, left) if turned else (left, right)
-    out = token_pairs(left, right)
+    out = token_gramian(left, right)
     lost = torch.zeros(n, n, dtype=torch.bool)
     lost[5, 5] = True
     assert torch.equal(out.isnan(), lost)
-    assert token_pairs(left, right, left, right).isfinite().all()
-    four = token_pairs(torch.stack([left, left], 1), torch.stack([right, right], 1))
+    assert token_gramian(left, right, left, right).isfinite().all()
+    four = token_gramian(torch.stack([left, left], 1), torch.stack([right, right], 1))
     assert torch.equal(four.isnan(), lost)
-    assert token_pairs(left.double(), right.double()).isfinite().all()
+    assert token_gramian(left.double(), right.double()).isfinite().all()
 
 
 def test_padding_is_not_lost(impl):
     left, right = tokens(4, 3, a=40, b=50)
     left[:, 1], right[1:, 2] = 0, 0
     left[:2, 2] *= 30
-    assert error(token_pairs(left, right), left, right) <= 1e-6
+    assert error(token_gramian(left, right), left, right) <= 1e-6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_stays_in_its_row(bad, impl):
     left, right = tokens(21, 3, a=20, b=30)
     left[17, 1, 4] = bad
-    finite = token_pairs(left, right).isfinite()
+    finite = token_gramian(left, right).isfinite()
     assert not finite[17].any()
     assert not finite[:, 17].any()
     rest = torch.arange(21) != 17
@@ -221,10 +222,10 @@ def test_not_finite_stays_in_its_row(bad, impl):
 
 def test_few_wide_tokens(impl, monkeypatch):
     both = tokens(2, 2, a=9000, b=300) + tokens(1, 3, a=9000, b=300)
-    for few in (pairs.FEW_PAIRS, 0):
-        monkeypatch.setattr(pairs, "FEW_PAIRS", few)
-        assert error(token_pairs(*both), *both) <= 1e-6
-        assert error(token_pairs(*both[:2]), *both[:2]) <= 1e-6
+    for few in (module.FEW_PAIRS, 0):
+        monkeypatch.setattr(module, "FEW_PAIRS", few)
+        assert error(token_gramian(*both), *both) <= 1e-6
+        assert error(token_gramian(*both[:2]), *both[:2]) <= 1e-6
 
 
 native = pytest.mark.skipif(
@@ -236,9 +237,9 @@ native = pytest.mark.skipif(
 @native
 def test_the_kernel_adds():
     left, right = tokens(5, 4, a=9, b=8)
-    once = token_pairs(left, right)
+    once = token_gramian(left, right)
     out = once.clone()
-    _backend._C.token_pairs_cpu(left, right, None, None, out, 2)
+    _backend._C.token_gramian_cpu(left, right, None, None, out, 2)
     torch.testing.assert_close(out, 2 * once, rtol=1e-6, atol=1e-9)
     assert torch.equal(out, out.mT)
 
@@ -259,23 +260,23 @@ def test_the_kernel_checks_what_it_is_given():
         (left, right, None, None, out.float()): "out must be a contiguous float64",
     }.items():
         with pytest.raises(gs.InputError, match=message):
-            _backend._C.token_pairs_cpu(*arguments, 2)
+            _backend._C.token_gramian_cpu(*arguments, 2)
 
 
 @native
 def test_obeys_the_variable(monkeypatch):
     first = tokens(5, 4, a=9, b=8)
-    monkeypatch.setattr(_backend._C, "token_pairs_cpu", lambda *args: pytest.fail("native ran"))
+    monkeypatch.setattr(_backend._C, "token_gramian_cpu", lambda *args: pytest.fail("native ran"))
     monkeypatch.setenv("GRADSURGERY_BACKEND", "torch")
-    token_pairs(*first)
+    token_gramian(*first)
 
 
 EVERY_SHAPE = """
 import os
 import torch
 from gradsurgery import _C
-from gradsurgery.ops.pairs import token_pairs
-from tests.ops.test_pairs import LIMITS, error, mixed, tokens
+from gradsurgery.ops.token_gramian import token_gramian
+from tests.ops.test_token_gramian import LIMITS, error, mixed, tokens
 
 assert _C.isa() == os.environ["GRADSURGERY_CPU"]
 torch.set_num_threads(2)
@@ -288,11 +289,11 @@ for dtype, limit in LIMITS.items():
     ]:
         both = tokens(n, t, a=a, b=b, dtype=dtype) + tokens(k, u, a=a, b=b, dtype=dtype)
         for x in (both, both[:2]):
-            value = error(token_pairs(*x), *x)
+            value = error(token_gramian(*x), *x)
             if not value <= limit:
                 print(dtype, n, t, k, u, a, b, len(x), value)
 for n, t in [(9, 3), (6, 200), (50, 2)]:
-    lost = token_pairs(*mixed(n, t)).isnan().nonzero().tolist()
+    lost = token_gramian(*mixed(n, t)).isnan().nonzero().tolist()
     if lost != [[5, 5]]:
         print(n, t, lost)
 """

@@ -40,6 +40,6 @@ struct Planes {
 
 // out = the inner products of the rows, [rows, rows]. Planes are formed in the dtype of their
 // tokens and multiplied as `gramian` does.
-GRADSURGERY_DECLARE(void plane_gramian(Planes planes, double* out, int threads))
+GRADSURGERY_DECLARE(void formed_gramian(Planes planes, double* out, int threads))
 
 }  // namespace gradsurgery

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsurgery as gs
-from gradsurgery.ops import _backend, planes
-from gradsurgery.ops.planes import plane_gramian
+from gradsurgery.ops import _backend
+from gradsurgery.ops import formed_gramian as module
+from gradsurgery.ops.formed_gramian import formed_gramian
 from tests.ops import instruction_sets
-from tests.ops.test_pairs import LAYOUTS, native, tokens
+from tests.ops.test_token_gramian import LAYOUTS, native, tokens
 
 # |K_ij - <R_i, R_j>| / (|R_i| |R_j|) where nothing cancels, largest
 LIMITS = {torch.float32: 1e-6, torch.float64: 1e-13}
@@ -62,7 +63,7 @@ def one(n, t, a, b, dtype=torch.float32):
 @pytest.mark.parametrize("kept", [False, True], ids=["", "kept"])
 def test_matches_the_gramian_of_the_planes(n, t, a, b, kept, impl, dtype):
     arguments = *one(n, t, a, b, dtype), torch.randn(a, b).to(dtype) if kept else None
-    assert error(plane_gramian(*arguments), *arguments) <= LIMITS[dtype]
+    assert error(formed_gramian(*arguments), *arguments) <= LIMITS[dtype]
 
 
 def test_blocks_of_several_uses_are_summed_into_their_rows(impl, dtype):
@@ -70,7 +71,7 @@ def test_blocks_of_several_uses_are_summed_into_their_rows(impl, dtype):
     left, right = zip(*parts, strict=True)
     rows = [torch.tensor([4, 0, 0, 4, 1]), torch.tensor([1, 1, 0, 4, 4, 4, 0, 1, 0])]
     arguments = left, right, rows, 6, torch.randn(30, 70).to(dtype)
-    out = plane_gramian(*arguments)
+    out = formed_gramian(*arguments)
     assert error(out, *arguments) <= LIMITS[dtype]
     for empty in (2, 3, 5):
         assert not out[empty].any(), "a row without blocks is zero"
@@ -86,7 +87,7 @@ def test_any_shape(n, t, u, a, b, count, kept, double):
     left, right = zip(*(tokens(n, x, a=a, b=b, dtype=dtype) for x in (t, u)), strict=True)
     rows = [torch.randint(count, (n,)) for _ in range(2)]
     arguments = left, right, rows, count, torch.randn(a, b).to(dtype) if kept else None
-    assert error(plane_gramian(*arguments), *arguments) <= LIMITS[dtype]
+    assert error(formed_gramian(*arguments), *arguments) <= LIMITS[dtype]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,10 +97,10 @@ def test_reads_any_layout(layout, n, t, a, b, impl, dtype):
     left, right, rows, count = one(n, t, a, b, dtype)
     kept = torch.randn(1, a, b).to(dtype)
     moved = [make(left[0])], [make(right[0])], rows, count, make(kept)[0]
-    out = plane_gramian(*moved)
+    out = formed_gramian(*moved)
     assert error(out, left, right, rows, count, kept[0]) <= LIMITS[dtype]
     if impl == "native":
-        assert torch.equal(out, plane_gramian(left, right, rows, count, kept[0]))
+        assert torch.equal(out, formed_gramian(left, right, rows, count, kept[0]))
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7])
@@ -108,7 +109,7 @@ def test_equal_values(value, impl):
     arguments = one(9, 200, 400, 300)
     for side in arguments[:2]:
         side[0].fill_(value)
-    out, (expected, _) = plane_gramian(*arguments), exact(*arguments)
+    out, (expected, _) = formed_gramian(*arguments), exact(*arguments)
     assert ((out - expected).abs() / expected).max() <= 1e-5
 
 
@@ -117,10 +118,10 @@ def test_threads(threads, impl, dtype):
     for shape in ((16, 16, 200, 300), (100, 1, 90, 500), (1, 300, 400, 40)):
         arguments = *one(*shape, dtype), torch.randn(shape[2:]).to(dtype)
         torch.set_num_threads(threads)
-        out = plane_gramian(*arguments)
+        out = formed_gramian(*arguments)
         assert error(out, *arguments) <= LIMITS[dtype]
         if impl == "native":
-            assert all(torch.equal(out, plane_gramian(*arguments)) for _ in range(5))
+            assert all(torch.equal(out, formed_gramian(*arguments)) for _ in range(5))
 
 
 @pytest.mark.parametrize("exponent", [-18, -12, 9, 15])
@@ -128,7 +129,7 @@ def test_products_beyond_float32(exponent, impl):
     # squares of the values that planes hold leave its range
     left, right, rows, count = one(5, 6, 300, 200)
     left[0] *= 10.0**exponent
-    assert error(plane_gramian(left, right, rows, count), left, right, rows, count) <= 1e-6
+    assert error(formed_gramian(left, right, rows, count), left, right, rows, count) <= 1e-6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -136,7 +137,7 @@ def test_products_beyond_float32(exponent, impl):
 def test_not_finite_stays_in_its_row(bad, shape, impl):
     left, right, rows, count = one(*shape)
     left[0][17, 1, 4] = bad
-    finite = plane_gramian(left, right, rows, count).isfinite()
+    finite = formed_gramian(left, right, rows, count).isfinite()
     assert not finite[17].any()
     assert not finite[:, 17].any()
     rest = torch.arange(21) != 17
@@ -145,9 +146,9 @@ def test_not_finite_stays_in_its_row(bad, shape, impl):
 
 def test_the_reference_forms_slices(monkeypatch):
     arguments = *one(5, 4, 37, 11, torch.float64), torch.randn(37, 11).double()
-    whole = planes.plane_gramian_reference(*arguments)
-    monkeypatch.setattr(planes, "CHUNK", 1)
-    torch.testing.assert_close(planes.plane_gramian_reference(*arguments), whole)
+    whole = module.formed_gramian_reference(*arguments)
+    monkeypatch.setattr(module, "CHUNK", 1)
+    torch.testing.assert_close(module.formed_gramian_reference(*arguments), whole)
 
 
 @native
@@ -168,28 +169,28 @@ def test_the_kernel_checks_what_it_is_given():
         (([left], [right], [rows], count, kept, out), r"out must be .*\[6, 6\]"),
     ]:
         with pytest.raises((gs.InputError, TypeError), match=message):
-            _backend._C.plane_gramian_cpu(*arguments, 2)
+            _backend._C.formed_gramian_cpu(*arguments, 2)
 
 
 @native
 def test_obeys_the_variable(monkeypatch):
-    monkeypatch.setattr(_backend._C, "plane_gramian_cpu", lambda *args: pytest.fail("native ran"))
+    monkeypatch.setattr(_backend._C, "formed_gramian_cpu", lambda *args: pytest.fail("native ran"))
     monkeypatch.setenv("GRADSURGERY_BACKEND", "torch")
-    plane_gramian(*one(5, 4, 9, 8))
+    formed_gramian(*one(5, 4, 9, 8))
 
 
 EVERY_SHAPE = """
 import os
 import torch
 from gradsurgery import _C
-from tests.ops.test_planes import LIMITS, SHAPES, error, one, plane_gramian
+from tests.ops.test_formed_gramian import LIMITS, SHAPES, error, one, formed_gramian
 
 assert _C.isa() == os.environ["GRADSURGERY_CPU"]
 torch.set_num_threads(2)
 for dtype, limit in LIMITS.items():
     for shape in [*SHAPES, *[(3, 3, a, 60 - a) for a in range(1, 60)]]:
         arguments = *one(*shape, dtype), torch.randn(shape[2:]).to(dtype)
-        value = error(plane_gramian(*arguments), *arguments)
+        value = error(formed_gramian(*arguments), *arguments)
         if not value <= limit:
             print(dtype, shape, value)
 """
@@ -206,10 +207,10 @@ def test_every_instruction_set(isa):
 @pytest.mark.parametrize("height", [0, 1, 64, 200])
 def test_slices_of_a_gpu(height, lengths, kept, monkeypatch):
     """Its way over several slices, which no CPU takes by itself."""
-    monkeypatch.setattr(planes, "SLICE", 1)  # as few rows as it may
+    monkeypatch.setattr(module, "SLICE", 1)  # as few rows as it may
     left, right = torch.randn(sum(lengths), height), torch.randn(sum(lengths), 7)
     plane = torch.randn(height, 7) if kept else None
-    out = planes.plane_gramian_chunked(left, right, lengths, plane)
+    out = module.formed_gramian_chunked(left, right, lengths, plane)
     rows = [x.mT @ y for x, y in zip(left.split(lengths), right.split(lengths), strict=True)]
     rows = torch.stack(rows + [plane] * kept).flatten(1).double()
     size = rows.norm(dim=1)

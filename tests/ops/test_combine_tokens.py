@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import gradsurgery as gs
 from gradsurgery.ops import _backend
-from gradsurgery.ops.plane_sum import plane_sum
+from gradsurgery.ops.combine_tokens import combine_tokens
 from tests.ops import instruction_sets
-from tests.ops.test_pairs import LAYOUTS, native, tokens
+from tests.ops.test_token_gramian import LAYOUTS, native, tokens
 
 # |out_ab - exact| over the sum of what was added up, largest
 LIMITS = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -41,7 +41,7 @@ def error(left, right, weights, out, beta):
     x, y, before = left.double(), right.double(), out.double()
     exact = beta * before + (x.mT @ y * weights.double()[:, None, None]).sum(0)
     size = abs(beta) * before.abs() + (x.abs().mT @ y.abs() * weights.abs()[:, None, None]).sum(0)
-    plane_sum(left, right, weights, out, beta)
+    combine_tokens(left, right, weights, out, beta)
     return float(((out - exact).abs() / size.clamp(min=1e-300)).max()) if out.numel() else 0.0
 
 
@@ -55,7 +55,7 @@ def test_by_hand(impl):
     left = torch.tensor([[[1.0, 2.0]], [[0.0, 3.0]]])  # two blocks of one token
     right = torch.tensor([[[1.0, 10.0]], [[4.0, 0.0]]])
     out = torch.ones(2, 2)
-    plane_sum(left, right, torch.tensor([1.0, -0.5]), out, 2)
+    combine_tokens(left, right, torch.tensor([1.0, -0.5]), out, 2)
     assert out.tolist() == [[3.0, 12.0], [-2.0, 22.0]]
 
 
@@ -77,7 +77,7 @@ def test_reads_any_layout(layout, n, t, a, b, impl, dtype):
     same = out.clone()
     assert error(make(left), make(right), weights, out, 0.5) <= LIMITS[dtype]
     if impl == "native":
-        plane_sum(left, right, weights, same, 0.5)
+        combine_tokens(left, right, weights, same, 0.5)
         assert torch.equal(out, same)
 
 
@@ -95,14 +95,14 @@ def test_writes_planes_that_lie_otherwise(n, t, a, b, impl, dtype):
 def test_it_is_noticed(impl):
     left, right, weights, out = case(5, 4, 20, 30)
     version = out._version
-    plane_sum(left, right, weights, out)
+    combine_tokens(left, right, weights, out)
     assert out._version > version
 
 
 def test_what_is_there_is_not_read_without_beta(impl):
     left, right, weights, out = case(5, 4, 20, 30)
     out.fill_(float("nan"))
-    plane_sum(left, right, weights, out)
+    combine_tokens(left, right, weights, out)
     assert out.isfinite().all()
 
 
@@ -110,7 +110,7 @@ def test_what_is_there_is_not_read_without_beta(impl):
 def test_not_finite_stays_in_its_row_and_column(bad, impl):
     left, right, weights, out = case(5, 4, 20, 60)
     left[2, 1, 7] = bad
-    plane_sum(left, right, weights, out, 1)
+    combine_tokens(left, right, weights, out, 1)
     assert not out[7].isfinite().any()
     assert out[torch.arange(20) != 7].isfinite().all()
 
@@ -124,7 +124,7 @@ def test_threads_change_no_bit(threads, impl, dtype):
         assert error(left, right, weights, out, 0.5) <= LIMITS[dtype]
         if impl == "native":
             torch.set_num_threads(1)
-            plane_sum(left, right, weights, first, 0.5)
+            combine_tokens(left, right, weights, first, 0.5)
             assert torch.equal(out, first)
 
 
@@ -142,21 +142,21 @@ def test_the_kernel_checks_what_it_is_given():
         ((left, right._neg_view(), weights, 0, out), r"negated view: call resolve_neg\(\)"),
     ]:
         with pytest.raises(gs.InputError, match=message):
-            _backend._C.plane_sum_cpu(*arguments, 2)
+            _backend._C.combine_tokens_cpu(*arguments, 2)
 
 
 @native
 def test_obeys_the_variable(monkeypatch):
-    monkeypatch.setattr(_backend._C, "plane_sum_cpu", lambda *args: pytest.fail("native ran"))
+    monkeypatch.setattr(_backend._C, "combine_tokens_cpu", lambda *args: pytest.fail("native ran"))
     monkeypatch.setenv("GRADSURGERY_BACKEND", "torch")
-    plane_sum(*case(5, 4, 9, 8))
+    combine_tokens(*case(5, 4, 9, 8))
 
 
 EVERY_SHAPE = """
 import os
 import torch
 from gradsurgery import _C
-from tests.ops.test_plane_sum import LIMITS, SHAPES, case, error
+from tests.ops.test_combine_tokens import LIMITS, SHAPES, case, error
 
 assert _C.isa() == os.environ["GRADSURGERY_CPU"]
 torch.set_num_threads(2)

@@ -25,11 +25,11 @@ from gradsurgery.kernels.tiles import (
 )
 from gradsurgery.ops._inputs import alike
 
-LOST, LARGE = tl.constexpr(2.0**-116), tl.constexpr(2.0**30)  # of ops/pairs.py
+LOST, LARGE = tl.constexpr(2.0**-116), tl.constexpr(2.0**30)  # of ops/token_gramian.py
 
 
 @triton.jit
-def pairs_kernel(
+def token_gramian_kernel(
     sides,  # (left, right, other_left, other_right); left holds ids where IDS
     strides,  # of each side: (block, matrix, token)
     counts,  # (blocks, tokens, other blocks, other tokens)
@@ -101,10 +101,10 @@ def pairs_kernel(
     tl.store(parts + at + row * OTHER_ROWS + column, total)
 
 
-def token_pairs(
+def token_gramian(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
 ) -> Tensor:
-    """As `gradsurgery.ops.pairs.token_pairs`."""
+    """As `gradsurgery.ops.token_gramian.token_gramian`."""
     symmetric = other_left is None or other_right is None
     sides = [left, right, left, right] if symmetric else [left, right, other_left, other_right]
     ids = not left.is_floating_point()
@@ -132,7 +132,7 @@ def token_pairs(
         g, down, across, other_down, other_across, rows, other_rows, dtype=torch.float64
     )
     with on(right):
-        pairs_kernel[(down * across * other_down * other_across, g)](
+        token_gramian_kernel[(down * across * other_down * other_across, g)](
             tuple(sides),
             tuple(side.stride()[:3] for side in sides),
             (n, tokens, k, other_tokens),

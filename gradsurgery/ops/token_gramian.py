@@ -20,7 +20,7 @@ MANY_VALUES = 8192
 LOST, LARGE = 2.0**-116, 2.0**30
 
 
-def token_pairs(
+def token_gramian(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
 ) -> Tensor:
     """Inner products of G_i = sum_t left_it right_itᵀ, none of which is formed.
@@ -38,11 +38,11 @@ def token_pairs(
         other, K_ii is NaN if a token of G_i has a left side of products below float32's range and a
         right side of large ones, or the reverse: it is lost, while it may be large.
     """
-    implementation = choose("token_pairs", IMPLEMENTATIONS, right.device.type)
+    implementation = choose("token_gramian", IMPLEMENTATIONS, right.device.type)
     return implementation(left, right, other_left, other_right)
 
 
-def token_pairs_reference(
+def token_gramian_reference(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
 ) -> Tensor:
     symmetric = other_left is None or other_right is None
@@ -91,11 +91,11 @@ def _tokens(side: Tensor) -> Tensor:
     return side.flatten(0, 1) if side.dim() == 3 else side.transpose(0, 1).flatten(1, 2)
 
 
-def token_pairs_native(
+def token_gramian_native(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
 ) -> Tensor:
     if runs_cuda(right) or not left.is_floating_point():  # a test build; and no user on a CPU
-        return token_pairs_reference(left, right, other_left, other_right)
+        return token_gramian_reference(left, right, other_left, other_right)
     left, right = wide(left), wide(right)
     other = None
     if other_left is not None and other_right is not None:
@@ -103,29 +103,29 @@ def token_pairs_native(
     second = left if other is None else other[0]
     pairs = left.shape[0] * left.shape[-2] * second.shape[0] * second.shape[-2]
     if pairs <= FEW_PAIRS and left.shape[-1] + right.shape[-1] >= MANY_VALUES:
-        return token_pairs_reference(left, right, other_left, other_right)
+        return token_gramian_reference(left, right, other_left, other_right)
     out = left.new_zeros(len(left), len(second), dtype=torch.float64)
     threads = torch.get_num_threads()
     if left.dim() == 3:
-        _C.token_pairs_cpu(left, right, *(other or (None, None)), out, threads)
+        _C.token_gramian_cpu(left, right, *(other or (None, None)), out, threads)
         return out
     for g in range(left.shape[1]):
         part = (None, None) if other is None else (other[0][:, g], other[1][:, g])
-        _C.token_pairs_cpu(left[:, g], right[:, g], *part, out, threads)
+        _C.token_gramian_cpu(left[:, g], right[:, g], *part, out, threads)
     return out
 
 
-def token_pairs_triton(
+def token_gramian_triton(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
 ) -> Tensor:
-    from gradsurgery.kernels import pairs as kernels
+    from gradsurgery.kernels import token_gramian as kernels
 
-    return kernels.token_pairs(left, right, other_left, other_right)
+    return kernels.token_gramian(left, right, other_left, other_right)
 
 
 IMPLEMENTATIONS = {
-    ("torch", "any"): token_pairs_reference,
-    ("native", "cpu"): token_pairs_native,
-    ("triton", "cuda"): token_pairs_triton,
+    ("torch", "any"): token_gramian_reference,
+    ("native", "cpu"): token_gramian_native,
+    ("triton", "cuda"): token_gramian_triton,
 }
-OPERATORS["token_pairs"] = IMPLEMENTATIONS
+OPERATORS["token_gramian"] = IMPLEMENTATIONS

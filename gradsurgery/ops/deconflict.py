@@ -14,7 +14,7 @@ from gradsurgery.ops._inputs import (
 from gradsurgery.ops.weighting import scratch_for
 
 
-def pairwise_weights(
+def deconflict_weights(
     gramian: Tensor, order: Tensor, targets: Tensor | None = None, beta: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
     """Each row visits the others; where it points away from one, a multiple of that one is added.
@@ -55,7 +55,7 @@ def pairwise_weights(
     check_number("beta", beta)
     if targets is not None:
         targets = targets.to(gram)
-    v, moved = call("pairwise_weights", gram, order, targets, beta)
+    v, moved = call("deconflict_weights", gram, order, targets, beta)
     return v, None if targets is None else moved
 
 
@@ -76,7 +76,7 @@ def shuffled(draws: Tensor) -> Tensor:
     return order
 
 
-def pairwise_weights_reference(
+def deconflict_weights_reference(
     gramian: Tensor, order: Tensor, targets: Tensor | None, beta: float
 ) -> tuple[Tensor, Tensor]:
     check_gramian_finite(gramian)
@@ -111,7 +111,7 @@ def pairwise_weights_reference(
     return torch.where(eye, v, v * ratio), moved
 
 
-def pairwise_weights_native(
+def deconflict_weights_native(
     gramian: Tensor, order: Tensor, targets: Tensor | None, beta: float
 ) -> tuple[Tensor, Tensor]:
     check_gramian_finite(gramian)
@@ -119,10 +119,10 @@ def pairwise_weights_native(
     moved = _copy(gramian, targets)
     args = (gramian.contiguous(), order.contiguous(), None if targets is None else moved, v)
     if runs_cuda(gramian):
-        scratch = scratch_for("pairwise", gramian.shape[:-1].numel(), gramian)
-        _C.pairwise_weights_cuda(*args, scratch, beta)
+        scratch = scratch_for("deconflict", gramian.shape[:-1].numel(), gramian)
+        _C.deconflict_weights_cuda(*args, scratch, beta)
     else:
-        _C.pairwise_weights_cpu(*args, beta, torch.get_num_threads())
+        _C.deconflict_weights_cpu(*args, beta, torch.get_num_threads())
     return v, moved
 
 
@@ -141,13 +141,13 @@ def _fake(
 
 
 register(
-    "pairwise_weights",
+    "deconflict_weights",
     "(Tensor gramian, Tensor order, Tensor? targets, float beta) -> (Tensor, Tensor)",
     {
-        ("torch", "any"): pairwise_weights_reference,
-        ("native", "cpu"): pairwise_weights_native,
-        ("native", "cuda"): pairwise_weights_native,
-        ("triton", "cuda"): pairwise_weights_reference,
+        ("torch", "any"): deconflict_weights_reference,
+        ("native", "cpu"): deconflict_weights_native,
+        ("native", "cuda"): deconflict_weights_native,
+        ("triton", "cuda"): deconflict_weights_reference,
     },
     device_of=lambda gramian, *_: gramian.device,
     fake=_fake,

@@ -1,4 +1,4 @@
-#include "plane_sum.h"
+#include "combine_tokens.h"
 
 #include <algorithm>
 #include <utility>
@@ -186,8 +186,8 @@ class Sum {
 };
 
 template <typename T>
-void plane_sum_in(const Tokens& tokens, const double* weights, double beta, const Tensor& out,
-                  int threads) {
+void combine_tokens_in(const Tokens& tokens, const double* weights, double beta, const Tensor& out,
+                       int threads) {
   if (out.numel() == 0) {
     return;
   }
@@ -205,16 +205,16 @@ void plane_sum_in(const Tokens& tokens, const double* weights, double beta, cons
 
 }  // namespace
 
-void plane_sum(Tokens tokens, const double* weights, double beta, Tensor out, int threads) {
+void combine_tokens(Tokens tokens, const double* weights, double beta, Tensor out, int threads) {
   if (out.stride(1) != 1) {
     std::swap(tokens.left, tokens.right);
     std::swap(out.shape[0], out.shape[1]);
     std::swap(out.strides[0], out.strides[1]);
   }
   if (out.dtype == Dtype::float64) {
-    plane_sum_in<double>(tokens, weights, beta, out, threads);
+    combine_tokens_in<double>(tokens, weights, beta, out, threads);
   } else {
-    plane_sum_in<float>(tokens, weights, beta, out, threads);
+    combine_tokens_in<float>(tokens, weights, beta, out, threads);
   }
 }
 

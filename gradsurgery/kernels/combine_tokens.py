@@ -3,7 +3,7 @@
 One matrix product over all tokens; the weights are applied to the left tokens on their way from
 memory to the tensor cores, rounded to the tokens' dtype as the tokens themselves were. float16
 tokens, whose range weights would leave, become float32, by three products of tf32: one alone cuts
-bits off where float16 rounds. A GPU's own library is faster for all others (see `ops.plane_sum`).
+bits off where float16 rounds. A GPU's own library is faster for all others (`ops.combine_tokens`).
 """
 
 import torch
@@ -25,7 +25,7 @@ from gradsurgery.kernels.tiles import (
 
 
 @triton.jit
-def plane_sum_kernel(
+def combine_tokens_kernel(
     left,  # [n, T, a]
     right,  # [n, T, b]
     weights,  # [n] float64
@@ -75,10 +75,10 @@ def plane_sum_kernel(
     tl.store(to, narrow(total, out.dtype.element_ty), mask=mask)
 
 
-def plane_sum(
+def combine_tokens(
     left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float | Tensor
 ) -> None:
-    """As `gradsurgery.ops.plane_sum.plane_sum`."""
+    """As `gradsurgery.ops.combine_tokens.combine_tokens`."""
     left, right = (s if s.stride(-1) == 1 else s.contiguous() for s in (left, right))
     (n, tokens, height), width = left.shape, right.shape[-1]
     if out.numel() == 0:
@@ -89,7 +89,7 @@ def plane_sum(
     computed = torch.float32 if left.dtype == torch.float16 else left.dtype
     tile = tile_of(height, width, computed, add)
     with on(left):
-        plane_sum_kernel[(cdiv(height, tile.rows) * cdiv(width, tile.columns),)](
+        combine_tokens_kernel[(cdiv(height, tile.rows) * cdiv(width, tile.columns),)](
             left,
             right,
             weights,

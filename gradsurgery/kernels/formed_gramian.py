@@ -20,13 +20,13 @@ from gradsurgery.kernels.tiles import (
     power_of_two,
     precision,
 )
-from gradsurgery.ops.planes import BUFFER, SMALL
+from gradsurgery.ops.formed_gramian import BUFFER, SMALL
 
 PROGRAMS = 256
 
 
 @triton.jit
-def planes_kernel(
+def formed_gramian_kernel(
     left,  # [N, a], the tokens of row after row
     right,  # [N, b]
     kept,  # [a, b], the last row where KEPT
@@ -105,7 +105,7 @@ def planes_kernel(
     tl.store(parts + at, total)
 
 
-def plane_gramian(left: Tensor, right: Tensor, offsets: Tensor, kept: Tensor | None) -> Tensor:
+def formed_gramian(left: Tensor, right: Tensor, offsets: Tensor, kept: Tensor | None) -> Tensor:
     """[m, m] float64, m = len(offsets) - 1, and one more with `kept`; 64 at most.
 
     Args:
@@ -127,7 +127,7 @@ def plane_gramian(left: Tensor, right: Tensor, offsets: Tensor, kept: Tensor | N
     programs = max(1, min(tiles, PROGRAMS, BUFFER // size))
     parts = left.new_empty(programs, rows, rows, dtype=torch.float64)
     with on(left):
-        planes_kernel[(programs,)](
+        formed_gramian_kernel[(programs,)](
             left,
             right,
             left if kept is None else kept,

@@ -25,7 +25,7 @@ PADDING = 2.7
 MOST_ROWS = 64  # of that kernel
 
 
-def plane_gramian(
+def formed_gramian(
     left: Sequence[Tensor],
     right: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -49,10 +49,10 @@ def plane_gramian(
         have few tokens or equal values, which round alike.
     """
     device = left[0].device.type
-    return choose("plane_gramian", IMPLEMENTATIONS, device)(left, right, rows, count, kept)
+    return choose("formed_gramian", IMPLEMENTATIONS, device)(left, right, rows, count, kept)
 
 
-def plane_gramian_reference(
+def formed_gramian_reference(
     left: Sequence[Tensor],
     right: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -76,7 +76,7 @@ def plane_gramian_reference(
     return out.tril() + out.tril(-1).mT  # a BLAS need not make it symmetric
 
 
-def plane_gramian_native(
+def formed_gramian_native(
     left: Sequence[Tensor],
     right: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -84,15 +84,15 @@ def plane_gramian_native(
     kept: Tensor | None = None,
 ) -> Tensor:
     if runs_cuda(left[0]):  # of a test build
-        return plane_gramian_reference(left, right, rows, count, kept)
+        return formed_gramian_reference(left, right, rows, count, kept)
     left, right = [wide(x) for x in left], [wide(y) for y in right]
     m = count + (kept is not None)
     out = left[0].new_empty(m, m, dtype=torch.float64)
-    _C.plane_gramian_cpu(left, right, rows, count, kept, out, torch.get_num_threads())
+    _C.formed_gramian_cpu(left, right, rows, count, kept, out, torch.get_num_threads())
     return out
 
 
-def plane_gramian_triton(
+def formed_gramian_triton(
     left: Sequence[Tensor],
     right: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -102,14 +102,14 @@ def plane_gramian_triton(
     """Slices of the planes by matrix products, or tiles of them by a kernel."""
     x, y, lengths = by_row(left, right, rows, count)
     if count + (kept is not None) > MOST_ROWS or _pads(lengths):
-        return plane_gramian_chunked(x, y, lengths, kept)
-    from gradsurgery.kernels import planes as kernels
+        return formed_gramian_chunked(x, y, lengths, kept)
+    from gradsurgery.kernels import formed_gramian as kernels
 
     offsets = torch.tensor([0, *accumulate(lengths)], device="cpu").to(x.device)
-    return kernels.plane_gramian(x, y, offsets, kept)
+    return kernels.formed_gramian(x, y, offsets, kept)
 
 
-def plane_gramian_chunked(
+def formed_gramian_chunked(
     left: Tensor, right: Tensor, lengths: Sequence[int], kept: Tensor | None
 ) -> Tensor:
     """Of [N, a] and [N, b], the tokens of row after row, a slice of the planes at a time."""
@@ -180,8 +180,8 @@ def padded(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 IMPLEMENTATIONS = {
-    ("torch", "any"): plane_gramian_reference,
-    ("native", "cpu"): plane_gramian_native,
-    ("triton", "cuda"): plane_gramian_triton,
+    ("torch", "any"): formed_gramian_reference,
+    ("native", "cpu"): formed_gramian_native,
+    ("triton", "cuda"): formed_gramian_triton,
 }
-OPERATORS["plane_gramian"] = IMPLEMENTATIONS
+OPERATORS["formed_gramian"] = IMPLEMENTATIONS

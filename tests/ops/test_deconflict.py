@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradsurgery as gs
-from gradsurgery.ops import pairwise_weights
+from gradsurgery.ops import deconflict_weights
 from tests.inputs import CONFLICTING, exact_gramian, gaussian, signed
 
 # rows that cancel leave a vector of rounding and its cosines; the sine of -1 is off by sqrt(eps)
@@ -49,7 +49,7 @@ def corrected(rows, order, targets=None, beta=0.0):
 @pytest.mark.parametrize("family", CONFLICTING)
 def test_without_targets_the_conflicting_part_goes(family, impl):
     rows, gramian, order, _ = problem(family)
-    v, targets = pairwise_weights(gramian, order)
+    v, targets = deconflict_weights(gramian, order)
     expected, _ = corrected(rows, order)
     assert targets is None
     error = (v @ rows - expected).norm(dim=1)
@@ -59,7 +59,7 @@ def test_without_targets_the_conflicting_part_goes(family, impl):
 @pytest.mark.parametrize("family", CONFLICTING)
 def test_with_targets_cosines_are_raised_to_them(family, impl):
     rows, gramian, order, targets = problem(family)
-    v, after = pairwise_weights(gramian, order, targets, 0.25)
+    v, after = deconflict_weights(gramian, order, targets, 0.25)
     expected, expected_after = corrected(rows, order, targets, 0.25)
     clear = family in CLEAR
     error = (v @ rows - expected).norm(dim=1)
@@ -75,7 +75,10 @@ def test_implementations_agree(family, monkeypatch):
     for impl in ("torch", "native"):
         monkeypatch.setenv("GRADSURGERY_BACKEND", impl)
         found.append(
-            (*pairwise_weights(gramian, order, targets, 0.1), pairwise_weights(gramian, order)[0])
+            (
+                *deconflict_weights(gramian, order, targets, 0.1),
+                deconflict_weights(gramian, order)[0],
+            )
         )
     (v, after, plain), (other_v, other_after, other_plain) = found
     size = rows.norm(dim=1)
@@ -88,7 +91,7 @@ def test_implementations_agree(family, monkeypatch):
 def test_two_rows(impl):
     # each less its part along the other; their sum is PCGrad's of torchjd's example
     rows = torch.tensor([[-4.0, 1, 1], [6, 1, 1]])
-    v, _ = pairwise_weights(rows @ rows.mT, orders(2))
+    v, _ = deconflict_weights(rows @ rows.mT, orders(2))
     assert v.tolist() == [pytest.approx([1, 22 / 38]), pytest.approx([22 / 18, 1])]
     assert (v.sum(0).float() @ rows).tolist() == pytest.approx([0.5848, 3.8012, 3.8012], abs=5e-5)
 
@@ -97,7 +100,7 @@ def test_the_order_decides(impl):
     # row 0 = (1, 0) meets a = (-1, 1) / √2 and b = (0, -1), whichever comes first
     rows = torch.tensor([[1, 0], [-1, 1], [0, -1]]).double()
     for order, expected in (((1, 2, 0), [0.5, 0]), ((2, 0, 1), [0.5, 0.5])):
-        v, _ = pairwise_weights(rows @ rows.mT, torch.tensor([order] * 3))
+        v, _ = deconflict_weights(rows @ rows.mT, torch.tensor([order] * 3))
         assert (v[0] @ rows).tolist() == pytest.approx(expected, abs=1e-15)
         assert v[0, 0] == 1
 
@@ -106,7 +109,7 @@ def test_a_target_by_hand(impl):
     # the cosine of orthogonal rows of norms 3 and 2 becomes 0.6: v = (3, 3 · 0.6 / 0.8)
     gramian, order = torch.diag(torch.tensor([9.0, 4])), torch.tensor([[0, 1], [0, 1]])
     targets = torch.tensor([[0.1, 0.6], [-0.5, 0.2]])
-    v, after = pairwise_weights(gramian, order, targets, 0.25)
+    v, after = deconflict_weights(gramian, order, targets, 0.25)
     assert v.tolist() == [pytest.approx([1, 3 * 0.75 / 2]), [0, 1]]
     # 0.75 t + 0.25 φ, φ before the visit; row 1 meets row 0 as it was given; none meets itself
     assert after.tolist() == [pytest.approx([0.1, 0.45]), pytest.approx([-0.375, 0.2])]
@@ -115,26 +118,26 @@ def test_a_target_by_hand(impl):
 @pytest.mark.parametrize("target", [1.0, math.sqrt(1 - 1e-10)])
 def test_the_sine_of_a_target_is_bounded_below(target, impl):
     targets = torch.tensor([[0, target], [-1, 0]]).double()
-    v, _ = pairwise_weights(torch.eye(2), orders(2), targets)
+    v, _ = deconflict_weights(torch.eye(2), orders(2), targets)
     assert v.tolist() == [pytest.approx([1, target * 1e4]), [0, 1]]
 
 
 def test_a_target_of_minus_one_changes_nothing(impl):
     _, gramian, order, targets = problem("gaussian")
-    v, after = pairwise_weights(gramian, order, torch.full_like(targets, -1), 0.0)
+    v, after = deconflict_weights(gramian, order, torch.full_like(targets, -1), 0.0)
     assert torch.equal(v, torch.eye(6).double())
     assert torch.equal(after, torch.full_like(targets, -1))
 
 
 def test_zero_targets_are_none(impl):
     _, gramian, order, targets = problem("gaussian")
-    v, _ = pairwise_weights(gramian, order, torch.zeros_like(targets))
-    torch.testing.assert_close(v, pairwise_weights(gramian, order)[0], rtol=1e-12, atol=1e-13)
+    v, _ = deconflict_weights(gramian, order, torch.zeros_like(targets))
+    torch.testing.assert_close(v, deconflict_weights(gramian, order)[0], rtol=1e-12, atol=1e-13)
 
 
 def test_zero_rows_are_neither_changed_nor_visited(impl):
     rows, gramian, order, targets = problem("zero rows")
-    v, after = pairwise_weights(gramian, order, targets, 0.5)
+    v, after = deconflict_weights(gramian, order, targets, 0.5)
     zero = ~rows.any(1)
     assert torch.equal(v[zero], torch.eye(6).double()[zero])
     assert (v[~zero][:, zero] == 0).all()
@@ -149,9 +152,9 @@ def test_zero_rows_are_neither_changed_nor_visited(impl):
 def test_scales_change_nothing_but_scale(spread, with_targets, impl):
     _, gramian, order, targets = problem("gaussian")
     targets = targets if with_targets else None
-    v, after = pairwise_weights(gramian, order, targets, 0.5)
+    v, after = deconflict_weights(gramian, order, targets, 0.5)
     s = 2.0 ** torch.randint(-spread, spread + 1, (6,)).double()
-    scaled, scaled_after = pairwise_weights(gramian * s * s[:, None], order, targets, 0.5)
+    scaled, scaled_after = deconflict_weights(gramian * s * s[:, None], order, targets, 0.5)
     assert torch.equal(scaled * s / s[:, None], v)
     assert not with_targets or torch.equal(scaled_after, after)
 
@@ -160,7 +163,7 @@ def test_scales_change_nothing_but_scale(spread, with_targets, impl):
 def test_many_rows(m, n, impl):
     rows, order, targets = signed(gaussian(m, n)), orders(m), 0.2 * torch.rand(m, m).double()
     for t in (None, targets):
-        v, after = pairwise_weights(rows @ rows.mT, order, t, 0.1)
+        v, after = deconflict_weights(rows @ rows.mT, order, t, 0.1)
         expected, expected_after = corrected(rows, order[:9], t, 0.1)
         error = (v[:9] @ rows - expected).norm(dim=1)
         assert (error <= 1e-12 * (v[:9].abs() @ rows.norm(dim=1))).all()
@@ -169,8 +172,8 @@ def test_many_rows(m, n, impl):
 
 def test_a_float32_gramian_is_used_as_it_is(impl):
     _, gramian, order, targets = problem("gaussian")
-    v, after = pairwise_weights(gramian.float(), order, targets.float(), 0.1)
-    same, same_after = pairwise_weights(
+    v, after = deconflict_weights(gramian.float(), order, targets.float(), 0.1)
+    same, same_after = deconflict_weights(
         gramian.float().double(), order, targets.float().double(), 0.1
     )
     assert v.dtype == after.dtype == torch.float64
@@ -182,10 +185,10 @@ def test_is_batched(impl):
     families = ["gaussian", "duplicate", "zero rows", "graded", "alike", "all zero"]
     _, *batch = (torch.stack(t) for t in zip(*map(problem, families), strict=True))
     shaped = [t.view(2, 3, 6, 6) for t in batch]
-    v, after = pairwise_weights(*shaped, 0.1)
+    v, after = deconflict_weights(*shaped, 0.1)
     assert v.shape == after.shape == (2, 3, 6, 6)
     for k, args in enumerate(zip(*batch, strict=True)):
-        alone, alone_after = pairwise_weights(*args, 0.1)
+        alone, alone_after = deconflict_weights(*args, 0.1)
         torch.testing.assert_close(v.view(6, 6, 6)[k], alone, rtol=1e-13, atol=0)
         torch.testing.assert_close(after.view(6, 6, 6)[k], alone_after, rtol=1e-13, atol=0)
 
@@ -194,7 +197,7 @@ def test_is_batched(impl):
 def test_empty_shapes(shape, impl):
     order = torch.zeros(shape, dtype=torch.int64)
     for targets in (None, torch.zeros(shape)):
-        v, after = pairwise_weights(torch.zeros(shape), order, targets)
+        v, after = deconflict_weights(torch.zeros(shape), order, targets)
         assert v.shape == shape
         assert targets is None or after.shape == shape
 
@@ -203,13 +206,13 @@ def test_reads_strided_tensors_and_leaves_them(impl):
     _, gramian, order, targets = problem("gaussian")
     args = gramian, order, targets
     before = [t.clone() for t in args]
-    v, after = pairwise_weights(*args, 0.1)
+    v, after = deconflict_weights(*args, 0.1)
     for spaced in (
         [torch.stack([t, t], -1)[..., 0] for t in args],
         [t.mT.contiguous().mT for t in args],
         [args[0], order, targets.mT.contiguous().mT],
     ):
-        same, same_after = pairwise_weights(*spaced, 0.1)
+        same, same_after = deconflict_weights(*spaced, 0.1)
         assert torch.equal(v, same)
         assert torch.equal(after, same_after)
     assert all(map(torch.equal, args, before))
@@ -220,7 +223,7 @@ def test_a_gramian_that_is_not_finite_is_never_taken_for_zero_rows(value, impl):
     gramian = torch.eye(3)
     gramian[1, 1] = value
     with pytest.raises(gs.NonFiniteError, match="gramian is not finite in row 1"):
-        pairwise_weights(gramian, orders(3))
+        deconflict_weights(gramian, orders(3))
 
 
 @pytest.mark.parametrize(
@@ -237,15 +240,15 @@ def test_a_gramian_that_is_not_finite_is_never_taken_for_zero_rows(value, impl):
 )
 def test_rejects_what_does_not_fit(gramian, order, targets, message):
     with pytest.raises(gs.InputError, match=message):
-        pairwise_weights(gramian, order, targets)
+        deconflict_weights(gramian, order, targets)
 
 
 @pytest.mark.parametrize("with_targets", [False, True])
 def test_has_no_gradient_and_says_so(with_targets, impl):
     _, gramian, order, targets = problem("gaussian")
     targets = targets if with_targets else None
-    v, _ = pairwise_weights(gramian.requires_grad_(), order, targets)
-    with pytest.raises(gs.InputError, match="pairwise_weights has no derivative here"):
+    v, _ = deconflict_weights(gramian.requires_grad_(), order, targets)
+    with pytest.raises(gs.InputError, match="deconflict_weights has no derivative here"):
         v.sum().backward()
 
 
@@ -253,13 +256,13 @@ def test_has_no_gradient_and_says_so(with_targets, impl):
 def test_registration(with_targets, impl):
     _, gramian, order, targets = problem("gaussian")
     args = gramian, order, targets if with_targets else None, 0.1
-    torch.library.opcheck(torch.ops.gradsurgery.pairwise_weights, args)
+    torch.library.opcheck(torch.ops.gradsurgery.deconflict_weights, args)
 
 
 @pytest.mark.parametrize("with_targets", [False, True])
 def test_compiles_into_one_graph(with_targets, impl):
     _, gramian, order, targets = problem("gaussian")
     args = gramian, order, targets if with_targets else None, 0.1
-    compiled = torch.compile(pairwise_weights, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(*args), pairwise_weights(*args), strict=True):
+    compiled = torch.compile(deconflict_weights, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*args), deconflict_weights(*args), strict=True):
         assert a is b is None or torch.equal(a, b)

@@ -7,7 +7,9 @@ from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
 from gradsurgery.ops._inputs import alike, wide
 
 
-def plane_sum(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float = 0) -> None:
+def combine_tokens(
+    left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float = 0
+) -> None:
     """out = beta out + Σ_i weights_i G_i, G_i = Σ_t left_it right_itᵀ, in place.
 
     Args:
@@ -16,10 +18,10 @@ def plane_sum(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: f
         out: [a, b] in the dtype of the tokens, float32 for 16-bit ones, one of its strides 1. It is
             not read if beta is 0.
     """
-    choose("plane_sum", IMPLEMENTATIONS, left.device.type)(left, right, weights, out, beta)
+    choose("combine_tokens", IMPLEMENTATIONS, left.device.type)(left, right, weights, out, beta)
 
 
-def plane_sum_reference(
+def combine_tokens_reference(
     left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
 ) -> None:
     left, right = wide(left), wide(right)
@@ -31,18 +33,20 @@ def plane_sum_reference(
     out.addmm_(left.flatten(0, 1).mT, right.flatten(0, 1), beta=beta)
 
 
-def plane_sum_native(
+def combine_tokens_native(
     left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
 ) -> None:
     if runs_cuda(left):  # of a test build
-        plane_sum_reference(left, right, weights, out, beta)
+        combine_tokens_reference(left, right, weights, out, beta)
         return
     left, right, weights = wide(left), wide(right), weights.double().contiguous()
-    _C.plane_sum_cpu(left, right, weights, beta, out, torch.get_num_threads())
+    _C.combine_tokens_cpu(left, right, weights, beta, out, torch.get_num_threads())
     torch.autograd.graph.increment_version(out)  # as torch's own in-place operations do
 
 
-def plane_sum_cuda(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float) -> None:
+def combine_tokens_cuda(
+    left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
+) -> None:
     """By cuBLAS, which no kernel of ours keeps up with; 16-bit tokens into a float32 sum.
 
     Weighted tokens are rounded as the tokens were. float16 ones could leave their range, and go
@@ -50,9 +54,9 @@ def plane_sum_cuda(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, be
     """
     left, right = alike(left, right)
     if left.dtype == torch.float16 or not left.is_cuda:  # or its interpreter
-        from gradsurgery.kernels import plane_sum as kernels
+        from gradsurgery.kernels import combine_tokens as kernels
 
-        kernels.plane_sum(left, right, weights, out, beta)
+        kernels.combine_tokens(left, right, weights, out, beta)
     else:
         each = weights.to(wide(left[:0]).dtype)[:, None, None]
         if left.shape[-1] <= right.shape[-1]:
@@ -73,8 +77,8 @@ def plane_sum_cuda(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, be
 
 
 IMPLEMENTATIONS = {
-    ("torch", "any"): plane_sum_reference,
-    ("native", "cpu"): plane_sum_native,
-    ("triton", "cuda"): plane_sum_cuda,
+    ("torch", "any"): combine_tokens_reference,
+    ("native", "cpu"): combine_tokens_native,
+    ("triton", "cuda"): combine_tokens_cuda,
 }
-OPERATORS["plane_sum"] = IMPLEMENTATIONS
+OPERATORS["combine_tokens"] = IMPLEMENTATIONS

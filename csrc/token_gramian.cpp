@@ -1,4 +1,4 @@
-#include "pairs.h"
+#include "token_gramian.h"
 
 #include <algorithm>
 #include <limits>
@@ -47,7 +47,7 @@ inline void transpose(Vector<T>* rows) {
 }
 
 // Whether a token's product with itself is lost on one side and large on the other, which may bring
-// it back: float32 squares of values below 2^-63 lose digits. The bounds of ops/pairs.py.
+// it back: float32 squares of values below 2^-63 lose digits. The bounds of ops/token_gramian.py.
 inline bool out_of_range(float x, float y) {
   return std::min(x, y) < 0x1p-116f && std::max(x, y) > 0x1p30f;
 }
@@ -366,7 +366,7 @@ class Pairs {
 
 }  // namespace
 
-void token_pairs(const Tokens& first, const Tokens* second, double* out, int threads) {
+void token_gramian(const Tokens& first, const Tokens* second, double* out, int threads) {
   const Tokens& other = second != nullptr ? *second : first;
   if (first.left.dtype == Dtype::float64) {
     Pairs<double>(first, other, second == nullptr, threads).add_to(out);

@@ -10,7 +10,7 @@ namespace gradsurgery {
 // `second` null: of the first with one another, `out` being symmetric. Both float32 or both
 // float64, which is also what the inner products are summed in; their products are summed in
 // float64. Without `second`, out[i, i] is NaN where float32 lost a token that may be large.
-GRADSURGERY_DECLARE(void token_pairs(const Tokens& first, const Tokens* second, double* out,
-                                     int threads))
+GRADSURGERY_DECLARE(void token_gramian(const Tokens& first, const Tokens* second, double* out,
+                                       int threads))
 
 }  // namespace gradsurgery

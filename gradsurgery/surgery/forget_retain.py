@@ -10,7 +10,7 @@ from gradsurgery.surgery.rule import Index, Rule, mean_of, one_of, split, to_dev
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair(Rule):
+class ForgetRetain(Rule):
     """A rule for f and r: the mean of the forget rows and that of all others.
 
     `forget` names the forget rows: by default row 0. The update is one to be descended, as by any

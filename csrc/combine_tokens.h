@@ -8,7 +8,7 @@ namespace gradsurgery {
 
 // out [a, b] = beta out + sum_i weights_i sum_t left_it right_itᵀ, in the tokens' dtype, float32 or
 // float64. What is in `out` is not read where beta is 0. One of its strides is 1.
-GRADSURGERY_DECLARE(void plane_sum(Tokens tokens, const double* weights, double beta, Tensor out,
-                                   int threads))
+GRADSURGERY_DECLARE(void combine_tokens(Tokens tokens, const double* weights, double beta,
+                                        Tensor out, int threads))
 
 }  // namespace gradsurgery

@@ -1,4 +1,4 @@
-#include "planes.h"
+#include "formed_gramian.h"
 
 #include <algorithm>
 #include <vector>
@@ -255,7 +255,7 @@ class Tiles {
 };
 
 template <typename T, typename Product>
-void plane_gramian_in(const Planes& planes, double* out, int threads) {
+void formed_gramian_in(const Planes& planes, double* out, int threads) {
   const Tiles<T, Product> tiles(planes);
   const std::int64_t m = planes.rows();
   std::int64_t work = m * m;
@@ -279,24 +279,24 @@ void plane_gramian_in(const Planes& planes, double* out, int threads) {
 
 }  // namespace
 
-void plane_gramian(Planes planes, double* out, int threads) {
+void formed_gramian(Planes planes, double* out, int threads) {
   // left sides are packed again for every tile beside; but vectors are along the right ones
   const std::int64_t vectors = tile_panels * lanes<float>;
   if (planes.height < planes.width ? planes.height >= vectors : planes.width < vectors) {
     planes.transpose();
   }
   if (planes.dtype == Dtype::float64) {
-    plane_gramian_in<double, double>(planes, out, threads);
+    formed_gramian_in<double, double>(planes, out, threads);
     return;
   }
   const std::int64_t columns = planes.height * planes.width;
   if (columns > few_columns) {
-    plane_gramian_in<float, float>(planes, out, threads);
+    formed_gramian_in<float, float>(planes, out, threads);
     if (in_range(planes.rows(), columns, out)) {
       return;
     }
   }
-  plane_gramian_in<float, double>(planes, out, threads);
+  formed_gramian_in<float, double>(planes, out, threads);
 }
 
 }  // namespace gradsurgery::GRADSURGERY_ISA
