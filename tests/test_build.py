@@ -62,6 +62,14 @@ def test_no_torch_header():
     assert [path.name for path in CSRC.iterdir() if includes.search(path.read_text())] == []
 
 
+def test_kernels_import_nothing_above_them():
+    for path in (Path(doctor.__file__).parent / "kernels").glob("*.py"):
+        names = re.findall(r"^\s*(?:from|import)\s+([\w.]+)", path.read_text(), re.MULTILINE)
+        ours = [name for name in names if name.startswith(("gradsurgery", "."))]
+        below = ("gradsurgery.kernels", "gradsurgery.errors")
+        assert all(name.startswith(below) for name in ours), (path.name, ours)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("first", ["torch", "gradsurgery._C"])
 def test_shares_one_openmp_runtime_with_torch(first):

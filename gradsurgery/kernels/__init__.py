@@ -1,4 +1,5 @@
-"""Triton kernels: one file per operator, names and signatures those of `gradsurgery.ops`.
+"""Triton kernels: one file per operator, named as in `gradsurgery.ops`.
 
-Checked in Triton's interpreter, compiled ahead of time, and run on an H200.
+They know nothing above them. Checked in Triton's interpreter, compiled ahead of time, and run on
+an H200.
 """

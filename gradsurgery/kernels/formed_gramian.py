@@ -20,9 +20,9 @@ from gradsurgery.kernels.tiles import (
     power_of_two,
     precision,
 )
-from gradsurgery.ops.formed_gramian import BUFFER, SMALL
 
 PROGRAMS = 256
+BUFFER = 32 << 20  # bytes of all programs' tiles: an H200 caches 50 MiB
 
 
 @triton.jit
@@ -105,22 +105,22 @@ def formed_gramian_kernel(
     tl.store(parts + at, total)
 
 
-def formed_gramian(left: Tensor, right: Tensor, offsets: Tensor, kept: Tensor | None) -> Tensor:
+def formed_gramian(
+    left: Tensor, right: Tensor, offsets: Tensor, kept: Tensor | None, stored: torch.dtype
+) -> Tensor:
     """[m, m] float64, m = len(offsets) - 1, and one more with `kept`; 64 at most.
 
     Args:
-        left, right: [N, a] and [N, b], the tokens of row after row.
+        left, right: [N, a] and [N, b], the tokens of row after row, in one dtype.
         offsets: [count + 1] int64, where each row's tokens begin, and N.
         kept: [a, b], one more row.
+        stored: what planes are rounded to before they are multiplied.
     """
     left, right = (s if s.stride(-1) == 1 else s.contiguous() for s in (left, right))
     count, height, width = len(offsets) - 1, left.shape[-1], right.shape[-1]
     m = count + (kept is not None)
     if m == 0 or height == 0 or width == 0:
         return left.new_zeros(m, m, dtype=torch.float64)
-    short = left.dtype == torch.float16  # of range: planes leave it
-    small = left.dtype == torch.bfloat16 and height * width < SMALL
-    stored = torch.float32 if short or small else left.dtype
     rows, high, wide, tokens, depth, warps, stages = tile_of(m, left.dtype, stored)
     size = m * high * wide * stored.itemsize
     tiles = cdiv(height, high) * cdiv(width, wide)

@@ -1,4 +1,4 @@
-"""What the kernels share: precision, and the products of two tall tiles."""
+"""What the kernels share: sizes of tiles, precision, and the products of two tall tiles."""
 
 from typing import NamedTuple
 

@@ -23,7 +23,6 @@ from gradsurgery.kernels.tiles import (
     products,
     small,
 )
-from gradsurgery.ops._inputs import alike
 
 LOST, LARGE = tl.constexpr(2.0**-116), tl.constexpr(2.0**30)  # of ops/token_gramian.py
 
@@ -104,15 +103,10 @@ def token_gramian_kernel(
 def token_gramian(
     left: Tensor, right: Tensor, other_left: Tensor | None = None, other_right: Tensor | None = None
 ) -> Tensor:
-    """As `gradsurgery.ops.token_gramian.token_gramian`."""
+    """As `gradsurgery.ops.token_gramian.token_gramian`, of sides of one dtype."""
     symmetric = other_left is None or other_right is None
     sides = [left, right, left, right] if symmetric else [left, right, other_left, other_right]
     ids = not left.is_floating_point()
-    if ids:
-        sides[1::2] = alike(*sides[1::2])
-    else:
-        sides = alike(*sides)
-    right = sides[1]
     # [n, g, T, .]; of ids [n, g, T]
     grouped = right.dim() == 4
     sides = [side if grouped else side.unsqueeze(1) for side in sides]

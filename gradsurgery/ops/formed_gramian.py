@@ -11,8 +11,7 @@ from gradsurgery.ops._inputs import alike, wide
 from gradsurgery.ops.gramian import gramian_of_parts
 
 CHUNK = 1 << 21  # values of all rows' slices that the reference forms at a time
-BUFFER = 32 << 20  # bytes of a kernel's tiles of them on a GPU: an H200 caches 50 MiB
-# and of slices made by matrix products: an H200 moves more in the time of the launches for each
+# Bytes of slices made by matrix products: an H200 moves more in the time of the launches for each
 SLICE = 256 << 20
 ALIGNED = 64  # rows: matrix products of operands that begin anywhere take four times as long
 # Of planes of fewer values, bfloat16 ones would cost accuracy: each rounding is 2^-9 of a value, in
@@ -106,7 +105,7 @@ def formed_gramian_triton(
     from gradsurgery.kernels import formed_gramian as kernels
 
     offsets = torch.tensor([0, *accumulate(lengths)], device="cpu").to(x.device)
-    return kernels.formed_gramian(x, y, offsets, kept)
+    return kernels.formed_gramian(x, y, offsets, kept, stored_dtype(x, y))
 
 
 def formed_gramian_chunked(
@@ -114,8 +113,8 @@ def formed_gramian_chunked(
 ) -> Tensor:
     """Of [N, a] and [N, b], the tokens of row after row, a slice of the planes at a time."""
     n, height, width = len(lengths), left.shape[-1], right.shape[-1]
-    if left.dtype == torch.float16 or height * width < SMALL:  # planes leave float16's range
-        left, right = wide(left), wide(right)
+    stored = stored_dtype(left, right)
+    left, right = left.to(stored), right.to(stored)
     m = n + (kept is not None)
     out = left.new_zeros(m, m, dtype=torch.float64)
     step = max(1, min(height, SLICE // max(1, m * width * left.element_size())))
@@ -139,6 +138,13 @@ def formed_gramian_chunked(
         rows = planes.flatten(1)
         out += gramian_of_parts([[rows]] if kept is None else [[rows[:-1]], [rows[-1:]]])
     return out
+
+
+def stored_dtype(left: Tensor, right: Tensor) -> torch.dtype:
+    """What a GPU keeps planes of such tokens in: float32 where they are small, or would leave
+    float16's range; else the tokens' dtype."""
+    small = left.shape[-1] * right.shape[-1] < SMALL
+    return wide(left[:0]).dtype if small or left.dtype == torch.float16 else left.dtype
 
 
 def _pads(lengths: Sequence[int]) -> bool:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import wide
+from gradsurgery.ops._inputs import alike, wide
 
 TILE = 128  # tokens the reference multiplies with all later ones at a time
 
@@ -120,7 +120,14 @@ def token_gramian_triton(
 ) -> Tensor:
     from gradsurgery.kernels import token_gramian as kernels
 
-    return kernels.token_gramian(left, right, other_left, other_right)
+    sides = [left, right]
+    if other_left is not None and other_right is not None:
+        sides += [other_left, other_right]
+    if left.is_floating_point():
+        sides = alike(*sides)
+    else:  # left sides are numbers of rows
+        sides[1::2] = alike(*sides[1::2])
+    return kernels.token_gramian(*sides)
 
 
 IMPLEMENTATIONS = {

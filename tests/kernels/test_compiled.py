@@ -28,7 +28,7 @@ from gradsurgery.kernels import (  # noqa: E402
     token_gramian,
 )
 from gradsurgery.kernels.tiles import precision  # noqa: E402
-from gradsurgery.ops.formed_gramian import BUFFER  # noqa: E402
+from gradsurgery.ops.formed_gramian import stored_dtype  # noqa: E402
 
 # shared memory of a block in bytes, and matrix instructions of tiles with 64 rows
 CHIPS = {80: (163 << 10, "mma.sync"), 90: (227 << 10, "wgmma"), 100: (227 << 10, "tcgen05.mma")}
@@ -141,6 +141,12 @@ def weights(*shape):
     return meta(*shape, dtype=torch.float64)
 
 
+def formed(left, right, count, kept=None):
+    """As the operator calls it."""
+    offsets, stored = meta(count + 1, dtype=torch.int64), stored_dtype(left, right)
+    return formed_gramian.formed_gramian(left, right, offsets, kept, stored)
+
+
 LARGE = torch.bfloat16, torch.float32, torch.float64
 CALLS = {
     # samples that fill tiles, that share one, and with one token; odd widths; few of all
@@ -163,8 +169,8 @@ CALLS = {
         ),
     ],
     "formed_gramian": [
-        lambda d, m=m, kept=kept, side=side: formed_gramian.formed_gramian(
-            meta(2000, side, dtype=d), meta(2000, side, dtype=d), meta(m + 1, dtype=torch.int64),
+        lambda d, m=m, kept=kept, side=side: formed(
+            meta(2000, side, dtype=d), meta(2000, side, dtype=d), m,
             meta(side, side, dtype=d) if kept else None,
         )
         for m in (16, 32, 63) for kept in (False, True) for side in (2048, 251)
@@ -252,9 +258,8 @@ def test_grids_are_in_range(launches):
         lambda d: combine.combine_into(
             rows(2, 1 << 33, d), weights(1, 3), [[meta(1, 1 << 33, dtype=d)]]
         ),
-        lambda d: formed_gramian.formed_gramian(
-            meta(1 << 22, 1 << 16, dtype=d), meta(1 << 22, 1 << 16, dtype=d),
-            meta(65, dtype=torch.int64), None,
+        lambda d: formed(
+            meta(1 << 22, 1 << 16, dtype=d), meta(1 << 22, 1 << 16, dtype=d), 64
         ),
     ]  # fmt: skip
     for launch in launches(lambda: [call(torch.bfloat16) for call in huge]):
@@ -268,8 +273,7 @@ def test_grids_are_in_range(launches):
 @pytest.mark.parametrize("dtype", LARGE, ids=["bfloat16", "float32", "float64"])
 def test_tiles_of_planes_stay_in_the_cache(m, dtype, launches):
     sides = meta(4096, 4096, dtype=dtype), meta(4096, 4096, dtype=dtype)
-    offsets = meta(m + 1, dtype=torch.int64)
-    (launch,) = launches(lambda: formed_gramian.formed_gramian(*sides, offsets, None))
+    (launch,) = launches(lambda: formed(*sides, m))
     _, high, wide = formed_gramian.tile_of(m, dtype, dtype)[:3]
-    assert launch.grid[0] * m * high * wide * dtype.itemsize <= BUFFER
+    assert launch.grid[0] * m * high * wide * dtype.itemsize <= formed_gramian.BUFFER
     assert launch.grid[0] >= 64
