@@ -11,7 +11,7 @@ import torch
 
 from gradsurgery.errors import InputError
 from gradsurgery.ops import _backend
-from gradsurgery.ops._backend import OPERATORS, key_of, native_available, triton_available
+from gradsurgery.ops._backend import OPERATORS, backend_of, native_available, triton_available
 from gradsurgery.text import show
 
 
@@ -43,7 +43,7 @@ def _serving(name: str) -> str:
     served = []
     for device, label in (("cpu", "CPU"), ("cuda", "CUDA")):
         try:
-            backend = key_of(name, OPERATORS[name], device)[0]
+            backend = backend_of(name, device)
         except InputError:  # GRADSURGERY_BACKEND names one it has not
             backend = f"none, {os.environ['GRADSURGERY_BACKEND']} is forced"
         missing = []

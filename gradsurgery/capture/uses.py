@@ -12,9 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import choose
+from gradsurgery.ops._backend import backend_of
 from gradsurgery.ops._inputs import wide
-from gradsurgery.ops.combine_tokens import IMPLEMENTATIONS, combine_tokens, combine_tokens_cuda
+from gradsurgery.ops.combine_tokens import combine_tokens
 from gradsurgery.ops.formed_gramian import SMALL
 
 
@@ -139,7 +139,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def _kernels_take_halves(device: str) -> bool:
-    return choose("combine_tokens", IMPLEMENTATIONS, device) is combine_tokens_cuda
+    return backend_of("combine_tokens", device) == "triton"
 
 
 def scale(out: Tensor, beta: float) -> Tensor:

@@ -1,5 +1,7 @@
-"""Operators on rows that exist and on Gramians, and a group norm for second derivatives: one file
-each, public function first."""
+"""Operators on rows that exist, on tokens of rows that do not, and on Gramians; a group norm.
+
+One file each, public function first.
+"""
 
 from gradsurgery.ops.bargaining import bargaining_weights
 from gradsurgery.ops.combine import combine

@@ -41,6 +41,11 @@ def choose(name: str, implementations: Implementations, device: str) -> Callable
     return implementations[key_of(name, implementations, device)]
 
 
+def backend_of(name: str, device: str) -> str:
+    """The backend that serves a registered operator on a device type: native, triton or torch."""
+    return key_of(name, OPERATORS[name], device)[0]
+
+
 def key_of(name: str, implementations: Implementations, device: str) -> tuple[str, str]:
     best = "native", device
     if best in implementations and native_available(device) and not _forced():

@@ -44,13 +44,13 @@ def combine_tokens_native(
     torch.autograd.graph.increment_version(out)  # as torch's own in-place operations do
 
 
-def combine_tokens_cuda(
+def combine_tokens_triton(
     left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float
 ) -> None:
-    """By cuBLAS, which no kernel of ours keeps up with; 16-bit tokens into a float32 sum.
+    """float16 tokens by Triton, for weighted ones could leave their range; others by cuBLAS.
 
-    Weighted tokens are rounded as the tokens were. float16 ones could leave their range, and go
-    through Triton.
+    No kernel of ours keeps up with that. Weighted tokens are rounded as the tokens were, and 16-bit
+    ones go into a float32 sum.
     """
     left, right = alike(left, right)
     if left.dtype == torch.float16 or not left.is_cuda:  # or its interpreter
@@ -79,6 +79,6 @@ def combine_tokens_cuda(
 IMPLEMENTATIONS = {
     ("torch", "any"): combine_tokens_reference,
     ("native", "cpu"): combine_tokens_native,
-    ("triton", "cuda"): combine_tokens_cuda,
+    ("triton", "cuda"): combine_tokens_triton,
 }
 OPERATORS["combine_tokens"] = IMPLEMENTATIONS

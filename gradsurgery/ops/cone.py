@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, OPERATORS, call, choose, plain, register, runs_cuda
+from gradsurgery.ops._backend import _C, backend_of, call, plain, register, runs_cuda
 from gradsurgery.ops._inputs import (
     as_gramian,
     check,
@@ -168,8 +168,7 @@ def dual_projection_weights(
         NonFiniteError: a Gramian with NaN or infinity (CPU).
     """
     seen = [gramian] if given is None else [gramian, given]
-    native = choose("cone_weights", OPERATORS["cone_weights"], gramian.device.type)
-    if native is cone_weights_native and plain(seen):
+    if backend_of("cone_weights", gramian.device.type) == "native" and plain(seen):
         # one call, on the thread that it came from: the rest of a rule takes longer than to solve
         weights = gramian.new_empty(gramian.shape[:-1])
         args = (gramian.contiguous(), given, weights, rtol, noise)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, choose, register, runs_cuda, runs_triton
+from gradsurgery.ops._backend import _C, backend_of, register, runs_cuda, runs_triton
 from gradsurgery.ops._inputs import (
     Rows,
     as_blocks,
@@ -87,7 +87,7 @@ def gramian_unchecked(blocks: Sequence[Tensor], precise: bool = False) -> Tensor
 
 def gramian_of_parts(parts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
     """The same over the rows of all parts, one below the other; a part is blocks [m_s, n_k]."""
-    if choose("gramian", IMPLEMENTATIONS, parts[0][0].device.type) is not gramian_reference:
+    if backend_of("gramian", parts[0][0].device.type) != "torch":
         return gramian_of(parts, precise)
     wide = [torch.cat(blocks).double() for blocks in zip(*parts, strict=True)]
     return torch.stack([block @ block.mT for block in wide]).sum(0)

@@ -1,4 +1,7 @@
-"""Solves on the Gramian: m x m, float64, batched, on the Gramian's device, without a host sync."""
+"""Coefficients of a projection on the span of rows, solved on their Gramian K: K c = k.
+
+As all solves: m x m, float64, batched, on the Gramian's device, without a host sync.
+"""
 
 import math
 from typing import Any

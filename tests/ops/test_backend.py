@@ -44,6 +44,17 @@ def test_native_runs_where_it_is_built(chosen):
     assert chosen("", implementations={REFERENCE: reference}) == "reference"
 
 
+def test_the_backend_of_an_operator_is_named(monkeypatch):
+    monkeypatch.setattr(_backend, "native_available", lambda device: device == "cpu")
+    for triton, served in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(_backend, "triton_available", lambda device, triton=triton: triton)
+        for name in ("combine", "combine_tokens", "cone_weights", "gramian"):
+            assert _backend.backend_of(name, "cpu") == "native"
+            assert _backend.backend_of(name, "cuda") == served
+    monkeypatch.setenv("GRADSURGERY_BACKEND", "torch")
+    assert _backend.backend_of("combine_tokens", "cuda") == "torch"
+
+
 def seen_by_dispatcher(run):
     """Names of gradsurgery's operators that torch's dispatcher saw."""
     from torch.utils._python_dispatch import TorchDispatchMode
