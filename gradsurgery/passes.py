@@ -247,11 +247,11 @@ def check_outside(rule: Rule, rows: str, names: list[str]) -> None:
     kind, why = type(rule).__name__, None
     if rows == "stored":
         why = "rows='stored' has the model's alone; use rows='captured'"
-    elif not rule.weighted:
+    elif rule.weighting is None:
         why = f"{kind} gives the losses no weights; put it into the model"
-    elif rule.granularity != "model":
+    elif rule.weighting.granularity != "model":
         why = (
-            f"granularity={rule.granularity!r} gives the losses several weights each; "
+            f"granularity={rule.weighting.granularity!r} gives the losses several weights each; "
             "use granularity='model'"
         )
     check(

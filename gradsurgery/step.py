@@ -149,7 +149,7 @@ class Surgeon:
             group["amsgrad"] for group in self.optimizer.param_groups
         )
         check(
-            rule.precondition is None or plain,
+            plain or rule.weighting is None or rule.weighting.precondition is None,
             "precondition='optimizer' needs Adam or AdamW without amsgrad, "
             f"got {type(self.optimizer).__name__}",
         )

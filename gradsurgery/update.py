@@ -1,6 +1,6 @@
 """From rows to an update in `.grad`."""
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,13 @@ def solve(
         given["memory"] = slice(jacobian.m - rows.counts["memory"], None)
     if "retain_loss" in rule.roles:
         given["retain_loss"] = rows.means["retain"]
-    update: Any
-    if rule.weighted:
-        columns = dict(zip(jacobian.names, jacobian.parameters or (), strict=True))
-        known = rule.precondition and metric(optimizer, columns, rows.reached)
-        solution = rule.solve(jacobian, metric=known or None, **given)
-        update = solution.weights
-    else:
-        solution = Solution(torch.empty(0), jacobian.gramian())
-        update = rule(jacobian, **given)
-    return solution, update
+    weighting = rule.weighting
+    if weighting is None:
+        return Solution(torch.empty(0), jacobian.gramian()), rule(jacobian, **given)
+    columns = dict(zip(jacobian.names, jacobian.parameters or (), strict=True))
+    known = weighting.precondition and metric(optimizer, columns, rows.reached)
+    solution = weighting.solve(jacobian, metric=known or None, **given)
+    return solution, solution.weights
 
 
 def add_update(

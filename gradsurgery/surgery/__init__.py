@@ -1,15 +1,23 @@
-"""Rules: from the Gramian of some gradients to the weights of one update.
+"""Rules: from some gradients to one update.
 
-A rule is a file; listed in `RULES`, it has a name on the command line, a row in docs/rules.md and
-its tests.
+A rule listed in `RULES` has a name on the command line, a row in docs/rules.md and its tests.
+`Weighting`, `ForgetRetain` and `Elementwise` are what rules are written from.
 """
 
 from gradsurgery.surgery.alignedmtl import AlignedMTL
 from gradsurgery.surgery.blur import BLUR
 from gradsurgery.surgery.cagrad import CAGrad
-from gradsurgery.surgery.elementwise import SAGO, GradDrop, SalUn, SignAgreement, TrimmedMean
+from gradsurgery.surgery.elementwise import (
+    SAGO,
+    Elementwise,
+    GradDrop,
+    SalUn,
+    SignAgreement,
+    TrimmedMean,
+)
 from gradsurgery.surgery.fairgrad import FairGrad
 from gradsurgery.surgery.fixed import Constant, Mean, Random, Sum
+from gradsurgery.surgery.forget_retain import ForgetRetain
 from gradsurgery.surgery.gdrgma import GDRGMA
 from gradsurgery.surgery.gem import AGEM, GEM
 from gradsurgery.surgery.gradvac import GradVac
@@ -23,7 +31,7 @@ from gradsurgery.surgery.nashmtl import NashMTL
 from gradsurgery.surgery.ngdiff import NGDiff
 from gradsurgery.surgery.orthograd import OrthoGrad
 from gradsurgery.surgery.pcgrad import PCGrad
-from gradsurgery.surgery.rule import Rule, Solution
+from gradsurgery.surgery.rule import Rule, Solution, Weighting
 from gradsurgery.surgery.upgrad import DualProj, UPGrad
 
 RULES: dict[str, type[Rule]] = {
@@ -51,7 +59,9 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "Elementwise",
     "FairGrad",
+    "ForgetRetain",
     "GradDrop",
     "GradVac",
     "InputProjection",
@@ -71,4 +81,5 @@ __all__ = [
     "Sum",
     "TrimmedMean",
     "UPGrad",
+    "Weighting",
 ]  # fmt: skip

@@ -6,12 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradsurgery.surgery.rule import Rule, preference
+from gradsurgery.surgery.rule import Weighting, preference
 from gradsurgery.surgery.spectral import InverseRoot
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignedMTL(Rule):
+class AlignedMTL(Weighting):
     """The rows with all their singular values replaced by the least one, averaged.
 
     K = V Λ Vᵀ: w = sqrt(λ_min) V Λ^(-1/2) Vᵀ p, over the eigenvalues that are not zero.

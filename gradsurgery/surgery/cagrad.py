@@ -7,11 +7,11 @@ from torch import Tensor
 
 from gradsurgery.ops import conflict_averse_weights
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import Rule, one_of
+from gradsurgery.surgery.rule import Weighting, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class CAGrad(Rule):
+class CAGrad(Weighting):
     """The d that makes min_i <g_i, d> greatest within |d - g₀| ≤ c |g₀|, g₀ the mean row.
 
     Args:

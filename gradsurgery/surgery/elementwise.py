@@ -1,51 +1,27 @@
 """Rules that work on each coordinate of the rows: no function of a Gramian."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.errors import NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, Jacobian
 from gradsurgery.ops._inputs import check, check_values, flat, wide
 from gradsurgery.surgery.forget_retain import directions
-from gradsurgery.surgery.rule import (
-    Index,
-    Rows,
-    Rule,
-    Solution,
-    as_jacobian,
-    like_rows,
-    one_of,
-)
+from gradsurgery.surgery.rule import Index, Rule, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Elementwise(Rule):
     """A rule that needs the rows themselves: m times the model's memory.
 
-    Rows of a tape are formed for it. It computes in the rows' dtype, tensor by tensor.
+    Rows of a tape are formed for it. It computes in the rows' dtype, tensor by tensor. A subclass
+    has `_edit`.
     """
 
-    weighted: ClassVar[bool] = False
-
-    def weights(self, gramian: Tensor, *given: Index, **roles: Any) -> Tensor:
-        raise InputError(f"{type(self).__name__} is no function of a Gramian: call it on rows")
-
-    def solve(
-        self,
-        jacobian: Jacobian,
-        *given: Index,
-        metric: Sequence[Tensor] | None = None,
-        **roles: Any,
-    ) -> Solution:
-        raise InputError(f"{type(self).__name__} has no weights: call it on rows")
-
-    def __call__(self, given_rows: Rows, *given: Index, **roles: Any) -> Any:
-        jacobian = as_jacobian(given_rows)
-        named = self._named(given, roles)
+    def _update(self, jacobian: Jacobian, **roles: Any) -> list[Tensor]:
         blocks = jacobian.blocks if isinstance(jacobian, DenseJacobian) else _formed(jacobian)
         rows, shapes = flat(blocks), [block.shape[1:] for block in blocks]
         for k, block in enumerate(rows):
@@ -54,11 +30,9 @@ class Elementwise(Rule):
             if not bool(finite.all()):
                 row = int((~finite).nonzero()[0])
                 raise NonFiniteError(f"row {row} is not finite in {jacobian.names[k]}")
-        if jacobian.m:
-            update = [u.view(s) for u, s in zip(self._edit(rows, **named), shapes, strict=True)]
-        else:
-            update = [b.new_zeros(s) for b, s in zip(blocks, shapes, strict=True)]
-        return like_rows(update, given_rows, jacobian)
+        if not jacobian.m:
+            return [b.new_zeros(s) for b, s in zip(blocks, shapes, strict=True)]
+        return [u.view(s) for u, s in zip(self._edit(rows, **roles), shapes, strict=True)]
 
     def _edit(self, *args: Any, **roles: Any) -> list[Tensor]:
         """(blocks, **roles): [n_k] each, from rows [m, n_k] each."""
@@ -225,8 +199,8 @@ class SalUn(ElementwiseForgetRetain):
     """f + r on the coordinates where the forget gradient is largest, zero elsewhere.
 
     Args:
-        share: of the coordinates, those kept, in (0, 1]; of the model or, as `granularity` says, of
-            each tensor.
+        share: of the coordinates, those kept, in (0, 1].
+        granularity: "model" or "tensor": of the whole model, or of each tensor.
 
     SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency, Fan et al. 2023
     (arXiv:2310.12508).
@@ -236,6 +210,7 @@ class SalUn(ElementwiseForgetRetain):
     paper: ClassVar[str] = "Fan et al. 2023 (arXiv:2310.12508)"
 
     share: float = 0.5
+    granularity: Literal["model", "tensor"] = "model"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from gradsurgery.ops import bargaining_weights
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import Rule
+from gradsurgery.surgery.rule import Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
-class FairGrad(Rule):
+class FairGrad(Weighting):
     """Weights w > 0 with K w = w^(-1 / alpha), the alpha-fair share of the rows' gains.
 
     Found as Nash-MTL's, which is alpha = 1; below alpha = 0.3 rounding may hide it. Where a

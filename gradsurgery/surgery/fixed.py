@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import Rule, to_device
+from gradsurgery.surgery.rule import Weighting, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mean(Rule):
+class Mean(Weighting):
     """The mean of the rows: training as usual."""
 
     formula: ClassVar[str] = "mean_i g_i"
@@ -23,7 +23,7 @@ class Mean(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sum(Rule):
+class Sum(Weighting):
     """The sum of the rows."""
 
     formula: ClassVar[str] = "Σ_i g_i"
@@ -34,7 +34,7 @@ class Sum(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(Rule):
+class Constant(Weighting):
     """Given weights.
 
     Args:
@@ -54,7 +54,7 @@ class Constant(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(Rule):
+class Random(Weighting):
     """Positive weights of sum 1, drawn anew at each call: the softmax of a normal vector.
 
     Args:

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.surgery.rule import Index, Rule, mean_of, one_of, split, to_device
+from gradsurgery.surgery.rule import Index, Weighting, mean_of, one_of, split, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForgetRetain(Rule):
+class ForgetRetain(Weighting):
     """A rule for f and r: the mean of the forget rows and that of all others.
 
     `forget` names the forget rows: by default row 0. The update is one to be descended, as by any

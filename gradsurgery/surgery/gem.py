@@ -9,11 +9,11 @@ from torch import Tensor
 from gradsurgery.ops import cone_weights
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.forget_retain import off
-from gradsurgery.surgery.rule import Index, Rule, mean_of, split, to_device
+from gradsurgery.surgery.rule import Index, Weighting, mean_of, split, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class GEM(Rule):
+class GEM(Weighting):
     """The vector nearest to g with <x, g_k> ≥ 0 for every row g_k of the memory.
 
     g is the mean of the rows that are not `memory`: by default of row 0, the others being it.
@@ -51,7 +51,7 @@ class GEM(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AGEM(Rule):
+class AGEM(Weighting):
     """g without its part against the mean of the memory rows, if it opposes that.
 
     g is the mean of the rows that are not `memory`: by default of row 0, the others being it.

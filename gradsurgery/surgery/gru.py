@@ -11,7 +11,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.jacobian import Jacobian
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.forget_retain import ForgetRetain, off
-from gradsurgery.surgery.rule import Index, Rows, Solution, as_jacobian, like_rows
+from gradsurgery.surgery.rule import Index, Solution, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,18 @@ class GRU(ForgetRetain):
             self.momentum == 0 or self.granularity == "model",
             "momentum needs granularity='model'",
         )
+        check(
+            self.momentum == 0 or self.precondition is None,
+            "GRU with momentum has no inner products to precondition",
+        )
 
     # an option decides what for other rules the class does
     @property
-    def weighted(self) -> bool:  # type: ignore[override]
-        return self.momentum == 0
+    def weighting(self) -> Weighting | None:
+        return self if self.momentum == 0 else None
+
+    def _of_columns(self) -> str:
+        return "an average" if "average" in self._state else super()._of_columns()
 
     def _mix(self, gram: Tensor, rtol: float) -> Tensor:
         return off(gram, 0, 1)
@@ -66,11 +73,10 @@ class GRU(ForgetRetain):
             raise InputError("GRU with momentum is no function of one Gramian: call it on rows")
         return super().solve(jacobian, *given, metric=metric, **roles)
 
-    def __call__(self, rows: Rows, *given: Index, **roles: Any) -> Any:
+    def _update(self, jacobian: Jacobian, **roles: Any) -> list[Tensor]:
         if self.momentum == 0:
-            return super().__call__(rows, *given, **roles)
-        forget = self._named(given, roles).get("forget", 0)
-        jacobian = as_jacobian(rows)
+            return super()._update(jacobian, **roles)
+        forget = roles.get("forget", 0)
         directions = self._directions(jacobian.m, forget)
         f, r = (jacobian.combine(direction) for direction in directions)
         average = torch.cat([part.flatten() for part in r])
@@ -85,5 +91,4 @@ class GRU(ForgetRetain):
         pair = torch.stack([torch.cat([part.flatten() for part in f]), average]).double()
         update = (off(pair @ pair.mT, 0, 1) @ pair).to(average)
         sizes = [part.numel() for part in f]
-        parts = [u.view(part.shape) for u, part in zip(update.split(sizes), f, strict=True)]
-        return like_rows(parts, rows, jacobian)
+        return [u.view(part.shape) for u, part in zip(update.split(sizes), f, strict=True)]

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from gradsurgery.surgery.forget_retain import inverse_norms
-from gradsurgery.surgery.rule import Rule, preference
+from gradsurgery.surgery.rule import Weighting, preference
 from gradsurgery.surgery.spectral import PseudoInverse
 
 
 @dataclass(frozen=True, kw_only=True)
-class IMTLG(Rule):
+class IMTLG(Weighting):
     """Weights of sum 1 for which all unit rows have the same product with the update.
 
     w ∝ pinv(K) sqrt(diag K): the update before scaling is the shortest u with the least
@@ -53,7 +53,7 @@ def _solved(inverse: Tensor, wanted: Tensor, rtol: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConFIG(Rule):
+class ConFIG(Weighting):
     """The direction of equal cosine to every row, as long as the rows are along it together.
 
     u = pinv(U) 1 with the unit rows in U; the update is Σ_i <g_i, u> u / |u|².

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops import cone_weights
-from gradsurgery.surgery.rule import Rule
+from gradsurgery.surgery.rule import Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
-class MGDA(Rule):
+class MGDA(Weighting):
     """The shortest convex combination of the rows: min |Jᵀ w| over w ≥ 0, Σ w = 1.
 
     Exact: the hull is a cone's section, so that one non-negative least squares problem, that of

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from gradsurgery.ops import bargaining_weights
 from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import Rule
+from gradsurgery.surgery.rule import Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
-class NashMTL(Rule):
+class NashMTL(Weighting):
     """Weights w > 0 with K w = 1 / w: every row gains in proportion to what it gives.
 
     Found exactly, by Newton's method on the convex function that has it as its minimum; the

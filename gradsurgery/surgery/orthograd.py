@@ -12,8 +12,8 @@ from gradsurgery.ops import projection_weights
 from gradsurgery.ops._inputs import check
 from gradsurgery.surgery.rule import (
     Index,
-    Rule,
     Solution,
+    Weighting,
     chosen,
     grouped_gramian,
     one_of,
@@ -23,7 +23,7 @@ from gradsurgery.surgery.rule import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class OrthoGrad(Rule):
+class OrthoGrad(Weighting):
     """Unlearning by gradient ascent orthogonal to the retain samples' gradients.
 
     g⊥ = g_u - its projection on span{g_1 .. g_k},  update = α mean_i g_i - (1 - α) g⊥

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops.deconflict import deconflict_weights, shuffled
-from gradsurgery.surgery.rule import Rule, one_of, to_device
+from gradsurgery.surgery.rule import Weighting, one_of, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class PCGrad(Rule):
+class PCGrad(Weighting):
     """Each row, off every other row that it conflicts with at that moment, in random order.
 
     For each i: v = g_i; for j ≠ i in random order: if <v, g_j> < 0: v -= <v, g_j> / |g_j|² g_j.

@@ -1,4 +1,4 @@
-"""What a rule is: from the Gramian of some rows to the weights of one update."""
+"""What a rule is: from rows to one update, by weights from their Gramian or otherwise."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -43,20 +43,11 @@ class Solution(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A rule of gradient surgery, as an aggregator of rows and as a weighting of a Gramian.
+    """A rule of gradient surgery: from rows to the update that they make.
 
-    Rows are gradients of losses that training would lower, one each. Weights are float64, on the
-    Gramian's device, computed without waiting for it. A rule to be written is a subclass with
-    `_weights`; where it is listed, the command line, the documentation and the tests find it.
-
-    Args:
-        granularity: one set of weights for the whole model, or one for each "module" or "tensor",
-            from the Gramian of its part of the rows. With "module", parameters whose names differ
-            in the last part only go together.
-        precondition: None, or "optimizer": inner products in the optimizer's metric, so that it is
-            the step and not the gradient that opposes no row, is orthogonal, or whatever the rule
-            says. Needs `Surgeon` and Adam or AdamW, whose metric is lr / (sqrt(v) + eps) of the
-            steps taken so far; momentum from earlier steps is not in it.
+    Rows are gradients of losses that training would lower, one each. A rule to be written is a
+    `Weighting`, whose update is a weighted sum of the rows, or an `Elementwise` one; where it is
+    listed, the command line, the documentation and the tests find it.
     """
 
     formula: ClassVar[str] = ""  # of the update, in a line
@@ -72,64 +63,33 @@ class Rule:
 
     remembers: ClassVar[tuple[str, ...]] = ()  # names in the state
     merges: ClassVar[tuple[str, ...]] = ()  # batches of a step of which the mean row is enough
-    weighted: ClassVar[bool] = True  # whether the update is a weighted sum of the rows
-    checks: ClassVar[bool] = False  # whether `_weights` itself refuses what is not finite
 
-    granularity: Literal["model", "module", "tensor"] = "model"
-    precondition: Literal["optimizer"] | None = None
     _state: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, kind in _numbers(type(self)).items():
             _check_option(name, getattr(self, name), kind)
-        one_of("granularity", self.granularity, GRANULARITIES)
-        one_of("precondition", self.precondition, (None, "optimizer"))
-        check(
-            self.weighted or self.precondition is None,
-            f"{type(self).__name__} has no inner products to precondition",
-        )
-
-    def weights(self, gramian: Tensor, *given: Index, **roles: Any) -> Tensor:
-        """Weights of the update, [..., m] float64, from Gramians [..., m, m], one by one.
-
-        Args:
-            gramian: in the dtype it was computed in, which says what it resolves.
-            given, roles: which rows are what, where the rule tells them apart: an index, indices,
-                a slice or a mask [m].
-        """
-        gram = as_gramian(gramian)
-        if not self.checks:
-            check_gramian_finite(gram)
-        rtol = default_rtol(gram.shape[-1], gramian.dtype)
-        return self._weights(gram, rtol, **self._named(given, roles))
-
-    def _weights(self, *args: Any, **roles: Any) -> Tensor:
-        """(gram, rtol, **roles): [..., m] from gram [..., m, m] float64, which resolves relative
-        distances of rtol."""
-        raise NotImplementedError
 
     def __call__(self, rows: Rows, *given: Index, **roles: Any) -> Any:
         """The update, shaped like a row: of rows [m, n] a Tensor, of [m, *p.shape] each, or of a
-        Jacobian, a list; of a mapping of such blocks by name a dict."""
+        Jacobian, a list; of a mapping of such blocks by name a dict.
+
+        Args:
+            given, roles: which rows are what, where the rule tells them apart: an index, indices,
+                a slice or a mask [m].
+        """
         jacobian = as_jacobian(rows)
-        update = jacobian.combine(self.solve(jacobian, *given, **roles).weights)
+        update = self._update(jacobian, **self._named(given, roles))
         return like_rows(update, rows, jacobian)
 
-    def solve(
-        self,
-        jacobian: Jacobian,
-        *given: Index,
-        metric: Sequence[Tensor] | None = None,
-        **roles: Any,
-    ) -> Solution:
-        """Weights for the rows of a Jacobian, with the granularity asked for.
+    def _update(self, jacobian: Jacobian, **roles: Any) -> list[Tensor]:
+        """[*p.shape] for each parameter."""
+        raise NotImplementedError
 
-        `metric`, one tensor [*p.shape] per parameter, makes inner products <a, metric * b>.
-        """
-        grams, groups = grouped_gramian(jacobian, self.granularity, metric)
-        weights = self.weights(grams, *given, **roles)
-        weights = weights[0] if self.granularity == "model" else weights[groups]
-        return Solution(weights, grams.sum(0))
+    @property
+    def weighting(self) -> "Weighting | None":
+        """The rule as a function of a Gramian; None where it needs the rows themselves."""
+        return None
 
     def _named(self, given: Sequence[Index], roles: dict[str, Any]) -> dict[str, Any]:
         name = type(self).__name__
@@ -172,10 +132,7 @@ class Rule:
 
     def _of_columns(self) -> str:
         """What of the state is of parameters; empty where nothing is."""
-        if "average" in self._state:
-            return "an average"
-        several = self.granularity != "model" and set(self._state) - {"draws", COLUMNS}
-        return "targets" if several else ""
+        return ""
 
     def _draw(self, seed: int, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         """Random numbers of the rule's own, going on where the last call ended."""
@@ -191,8 +148,87 @@ class Rule:
 
     @classmethod
     def options(cls) -> list[str]:
-        shared = ("granularity", "precondition")
-        return [f.name for f in fields(cls) if f.init and f.name not in shared]
+        """Names of what is given to make one."""
+        return [f.name for f in fields(cls) if f.init]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighting(Rule):
+    """A rule whose update is a weighted sum of the rows, the weights a function of their Gramian.
+
+    Weights are float64, on the Gramian's device, computed without waiting for it. A subclass has
+    `_weights`.
+
+    Args:
+        granularity: one set of weights for the whole model, or one for each "module" or "tensor",
+            from the Gramian of its part of the rows. With "module", parameters whose names differ
+            in the last part only go together.
+        precondition: None, or "optimizer": inner products in the optimizer's metric, so that it is
+            the step and not the gradient that opposes no row, is orthogonal, or whatever the rule
+            says. Needs `Surgeon` and Adam or AdamW, whose metric is lr / (sqrt(v) + eps) of the
+            steps taken so far; momentum from earlier steps is not in it.
+    """
+
+    checks: ClassVar[bool] = False  # whether `_weights` itself refuses what is not finite
+
+    granularity: Literal["model", "module", "tensor"] = "model"
+    precondition: Literal["optimizer"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("granularity", self.granularity, GRANULARITIES)
+        one_of("precondition", self.precondition, (None, "optimizer"))
+
+    @property
+    def weighting(self) -> "Weighting | None":
+        return self
+
+    def weights(self, gramian: Tensor, *given: Index, **roles: Any) -> Tensor:
+        """Weights of the update, [..., m] float64, from Gramians [..., m, m], one by one.
+
+        Args:
+            gramian: in the dtype it was computed in, which says what it resolves.
+            given, roles: which rows are what, where the rule tells them apart: an index, indices,
+                a slice or a mask [m].
+        """
+        gram = as_gramian(gramian)
+        if not self.checks:
+            check_gramian_finite(gram)
+        rtol = default_rtol(gram.shape[-1], gramian.dtype)
+        return self._weights(gram, rtol, **self._named(given, roles))
+
+    def _weights(self, *args: Any, **roles: Any) -> Tensor:
+        """(gram, rtol, **roles): [..., m] from gram [..., m, m] float64, which resolves relative
+        distances of rtol."""
+        raise NotImplementedError
+
+    def _update(self, jacobian: Jacobian, **roles: Any) -> list[Tensor]:
+        return jacobian.combine(self.solve(jacobian, **roles).weights)
+
+    def solve(
+        self,
+        jacobian: Jacobian,
+        *given: Index,
+        metric: Sequence[Tensor] | None = None,
+        **roles: Any,
+    ) -> Solution:
+        """Weights for the rows of a Jacobian, with the granularity asked for.
+
+        `metric`, one tensor [*p.shape] per parameter, makes inner products <a, metric * b>.
+        """
+        grams, groups = grouped_gramian(jacobian, self.granularity, metric)
+        weights = self.weights(grams, *given, **roles)
+        weights = weights[0] if self.granularity == "model" else weights[groups]
+        return Solution(weights, grams.sum(0))
+
+    def _of_columns(self) -> str:
+        several = self.granularity != "model" and set(self._state) - {"draws", COLUMNS}
+        return "targets" if several else ""
+
+    @classmethod
+    def options(cls) -> list[str]:
+        shared = {f.name for f in fields(Weighting)}
+        return [name for name in super().options() if name not in shared]
 
 
 @cache

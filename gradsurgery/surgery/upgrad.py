@@ -9,11 +9,11 @@ from torch import Tensor
 from gradsurgery.ops._backend import call
 from gradsurgery.ops._inputs import check
 from gradsurgery.ops.cone import dual_projection_weights
-from gradsurgery.surgery.rule import Index, Rule, chosen, mean_of, preference, to_device
+from gradsurgery.surgery.rule import Index, Weighting, chosen, mean_of, preference, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class UPGrad(Rule):
+class UPGrad(Weighting):
     """The mean of the rows, each projected on the dual cone { x : <g_j, x> ≥ 0 for all j }.
 
     No row's loss rises to first order, at any scale of the rows: they are made unit before the
@@ -52,7 +52,7 @@ class UPGrad(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualProj(Rule):
+class DualProj(Weighting):
     """The mean of the rows, projected on the dual cone { x : <g_j, x> ≥ 0 for all j }.
 
     Args:

@@ -119,7 +119,7 @@ def reference(model, optimizer, rule, parts, loss):
         given["memory"] = slice(jacobian.m - counts["memory"], None)
     if "retain_loss" in rule.roles:
         given["retain_loss"] = losses[list(parts).index("retain")].mean()
-    if rule.weighted:
+    if rule.weighting is not None:
         metric = metric_of(optimizer, list(named.values())) if rule.precondition else None
         solution = rule.solve(jacobian, metric=metric, **given)
         update, gramian = jacobian.combine(solution.weights), solution.gramian  # in the metric

@@ -3,6 +3,7 @@
 import torch
 
 from gradsurgery import RULES
+from gradsurgery.surgery import Weighting
 
 # options without which a rule cannot be made or called
 OPTIONS = {
@@ -16,7 +17,7 @@ def make(name, m=2, **options):
 
 
 def weighted(name):
-    return RULES[name].weighted
+    return issubclass(RULES[name], Weighting)
 
 
 def least_cosine(rows, update):

@@ -8,6 +8,7 @@ import torch
 
 import gradsurgery as gs
 from gradsurgery import RULES
+from gradsurgery.surgery import Elementwise, Weighting
 from tests.inputs import CONFLICTS, gaussian, signed, vanishing
 from tests.surgery.properties import OPTIONS, least_cosine, make, relative, update_of, weighted
 
@@ -635,12 +636,57 @@ def test_salun_masks_by_the_forget_gradient(impl):
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if not weighted(n)])
-def test_elementwise_rules_have_no_weights(name):
+def test_elementwise_rules_have_no_weights_and_no_metric(name):
     rule = make(name)
-    with pytest.raises(gs.InputError, match="no function of a Gramian: call it on rows"):
-        rule.weights(torch.eye(3))
-    with pytest.raises(gs.InputError, match="has no weights: call it on rows"):
-        rule.solve(gs.DenseJacobian(torch.eye(3)))
+    assert rule.weighting is None
+    assert not any(hasattr(rule, member) for member in ("weights", "solve", "precondition"))
+    with pytest.raises(TypeError, match="precondition"):
+        make(name, precondition="optimizer")
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_the_others_are_their_own_weightings(name):
+    rule = make(name)
+    assert rule.weighting is rule
+
+
+def test_gru_with_momentum_is_no_function_of_a_gramian():
+    rule = gs.GRU(momentum=0.5)
+    assert rule.weighting is None
+    with pytest.raises(gs.InputError, match="no function of one Gramian: call it on rows"):
+        rule.weights(torch.eye(2))
+    with pytest.raises(gs.InputError, match="no function of one Gramian: call it on rows"):
+        rule.solve(gs.DenseJacobian(torch.eye(2)))
+
+
+class Largest(Elementwise):
+    """A rule as a user writes one, with no row told apart."""
+
+    def _edit(self, blocks):
+        return [rows.amax(0) for rows in blocks]
+
+
+class Longest(Weighting):
+    def _weights(self, gram, rtol, not_this=()):
+        square = gram.diagonal(dim1=-2, dim2=-1).clone()
+        square[..., list(not_this)] = -1
+        return torch.nn.functional.one_hot(square.argmax(-1), gram.shape[-1]).double()
+
+    roles = ("not_this",)
+
+
+def test_rules_of_ones_own():
+    rows = torch.tensor([[1.0, 5.0], [3.0, 2.0], [4.0, 0.0]])
+    assert Largest()(rows).tolist() == [4, 5]
+    assert Longest()(rows).tolist() == [1, 5]
+    assert Longest()(rows, not_this=[0]).tolist() == [4, 0]
+    with pytest.raises(gs.InputError, match="Longest has no that rows"):
+        Longest()(rows, that=[0])
+    optimizer = torch.optim.SGD((model := torch.nn.Linear(2, 1, bias=False)).parameters(), lr=1.0)
+    for rule, moved in ((Largest(), [4, 5]), (Longest(), [1, 5])):
+        before = model.weight.detach().clone()
+        gs.Surgeon(model, optimizer, rule).step(batch=rows, loss=lambda m, x: m(x)[:, 0])
+        torch.testing.assert_close(before - model.weight, torch.tensor([moved]).float())
 
 
 # what is refused
@@ -690,7 +736,11 @@ def test_names_the_row_that_is_not_finite(name, impl):
         ("trimmedmean", {"trim": -1}, "trim must be 0 or more"),
         ("salun", {"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
         ("mean", {"precondition": "adam"}, "precondition must be one of .* got 'adam'"),
-        ("sago", {"precondition": "optimizer"}, "SAGO has no inner products to precondition"),
+        (
+            "gru",
+            {"momentum": 0.5, "precondition": "optimizer"},
+            "GRU with momentum has no inner products to precondition",
+        ),
         ("mean", {"granularity": "layer"}, "granularity must be one of .* got 'layer'"),
     ],
 )

@@ -12,7 +12,7 @@ SDMGrad, and `scale_mode` other than "min".
 
 import inspect
 import sys
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,14 @@ from gradsurgery.errors import InputError
 from gradsurgery.ops import combine, gramian
 from gradsurgery.ops._inputs import check, check_dense, check_values
 
+R = TypeVar("R", bound=surgery.Rule)
+
 # weights that no Gramian decides
 BLIND = (surgery.Mean, surgery.Sum, surgery.Constant, surgery.Random)
 
 
-class _Ruled(nn.Module):
-    def __init__(self, rule: surgery.Rule) -> None:
+class _Ruled(nn.Module, Generic[R]):
+    def __init__(self, rule: R) -> None:
         super().__init__()
         self.rule = rule
         theirs = sys.modules.get("torchjd.aggregation")
@@ -50,7 +52,7 @@ class _Ruled(nn.Module):
         return f"{type(self).__name__}({self.rule})"
 
 
-class Weighting(_Ruled):
+class Weighting(_Ruled[surgery.Weighting]):
     """A rule as a function of a Gramian [m, m]."""
 
     def forward(self, gramian: Tensor, /) -> Tensor:
@@ -74,10 +76,10 @@ class _OfMatrix(nn.Module):
         return weights.to(torch.float32 if matrix.dtype.itemsize == 2 else matrix.dtype)
 
 
-class Aggregator(_Ruled):
+class Aggregator(_Ruled[surgery.Weighting]):
     """A rule as a function of a matrix [m, n]."""
 
-    def __init__(self, rule: surgery.Rule) -> None:
+    def __init__(self, rule: surgery.Weighting) -> None:
         super().__init__(rule)
         self.gramian_weighting = Weighting(rule)
         self.weighting = _OfMatrix(self.gramian_weighting)
@@ -86,7 +88,7 @@ class Aggregator(_Ruled):
         return cast(Tensor, combine(matrix, self.weighting(_matrix(matrix))))
 
 
-class Elementwise(_Ruled):
+class Elementwise(_Ruled[surgery.Elementwise]):
     """A rule as a function of a matrix [m, n] that is no sum of its rows."""
 
     def forward(self, matrix: Tensor, /) -> Tensor:
@@ -99,69 +101,69 @@ def _matrix(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _upgrad(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Rule:
+def _upgrad(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Weighting:
     return surgery.UPGrad(preference=_preference(pref_vector))
 
 
-def _dualproj(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Rule:
+def _dualproj(pref_vector: Tensor | None = None, projector: Any = None) -> surgery.Weighting:
     return surgery.DualProj(preference=_preference(pref_vector))
 
 
-def _cagrad(c: float, norm_eps: float = 0.0001) -> surgery.Rule:
+def _cagrad(c: float, norm_eps: float = 0.0001) -> surgery.Weighting:
     return surgery.CAGrad(c=c)
 
 
-def _mgda(epsilon: float = 0.001, max_iters: int = 100) -> surgery.Rule:
+def _mgda(epsilon: float = 0.001, max_iters: int = 100) -> surgery.Weighting:
     return surgery.MGDA()
 
 
 def _nashmtl(
     n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20
-) -> surgery.Rule:
+) -> surgery.Weighting:
     check(update_weights_every == 1, "update_weights_every must be 1: every call is solved")
     return surgery.NashMTL(max_norm=max_norm or None)
 
 
-def _pcgrad() -> surgery.Rule:
+def _pcgrad() -> surgery.Weighting:
     return surgery.PCGrad(seed=_seed())
 
 
-def _gradvac(beta: float = 0.5, eps: float = 1e-8) -> surgery.Rule:
+def _gradvac(beta: float = 0.5, eps: float = 1e-8) -> surgery.Weighting:
     return surgery.GradVac(beta=beta, seed=_seed())
 
 
-def _imtlg() -> surgery.Rule:
+def _imtlg() -> surgery.Weighting:
     return surgery.IMTLG()
 
 
-def _alignedmtl(pref_vector: Tensor | None = None, scale_mode: str = "min") -> surgery.Rule:
+def _alignedmtl(pref_vector: Tensor | None = None, scale_mode: str = "min") -> surgery.Weighting:
     if scale_mode != "min":
         raise InputError(f"scale_mode must be 'min', got {scale_mode!r}")
     return surgery.AlignedMTL(preference=_preference(pref_vector))
 
 
-def _fairgrad(alpha: float, max_iters: int | None = None) -> surgery.Rule:
+def _fairgrad(alpha: float, max_iters: int | None = None) -> surgery.Weighting:
     return surgery.Mean() if alpha == 0 else surgery.FairGrad(alpha=alpha)
 
 
-def _config(pref_vector: Tensor | None = None) -> surgery.Rule:
+def _config(pref_vector: Tensor | None = None) -> surgery.Weighting:
     return surgery.ConFIG(preference=_preference(pref_vector))
 
 
-def _constant(weights: Tensor) -> surgery.Rule:
+def _constant(weights: Tensor) -> surgery.Weighting:
     return surgery.Constant(values=_list("weights", weights))
 
 
-def _random() -> surgery.Rule:
+def _random() -> surgery.Weighting:
     return surgery.Random(seed=_seed())
 
 
-def _graddrop(leak: float = 0.0) -> surgery.Rule:
+def _graddrop(leak: float = 0.0) -> surgery.GradDrop:
     check(not isinstance(leak, Tensor), "leak must be a number, the same for all rows")
     return surgery.GradDrop(leak=leak, seed=_seed())
 
 
-def _trimmedmean(trim_number: int) -> surgery.Rule:
+def _trimmedmean(trim_number: int) -> surgery.TrimmedMean:
     return surgery.TrimmedMean(trim=trim_number)
 
 
