@@ -1,9 +1,10 @@
-"""Builds one wheel without torch and runs that file's operator tests under several torch versions.
+"""Builds one wheel without torch and runs the operator tests on it under several torch versions.
 
 python scripts/check_abi.py [--torch 2.11.0 2.13.0] [--keep FOLDER]
 
 The contract of the compiled module is DLPack's C ABI and Python's, not torch's: this is what
-checks it. Every torch but the pinned one is a large download, so CI does not run it.
+checks it. Every torch but the pinned one is a large download: CI has a job of its own for it, and
+.ci/run leaves it out.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The recorder: `tape(model)` around a forward pass, `jacobian(losses)` for its rows."""
+"""`tape(model)` around a forward pass, `jacobian(losses)` for its rows."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
