@@ -139,7 +139,7 @@ def factored_rows(bench: Bench) -> None:
     bench.rows[-2] |= {"speedup": qr / ours, "target": "50 x torch.linalg.qr"}
 
 
-def planes(bench: Bench) -> None:
+def weight_gradients(bench: Bench) -> None:
     """The Gramian of one layer's per-sample gradients, in bfloat16."""
     b, side = 16, bench.size(4096)
     index = torch.arange(b, device="cpu")
@@ -157,8 +157,8 @@ def planes(bench: Bench) -> None:
             f"formed_gramian, {label}", lambda: formed_gramian([left], [right], [index], b)
         )
         bench.rows[-1] |= {"of_forming": direct / form, "of_both": direct / both}
-        pairs = bench.add(f"token_gramian, {label}", lambda: token_gramian(left, right))
-        bench.rows[-1] |= {"of_forming": pairs / form, "of_both": pairs / both}
+        by_tokens = bench.add(f"token_gramian, {label}", lambda: token_gramian(left, right))
+        bench.rows[-1] |= {"of_forming": by_tokens / form, "of_both": by_tokens / both}
         bench.rows[-1]["target"] = (
             "best of both: 0.6 of forming and multiplying, T=1024: 1.35 of forming"
         )
@@ -291,7 +291,8 @@ def rivals(bench: Bench) -> None:
 
 
 PARTS = {
-    part.__name__: part for part in (existing_rows, planes, solves, steps, rivals, factored_rows)
+    part.__name__: part
+    for part in (existing_rows, weight_gradients, solves, steps, rivals, factored_rows)
 }
 
 

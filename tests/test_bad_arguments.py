@@ -12,6 +12,7 @@ from torch import nn
 import gradsurgery as gs
 from gradsurgery import ops
 from gradsurgery.integrations.torchjd import aggregation as theirs
+from gradsurgery.surgery import Weighting
 
 ROWS = torch.tensor([[1.0, 2.0, 3.0], [-2.0, 1.0, 0.5]])
 GRAM = ROWS @ ROWS.mT
@@ -136,7 +137,8 @@ def of_rule(name, rule):
                 lambda x, key=option.name: rule(**{**options, key: x})(ROWS),
             )
     yield f"{name}()(x)", lambda x: rule(**options)(x)
-    yield f"{name}().weights(x)", lambda x: rule(**options).weights(x)
+    if issubclass(rule, Weighting):
+        yield f"{name}().weights(x)", lambda x: rule(**options).weights(x)
     yield f"{name}().load_state_dict(x)", lambda x: rule(**options).load_state_dict(x)
     for key in rule.remembers:
         yield (
