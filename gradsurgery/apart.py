@@ -111,9 +111,11 @@ def identity(loss: Any, depth: int = 3) -> Hashable:
     else:
         code = getattr(loss, "__code__", None)
         own = getattr(loss, "__self__", loss if code is None else None)
-        inside = [_content(cell) for cell in getattr(loss, "__closure__", None) or ()]
+        cells = getattr(loss, "__closure__", None) or ()
+        inside = [*map(_content, cells), *(getattr(loss, "__defaults__", None) or ())]
+    options = tuple(each for each in inside if isinstance(each, (bool, int, float, str)))
     known = tuple(identity(each, depth - 1) for each in inside if callable(each))
-    return code, None if own is None else id(own), known
+    return code, None if own is None else id(own), options, known
 
 
 def _content(cell: Any) -> Any:

@@ -30,7 +30,8 @@ class WeightedLosses(NamedTuple):
     sample's row is its gradient times weights / mean(weights), so that rows have that mean, too.
 
     Attributes:
-        losses: [B], of a sample the mean over its own tokens; or [B, tasks].
+        losses: [B], of a sample the mean over its own tokens, finite for one without any; or
+            [B, tasks].
         weights: [B], not negative: how many tokens a sample has.
     """
 
@@ -44,6 +45,10 @@ class WeightedLosses(NamedTuple):
             isinstance(weights, Tensor) and weights.shape == (size,),
             f"weights of losses must be one for each sample, [{size}], got "
             + (str(list(weights.shape)) if isinstance(weights, Tensor) else type(weights).__name__),
+        )
+        check(
+            weights.layout == torch.strided and not (weights.is_complex() or weights.is_meta),
+            "weights of losses must be real numbers, one for each sample",
         )
         weights = weights.detach().to("cpu", torch.float64)
         fine = bool((weights.isfinite() & (weights >= 0)).all())

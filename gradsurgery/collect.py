@@ -1,6 +1,6 @@
 """Rows of micro-batches: added pass by pass, held, and put in the order of their batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
@@ -45,8 +45,9 @@ class Added:
     def __init__(self, hold: Hold) -> None:
         self.hold: Hold = hold
         self.overflowed = False  # whether a pass was scaled up too far: its rows are not there
+        self.torn = False  # whether something stopped in the middle of a change
         self._columns: dict[str, nn.Parameter] = {}
-        self._versions: list[int] = []
+        self._values: list[tuple[int, Tensor]] = []  # of the columns, what tells that they moved
         self._last: list[Pass] = []
         self._samples: list[Pass] = []  # of one part each
         self._sums: dict[str, Sums | DenseSums] = {}
@@ -67,32 +68,37 @@ class Added:
         return sum(map(len, self._parts.values())) + self.overflowed
 
     def check_columns(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Raise where rows were added of other parameters, or of the same at other values."""
+        """Raise where rows are lost, of other parameters, or of the same at other values."""
+        again = "; drop them with discard() and add them anew"
+        check(not self.torn, f"an error or an interrupt left rows half added{again}")
         if not self:
             return
         other = [name for name, p in self._columns.items() if named.get(name) is not p]
         other += [name for name in named if name not in self._columns]
         check(
             not other,
-            f"rows were added before {', '.join(other[:3])} was frozen, unfrozen or replaced: call "
-            "backward() first, or drop them with discard()",
+            f"rows were added before {', '.join(other[:3])} was frozen, unfrozen or replaced"
+            + again,
         )
-        now = [p._version for p in self._columns.values()]
-        changed = zip(self._columns, self._versions, now, strict=True)
-        moved = [name for name, before, after in changed if before != after]
+        pairs = zip(self._columns, self._values, _values(named.values()), strict=True)
+        moved = [name for name, before, now in pairs if not _are_same(before, now)]
         check(
             not moved,
             f"{', '.join(moved[:3])} moved after rows were added, which are of the model as it "
-            "was: call backward() before the optimizer's step, or drop them with discard()",
+            f"was{again}",
         )
 
     def take(self, passes: Passes, parts: dict[str, Any], overflows: bool = False) -> None:
-        """Make and add the rows of batches. An error leaves what was added before.
+        """Make and add the rows of batches, which are `torn` until `settle`.
+
+        An error leaves what was added before.
 
         Args:
             overflows: rows or losses that are not finite are noted, and raise nothing.
         """
+        self.torn = True
         self._fold()
+        self.torn = False
         new = Added(self.hold)
         try:
             for each in passes.of(parts):
@@ -102,11 +108,15 @@ class Added:
         except NonFiniteError:
             if not overflows:
                 raise
-            self.overflowed = True
+            self.torn = self.overflowed = True
         else:
             self._join(new)
         self._columns = {**passes.named, **passes.outside}
-        self._versions = [p._version for p in self._columns.values()]
+        self._values = _values(self._columns.values())
+
+    def settle(self) -> None:
+        """What was taken is whole, and so is what goes with it."""
+        self.torn = False
 
     def _add(self, made: Pass) -> None:
         bent = made.jacobian.bent if isinstance(made.jacobian, FactoredJacobian) else []
@@ -153,11 +163,13 @@ class Added:
 
     def _join(self, new: "Added") -> None:
         before = dict(self._parts), dict(self._bent)
+        self.torn = True
         try:
             for part, found in new._parts.items():
                 self._note(part, found, new._bent[part])
         except BaseException:
             self._parts, self._bent = before
+            self.torn = False
             raise
         self._last = new._last
         self._samples += new._samples
@@ -222,6 +234,20 @@ class Added:
         sums = torch.zeros(sum(counts.values()), len(rows), dtype=torch.float64, device="cpu")
         sums[rows, torch.arange(len(rows), device="cpu")] = torch.cat(factors)
         return jacobians, sums
+
+
+def _values(parameters: Iterable[nn.Parameter]) -> list[tuple[int, Tensor]]:
+    """Versions and norms, for fused optimizers and `.data` change no version."""
+    each = list(parameters)
+    with torch.no_grad():
+        norms = torch._foreach_norm([p.detach() for p in each])  # type: ignore[attr-defined]
+    return [(p._version, norm) for p, norm in zip(each, norms, strict=True)]
+
+
+def _are_same(before: tuple[int, Tensor], now: tuple[int, Tensor]) -> bool:
+    if now[0] > before[0] or before[1].dtype != now[1].dtype:  # of a copy, versions begin anew
+        return False
+    return bool((before[1] == now[1]) | (before[1].isnan() & now[1].isnan()))
 
 
 ONE = torch.ones(1, dtype=torch.float64, device="cpu")

@@ -342,7 +342,7 @@ class SummedRows:
         return self.gramian().diagonal().clamp_min(0).sqrt()
 
     def materialize(self) -> Tensor:
-        rows = self.parts.materialize()
+        rows = wide(self.parts.materialize())
         return self._sums.to(rows) @ rows
 
     def _spread(self, weights: Tensor) -> Tensor:

@@ -54,6 +54,21 @@ def scaler_of(
     return scaler if scaler is not None and scaler.is_enabled() else None
 
 
+def check_stage(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """Raise where a scaler holds gradients of this optimizer for unscaled already."""
+    stage = getattr(scaler, "_per_optimizer_states", {}).get(id(optimizer), {}).get("stage")
+    check(
+        stage is None or stage.name == "READY",
+        "scaler: it has unscaled or stepped this optimizer since its last update(), and a step "
+        "does both itself: call scaler.update() first, or backward() in place of step()",
+    )
+
+
+def forget_stage(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
+    """After a step that was not taken: else the next one is not unscaled."""
+    getattr(scaler, "_per_optimizer_states", {}).pop(id(optimizer), None)
+
+
 def check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
     """Raise where a step computes losses several times, as that of LBFGS."""
     name = type(optimizer).__name__

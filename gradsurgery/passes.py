@@ -144,7 +144,8 @@ class Passes:
 
     def _trial(self, what: str, new: Callable[[], Trial]) -> Trial:
         """What a trial of the loss found: done once, in each mode of the model."""
-        known = what, self.model.training, identity(self.loss)
+        modes = hash(tuple(module.training for module in self.model.modules()))
+        known = what, modes, identity(self.loss)
         if known not in self.trials:
             self.trials[known] = new()
         return self.trials[known]
@@ -162,6 +163,8 @@ class Passes:
         ):
             # of a sample alone nothing is seen of sums, but other pieces have several
             recorder.summed = self.adds or (cut and self.micro_batch != 1)
+            if self.adds:  # a buffer of batches may be filled anew before the rows are used
+                whole = map_batch(torch.clone, whole)
             losses, weights = self._losses(parts, whole, sizes, cut)
             each = list(sizes.values())
             mine = losses.detach().split(each)

@@ -22,6 +22,8 @@ from gradsurgery.ops._inputs import check, check_count, check_number, one_of
 from gradsurgery.optimizers import (
     check_needs_no_closure,
     check_not_accumulating,
+    check_stage,
+    forget_stage,
     scaler_of,
     steppable,
 )
@@ -183,6 +185,7 @@ class Surgeon:
         with undo, undo:
             self._take(parts, loss, adds=True)
             undo.keep()
+        self._added.settle()
 
     def backward(
         self,
@@ -224,11 +227,15 @@ class Surgeon:
             with undo, undo:
                 if parts:
                     self._take(parts, loss, adds=bool(self._added))
+                    self._added.settle()
                 for parameter, grad in undo.grads:  # copies, which hooks may see grow
                     parameter.grad = None if grad is None else grad.clone()
                 info = self._update(scale)
                 undo.keep(grads=True)
         return replace(info, seconds=time.perf_counter() - start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_trials": {}}  # whose keys are code
 
     def discard(self) -> None:
         """Drop the rows added so far."""
@@ -275,6 +282,8 @@ class Surgeon:
         start = time.perf_counter()
         check_not_accumulating(self._wrapped)
         check_needs_no_closure(self.optimizer)
+        if self.scaler is not None:
+            check_stage(self.scaler, self.optimizer)
         parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
         self._check_complete({*parts} | self._added.parts)
         with self._rows_used_up():
@@ -282,6 +291,7 @@ class Surgeon:
             with undo, undo:
                 if parts:
                     self._take(parts, loss, adds=bool(self._added))
+                    self._added.settle()
                 for parameter, _ in undo.grads:  # no parameter is moved by an old gradient
                     parameter.grad = None
                 info = self._update(1.0)
@@ -306,8 +316,10 @@ class Surgeon:
         try:
             yield
         except BaseException:
-            if self._added.count != before:
+            if self._added.count != before or self._added.torn:
                 self.discard()
+            if self.scaler is not None:
+                forget_stage(self.scaler, self.optimizer)
             raise
 
     def _given(self, **parts: Any) -> dict[str, Any]:

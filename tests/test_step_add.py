@@ -1,6 +1,7 @@
 """Rows added micro-batch by micro-batch, and the update left in `.grad`."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -469,6 +470,135 @@ def test_rows_of_a_model_that_has_moved_are_refused():
             call()
     surgeon.discard()
     surgeon.step(batch=data, loss=classification)
+
+
+@pytest.mark.parametrize("move", ["fused", "data", "copied by torch"])
+def test_moves_that_change_no_version_are_noticed(move):
+    model, data = mlp(), batch(4)
+    surgeon = surgeon_of(model, gs.PCGrad())
+    surgeon.add(batch=data, loss=classification)
+    if move == "fused":
+        classification(model, data).mean().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+        model.zero_grad()
+    elif move == "data":
+        model[0].weight.data.mul_(2)
+    else:
+        flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+        nn.utils.vector_to_parameters(2 * flat, model.parameters())
+    with pytest.raises(gs.InputError, match=r"0\.weight.* moved after rows were added"):
+        surgeon.backward()
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_batches_may_be_refilled_after_add(hold):
+    model, data = mlp(), batch(6)
+    surgeon = surgeon_of(model, gs.UPGrad(), hold=hold)
+    x, y = torch.empty(2, 6).double(), torch.empty(2).long()
+    for a, b in cut(data, 2, 4):
+        surgeon.add(batch=(x.copy_(a), y.copy_(b)), loss=classification)
+    x.zero_()
+    surgeon.backward()
+    got = taken(model)
+    surgeon.backward(batch=data, loss=classification)
+    assert_close(got, taken(model), 1e-12)
+
+
+def test_a_buffer_of_the_models_own_that_is_refilled_is_noticed():
+    class Static(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4).double()
+            self.register_buffer("inputs", torch.zeros(2, 6).double())
+
+        def forward(self, x):
+            return self.layer(self.inputs.copy_(x))
+
+    model = Static()
+    surgeon = surgeon_of(model, gs.UPGrad(), hold="pairs")
+    surgeon.add(batch=batch(2), loss=classification)
+    with pytest.raises(gs.InputError, match=r"a tensor .* was modified in place while"):
+        surgeon.add(batch=batch(2), loss=classification)
+        surgeon.backward()
+    surgeon.discard()
+    with pytest.raises(gs.InputError, match=r"a tensor .* was modified in place while"):
+        surgeon.step(batch=batch(2), memory=batch(2), loss=classification)
+
+
+@pytest.mark.parametrize("where", ["held", "sums", "joined", "kept"])
+def test_what_stops_in_the_middle_of_adding_is_never_used(where, monkeypatch):
+    model, data = mlp(), batch(4)
+    surgeon = surgeon_of(model, gs.OrthoGrad(), together=True)
+    surgeon.add(forget=data, retain=data, loss=classification)
+    name = {
+        "held": "gradsurgery.collect.held",
+        "sums": "gradsurgery.capture.held.Sums.add",
+        "joined": "gradsurgery.collect.Added._note",
+        "kept": "gradsurgery.undo.Undo.keep",
+    }[where]
+    calls = []
+    if where == "joined":
+        real = gs.step.Added._note
+
+        def stops(self, *given):
+            calls.append(None)
+            if len(calls) == 4:  # the second part's, of those that join
+                raise KeyboardInterrupt
+            return real(self, *given)
+    else:
+
+        def stops(*_, **__):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(name, stops)
+        surgeon.add(forget=data, retain=data, loss=classification)
+    if where == "joined":  # as it was before
+        assert len(surgeon.backward().losses) == 5
+        return
+    for call in (
+        lambda: surgeon.add(retain=data, loss=classification),
+        surgeon.backward,
+    ):
+        with pytest.raises(gs.InputError, match="left rows half added"):
+            call()
+        surgeon._added.torn = True
+    surgeon.discard()
+    assert len(surgeon.step(forget=data, retain=data, loss=classification).losses) == 5
+
+
+def test_another_loss_of_the_same_code_is_tried():
+    model, data = mlp(), batch(4)
+    surgeon = surgeon_of(model, gs.PCGrad())
+
+    def made(coupled):
+        def loss(net, given):
+            losses = classification(net, given)
+            return losses / losses.detach().mean() if coupled else losses
+
+        return loss
+
+    surgeon.add(batch=data, loss=made(False))
+    with pytest.raises(gs.InputError, match="depends on the others of its pass"):
+        surgeon.add(batch=data, loss=made(True))
+
+
+def test_a_copy_goes_on_with_what_was_added():
+    model, data = mlp(), batch(4)
+    with torch.no_grad():
+        model[0].weight += 1
+    surgeon = surgeon_of(model, gs.UPGrad())
+    surgeon.add(batch=data, loss=classification)
+    other = copy.deepcopy(surgeon)
+    assert torch.equal(other.backward().gramian, surgeon.backward().gramian)
+
+
+def test_a_surgeon_can_be_pickled():
+    model, data = mlp(), batch(4)
+    surgeon = surgeon_of(model, gs.PCGrad(seed=3))
+    surgeon.backward(batch=data, loss=classification)
+    other = pickle.loads(pickle.dumps(surgeon))
+    other.step(batch=data, loss=classification)
 
 
 def test_parameters_frozen_or_unfrozen_between_are_named():

@@ -100,6 +100,33 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(where, whole):
     assert scaler.get_scale() == scale / 2
 
 
+def test_a_step_that_fails_leaves_the_scaler_ready():
+    models = [mlp()]
+    models.append(copy.deepcopy(models[0]))
+    data = batch(4)
+    for model, fails in zip(models, (True, False), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        surgeon = gs.Surgeon(model, optimizer, gs.UPGrad(), scaler=scaler_of())
+        if fails:
+            handle = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                surgeon.step(batch=data, loss=classification)
+            handle.remove()
+        surgeon.step(batch=data, loss=classification)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_a_step_after_unscale_is_named():
+    model, data = mlp(), batch(4)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), scaler_of()
+    surgeon = gs.Surgeon(model, optimizer, gs.UPGrad(), scaler=scaler)
+    surgeon.backward(batch=data, loss=classification)
+    scaler.unscale_(optimizer)
+    with pytest.raises(gs.InputError, match=r"unscaled or stepped .* call scaler.update\(\) first"):
+        surgeon.step(batch=data, loss=classification)
+
+
 def test_a_scaler_that_is_off_changes_nothing():
     model = mlp().float()
     surgeon = gs.Surgeon(

@@ -81,6 +81,7 @@ class FactoredJacobian:
         first, start = jacobians[0], 0
         for jacobian in jacobians:
             jacobian._need_pairs("gs.concat")
+            jacobian._check_usable()
         uses: list[list[Use]] = [[] for _ in first.parameters]
         derived: list[Derived] = []
         for jacobian in jacobians:
@@ -235,7 +236,7 @@ class FactoredJacobian:
             if tensor._version != version:
                 raise InputError(
                     f"a tensor {list(tensor.shape)} of the forward pass was modified in place "
-                    "after tape.jacobian; clone it, or modify it when the Jacobian is done with"
+                    "while its rows were needed; clone it, or modify it when they are done with"
                 )
 
     def _weights(self, weights: Tensor) -> Tensor:

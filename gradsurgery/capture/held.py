@@ -25,6 +25,7 @@ def held(jacobian: FactoredJacobian, hold: Hold = "auto") -> FactoredJacobian:
             from these; "auto" takes the smaller. A tensor that several parameters need counts in
             parts.
     """
+    jacobian._check_usable()
     if hold == "pairs":
         return jacobian
     sharers = Counter(
@@ -71,6 +72,7 @@ class Sums:
 
     def add(self, jacobian: FactoredJacobian, weight: float) -> None:
         """The rows of another pass, times `weight`."""
+        jacobian._check_usable()
         with torch.no_grad(), unmixed(jacobian.parameters[0]):
             through = jacobian._through_derived()
             for k, mine in enumerate(jacobian._uses):
@@ -108,6 +110,7 @@ class Sums:
 
 def rows_of(jacobian: FactoredJacobian, first: int, count: int) -> FactoredJacobian:
     """Some of the rows, `count` from `first` on; views of what has them side by side."""
+    jacobian._check_usable()
     if (first, count) == (0, jacobian.m):
         return jacobian
     known: dict[int, tuple[Tensor | slice, Tensor]] = {}
