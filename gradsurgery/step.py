@@ -235,6 +235,10 @@ class Surgeon:
         return replace(info, seconds=time.perf_counter() - start)
 
     def __getstate__(self) -> dict[str, Any]:
+        check(
+            not self._added,
+            "Surgeon: rows were added, which are not copied: call backward() or discard() first",
+        )
         return {**vars(self), "_trials": {}}  # whose keys are code
 
     def discard(self) -> None:
