@@ -19,8 +19,8 @@ from gradsurgery.batch import (
     tensors,
 )
 from gradsurgery.capture.graph import roots
-from gradsurgery.capture.kept import functions
 from gradsurgery.capture.leaves import unmixed
+from gradsurgery.capture.snapshot import functions
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
 from gradsurgery.ops._inputs import check

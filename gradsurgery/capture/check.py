@@ -23,8 +23,8 @@ from gradsurgery.batch import (
 )
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.graph import roots
-from gradsurgery.capture.kept import as_before, functions
 from gradsurgery.capture.memory import needed
+from gradsurgery.capture.snapshot import as_before, functions
 from gradsurgery.capture.tape import NO_ROWS, Tape, tape
 from gradsurgery.capture.uses import RowsUse, Use, Within
 from gradsurgery.errors import InputError, NonFiniteError

@@ -23,7 +23,7 @@ from gradsurgery.capture.hooks import (
     register,
     scale_of,
 )
-from gradsurgery.capture.kept import Kept, as_before, is_function
+from gradsurgery.capture.snapshot import Kept, as_before, is_function
 from gradsurgery.errors import InputError
 
 MODULE_HOOKS = {"BackwardHookFunctionBackward"}  # torch's own, which only pass on

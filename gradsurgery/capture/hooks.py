@@ -22,9 +22,9 @@ from torch.utils.hooks import BackwardHook, RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradsurgery.capture.graph import Place, ordered, roots
-from gradsurgery.capture.kept import Kept
 from gradsurgery.capture.layout import Layout
 from gradsurgery.capture.older import LiveHooks
+from gradsurgery.capture.snapshot import Kept
 from gradsurgery.errors import InputError
 
 Sampled = dict[Any, dict[int, Layout]]  # operations, losses first: the layouts of their outputs

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.capture.hooks import linear, near, scale_of
-from gradsurgery.capture.kept import as_before, functions
 from gradsurgery.capture.probe import steady, unsteady
 from gradsurgery.capture.ranges import in_range, unit
+from gradsurgery.capture.snapshot import as_before, functions
 from gradsurgery.capture.trace import Leaf, misused
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
 from gradsurgery.capture.views import Simple

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.kept import as_before, is_function
+from gradsurgery.capture.carriers import SHARED, Answer, Shape
 from gradsurgery.capture.layout import Layout, compress, constant
 from gradsurgery.capture.recomputed import read_again
-from gradsurgery.capture.rules import SHARED, Answer, Shape
+from gradsurgery.capture.snapshot import as_before, is_function
 from gradsurgery.errors import InputError, NonFiniteError
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.capture.carriers import OPAQUE
 from gradsurgery.capture.descent import Mixed
 from gradsurgery.capture.graph import ordered, roots, under
 from gradsurgery.capture.hooks import linear, near, scale_of
-from gradsurgery.capture.kept import Kept, as_before, functions
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.probe import steady, unsteady
-from gradsurgery.capture.rules import OPAQUE
+from gradsurgery.capture.snapshot import Kept, as_before, functions
 from gradsurgery.capture.trace import Leaf, Mixing
 from gradsurgery.capture.uses import RowsUse, Use, occurring
 from gradsurgery.errors import InputError

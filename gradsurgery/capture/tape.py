@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.batch import trainable
+from gradsurgery.capture.collector import Found
 from gradsurgery.capture.factored import FactoredJacobian
-from gradsurgery.capture.found import Found
 from gradsurgery.capture.graph import roots, under
 from gradsurgery.capture.hooks import Clock, check_accumulation
 from gradsurgery.capture.leaves import unmixed

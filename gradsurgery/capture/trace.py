@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gradsurgery.capture.carriers import COUPLED, MANY, OPAQUE, RULES, base_name
 from gradsurgery.capture.graph import Place, ordered, under
-from gradsurgery.capture.kept import is_function
 from gradsurgery.capture.layout import Layout, constant, merge
 from gradsurgery.capture.probe import probe
-from gradsurgery.capture.rules import COUPLED, MANY, OPAQUE, RULES, base_name
+from gradsurgery.capture.snapshot import is_function
 from gradsurgery.capture.views import resolve, shape_of
 from gradsurgery.errors import InputError
 

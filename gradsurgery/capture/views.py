@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from gradsurgery.capture.carriers import base_name, wrap
 from gradsurgery.capture.graph import Place
-from gradsurgery.capture.rules import base_name, wrap
 
 VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"}
 COPIES = {"Clone", "ToCopy", "Alias"}

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from gradsurgery.capture.descent import not_linear
 from gradsurgery.capture.graph import roots
 from gradsurgery.capture.hooks import dtypes_under, near, scale_of
-from gradsurgery.capture.kept import Kept, as_before, functions
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.ranges import apart
 from gradsurgery.capture.recomputed import refusal
+from gradsurgery.capture.snapshot import Kept, as_before, functions
 from gradsurgery.capture.trace import misused
 from gradsurgery.errors import InputError
 from gradsurgery.grads import part

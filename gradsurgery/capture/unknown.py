@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.junctions import Shape, reduce_to
+from gradsurgery.capture.carriers import ELEMENTWISE, base_name
+from gradsurgery.capture.formulas import Shape, reduce_to
 from gradsurgery.capture.probe import call, may_keep, steady, unsteady
-from gradsurgery.capture.rules import ELEMENTWISE, base_name
 from gradsurgery.capture.trace import Meeting
 from gradsurgery.capture.uses import RowsUse
 from gradsurgery.errors import InputError

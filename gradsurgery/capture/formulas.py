@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.carriers import base_name
 from gradsurgery.capture.convolution import ConvolutionUse, Geometry
 from gradsurgery.capture.layout import Axis, Layout
-from gradsurgery.capture.rules import base_name
 from gradsurgery.capture.trace import Meeting
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use
 

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from gradsurgery.capture.fallback import one_by_one, spread
-from gradsurgery.capture.junctions import JUNCTIONS, prepare
+from gradsurgery.capture.carriers import COUPLED, ELEMENTWISE, MANY, RULES, SHARED, base_name
+from gradsurgery.capture.formulas import JUNCTIONS, prepare
 from gradsurgery.capture.layout import Layout, compress, constant
 from gradsurgery.capture.leaves import dense_rows
 from gradsurgery.capture.probe import probe
-from gradsurgery.capture.rules import COUPLED, ELEMENTWISE, MANY, RULES, SHARED, base_name
 from gradsurgery.capture.trace import Meeting
+from gradsurgery.capture.unknown import one_by_one, spread
 from gradsurgery.capture.views import shape_of
 from tests.capture import operations
 from tests.capture.operations import CASES

@@ -9,19 +9,19 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from gradsurgery.capture.carriers import base_name
 from gradsurgery.capture.descent import Arrived, Descent, Mixed, not_linear
-from gradsurgery.capture.fallback import apart, one_by_one, spread
+from gradsurgery.capture.formulas import prepare
 from gradsurgery.capture.graph import Place, ordered, roots, under
 from gradsurgery.capture.hooks import Sampled
-from gradsurgery.capture.junctions import prepare
-from gradsurgery.capture.kept import Kept, as_before, functions, is_function
 from gradsurgery.capture.layout import Layout, compress
 from gradsurgery.capture.leaves import Derived, oriented
 from gradsurgery.capture.probe import dense
 from gradsurgery.capture.recomputed import read_again, recomputed_once
 from gradsurgery.capture.rowwise import Rowwise, compiled
-from gradsurgery.capture.rules import base_name
+from gradsurgery.capture.snapshot import Kept, as_before, functions, is_function
 from gradsurgery.capture.trace import Leaf, Meeting, Trace, trace
+from gradsurgery.capture.unknown import apart, one_by_one, spread
 from gradsurgery.capture.uses import RowsUse, Use, numbers, occurring, plane_of
 from gradsurgery.capture.views import resolve, shape_of
 from gradsurgery.capture.weighted import expect_linear
