@@ -16,14 +16,15 @@ from gradsurgery.capture.hooks import (
     Watch,
     bending,
     bits,
+    coupling,
     culprit,
     dtypes_under,
     linear,
-    mixing,
     register,
     scale_of,
 )
-from gradsurgery.capture.snapshot import Kept, as_before, is_function
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.snapshot import Snapshot, as_before, is_function
 from gradsurgery.errors import InputError
 
 MODULE_HOOKS = {"BackwardHookFunctionBackward"}  # torch's own, which only pass on
@@ -36,7 +37,7 @@ class Arrived(NamedTuple):
     handed: Mapping[Any, Sequence[Tensor | None]]  # what some nodes gave, edge by edge
 
 
-class Mixed(Exception):
+class CoupledByHook(Exception):
     """A hook has rows depend on one another."""
 
     def __init__(self, name: str, nodes: Sequence[Any]) -> None:
@@ -70,8 +71,8 @@ class Descent:
         fresh: Iterable[Place] = (),
         watched: Sampled | None = None,
         hooked: bool = False,
-        weighted: Kept | None = None,
-        start: Kept | None = None,
+        weighted: Snapshot | None = None,
+        start: Snapshot | None = None,
         summed: bool = False,
     ) -> None:
         self.losses, self.root = losses, roots(losses)
@@ -81,20 +82,21 @@ class Descent:
         self.start, self.summed = start, summed
         self.functions = [node for node in watched or () if is_function(node)]
 
-    def run(self, rows: Tensor, model: nn.Module, retain_graph: bool) -> Arrived:
+    def run(self, rows: RowNumbers, model: nn.Module, retain_graph: bool) -> Arrived:
         """The gradients, for the sum of all losses that have a row.
 
         rows: [numel] of each loss; -1 for none.
 
         Raises:
-            Mixed: a hook that has rows depend on one another.
+            CoupledByHook: a hook that has rows depend on one another.
             InputError: what is not linear, where it has to be.
         """
-        outputs = (rows >= 0).to(self.losses.dtype).view(self.losses.shape).to(self.losses.device)
+        taken = (rows.tensor >= 0).to(self.losses.dtype).view(self.losses.shape)
+        outputs = taken.to(self.losses.device)
         if self.watched is None:
             arrived = self._pass(outputs, retain_graph)[0]
             return arrived if self.start is None else _owned(arrived, self.start)
-        before = Kept(self.functions)
+        before = Snapshot(self.functions)
         arrived, full = self._pass(outputs, True)
         full.look(before)
         arrived = _owned(arrived, before)
@@ -109,7 +111,7 @@ class Descent:
                     return arrived, watch
 
                 if self.hooked:
-                    self._ask_for_rows(full, rows, outputs, model, again)
+                    self._ask_for_rows(full, rows.tensor, outputs, model, again)
                 if self.summed or self.weighted is not None:
                     self._ask_for_linearity(full, arrived, outputs, model, again)
                 if self.weighted is not None:
@@ -173,10 +175,10 @@ class Descent:
 
             mask = inside(rows).view(outputs.shape).to(outputs.device)
             _, masked = again(outputs * mask)
-            found = mixing(full, masked, inside)
+            found = coupling(full, masked, inside)
             if found is not None:
                 nodes = [hook.node for watch in (full, masked) for hook in watch.hooks]
-                raise Mixed(culprit((full, masked), found, model), [*nodes, found.node])
+                raise CoupledByHook(culprit((full, masked), found, model), [*nodes, found.node])
 
     def _ask_for_linearity(
         self,
@@ -213,10 +215,10 @@ def _copy_one(into: dict, place: Place, grads: Sequence[Tensor | None]) -> None:
     into[place] = None if grad is None else grad.clone()
 
 
-def _owned(arrived: Arrived, kept: Kept) -> Arrived:
+def _owned(arrived: Arrived, snapshot: Snapshot) -> Arrived:
     """What does not change when Functions find again what they kept."""
-    grads = dict(zip(arrived.grads, kept.owned(arrived.grads.values()), strict=True))
-    handed = {node: kept.owned(given) for node, given in arrived.handed.items()}
+    grads = dict(zip(arrived.grads, snapshot.owned(arrived.grads.values()), strict=True))
+    handed = {node: snapshot.owned(given) for node, given in arrived.handed.items()}
     return Arrived(grads, handed)
 
 

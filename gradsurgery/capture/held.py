@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.factored import FactoredJacobian
-from gradsurgery.capture.leaves import Derived, unmixed
+from gradsurgery.capture.leaves import Derived, without_autocast
 from gradsurgery.capture.ranges import SQUARES, in_range, within
-from gradsurgery.capture.uses import RowsUse, Use, occurring
+from gradsurgery.capture.row_numbers import RowNumbers, as_slice
+from gradsurgery.capture.uses import RowsUse, Use
 from gradsurgery.ops._inputs import wide
 
 Hold = Literal["auto", "pairs", "rows"]
@@ -37,14 +38,14 @@ def held(jacobian: FactoredJacobian, hold: Hold = "auto") -> FactoredJacobian:
         pairs = sum(size / max(sharers[key], 1) for key, size in _storages(uses).items())
         return hold == "rows" or rows * values * _itemsize(uses) < pairs
 
-    with torch.no_grad(), unmixed(jacobian.parameters[0]):
+    with torch.no_grad(), without_autocast(jacobian.parameters[0]):
         kept, through = [], {}
         for derived in jacobian._derived:
             values = sum(parameter.numel() for parameter in derived.parameters)
             if not formed_is_smaller(_of_leaves(derived), jacobian.m, values):
                 kept.append(derived)
                 continue
-            ids = torch.arange(jacobian.m, device="cpu")
+            ids = RowNumbers(torch.arange(jacobian.m, device="cpu"))
             pairs = zip(derived.parameters, derived.rows(jacobian.m), strict=True)
             for parameter, rows in pairs:
                 through.setdefault(id(parameter), []).append(RowsUse(rows, ids))
@@ -71,7 +72,7 @@ class Sums:
 
     def add(self, jacobian: FactoredJacobian, weight: float) -> None:
         """The rows of another pass, times `weight`."""
-        with torch.no_grad(), unmixed(jacobian.parameters[0]):
+        with torch.no_grad(), without_autocast(jacobian.parameters[0]):
             through = jacobian._through_derived()
             for k, mine in enumerate(jacobian._uses):
                 uses = [use for use in (*through.pop(k, ()), *mine) if use.n]
@@ -99,7 +100,7 @@ class Sums:
 
     def jacobian(self) -> FactoredJacobian:
         """Of the sums. It holds them: nothing is to be added afterwards."""
-        ids = torch.arange(self.m, device="cpu")
+        ids = RowNumbers(torch.arange(self.m, device="cpu"))
         uses: list[list[Use]] = [
             [] if total is None else [RowsUse(total, ids)] for total in self._totals
         ]
@@ -110,14 +111,13 @@ def rows_of(jacobian: FactoredJacobian, first: int, count: int) -> FactoredJacob
     """Some of the rows, `count` from `first` on; views of what has them side by side."""
     if (first, count) == (0, jacobian.m):
         return jacobian
-    known: dict[int, tuple[Tensor | slice, Tensor]] = {}
+    known: dict[int, tuple[Tensor | slice, RowNumbers]] = {}
 
     def part(use: Use) -> Use:
         if id(use.rows) not in known:
-            blocks = ((use.rows >= first) & (use.rows < first + count)).nonzero().flatten()
-            at, n = (int(blocks[0]) if len(blocks) else 0), len(blocks)
-            beside = torch.equal(blocks, torch.arange(at, at + n, device="cpu"))
-            known[id(use.rows)] = slice(at, at + n) if beside else blocks, use.rows[blocks] - first
+            rows = use.rows.tensor
+            blocks = ((rows >= first) & (rows < first + count)).nonzero().flatten()
+            known[id(use.rows)] = as_slice(blocks), RowNumbers(rows[blocks] - first)
         return use.select(*known[id(use.rows)])
 
     uses = [[part(use) for use in mine] for mine in jacobian._uses]
@@ -133,13 +133,21 @@ def _like(
     uses: list[list[Use]],
     derived: Sequence[Derived] = (),
 ) -> FactoredJacobian:
-    return FactoredJacobian(jacobian.names, jacobian.parameters, m, losses, uses, derived)
+    return FactoredJacobian(
+        jacobian.names,
+        jacobian.parameters,
+        m,
+        losses,
+        uses,
+        derived,
+        fallbacks=jacobian.fallbacks,
+    )
 
 
-def _formed(uses: Sequence[Use], rows: Tensor, shape: Sequence[int]) -> RowsUse:
+def _formed(uses: Sequence[Use], rows: RowNumbers, shape: Sequence[int]) -> RowsUse:
     """The rows themselves, in float64 where float32 would lose products of tokens."""
     best = [use.best() if isinstance(use, ConvolutionUse) else use for use in uses]
-    index = [torch.searchsorted(rows, use.rows) for use in uses]
+    index = [RowNumbers(torch.searchsorted(rows.tensor, use.rows.tensor)) for use in uses]
 
     def formed(parts: Sequence[Use]) -> Tensor:
         widest = max((use.values[-1] for use in parts), key=lambda tensor: tensor.dtype.itemsize)
@@ -157,10 +165,10 @@ def _formed(uses: Sequence[Use], rows: Tensor, shape: Sequence[int]) -> RowsUse:
     return RowsUse(out.view(len(rows), *shape), rows)
 
 
-def _occurring(uses: Sequence[Use]) -> Tensor:
+def _occurring(uses: Sequence[Use]) -> RowNumbers:
     if all(use.rows is uses[0].rows for use in uses):
-        return occurring(uses[0].rows)
-    return torch.cat([use.rows for use in uses]).unique()
+        return uses[0].rows.occurring
+    return RowNumbers(torch.cat([use.rows.tensor for use in uses]).unique())
 
 
 def _of_leaves(derived: Derived) -> list[Use]:

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gradsurgery.capture.graph import Place, ordered, roots
 from gradsurgery.capture.layout import Layout
 from gradsurgery.capture.older import LiveHooks
-from gradsurgery.capture.snapshot import Kept
+from gradsurgery.capture.snapshot import Snapshot
 from gradsurgery.errors import InputError
 
 Sampled = dict[Any, dict[int, Layout]]  # operations, losses first: the layouts of their outputs
@@ -152,10 +152,10 @@ class Watch:
             if grad is not None and place[0] in self.sampled:
                 self._came.setdefault(place, []).append((grad, _sum(grad)))
 
-    def look(self, kept: Kept) -> None:
+    def look(self, snapshot: Snapshot) -> None:
         """Finds hooks; what was seen stays when what Functions keep is put back."""
         self.hooks = list(self._hooks())
-        self.taken = {node: kept.owned(grads) for node, grads in self.taken.items()}
+        self.taken = {node: snapshot.owned(grads) for node, grads in self.taken.items()}
 
     def _hooks(self) -> Iterator[Hook]:
         """Those that changed a gradient, losses first."""
@@ -202,7 +202,7 @@ class Difference(NamedTuple):
     nr: int
 
 
-def mixing(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> Difference | None:
+def coupling(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> Difference | None:
     """The first place where rows depend on others, from a pass of some rows alone.
 
     inside: of row numbers, whether the masked pass had them.

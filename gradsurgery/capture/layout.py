@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.row_numbers import RowNumbers
+
 
 class Axis(NamedTuple):
     """Where samples lie: dimension `dim` counts [outer, samples, inner]."""
@@ -24,15 +26,15 @@ class Axis(NamedTuple):
 class Layout:
     """Element e, counted row-major, belongs to row rows[e // stride % len(rows)].
 
-    Views that keep the order of elements keep this; `rows` holds -1 where no loss depends on an
-    element.
+    So a view that keeps the order of elements, such as a reshape, keeps its layout. `rows` is the
+    tensor of `numbers`; -1 stands where no loss depends on an element.
     """
 
-    __slots__ = ("constant", "count", "rows", "stride")
+    __slots__ = ("constant", "count", "numbers", "rows", "stride")
 
-    def __init__(self, stride: int, rows: Tensor) -> None:
-        self.stride, self.rows = stride, rows
-        self.count = rows.shape[0]
+    def __init__(self, stride: int, numbers: RowNumbers) -> None:
+        self.stride, self.numbers, self.rows = stride, numbers, numbers.tensor
+        self.count = self.rows.shape[0]
         self.constant = self.count == 1  # all of the tensor belongs to one row
 
     def __repr__(self) -> str:
@@ -59,7 +61,7 @@ class Layout:
 
     def at(self, shape: Sequence[int], dim: int, axis: Axis) -> "Layout":
         """The same samples where dimension `dim` of another shape holds them."""
-        return Layout(axis.inner * math.prod(shape[dim + 1 :]), self.rows)
+        return Layout(axis.inner * math.prod(shape[dim + 1 :]), self.numbers)
 
     def along(self, shape: Sequence[int]) -> Tensor:
         """The row of each index along the sample dimension, [shape[dim]]."""
@@ -69,8 +71,8 @@ class Layout:
 
     def elements(self, shape: Sequence[int]) -> Tensor:
         """The row of every element, [*shape]."""
-        numbers = torch.arange(math.prod(shape), device="cpu")
-        return self.rows[numbers // self.stride % self.count].view(tuple(shape))
+        each = torch.arange(math.prod(shape), device="cpu")
+        return self.rows[each // self.stride % self.count].view(tuple(shape))
 
     def same(self, other: "Layout") -> bool:
         if self is other:
@@ -81,7 +83,7 @@ class Layout:
 
 
 def constant(row: int) -> Layout:
-    return Layout(1, torch.tensor([row], device="cpu"))
+    return Layout(1, RowNumbers(torch.tensor([row], device="cpu")))
 
 
 def listed(rows: Tensor, shape: Sequence[int], dim: int) -> Layout:
@@ -89,8 +91,8 @@ def listed(rows: Tensor, shape: Sequence[int], dim: int) -> Layout:
     if len(rows) == 0:
         return constant(0)
     if bool((rows == rows[0]).all()):
-        return Layout(1, rows[:1])
-    return Layout(math.prod(shape[dim + 1 :]), rows)
+        return Layout(1, RowNumbers(rows[:1]))
+    return Layout(math.prod(shape[dim + 1 :]), RowNumbers(rows))
 
 
 def merge(a: Layout, b: Layout, shape: Sequence[int]) -> Layout | None:
@@ -137,4 +139,4 @@ def compress(elements: Tensor) -> Layout:
         if bool(((flat == rows[:, None]) | (flat < 0)).all()):
             return listed(rows, shape, dim)
     rows = elements.flatten()
-    return constant(int(rows)) if rows.numel() == 1 else Layout(1, rows)
+    return constant(int(rows)) if rows.numel() == 1 else Layout(1, RowNumbers(rows))

@@ -13,7 +13,7 @@ from gradsurgery.capture.probe import steady, unsteady
 from gradsurgery.capture.ranges import in_range, unit
 from gradsurgery.capture.snapshot import as_before, functions
 from gradsurgery.capture.trace import Leaf, misused
-from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
+from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, plane_of
 from gradsurgery.capture.views import Simple
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
@@ -75,7 +75,7 @@ class Derived:
         coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
         def back(grads: Sequence[Tensor], factor: float = 1) -> list[Tensor]:
-            found = asked._back(leaves, [self._placed(g * factor) for g in grads], False)
+            found = asked._back(leaves, [self._on_device(g * factor) for g in grads], False)
             return [
                 p.new_zeros(()) if g is None else g
                 for g, p in zip(found, self.parameters, strict=True)
@@ -95,7 +95,7 @@ class Derived:
         both = zip(whole, back(other), sums, strict=True)
         return all(near(c, a + b, a.abs() + b.abs(), coarsest) for a, b, c in both)
 
-    def _placed(self, grad: Tensor) -> Tensor:
+    def _on_device(self, grad: Tensor) -> Tensor:
         return grad.to(self.parameters[0].device)
 
     def of(self, parameters: Sequence[nn.Parameter]) -> "Derived":
@@ -135,7 +135,7 @@ class Derived:
         """w^T J per leaf."""
         grads = []
         for leaf, uses in self.leaves:
-            mine = [weights[placed(use.rows, weights.device)] for use in uses]
+            mine = [weights[use.rows.on(weights.device)] for use in uses]
             precise = far and not all(map(in_range, uses, mine))
             out = wide(uses[0].values[-1][:0]).new_zeros(uses[0].plane)
             out = out.double() if precise else out
@@ -209,26 +209,26 @@ def vjps(
         vmapped: whether vmap may meet what else is on the way.
     """
     options = {"retain_graph": True, "allow_unused": True}
-    with as_before(nodes) as kept:
+    with as_before(nodes) as snapshot:
         if not batched:
-            return kept.owned(torch.autograd.grad(outputs, inputs, grads, **options))
+            return snapshot.owned(torch.autograd.grad(outputs, inputs, grads, **options))
         if vmapped and not nodes:
             try:
                 found = torch.autograd.grad(
                     outputs, inputs, grads, is_grads_batched=True, **options
                 )
-                return kept.owned(found)
+                return snapshot.owned(found)
             except RuntimeError:  # an operation that vmap cannot batch
                 pass
         each = []
         for i in range(len(grads[0])):
-            kept.put_back()
+            snapshot.put_back()
             found = torch.autograd.grad(outputs, inputs, [g[i] for g in grads], **options)
-            each.append([None if g is None else g.to_dense() for g in kept.owned(found)])
+            each.append([None if g is None else g.to_dense() for g in snapshot.owned(found)])
         return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
 
 
-def unmixed(like: Tensor) -> AbstractContextManager:
+def without_autocast(like: Tensor) -> AbstractContextManager:
     """Every tensor is computed with in its own dtype, inside a user's autocast too."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -15,7 +15,7 @@ from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.paths import chunk
 from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.trace import Leaf
-from gradsurgery.capture.uses import HALVES, MatrixUse, numbers
+from gradsurgery.capture.uses import HALVES, MatrixUse
 from gradsurgery.ops._backend import native_available
 
 
@@ -128,7 +128,7 @@ def _forming(plane: Plane) -> int:
     height, width = plane.uses[0].plane
     if plane.plan.path == "factored":  # the kernel packs both sides
         return copies + (values + tokens * (height + width)) * value
-    count = sum(len(numbers(use.rows).ids) for use in plane.uses) + 1
+    count = sum(len(use.rows.ids) for use in plane.uses) + 1
     slices = min(
         max(chunk(plane.parameter.device), count * min(height, width)), count * height * width
     )

@@ -47,10 +47,10 @@ def stacked(uses: Sequence[Use] | None) -> dict[int, Tensor] | None:
     A singular value σ of these rows is an eigenvalue σ² of the moments, where rounding hides it
     below 1e-8 of the largest.
     """
-    return _total(uses, None, _same, joined)
+    return _total(uses, None, _same, stack)
 
 
-def joined(one: Tensor, other: Tensor) -> Tensor:
+def stack(one: Tensor, other: Tensor) -> Tensor:
     """Rows [g, r, d] of the moments of both, at most 2d of them."""
     rows = torch.cat([one.to(other.device), other], -2)
     r, d = rows.shape[-2:]
@@ -66,7 +66,7 @@ def _total(
         return None
     total: dict[int, Tensor] | None = {}
     for use in uses:
-        part = use if row is None else use.select((use.rows == row).nonzero().flatten())
+        part = use if row is None else use.select((use.rows.tensor == row).nonzero().flatten())
         total = added(total, _of(part, made, put), put)
     return total
 
@@ -95,7 +95,7 @@ def _gram(inputs: Tensor) -> Tensor:
 
 
 def _same(inputs: Tensor) -> Tensor:
-    return joined(inputs[:, :0], inputs)
+    return stack(inputs[:, :0], inputs)
 
 
 def _of(use: Use, made: _Made, put: _Put) -> dict[int, Tensor] | None:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.convolution import ConvolutionUse
-from gradsurgery.capture.paths import alike, direct, embedded, factored, stored
+from gradsurgery.capture.paths import direct, embedded, factored, same_dtype, stored
 from gradsurgery.capture.planner import Plan, Work, plan
 from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, sizes, within
-from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, placed, scale
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, scale
 from gradsurgery.ops._inputs import wide
 
 FORMED_ON = {"cuda"}  # where `_formed` pays: a CPU launches nothing
@@ -31,7 +32,7 @@ class Plane:
         uses = [use for use in uses if use.n] or uses[:1]  # kernels take no empty ones
         self.parameter, self.uses = parameter, _of_one_plane(_formed(uses))
         self.whole = _whole(self.uses)
-        self.group = group if self.whole is None else int(self.whole.rows)
+        self.group = group if self.whole is None else int(self.whole.rows.tensor)
         self.kept: Tensor | None = None  # [H, W], the row `group`
         self.plan = None if all(isinstance(use, RowsUse) for use in self.uses) else self._plan()
 
@@ -44,7 +45,7 @@ class Plane:
                 continue
             tokens = use.tokens if isinstance(use, (MatrixUse, ConvolutionUse, EmbeddingUse)) else 1
             longest = max(longest, tokens)
-            inside = len(_apart(use.rows, self.group)[1]) if self.group is not None else 0
+            inside = len(use.rows.split(self.group)[1].rows) if self.group is not None else 0
             count = counts[isinstance(use, EmbeddingUse)]
             count[0] += (use.n - inside) * tokens
             count[1] += inside * tokens
@@ -65,8 +66,8 @@ class Plane:
             return self.uses, []
         own, summed = [], []
         for use in self.uses:
-            outside, inside = _apart(use.rows, self.group)
-            for into, (blocks, rows) in ((own, outside.selection), (summed, inside.selection)):
+            outside, inside = use.rows.split(self.group)
+            for into, (blocks, rows) in ((own, outside), (summed, inside)):
                 if len(rows):
                     into.append(use.select(blocks, rows))
         return own, summed
@@ -77,7 +78,7 @@ class Plane:
         out = out.double() if precise else out
         for k, use in enumerate(uses):
             use = use.double() if precise else use.wide()
-            use.combine(weights[placed(use.rows, weights.device)], out, beta=1 if k else 0)
+            use.combine(weights[use.rows.on(weights.device)], out, beta=1 if k else 0)
         return out
 
     def group_plane(self) -> Tensor:
@@ -89,17 +90,17 @@ class Plane:
             self.kept = self._combined(self.parts[1], ones)
         return self.kept
 
-    def _group(self, precise: bool) -> tuple[Tensor, Tensor] | None:
+    def _group(self, precise: bool) -> tuple[RowNumbers, Tensor] | None:
         if self.group is None or not self.parts[1]:
             return None
         kept = self.group_plane()
-        return numbers(self.parts[1][0].rows).ids, kept.double() if precise else kept
+        return self.parts[1][0].rows.ids, kept.double() if precise else kept
 
     @property
     def rows(self) -> list[RowsUse]:
         """The rows, where they exist and a kernel takes them as they are."""
         uses = [use for use in self.uses if isinstance(use, RowsUse)]
-        return uses if len(uses) == len(self.uses) and alike(uses) else []
+        return uses if len(uses) == len(self.uses) and same_dtype(uses) else []
 
     def gramian(self, m: int, metric: Tensor | None, precise: bool = False) -> Tensor:
         """[m, m] float64; `precise` multiplies in float64, too."""
@@ -146,12 +147,12 @@ class Plane:
         """Whether some rows, of those marked in [m], have values that float32 lost, or any."""
         kept = self.group if self.parts[1] else None
         for use in self.uses:
-            mine = rows[use.rows].nonzero().flatten()
+            mine = rows[use.rows.tensor].nonzero().flatten()
             if len(mine) == 0:
                 continue
             part = use.select(mine)
             exists = isinstance(use, RowsUse) or (
-                kept is not None and bool((part.rows == kept).any())
+                kept is not None and bool((part.rows.tensor == kept).any())
             )
             if exists or any_value:  # a plane that exists was multiplied with two sides' tokens
                 if any(bool((size != 0).any()) for size in sizes(part)):
@@ -169,7 +170,7 @@ class Plane:
         if not self.uses[0].n:
             return torch.zeros_like(self.parameter.detach())
         if far and not all(
-            in_range(use, weights[placed(use.rows, weights.device)]) for use in self.uses
+            in_range(use, weights[use.rows.on(weights.device)]) for use in self.uses
         ):
             out = self._combined(self.uses, weights, precise=True)
             return out.view(self.parameter.shape).to(self.parameter.dtype)
@@ -189,7 +190,7 @@ class Plane:
             else:
                 beta = float(weights[self.group])
             for use in self.parts[0]:
-                use.wide().combine(weights[placed(use.rows, weights.device)], out, beta)
+                use.wide().combine(weights[use.rows.on(weights.device)], out, beta)
                 beta = 1
             scale(out, beta)
         return out.view(self.parameter.shape).to(self.parameter.dtype)
@@ -245,31 +246,9 @@ def _whole(uses: Sequence[Use]) -> RowsUse | None:
     found = [use for use in uses if isinstance(use, RowsUse)]
     if len(found) != 1 or found[0].n != 1 or len(uses) == 1:
         return None
-    row = found[0].rows
+    row = found[0].rows.tensor
     beside = [use for use in uses if use is not found[0]]
-    return None if any(bool((use.rows == row).any()) for use in beside) else found[0]
-
-
-class _Side:
-    """Some blocks of a use: a slice where they are neighbours."""
-
-    def __init__(self, rows: Tensor, blocks: Tensor) -> None:
-        self.rows = rows[blocks]
-        start, n = (int(blocks[0]) if len(blocks) else 0), len(blocks)
-        neighbours = bool((blocks == torch.arange(start, start + n, device="cpu")).all())
-        self.selection = (slice(start, start + n) if neighbours else blocks), self.rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def _apart(rows: Tensor, group: int) -> tuple[_Side, _Side]:
-    """Blocks of other rows and of `group`; kept with `rows`, which most uses share."""
-    known = numbers(rows).apart
-    if group not in known:
-        inside = rows == group
-        known[group] = tuple(_Side(rows, mask.nonzero().flatten()) for mask in (~inside, inside))
-    return known[group]
+    return None if any(bool((use.rows.tensor == row).any()) for use in beside) else found[0]
 
 
 def _are_products(uses: Sequence[Use], device: str) -> bool:

@@ -68,7 +68,7 @@ def unit(tensors: Tensor, rows: bool = False) -> Tensor:
     return torch.where(known, largest.double(), 1).log2().floor().exp2()
 
 
-def apart(weights: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, float]]:
+def scaled_parts(weights: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, float]]:
     """Weights [m] as sums of scale * part, each part in reach of a backward pass in `dtype`."""
     reach = PASSES.get(dtype, PASS)
     size = weights.abs()

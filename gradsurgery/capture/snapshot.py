@@ -39,16 +39,16 @@ def functions(roots: Iterable[Any]) -> list[Any]:
 
 
 @contextmanager
-def as_before(nodes: Iterable[Any]) -> Iterator["Kept"]:
-    """All that these Functions keep is afterwards what it was; `Kept.put_back` does it at once."""
-    kept = Kept(nodes)
+def as_before(nodes: Iterable[Any]) -> Iterator["Snapshot"]:
+    """All that these Functions keep is afterwards what it was; `put_back` does it at once."""
+    snapshot = Snapshot(nodes)
     try:
-        yield kept
+        yield snapshot
     finally:
-        kept.put_back()
+        snapshot.put_back()
 
 
-class Kept:
+class Snapshot:
     """Copies of what Functions could change: what they saved, their attributes, those of their
     class, and variables that their backward uses from around it.
     """
@@ -109,17 +109,17 @@ class Kept:
 
         What they reach besides may be changed by others later.
         """
-        kept = self._written & self._mine
-        self._storages = {key: self._storages[key] for key in kept}
+        mine = self._written & self._mine
+        self._storages = {key: self._storages[key] for key in mine}
         self._versions = {
             key: (tensor, version)
             for key, (tensor, version) in self._versions.items()
-            if tensor.untyped_storage()._cdata in kept
+            if tensor.untyped_storage()._cdata in mine
         }
-        mine = self._mine & self._changed
-        self._names = [each for each in self._names if is_function(each[0]) or id(each[0]) in mine]
-        self._slots = [each for each in self._slots if id(each[0]) in mine]
-        self._containers = [each for each in self._containers if id(each[0]) in mine]
+        named = self._mine & self._changed
+        self._names = [each for each in self._names if is_function(each[0]) or id(each[0]) in named]
+        self._slots = [each for each in self._slots if id(each[0]) in named]
+        self._containers = [each for each in self._containers if id(each[0]) in named]
 
     def _look_at(self, node: Any) -> None:
         known, counts = set(self._storages), self._counts()

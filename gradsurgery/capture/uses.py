@@ -1,4 +1,4 @@
-"""What one meeting of a parameter with samples keeps: enough to form each block's gradient.
+"""What one junction of a parameter with samples keeps: enough to form each block's gradient.
 
 A use has n blocks, each the part of one row: G_k, k = 0 .. n-1. They are seen as planes [H, W],
 H the first dimension of the parameter, W all others. No use stores its planes, unless they are
@@ -7,81 +7,31 @@ smaller than activations.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.ops._backend import backend_of
 from gradsurgery.ops._inputs import wide
 from gradsurgery.ops.combine_tokens import combine_tokens
 from gradsurgery.ops.formed_gramian import SMALL
 
 
-class Numbers(NamedTuple):
-    """Which rows some blocks belong to."""
-
-    ids: Tensor  # [R] those that occur, sorted; -1 first, where some blocks belong to none
-    where: Tensor  # [n] the place in `ids` of each block
-    distinct: bool  # every block has a row of its own, in order
-    some_none: bool  # -1 occurs
-    apart: dict  # by one row: its blocks and the others
-    joined: dict  # by other rows: these and those
-    placed: dict  # by device: the rows there
-
-
-def numbers(rows: Tensor) -> Numbers:
-    """Kept with `rows`, which most uses of a Jacobian share."""
-    known = vars(rows).get("_numbers")
-    if known is None:
-        ids, index = rows.unique(return_inverse=True)
-        distinct = torch.equal(index, torch.arange(len(ids), device="cpu"))
-        some_none = len(ids) > 0 and int(ids[0]) < 0
-        known = Numbers(ids, index, distinct, some_none, {}, {}, {})
-        vars(rows)["_numbers"] = known
-    return known
-
-
-def occurring(rows: Tensor) -> Tensor:
-    """The rows that occur, sorted."""
-    known = numbers(rows)
-    return known.ids[1:] if known.some_none else known.ids
-
-
-def joined(*rows: Tensor) -> Tensor:
-    """Rows one after another; kept with the first of them, as their numbers are with it."""
-    if len(rows) == 1:
-        return rows[0]
-    known = numbers(rows[0]).joined
-    key = tuple(map(id, rows[1:]))
-    if key not in known:
-        known[key] = torch.cat(rows), rows[1:]  # these live, or their ids would be others'
-    return known[key][0]
-
-
-def placed(rows: Tensor, device: torch.device) -> Tensor:
-    """The rows on a device; kept with them, like their numbers."""
-    if rows.device == device:
-        return rows
-    known = numbers(rows).placed
-    if device not in known:
-        known[device] = rows.to(device)
-    return known[device]
-
-
 class Use:
-    """Blocks of gradients. `rows` [n] says which row of the Jacobian each belongs to."""
+    """n blocks of gradients; `rows` says which row of the Jacobian each belongs to."""
 
     plane: tuple[int, int]
-    rows: Tensor
+    rows: RowNumbers
     grain = 1  # planes are cut along H into multiples of this
     tensors: tuple[str, ...] = ()  # attributes with leading dimension n
 
-    def select(self, blocks: Tensor | slice, rows: Tensor | None = None) -> "Use":
+    def select(self, blocks: Tensor | slice, rows: RowNumbers | None = None) -> "Use":
         """The use with some of its blocks only, of `rows`; views where it is a slice."""
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
-        part.rows = self.rows[blocks] if rows is None else rows
+        part.rows = RowNumbers(self.rows.tensor[blocks]) if rows is None else rows
         for name in self.tensors:
             tensor = getattr(self, name)
             inside = blocks if isinstance(blocks, slice) else blocks.to(tensor.device)
@@ -112,17 +62,17 @@ class Use:
 
     @property
     def n(self) -> int:
-        return self.rows.shape[0]
+        return self.rows.tensor.shape[0]
 
     @property
     def values(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.tensors]
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         """out[index[k]] += G_k[lo:hi]; out [R, hi - lo, W]."""
         raise NotImplementedError
 
-    def write_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def write_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         """The same into memory that holds nothing yet."""
         self.add_rows(out.zero_(), index, lo, hi)
 
@@ -147,12 +97,12 @@ def scale(out: Tensor, beta: float) -> Tensor:
     return out.zero_() if beta == 0 else out if beta == 1 else out.mul_(beta)
 
 
-def scatter(out: Tensor, index: Tensor, blocks: Tensor) -> None:
+def scatter(out: Tensor, index: RowNumbers, blocks: Tensor) -> None:
     """out[index[k]] += blocks[k]."""
     if _is_range(index, len(out)):
         out += blocks
     else:
-        out.index_add_(0, index.to(out.device), blocks.to(out.dtype))
+        out.index_add_(0, index.tensor.to(out.device), blocks.to(out.dtype))
 
 
 class RowsUse(Use):
@@ -160,11 +110,11 @@ class RowsUse(Use):
 
     tensors = ("blocks",)
 
-    def __init__(self, blocks: Tensor, rows: Tensor) -> None:
+    def __init__(self, blocks: Tensor, rows: RowNumbers) -> None:
         self.blocks, self.rows = blocks.resolve_neg(), rows
         self.plane = plane_of(blocks.shape[1:])
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         scatter(out, index, self.blocks.reshape(self.n, *self.plane)[:, lo:hi])
 
     @property
@@ -199,7 +149,11 @@ class MatrixUse(Use):
     tensors = ("left", "right")
 
     def __init__(
-        self, left: Tensor, right: Tensor, rows: Tensor, inputs: Literal["left", "right"] = "right"
+        self,
+        left: Tensor,
+        right: Tensor,
+        rows: RowNumbers,
+        inputs: Literal["left", "right"] = "right",
     ) -> None:
         self.inputs = inputs
         self.left, self.right = left.detach().resolve_neg(), right.detach().resolve_neg()
@@ -228,7 +182,7 @@ class MatrixUse(Use):
             planes = wide(left) @ wide(right)
         return RowsUse(planes, self.rows)
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         left, right = wide(self.left), wide(self.right)
         if left.dim() == 4:
             part = slice(lo // self.grain, hi // self.grain)
@@ -239,7 +193,7 @@ class MatrixUse(Use):
         else:
             scatter(out, index, left[..., lo:hi].mT @ right)
 
-    def write_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def write_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         if self.left.dim() == 3 and _is_range(index, len(out)):
             torch.bmm(wide(self.left[..., lo:hi]).mT, wide(self.right), out=out)
         else:
@@ -280,8 +234,8 @@ class MatrixUse(Use):
         return (moved * right).flatten(1).sum(1, dtype=torch.float64)
 
 
-def _is_range(index: Tensor, size: int) -> bool:
-    return len(index) == size and numbers(index).distinct
+def _is_range(index: RowNumbers, size: int) -> bool:
+    return len(index) == size and index.distinct
 
 
 class EmbeddingUse(Use):
@@ -294,7 +248,12 @@ class EmbeddingUse(Use):
     tensors = ("indices", "grads")
 
     def __init__(
-        self, indices: Tensor, grads: Tensor, rows: Tensor, size: int, padding: int | None = None
+        self,
+        indices: Tensor,
+        grads: Tensor,
+        rows: RowNumbers,
+        size: int,
+        padding: int | None = None,
     ) -> None:
         self.indices, self.grads, self.rows = indices, grads.flatten(2), rows
         self.plane, self.padding = (size, self.grads.shape[2]), padding
@@ -307,11 +266,11 @@ class EmbeddingUse(Use):
     def takes_halves(self) -> bool:
         return _kernels_take_halves(self.grads.device.type)
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         inside = (self.indices >= lo) & (self.indices < hi)
         block, _ = where = inside.nonzero(as_tuple=True)
-        place = index.to(block.device)[block] * (hi - lo) + self.indices[where] - lo
-        out.view(-1, self.plane[1]).index_add_(0, place, self.grads[where].to(out.dtype))
+        line = index.tensor.to(block.device)[block] * (hi - lo) + self.indices[where] - lo
+        out.view(-1, self.plane[1]).index_add_(0, line, self.grads[where].to(out.dtype))
 
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
         inside = self.indices >= 0
@@ -333,11 +292,11 @@ class EmbeddingUse(Use):
             indices = torch.where(indices < 0, self.padding, indices)
         return torch.bincount(indices[indices >= 0], minlength=self.plane[0])
 
-    def compact(self, numbers: Tensor) -> "EmbeddingUse":
-        """The same over the rows `numbers` [u], sorted, of the parameter alone."""
-        where = torch.searchsorted(numbers, self.indices.clamp(min=0))
+    def compact(self, picked: Tensor) -> "EmbeddingUse":
+        """The same over the lines `picked` [u], sorted, of the parameter alone."""
+        where = torch.searchsorted(picked, self.indices.clamp(min=0))
         indices = torch.where(self.indices >= 0, where, -1)
-        return EmbeddingUse(indices, self.grads, self.rows, len(numbers))
+        return EmbeddingUse(indices, self.grads, self.rows, len(picked))
 
 
 class Within(Use):
@@ -347,7 +306,7 @@ class Within(Use):
         self.inner, self.start, self.rows = inner, start, inner.rows
         self.plane = (height, inner.plane[1])
 
-    def select(self, blocks: Tensor | slice, rows: Tensor | None = None) -> "Within":
+    def select(self, blocks: Tensor | slice, rows: RowNumbers | None = None) -> "Within":
         return Within(self.inner.select(blocks, rows), self.start, self.plane[0])
 
     def wide(self) -> "Within":
@@ -360,7 +319,7 @@ class Within(Use):
     def values(self) -> list[Tensor]:
         return self.inner.values
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         first, last = max(lo, self.start), min(hi, self.start + self.inner.plane[0])
         if first < last:
             part = out.new_zeros(len(out), last - first, out.shape[2])
@@ -373,3 +332,19 @@ class Within(Use):
 
     def products(self, vector: Tensor) -> Tensor:
         return self.inner.products(vector[self.start : self.start + self.inner.plane[0]])
+
+
+def on_one_plane(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use] | None:
+    """Uses that see one parameter as the same plane; None where they cannot."""
+    planes = {use.plane for use in uses if use is not None and not isinstance(use, RowsUse)}
+    plane = planes.pop() if planes else plane
+    if planes:
+        return None
+    seen: list[Use] = []
+    for use in uses:
+        if use is None or math.prod(use.plane) != math.prod(plane):
+            return None
+        if isinstance(use, RowsUse) and use.plane != plane:
+            use = use.viewed(plane)
+        seen.append(use)
+    return seen
