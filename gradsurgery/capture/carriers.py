@@ -1,9 +1,10 @@
-"""How the operations of autograd's graph carry samples: the layout of their inputs' gradients.
+"""Carriers: how each operation carries a layout from its outputs to its inputs.
 
-A rule gets a node, the layouts and shapes of its outputs and the shapes of its inputs, and says for
-each input: a Layout; SHARED where several rows meet in one element, as they do in a parameter;
-COUPLED where the operation computes across samples; OPAQUE where nothing is known. An operation
-without a rule is asked itself: see probe.py.
+A carrier gets a node, the layouts and shapes of its outputs and the shapes of its inputs, and says
+for each input: a Layout; SHARED where several rows meet in one element, as they do in a parameter;
+COUPLED where the operation computes across samples; None where it does not know. Then, and where an
+operation has no carrier, the operation is asked itself (probe.py), whose answer may be OPAQUE:
+nothing is known.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,13 +36,13 @@ POINTWISE = (
 )
 ELEMENTWISE = {*POINTWISE.split(), "Addmv", "Baddbmm", "Addmm"}
 ACROSS = {"Softmax", "LogSoftmax", "SafeSoftmax", "Cumsum", "Cumprod", "Logcumsumexp"}
-# rules that know of more outputs than the first
+# carriers that know of more outputs than the first
 MANY = {"BackwardHookFunction", "Split", "UnsafeSplit", "SplitWithSizes", "UnsafeSplitWithSizes",
         "Unbind"}  # fmt: skip
 
 
 def carries(names: str, **options: Any) -> Callable[[Callable], Callable]:
-    """Register a rule for autograd nodes, named without their `Backward0`."""
+    """Register a carrier for autograd nodes, named without their `Backward0`."""
 
     def register(function: Callable) -> Callable:
         for name in names.split():
@@ -286,7 +287,7 @@ def product(node: Any, outs: dict, shapes: Sequence, ins: Sequence, first: int) 
     answers: list[Answer] = [None if s is None else broadcast(layout, out, s) for s in ins[:first]]
     if axis.dim < batch:
         sides = [None if s is None else move(layout, axis, out, s, 0) for s in (a, b)]
-    elif axis.dim == batch:  # rows of the product are rows of its first factor
+    elif axis.dim == batch:  # lines of the product are lines of its first factor
         sides = [None if a is None else move(layout, axis, out, a, batch), SHARED]
     else:
         sides = [SHARED, None if b is None else move(layout, axis, out, b, batch + 1)]

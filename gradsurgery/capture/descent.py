@@ -38,7 +38,7 @@ class Arrived(NamedTuple):
 
 
 class CoupledByHook(Exception):
-    """A hook has rows depend on one another."""
+    """A hook, or what answers differently each time, has rows depend on one another."""
 
     def __init__(self, name: str, nodes: Sequence[Any]) -> None:
         super().__init__(name)
@@ -96,12 +96,14 @@ class Descent:
         if self.watched is None:
             arrived = self._pass(outputs, retain_graph)[0]
             return arrived if self.start is None else _owned(arrived, self.start)
+        # the pass that counts comes first: those that ask only compare with it
         before = Snapshot(self.functions)
         arrived, full = self._pass(outputs, True)
         full.look(before)
         arrived = _owned(arrived, before)
         self._refuse_hooks_of_meetings(full)
         if self.hooked or self.summed or self.weighted is not None:
+            # a hook of somebody may fail too: what Functions keep is put back then as well
             with as_before(self.functions):
 
                 def again(outputs: Tensor) -> tuple[Arrived, Watch]:
@@ -131,6 +133,7 @@ class Descent:
         handed: dict[Any, Sequence[Tensor | None]] = {}
         found: dict[Place, Tensor | None] = {}
         copies: dict[Place, Tensor | None] = {}
+        # autograd calls a node only for the sake of a tensor below it that is asked for
         edges = dict.fromkeys([*self.places, *self.below])
         with ExitStack() as stack:
             watch = None
@@ -140,6 +143,7 @@ class Descent:
             for node in self.handing:
                 take = partial(_copy_all, handed, node)
                 stack.callback(register(node.register_hook, take).remove)
+            # copied when it is handed over: the Function may write to it before the pass ends
             for place in self.fresh:
                 take = partial(_copy_one, copies, place)
                 stack.callback(register(place[0].register_prehook, take).remove)
@@ -153,7 +157,8 @@ class Descent:
         found.update(zip(edges, grads, strict=True))
         if watch is not None:
             for node, nr in self.places:
-                if node in watch.taken:  # after its hooks: autograd's own are from before them
+                # what a node takes, after its hooks; autograd returns what came before them
+                if node in watch.taken:
                     found[node, nr] = watch.taken[node][nr]
         found.update(copies)
         return Arrived(found, handed), watch
@@ -166,8 +171,8 @@ class Descent:
         model: nn.Module,
         again: Callable[[Tensor], tuple[Arrived, Watch]],
     ) -> None:
-        # of each bit of the rows' numbers, those that have it and those that have not: so any row
-        # is once without any other
+        # of each bit of the row numbers, the rows that have it and then those that have not: so for
+        # any two rows there is a pass with the one and without the other
         for bit, value in product(range(bits(int(rows.max()) + 1)), (1, 0)):
 
             def inside(numbers: Tensor, bit: int = bit, value: int = value) -> Tensor:
@@ -188,6 +193,8 @@ class Descent:
         model: nn.Module,
         again: Callable[[Tensor], tuple[Arrived, Watch]],
     ) -> None:
+        # linear is what makes of losses times a factor its result times that: a hook that clips
+        # does not for large ones, one that adds noise does not for small ones
         scale = scale_of(dtypes_under(self.losses))
         for factor in (-scale, 1 / scale):
             below, scaled = again(outputs * factor)

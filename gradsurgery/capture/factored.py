@@ -59,12 +59,13 @@ class FactoredJacobian:
         self.sizes = [p.numel() for p in parameters]
         self._column = {id(p): k for k, p in enumerate(parameters)}
         self._uses, self._derived = uses, list(derived)
+        # uses hold tensors of the forward pass: whoever writes to one would change the rows unseen
         self._versions = [(t, t._version) for mine in uses for use in mine for t in use.values]
         self._gramians: list[Tensor | None] | None = None  # of each parameter
         self._gramian: Tensor | None = None  # of the model
         self._graph, self._released = graph, False
         self._far = False  # some of the weights last given are far from 1
-        if graph is not None:
+        if graph is not None:  # sums come from the graph, so only the Gramian needs the pairs
             self._gramians = of_parameters(self, None)
             self._drop()
 
@@ -232,6 +233,7 @@ class FactoredJacobian:
         if self._graph is not None:
             yield from self._graph.combine(weights, self.parameters)
         exist: dict[tuple, list[tuple[int, list[RowsUse]]]] = {}
+        # rows that exist are summed last, those of many parameters in one call
         for k, plane in enumerate(self._planes):
             if plane is None:
                 continue
@@ -254,6 +256,7 @@ class FactoredJacobian:
                 yield k, total.view_as(parameter).to(parameter.dtype)
         for derived in self._derived:
             ks = [self._column[id(p)] for p in derived.parameters]
+            # one way back gives the gradients of all its parameters, where their weights agree
             known: list[tuple[Tensor, list[Tensor | None]]] = []
             for i, k in enumerate(ks):
                 grads = next((g for w, g in known if torch.equal(w, weights[k])), None)
@@ -296,6 +299,7 @@ class FactoredJacobian:
                 self._drop()
 
     def _add(self, weights: Tensor, release: bool, hooks: bool = True) -> None:
+        # what comes in several parts is summed first: `.grad` gets it, and hooks run, once
         several = {self._column[id(p)] for derived in self._derived for p in derived.parameters}
         sums: dict[int, Tensor] = {}
         with torch.no_grad(), without_autocast(self.parameters[0]):

@@ -1,8 +1,9 @@
-"""One rule per operation in which a parameter meets samples: what must be kept of the junction.
+"""Formulas: for each operation in which a leaf meets samples, the gradient of the leaf by blocks.
 
-A junction reads what autograd saved, before the backward pass frees it, and returns a function from
-the gradient P of the operation's output to a `Use`. `axis` is where P has its samples, None where
-all of it belongs to one row.
+A formula reads what autograd saved, before the backward pass frees it, and returns the `Finish`: a
+function from the gradient P of the operation's output to a `Use`. It gets the node, which input the
+leaf is, the layout of P, the `axis` where P has its samples, None where all of it belongs to one
+row, and the leaf's shape. None for an answer: in this case it does not know.
 """
 
 import math
@@ -28,6 +29,8 @@ FORMULAS: dict[str, Formula] = {}
 
 
 def formula(names: str) -> Callable[[Formula], Formula]:
+    """Register a formula for autograd nodes, named without their `Backward0`."""
+
     def register(function: Formula) -> Formula:
         FORMULAS.update(dict.fromkeys(names.split(), function))
         return function
@@ -36,10 +39,12 @@ def formula(names: str) -> Callable[[Formula], Formula]:
 
 
 def prepare(junction: Junction, shape: Shape) -> Finish | None:
-    """What turns the output's gradient into a use of the leaf; None if no rule knows how."""
+    """What turns the output's gradient into a use of the leaf; None if no formula knows how."""
     known = FORMULAS.get(base_name(junction.node))
     if known is None or set(junction.outs) != {0}:
         return None
+    # the operation keeps rows apart in the leaf, where a formula has every block over all of it:
+    # right only if there is one block
     if junction.whole is not None and not junction.outs[0].constant:
         return None
     meta = junction.node._input_metadata[0]
@@ -230,7 +235,7 @@ def matmul(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
     if add and k == 0:
         beta = node._saved_beta
         return broadcasting(lambda grad: _times(beta, grad), layout, axis, shape)
-    if k == 1 + add:  # y = x W: W's gradient is x^T P, over rows
+    if k == 1 + add:  # y = x W: W's gradient is x^T P, tokens in the first dimension
         if axis is not None and axis.dim != 0:
             return None
         x = node._saved_mat1 if add else node._saved_self
@@ -239,7 +244,7 @@ def matmul(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
         )
     if axis is not None and axis.dim != 1:
         return None
-    x = node._saved_mat2  # y = W x: P x^T, over columns
+    x = node._saved_mat2  # y = W x: P x^T, tokens in the second
     return lambda grad: MatrixUse(
         blocks(_times(alpha, grad).mT, axis), blocks(x.mT, axis), layout.numbers
     )
@@ -272,7 +277,7 @@ def mv(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Fi
         beta = node._saved_beta
         return broadcasting(lambda grad: _times(beta, grad), layout, axis, shape)
     if k == add:
-        if axis is not None:  # each row of the matrix is of one sample
+        if axis is not None:  # each line of the matrix is of one sample
             return None
         vector = node._saved_vec
         return lambda grad: MatrixUse(
@@ -291,7 +296,7 @@ def _times(alpha: float, grad: Tensor) -> Tensor:
     return grad if alpha == 1 else alpha * grad
 
 
-# rows picked from a parameter
+# lines picked from a parameter
 
 
 @formula("Embedding")
@@ -316,7 +321,7 @@ def index(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) ->
         chosen.pop()
     if dim != 0 or not chosen or any(c is None or c.dtype in MASKS for c in chosen):
         return None
-    # rows of the parameter with its first dimensions as one
+    # lines of the parameter with its first dimensions as one
     indices = torch.zeros((), dtype=torch.int64, device=chosen[0].device)
     for size, c in zip(shape, chosen, strict=False):
         indices = indices * size + torch.where(c < 0, c + size, c)

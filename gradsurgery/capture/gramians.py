@@ -47,7 +47,7 @@ def of_model(jacobian: "FactoredJacobian") -> Tensor:
             if plane is None:
                 continue
             rows = plane.rows
-            # many blocks of one row are cheaper to add up before they are multiplied, alone
+            # blocks of one row are added up before they are multiplied where they are many
             if rows and sum(use.n for use in rows) <= 2 * m:
                 exist.setdefault(one_call(rows), []).append(rows)
                 continue

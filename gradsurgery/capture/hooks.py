@@ -63,6 +63,7 @@ class Clock(NamedTuple):
         """Whether a hook can be on any of these, in a graph made since then."""
         if _others() != self.handles:
             return True
+        # made before the clock was read, when a hook may have been put on it
         if any(node._sequence_nr() < self.nodes for node in nodes):
             return True
         return older_hooks.live()
@@ -72,7 +73,7 @@ older_hooks = LiveHooks(_others)
 _looked_at = WeakTensorKeyDictionary()  # by parameter: how many handles there were
 
 
-def check_accumulation(named: Mapping[str, nn.Parameter]) -> None:
+def refuse_unseen_accumulation(named: Mapping[str, nn.Parameter]) -> None:
     """Raise where a parameter's gradient is changed, or kept, where rows do not pass.
 
     Nodes that accumulate are looked at where a handle was made since they last were.
@@ -118,6 +119,7 @@ class Watch:
     def __init__(self, sampled: Sampled, root: Place, outputs: Tensor) -> None:
         self.sampled = sampled
         self.taken: dict[Any, Sequence[Tensor | None]] = {}
+        # what was given for each place, and sums of it from then: a hook may write to it later
         self._came: dict[Place, list[tuple[Tensor, Tensor]]] = {root: [(outputs, _sum(outputs))]}
         self._gave: dict[Any, Sequence[Tensor | None]] = {}
         self._before: dict[Any, Sequence[Callable]] = {}  # hooks of others on nodes
@@ -128,6 +130,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         for node in self.sampled:
             take, give = partial(self._take, node), partial(self._give, node)
+            # registered last, so they run last: prehooks see what other hooks made, and so do hooks
             for method, mine, others in (
                 (node.register_prehook, take, self._before),
                 (node.register_hook, give, self._after),
@@ -212,6 +215,8 @@ def coupling(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> 
             whole, part = _at(full, node, nr), _at(masked, node, nr)
             if whole is None or part is None:
                 continue
+            # equal up to rounding, of the size of the largest value of the element's own row: rows
+            # may differ by many orders, and each must be right for itself
             rows = layout.elements(tuple(whole.shape)).to(whole.device)
             mine = inside(rows) & (rows >= 0)
             size = whole.abs()
@@ -283,6 +288,7 @@ def culprit(watches: Sequence[Watch], difference: Difference, model: nn.Module) 
     sampled, hooks = watches[0].sampled, [hook for watch in watches for hook in watch.hooks]
     order = {node: k for k, node in enumerate(sampled)}
     last = order[difference.node]
+    # of the hooks above the difference the nearest: further up nothing differed
     above = [hook for hook in hooks if order[hook.node] <= last]
     above = [hook for hook in above if hook.node is not difference.node or hook.nr is not None]
     if not above:

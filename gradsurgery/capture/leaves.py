@@ -32,6 +32,8 @@ def oriented(use: Use, simple: Simple) -> Use | None:
         use = use.transposed()
     if simple.height is not None:
         use = Within(use, simple.start, simple.height)
+    # a view may have another first dimension. Blocks that exist are reshaped; others keep the
+    # leaf's plane, and are derived if the parameter has uses of another
     plane = plane_of(simple.parameter.shape)
     if use.plane[0] != plane[0] and isinstance(use, RowsUse):
         return use.viewed(plane)
@@ -81,6 +83,7 @@ class Derived:
                 for g, p in zip(found, self.parameters, strict=True)
             ]
 
+        # the same twice, first: what answers differently each time is refused, not called bent
         whole, scale = back(one), scale_of(dtypes)
         if not all(map(steady, whole, back(one))):
             names = {node.name() for leaf in leaves for node in functions([leaf.place[0]])}
@@ -91,6 +94,7 @@ class Derived:
             for a, b in zip(whole, back(one, factor=factor), strict=True)
         ):
             return False
+        # and a sum: a gradient over its norm, times another norm, passes the factors
         sums = back([a + b for a, b in zip(one, other, strict=True)])
         both = zip(whole, back(other), sums, strict=True)
         return all(near(c, a + b, a.abs() + b.abs(), coarsest) for a, b, c in both)
@@ -109,6 +113,8 @@ class Derived:
     def rows(self, m: int) -> list[Tensor]:
         """[m, *p.shape] per parameter."""
         totals = [wide(p.new_zeros(m, *p.shape)) for p in self.parameters]
+        # a way that is bent takes all leaves' gradients at once, as a backward pass does. Else one
+        # leaf after another, so that rows of one only exist at a time
         groups = [self.leaves] if self.bent else [[each] for each in self.leaves]
         for group in groups:
             leaves = [leaf for leaf, _ in group]
@@ -120,7 +126,7 @@ class Derived:
 
     def combine(self, weights: Tensor, far: bool = False) -> list[Tensor | None]:
         """w^T J per parameter, each in memory of its own; `far` as for `Plane.update`."""
-        if self.bent:
+        if self.bent:  # the way back of a sum is not the sum of the ways back
             rows = self.rows(len(weights))
             sums = [torch.tensordot(weights.double(), row.double(), 1) for row in rows]
         else:

@@ -34,7 +34,7 @@ def moments(uses: Sequence[Use] | None, row: int | None = None) -> dict[int, Ten
     """The sums of x xᵀ by the dimension that inputs run along; None if a use is no such product.
 
     [g, d, d] float64, of the g matrices that the parameter is, one below the other: the groups of a
-    convolution, or the rows of an embedding, d = 1 then, each multiplied by 1 where it is picked.
+    convolution, or the lines of an embedding, d = 1 then, each multiplied by 1 where it is picked.
     Both dimensions are there for a parameter used both ways, as a tied embedding is. `row`: over
     the blocks of one row of the Jacobian only.
     """
@@ -99,7 +99,7 @@ def _same(inputs: Tensor) -> Tensor:
 
 
 def _of(use: Use, made: _Made, put: _Put) -> dict[int, Tensor] | None:
-    if isinstance(use, Within):  # some rows of a taller parameter: inputs are alike for all
+    if isinstance(use, Within):  # some lines of a taller parameter: inputs are the same for all
         inner = _of(use.inner, made, put)
         return inner if inner is not None and _ungrouped(inner) else None
     if isinstance(use, EmbeddingUse):

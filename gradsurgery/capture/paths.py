@@ -1,4 +1,7 @@
-"""The ways to the Gramian of one parameter's rows, [m, m] float64. None stores the rows."""
+"""The ways to the Gramian of one parameter's rows, [m, m] float64.
+
+None forms rows that do not exist, but for slices of them.
+"""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -198,7 +201,7 @@ def embedded(
     group: tuple[RowNumbers, Tensor] | None,
     metric: Tensor | None,
 ) -> Tensor:
-    """Only over the rows of the parameter that some token picked."""
+    """As `direct`, over the lines of the parameter that some token picked."""
     picked = torch.cat([use.indices.flatten() for use in uses]).unique()
     picked = picked[picked >= 0]
     compact = [use.compact(picked) for use in uses]
@@ -206,7 +209,7 @@ def embedded(
     if group is None:
         return direct(compact, m, None, part)
     total = direct(compact, m, (group[0], group[1][picked]), part)
-    # what the summed row has elsewhere meets no other row
+    # what the kept plane has in other lines meets no other row
     whole = group[1] if metric is None else group[1] * metric.sqrt()
     row = int(group[0].tensor)
     total[row, row] = gramian_unchecked([whole.reshape(1, -1)])[0, 0]

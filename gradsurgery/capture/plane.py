@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.paths import direct, embedded, factored, same_dtype, stored
 from gradsurgery.capture.planner import Plan, Work, plan
-from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, sizes, within
+from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, magnitudes, within
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, scale
 from gradsurgery.ops._inputs import wide
@@ -21,22 +21,24 @@ FORMED_ON = {"cuda"}  # where `_formed` pays: a CPU launches nothing
 
 
 class Plane:
-    """A parameter and all that it did to the samples.
+    """One parameter, seen as a plane [H, W], and the uses that hold its rows.
 
     Where many samples are summed into one row, `group`, that row's gradient is formed once, as an
-    ordinary weight gradient, and ends in `.grad`. Where it came as such, from a backward pass of
-    its own, it is the plane that is kept.
+    ordinary weight gradient, and ends in `.grad`: the kept plane. Where the row came as such, from
+    a backward pass of its own, that use is `whole`, and its block is the kept plane.
     """
 
     def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
         uses = [use for use in uses if use.n] or uses[:1]  # kernels take no empty ones
-        self.parameter, self.uses = parameter, _of_one_plane(_formed(uses))
+        self.parameter, self.uses = parameter, _like_the_others(_formed(uses))
         self.whole = _whole(self.uses)
         self.group = group if self.whole is None else int(self.whole.rows.tensor)
         self.kept: Tensor | None = None  # [H, W], the row `group`
+        # rows that all exist are multiplied as they are: nothing to plan
         self.plan = None if all(isinstance(use, RowsUse) for use in self.uses) else self._plan()
 
     def _plan(self) -> Plan:
+        # blocks of different uses differ in tokens; they count as so many of the longest
         longest = 1
         # tokens of rows of their own and of `group`, of products and of embeddings
         counts = {False: [0, 0], True: [0, 0]}
@@ -82,10 +84,12 @@ class Plane:
         return out
 
     def group_plane(self) -> Tensor:
+        """The kept plane, [H, W]; formed when it is first asked for."""
         if self.kept is None and self.whole is not None:
             self.kept = wide(self.whole.blocks).reshape(self.whole.plane).contiguous()
         if self.kept is None:
             assert self.group is not None
+            # all blocks of that row count once; weights are looked up by row, so up to its number
             ones = torch.ones(self.group + 1, device=self.parameter.device)
             self.kept = self._combined(self.parts[1], ones)
         return self.kept
@@ -94,6 +98,7 @@ class Plane:
         if self.group is None or not self.parts[1]:
             return None
         kept = self.group_plane()
+        # as the paths take it: its number as that of one block, and its plane
         return self.parts[1][0].rows.ids, kept.double() if precise else kept
 
     @property
@@ -114,9 +119,11 @@ class Plane:
             return torch.zeros(m, m, dtype=torch.float64, device=self.parameter.device)
         own, summed = (list(map(ready, part)) for part in self.parts)
         group = self._group(precise)
+        # a metric weighs elements of planes, which products of tokens never see
         if self.plan.path == "factored" and metric is None:
             tokens = summed if self.plan.cross == "tokens" else ()
             return factored(_products(own), m, group, _products(tokens))
+        # lines of an embedding's table that no token picked are zero: they are left out
         if own and all(isinstance(use, EmbeddingUse) for use in own):
             return embedded([cast(EmbeddingUse, use) for use in own], m, group, metric)
         own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
@@ -140,6 +147,7 @@ class Plane:
         rows = None if bounds is None else ~within(squares, bounds)
         if rows is None or not bool(rows.any()):
             return gram
+        # norms out of range are a sign only: the tokens themselves say if values were lost
         lost = not bool(squares.isfinite().all()) or self._lost(rows, metric is not None)
         return self.gramian(m, metric, precise=True) if lost else gram
 
@@ -155,7 +163,7 @@ class Plane:
                 kept is not None and bool((part.rows.tensor == kept).any())
             )
             if exists or any_value:  # a plane that exists was multiplied with two sides' tokens
-                if any(bool((size != 0).any()) for size in sizes(part)):
+                if any(bool((size != 0).any()) for size in magnitudes(part)):
                     return True
             elif not all(in_range(tokens) for tokens in _products([part])):
                 return True
@@ -180,6 +188,8 @@ class Plane:
             out = self._combined(self.uses, weights)
         else:
             mine = self.whole is None or self.kept.dtype != self.whole.blocks.dtype
+            # the plane becomes `.grad` without a copy. That which came from a pass may be another
+            # Jacobian's too, so it is given away only if nothing is asked of this one again
             give = release or (add and mine)
             out = self.kept if give else self.kept.clone()
             if give:
@@ -233,7 +243,7 @@ def _formed(uses: list[Use]) -> list[Use]:
     return [use.formed() if isinstance(use, MatrixUse) else use.wide() for use in uses]
 
 
-def _of_one_plane(uses: list[Use]) -> list[Use]:
+def _like_the_others(uses: list[Use]) -> list[Use]:
     """Rows that exist are seen as planes of the others' height and width."""
     plane = next((use.plane for use in uses if not isinstance(use, RowsUse)), None)
     if plane is None or all(use.plane == plane for use in uses):

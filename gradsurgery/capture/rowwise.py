@@ -97,6 +97,7 @@ class Rowwise:
         """Adds parameters, until every leaf has all that it is computed from here, or none."""
         if not self.reasons:
             return
+        # until nothing changes: a parameter that joins may be below other leaves too
         mine = [{self._column[id(p)] for p in x.below[1] if id(p) in self._column} for x in leaves]
         more = True
         while more:
@@ -128,6 +129,7 @@ class Rowwise:
             hooked = any(p._backward_hooks for p in parameters)
             vmapped = not (hooked or self.owner.clock.may_be_hooked(every))
             grads = vjps([losses], parameters, [vectors], True, nodes, vmapped)
+            # what is somebody's own may answer differently each time; then no row is right
             if nodes or not vmapped:
                 if start is not None:
                     start.put_back()

@@ -12,7 +12,7 @@ from gradsurgery.batch import trainable
 from gradsurgery.capture.collector import Collector
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.graph import roots, under
-from gradsurgery.capture.hooks import Clock, check_accumulation
+from gradsurgery.capture.hooks import Clock, refuse_unseen_accumulation
 from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.row_numbers import RowNumbers
@@ -46,7 +46,7 @@ class Tape:
         self.model, self.coupled, self.own = model, coupled, len(named)
         columns = {**named, **(outside or {})}
         self.names, self.parameters = list(columns), list(columns.values())
-        self.clock = Clock.now()
+        self.clock = Clock.now()  # hooks made from here on may be on the graph to come
         self.summed = False  # whether rows will be added to those of other tapes
 
     def jacobian(
@@ -85,6 +85,7 @@ class Tape:
             "tape.jacobian: torch.inference_mode() is on, where there is no backward pass",
         )
         m = int(rows.ids.tensor[-1]) + 1 if len(rows) else 0
+        # the losses of the rows, summed in float64 over their groups
         flat, into = losses.detach().flatten(), rows.tensor
         if rows.some_none:
             flat, into = flat[into >= 0], into[into >= 0]
@@ -127,6 +128,8 @@ class Tape:
     @contextmanager
     def _accumulating_nothing(self) -> Iterator[None]:
         """A Function that runs a backward pass of its own inside of its backward is refused."""
+        # autograd.grad accumulates nothing: if there is a `.grad` after it, a backward pass inside
+        # of the pass made it
         before = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
@@ -195,7 +198,7 @@ def tape(
     for name, parameter in {**named, **(outside or {})}.items():
         if parameter.dtype not in DTYPES:
             raise InputError(f"parameter {name} must be floating point, got {parameter.dtype}")
-    check_accumulation({**named, **(outside or {})})
+    refuse_unseen_accumulation({**named, **(outside or {})})
     recorder = Tape(model, named, coupled, outside)
     # whoever compiled a model has imported the compiler; nobody else should wait for that
     compiles = "torch._dynamo" in sys.modules

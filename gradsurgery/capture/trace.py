@@ -18,9 +18,10 @@ from gradsurgery.errors import InputError
 
 @dataclass
 class Junction:
-    """An operation `node` whose input k is shared by the rows that its outputs belong to.
+    """Input k of the operation `node`, which is shared by all rows that its outputs belong to.
 
-    `whole`: the rows of the input's elements where this junction alone does not mix them.
+    `outs`: the layouts of those outputs that losses depend on, by their numbers.
+    `whole`: of the input, where this operation alone keeps the rows apart in it; None elsewhere.
     """
 
     node: Any
@@ -69,12 +70,12 @@ class Trace:
     unshared: list[Unshared] = field(default_factory=list)
     # operations that samples went through, losses first, and the layouts of their outputs
     sampled: dict[Any, dict[int, Layout]] = field(default_factory=dict)
-    # why some parameters have no rows of their own: which parameters
+    # parameters below operations that have rows meet: they have no rows of their own
     coupled: dict[Coupling, list[nn.Parameter]] = field(default_factory=dict)
 
     @property
     def scattered(self) -> bool:
-        """Rows meet a leaf from several dimensions at once: no junction knows that."""
+        """Rows meet a leaf from several dimensions at once: no formula knows that."""
         return any(
             layout.axis(shape_of((junction.node, nr))) is None and not layout.constant
             for leaf in self.leaves
@@ -84,12 +85,18 @@ class Trace:
 
 
 def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], count: int) -> Trace:
-    """Follow `layout`, that of the losses, down to the parameters.
+    """Follow a layout from the losses down to the parameters, operation by operation.
 
-    Parameters below an operation that couples samples are left to `Trace.coupled`.
+    Args:
+        place: of the losses.
+        layout: theirs.
+        parameters: those that rows are wanted of.
+        count: one more than the largest row.
     """
     wanted = {id(p) for p in parameters}
     order = ordered(place[0])
+    # what has a wanted parameter below it. Nothing else needs a layout, such as frozen layers that
+    # are first in the model
     useful: set[Any] = set()
     variables: dict[Any, nn.Parameter] = {}  # nodes that accumulate
     for node, following in reversed(order.items()):
@@ -102,7 +109,9 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
         elif any(child in useful for child, _ in following):
             useful.add(node)
 
-    found = Trace()
+    traced = Trace()
+    # what each consumer of a tensor says of the tensor's rows. `order` has every node after all
+    # that consume its outputs, so when a node's turn comes its arrivals are complete
     arrivals: dict[Place, list[tuple[Junction | None, Layout | str]]] = {place: [(None, layout)]}
     shapes: dict[Any, Sequence[tuple[int, ...]]] = {}
     for node in useful:
@@ -131,12 +140,16 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
                 continue
             whole = _agreed([answer for _, answer in arrived], shape)
             if whole is None and variable is None:
+                # Functions were taken at their word; before rows are said to meet, they are asked
                 arrived = [_not_assumed(each, shapes, useful, count) for each in arrived]
                 whole = _agreed([answer for _, answer in arrived], shape)
             came = [junction for junction, _ in arrived if junction is not None]
             if whole is not None and not (whole.constant and _own(arrived, (node, nr))):
+                # every element belongs to one row: an activation, and the walk goes on below it
                 outs[nr] = whole
             else:
+                # rows share the tensor: the walk ends in a leaf, if what is below is parameters
+                # alone, which _set_aside_coupled looks at when all is known
                 answers = [answer for _, answer in arrived]
                 # parts of samples that meet again: unless it is a parameter used row by row
                 crossed = all(isinstance(a, Layout) for a in answers) and not all(
@@ -144,24 +157,24 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
                 )
                 coupled = variable is None and (COUPLED in answers or crossed)
                 opaque = OPAQUE in answers
-                found.leaves.append(Leaf((node, nr), shape, came, coupled or opaque, opaque))
+                traced.leaves.append(Leaf((node, nr), shape, came, coupled or opaque, opaque))
         if not outs:
             continue
         if variable is not None:
-            found.unshared.append(Unshared(variable, (node, 0), outs[0], came))
+            traced.unshared.append(Unshared(variable, (node, 0), outs[0], came))
             continue
-        found.sampled[node] = outs
+        traced.sampled[node] = outs
         ins = [shapes[child][nr] if child in useful else None for child, nr in following]
         for k, answer in enumerate(answers_of(node, outs, shapes[node], ins, count)):
             if isinstance(answer, Layout) and answer.empty:
-                continue
+                continue  # the operation drops this input: no loss depends on it here
             if ins[k] is not None and answer is not None:
                 child, nr = following[k]
                 junction = Junction(node, k, outs, answer if isinstance(answer, Layout) else None)
                 arrivals.setdefault((child, nr), []).append((junction, answer))
-    _set_apart_coupled(found)
-    _share_again(found)
-    return found
+    _set_aside_coupled(traced)
+    _share_again(traced)
+    return traced
 
 
 def _own(arrived: list[tuple[Junction | None, Layout | str]], place: Place) -> bool:
@@ -173,6 +186,7 @@ def _own(arrived: list[tuple[Junction | None, Layout | str]], place: Place) -> b
 
 
 def _agreed(answers: list[Layout | str], shape: tuple[int, ...]) -> Layout | None:
+    """The one layout that all consumers of a tensor can agree on; None where rows meet in it."""
     whole: Layout | None = None
     for answer in answers:
         if not isinstance(answer, Layout):
@@ -190,7 +204,7 @@ def answers_of(
     ins: list[tuple[int, ...] | None],
     count: int,
 ) -> list[Layout | str | None]:
-    """Rule first; the operation itself where there is none or it does not know."""
+    """Of the carrier; of the operation itself where there is none or it does not know."""
     name = base_name(node)
     carrier = CARRIERS.get(name) if set(outs) == {0} or name in MANY else None
     answers: list[Layout | str | None] = [None] * len(ins)
@@ -236,6 +250,7 @@ def _not_assumed(
 def _asked(
     node: Any, outs: dict[int, Layout], ins: list[tuple[int, ...] | None], count: int
 ) -> list[Layout | str | None]:
+    """As `probe`; OPAQUE where the operation's backward cannot be called by itself."""
     try:
         return probe(node, outs, ins, count)
     except InputError:
@@ -261,25 +276,26 @@ def misused(error: Exception) -> str | None:
     return None
 
 
-def _set_apart_coupled(found: Trace) -> None:
+def _set_aside_coupled(traced: Trace) -> None:
     """A tensor that rows share, computed from what belongs to single rows, couples the rows."""
-    kept = []
-    for leaf in found.leaves:
+    leaves = []
+    for leaf in traced.leaves:
         nodes, parameters = leaf.below
-        if not leaf.coupled and nodes.isdisjoint(found.sampled):
-            kept.append(leaf)
+        # samples below it as well as above: it is no leaf, rows meet in an activation
+        if not leaf.coupled and nodes.isdisjoint(traced.sampled):
+            leaves.append(leaf)
             continue
         operations = sorted({junction.node.name() for junction in leaf.junctions})
         why = OPAQUE if leaf.opaque else COUPLED
-        found.coupled.setdefault(Coupling(", ".join(operations), why), []).extend(parameters)
-    found.leaves = kept
+        traced.coupled.setdefault(Coupling(", ".join(operations), why), []).extend(parameters)
+    traced.leaves = leaves
 
 
-def _share_again(found: Trace) -> None:
+def _share_again(traced: Trace) -> None:
     """A parameter that a leaf is computed from too is met like any other, use by use."""
-    below = {node for leaf in found.leaves for node in leaf.below[0]}
-    shared = [each for each in found.unshared if each.place[0] in below]
-    found.unshared = [each for each in found.unshared if each.place[0] not in below]
-    found.leaves += [
+    below = {node for leaf in traced.leaves for node in leaf.below[0]}
+    shared = [each for each in traced.unshared if each.place[0] in below]
+    traced.unshared = [each for each in traced.unshared if each.place[0] not in below]
+    traced.leaves += [
         Leaf(each.place, tuple(each.parameter.shape), each.junctions) for each in shared
     ]

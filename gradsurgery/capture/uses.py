@@ -1,8 +1,8 @@
-"""What one junction of a parameter with samples keeps: enough to form each block's gradient.
+"""Uses: what is kept of one junction, enough to form each block of the gradient.
 
-A use has n blocks, each the part of one row: G_k, k = 0 .. n-1. They are seen as planes [H, W],
-H the first dimension of the parameter, W all others. No use stores its planes, unless they are
-smaller than activations.
+A use has n blocks, each a part of one row: G_k, k = 0 .. n-1. They are seen as planes [H, W],
+H the first dimension of the parameter, W all others. Only a `RowsUse` stores its planes: those of
+small parameters, of a row that came from a pass of its own, or of a fallback.
 """
 
 import math
@@ -239,9 +239,10 @@ def _is_range(index: RowNumbers, size: int) -> bool:
 
 
 class EmbeddingUse(Use):
-    """Row indices[k, t] of G_k gets grads[k, t]: embeddings, and rows picked from a parameter.
+    """Line indices[k, t] of G_k gets grads[k, t]: embeddings, and what indices pick elsewhere.
 
-    indices [n, T], where -1 marks a token without gradient, whose values are those of row `padding`
+    indices [n, T], where -1 marks a token without gradient, whose values are those of line
+    `padding`
     if there is one; grads [n, T, *rest].
     """
 
@@ -279,6 +280,7 @@ class EmbeddingUse(Use):
         scale(out, beta).index_add_(0, self.indices[inside], grads * weights[:, None])
 
     def products(self, vector: Tensor) -> Tensor:
+        # -1 is clamped to a line that exists, and what it picked is masked out of the sums
         inside = self.indices >= 0
         grads = wide(self.grads)
         picked = vector[self.indices.clamp(min=0)].to(grads.dtype)
@@ -286,7 +288,7 @@ class EmbeddingUse(Use):
         return (sums * inside).sum(1)
 
     def counts(self) -> Tensor:
-        """How often each row of the parameter is read, [H] int64."""
+        """How often each line of the parameter is read, [H] int64."""
         indices = self.indices
         if self.padding is not None:
             indices = torch.where(indices < 0, self.padding, indices)
@@ -300,7 +302,7 @@ class EmbeddingUse(Use):
 
 
 class Within(Use):
-    """A use of rows start .. start + inner's of a taller parameter."""
+    """A use of some lines of a taller parameter: those from `start` on that `inner` has."""
 
     def __init__(self, inner: Use, start: int, height: int) -> None:
         self.inner, self.start, self.rows = inner, start, inner.rows
@@ -335,7 +337,7 @@ class Within(Use):
 
 
 def on_one_plane(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use] | None:
-    """Uses that see one parameter as the same plane; None where they cannot."""
+    """The uses, all over the same plane; None where they cannot be."""
     planes = {use.plane for use in uses if use is not None and not isinstance(use, RowsUse)}
     plane = planes.pop() if planes else plane
     if planes:

@@ -13,12 +13,12 @@ SPLITS = {"Split", "UnsafeSplit", "SplitWithSizes", "UnsafeSplitWithSizes"}
 
 
 class Simple(NamedTuple):
-    """A leaf that is a parameter, its transpose, a view of it or some of its first rows."""
+    """A leaf that is a parameter, its transpose, a view of it or some of its lines."""
 
     parameter: nn.Parameter
     transposed: bool
-    start: int  # first row
-    height: int | None  # of the parameter, where the leaf has some of its rows only
+    start: int  # first line
+    height: int | None  # of the parameter, where the leaf has some of its lines only
 
 
 def resolve(place: Place) -> Simple | None:

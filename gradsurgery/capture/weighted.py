@@ -35,6 +35,7 @@ class Graph(NamedTuple):
         """
         narrow = torch.float16 in {self.losses.dtype, *(p.dtype for p in parameters)}
         rows = self.rows.to(weights.device)
+        # a pass serves all parameters that have the same weights: mostly, all of them
         sets, which = weights.unique(dim=0, return_inverse=True)
         for k, w in enumerate(sets):
             for some, scale in scaled_parts(
@@ -49,6 +50,7 @@ class Graph(NamedTuple):
     def combine(
         self, weights: Tensor, parameters: Sequence[nn.Parameter]
     ) -> Iterator[tuple[int, Tensor]]:
+        """w^T J by column; a parameter comes once for each pass that its weights need."""
         for mine, outputs, scale in self.outputs(weights, parameters):
             held = [parameters[i] for i in mine]
             with self._named_errors():
@@ -61,6 +63,7 @@ class Graph(NamedTuple):
 
     def backward(self, weights: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
         """As an ordinary backward pass does, hooks of parameters included. False: none holds it."""
+        # what a pass accumulates cannot be scaled afterwards: `.grad` may have held something
         if any(scale != 1 for _, _, scale in self.outputs(weights, parameters)):
             return False
         without = [p for p in parameters if p.grad is None]
@@ -98,6 +101,8 @@ def expect_linear(
         snapshot: what Functions must find as it was.
         weighted: whether losses will be weighted, or taken sample by sample only.
     """
+    # a hook that clips shows where losses are large, one that rounds where they are small. Where
+    # nothing is weighted, only sums matter: one half of the losses and the other must add up
     scale = scale_of(dtypes_under(losses))
     half = torch.zeros_like(outputs).flatten()
     half[::2] = 1

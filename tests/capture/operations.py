@@ -1,4 +1,4 @@
-"""Graphs of one operation for every name that has a carrier or a formula: calls on tensors that need gradients."""
+"""Graphs of one operation, for every name that has a carrier or a formula."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Every carrier and formula against the operation itself, asked with gradients whose rows are known."""
+"""Every carrier and formula against the operation itself, asked with gradients of known rows."""
 
 import math
 
