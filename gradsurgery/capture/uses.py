@@ -242,8 +242,7 @@ class EmbeddingUse(Use):
     """Line indices[k, t] of G_k gets grads[k, t]: embeddings, and what indices pick elsewhere.
 
     indices [n, T], where -1 marks a token without gradient, whose values are those of line
-    `padding`
-    if there is one; grads [n, T, *rest].
+    `padding` if there is one; grads [n, T, *rest].
     """
 
     tensors = ("indices", "grads")
