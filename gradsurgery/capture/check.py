@@ -133,6 +133,7 @@ def check(
 
     jacobian, refused = None, None
     with _undone(model, batch), torch.enable_grad():
+        # one forward pass for both: dropout, and whatever else is random, is the same
         with tape(model) as recorder:
             losses = _losses(model, _some(batch, 2), loss)
             exact = loop(losses, list(named.values()))
@@ -194,6 +195,7 @@ def _losses(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
 @contextmanager
 def _undone(model: nn.Module, batch: Any) -> Iterator[None]:
     """Puts back what forward passes change: buffers, `.grad` and the state of random numbers."""
+    # a forward pass may write to buffers, or put others in their place
     owned = [(module, dict(module._buffers)) for module in model.modules()]
     copies = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     grads = [(p, p.grad) for p in model.parameters()]

@@ -113,14 +113,17 @@ class Collector:
                 self.rowwise.hooked(self.column[id(p)])
         self.rowwise.complete(leaf for _, traced in passes for leaf in traced.leaves)
         last = len(passes) - 1
+        # several passes read what nodes saved several times
         if last > 0:
             read_again(ordered(roots(self.losses)[0]))
         hooked = any(self.owner.clock.may_be_hooked(traced.sampled) for _, traced in passes)
+        # a row that occurs in two passes is a sum of both, which hooks have to be linear for
         counts = [part.occurring.tensor for part, _ in passes]
         self.summed = sum(map(len, counts)) > len(torch.cat(counts).unique())
         if self.start is None and (last > 0 or self.rowwise.reasons or hooked):
             self.start = Snapshot(functions([roots(self.losses)[0]]))
         for i, (part, traced) in enumerate(passes):
+            # the graph is needed once more for rows got by a pass each, and for the ways back
             again = bool(self.rowwise.reasons or self.derived)
             if i > 0 and self.start is not None:
                 self.start.put_back()
@@ -149,6 +152,7 @@ class Collector:
     def _reach_all(self) -> None:
         """Parameters in the graph get a gradient, though it be zero, as from a backward pass."""
         made = {self.column[id(p)] for derived in self.derived for p in derived.parameters}
+        # a use without blocks says so: the parameter is reached, by a gradient of zero
         unused = {k for k, uses in enumerate(self.uses) if not uses} - made
         if not unused:
             return
@@ -266,6 +270,7 @@ class Collector:
         with torch.no_grad():
             for each in unshared:
                 self._add_unshared(each.parameter, arrived.grads[each.place], each.layout)
+            # what nodes saved, and the gradients, are both there now: uses can be made
             for leaf in leaves:
                 made = self._uses_of(leaf, finishes, arrived, before)
                 if made:
@@ -357,6 +362,7 @@ class Collector:
         hooked = not itself and self.owner.clock.may_be_hooked(leaf.below[0])
         simple = None if hooked else resolve(leaf.place)
         if simple is not None:
+            # a view: its uses are the parameter's, turned; no way back has to be taken
             turned = [oriented(use, simple) for use in made]
             if self._add(self.column[id(simple.parameter)], *turned):
                 return

@@ -96,6 +96,7 @@ class ConvolutionUse(Use):
         return narrow.shape[1] * _numel(narrow.shape[3:])
 
     def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
+        # only an ordinary kernel's lines are output channels, of which some can be formed alone
         whole = self.geometry.transposed or self.geometry.groups > 1
         channels = slice(None) if whole else slice(lo, hi)
         weight = out.new_empty(self.shape)[channels]
@@ -109,6 +110,7 @@ class ConvolutionUse(Use):
             )
 
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
+        # an ordinary weight gradient of all samples, with the gradients of each scaled
         each = weights.to(self.grads.dtype).view(-1, *[1] * (self.grads.dim() - 1))
         grads = (self.grads * each).flatten(0, 1)
         weight = grads.new_empty(self.shape)
@@ -129,6 +131,7 @@ def unfold(x: Tensor, kernel: Sequence[int], g: Geometry, positions: Sequence[in
     dims = len(kernel)
     if dims == 2 and not _uneven(x, kernel, g, positions):
         return F.unfold(x, tuple(kernel), g.dilation, g.padding, g.stride)
+    # padded, or cut, to what the visited positions cover: strides may leave a rest
     pads: list[int] = []
     for d in reversed(range(dims)):
         need = (positions[d] - 1) * g.stride[d] + (kernel[d] - 1) * g.dilation[d] + 1

@@ -93,6 +93,7 @@ class Descent:
         """
         taken = (rows.tensor >= 0).to(self.losses.dtype).view(self.losses.shape)
         outputs = taken.to(self.losses.device)
+        # nothing on the way can do more than carry gradients: one plain pass, and no questions
         if self.watched is None:
             arrived = self._pass(outputs, retain_graph)[0]
             return arrived if self.start is None else _owned(arrived, self.start)
@@ -101,7 +102,7 @@ class Descent:
         arrived, full = self._pass(outputs, True)
         full.look(before)
         arrived = _owned(arrived, before)
-        self._refuse_hooks_of_meetings(full)
+        self._refuse_hooks_of_junctions(full)
         if self.hooked or self.summed or self.weighted is not None:
             # a hook of somebody may fail too: what Functions keep is put back then as well
             with as_before(self.functions):
@@ -120,7 +121,8 @@ class Descent:
                     self.weighted.note_changes()
         return arrived
 
-    def _refuse_hooks_of_meetings(self, full: Watch) -> None:
+    def _refuse_hooks_of_junctions(self, full: Watch) -> None:
+        # such a hook sees the gradients of the parameter too, which rows never form
         met = {node for node, _ in self.places}
         for hook in full.hooks:
             if hook.nr is None and hook.node in met and hook.node.name() not in MODULE_HOOKS:
@@ -202,6 +204,7 @@ class Descent:
             if found is not None:
                 name = culprit((full, scaled), found, model)
                 raise InputError(not_linear(name, self.weighted is not None))
+            # what is below a node that is called: its own linearity, not only that of what it takes
             for place in self.below:
                 whole, part = arrived.grads[place], below.grads[place]
                 if whole is None or part is None:

@@ -22,6 +22,7 @@ def loop(losses: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Each parameter's gradients of every loss, [len(losses), p.numel()], by autograd alone."""
     rows = []
     with as_before(functions([roots(losses)[0]])) as snapshot:
+        # Functions are called once for each loss, and must find what they kept
         for each in losses:
             snapshot.put_back()
             grads = torch.autograd.grad(each, parameters, retain_graph=True, allow_unused=True)
@@ -80,6 +81,7 @@ def update_errors(jacobian: FactoredJacobian, exact: Sequence[Tensor], share: fl
 
 def _shared(grads: Sequence[Tensor | None]) -> list[bool]:
     """Which share memory with another, or have values that share it."""
+    # `.grad` that shares memory would be scaled twice by what scales it in place
     places = [grad.untyped_storage()._cdata if grad is not None else None for grad in grads]
     return [
         grad is not None

@@ -15,7 +15,7 @@ from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.ranges import WEIGHTS, unit, within
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import hooks_are_linear
-from gradsurgery.capture.uses import HALVES, RowsUse, Use
+from gradsurgery.capture.uses import HALVES, Renumbered, RowsUse, Use, largest_group
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, run_hooks
@@ -71,7 +71,7 @@ class FactoredJacobian:
 
     @cached_property
     def _planes(self) -> list[Plane | None]:
-        group = _largest(self._uses)
+        group = largest_group(self._uses)
         return [
             Plane(p, mine, group) if mine else None
             for p, mine in zip(self.parameters, self._uses, strict=True)
@@ -89,8 +89,9 @@ class FactoredJacobian:
             jacobian._need_pairs("gs.concat")
         uses: list[list[Use]] = [[] for _ in first.parameters]
         derived: list[Derived] = []
+        # uses are not copied, only numbered on; those of one parameter multiply each other later
         for jacobian in jacobians:
-            moved = _Moved(start)
+            moved = Renumbered(start)
             for into, mine in zip(uses, jacobian._uses, strict=True):
                 into.extend(moved(use) for use in mine)
             derived.extend(part.with_uses(moved) for part in jacobian._derived)
@@ -183,6 +184,7 @@ class FactoredJacobian:
             tuple(weights.shape) in ((m,), (count, m)),
             f"weights must be [{m}] or [{count}, {m}], got {list(weights.shape)}",
         )
+        # looked at before anything is multiplied: most weights are near 1, and cost no second look
         self._far = not bool((within(weights.abs(), WEIGHTS) | (weights == 0)).all())
         if self._far:
             check_weights_finite(weights)
@@ -242,7 +244,7 @@ class FactoredJacobian:
                 exist.setdefault(one_call(uses), []).append((k, uses))
                 continue
             yield k, plane.update(weights[k], add, release, self._far)
-            if release:
+            if release:  # this parameter's pairs are freed before the next one's are used
                 self._planes[k], self._uses[k] = None, []
         for group in exist.values():
             ks = [k for k, _ in group]
@@ -290,6 +292,7 @@ class FactoredJacobian:
         """
         weights = self._weights(weights)
         self._check_usable()
+        # a Jacobian that is released is so whatever happens: its pairs may be gone already
         try:
             if self._graph is None or not self._graph.backward(weights, self.parameters):
                 self._add(weights, release)
@@ -368,26 +371,3 @@ class FactoredJacobian:
                 if parts:
                     rows[k] += dense_rows(parts, self.m).flatten(1)
         return torch.cat(rows, dim=1)
-
-
-class _Moved:
-    """Uses whose rows follow those of other Jacobians; what shared its rows still does."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self.known: dict[int, RowNumbers] = {}
-
-    def __call__(self, use: Use) -> Use:
-        if id(use.rows) not in self.known:
-            self.known[id(use.rows)] = RowNumbers(use.rows.tensor + self.start)
-        return use.select(slice(None), self.known[id(use.rows)])
-
-
-def _largest(uses: list[list[Use]]) -> int | None:
-    """The row that sums most samples; None where each has its own."""
-    longest = max((use for mine in uses for use in mine), key=lambda use: use.n, default=None)
-    if longest is None or longest.n < 2:
-        return None
-    counts = torch.bincount(longest.rows.tensor)
-    row = int(counts.argmax())
-    return row if int(counts[row]) > 1 else None

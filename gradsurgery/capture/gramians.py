@@ -55,6 +55,7 @@ def of_model(jacobian: "FactoredJacobian") -> Tensor:
             # rows of derived parameters are as large as the model m times: dropped at once
             if len(made) * m**2 > TOGETHER or plane is not planes[k]:
                 total, made = _added(jacobian, total, made), []
+        # rows that exist need no look: they are multiplied in any range
         for group in exist.values():
             total += existing(group, m)
         return _added(jacobian, total, made)
@@ -91,6 +92,7 @@ def of_parameters(
             elif plane is not None:
                 grams[k] = gram = plane.gramian(m, own)
                 made[k] = Made(plane, own, gram)
+        # a GPU is waited for once, not for each parameter
         if all_in_range(list(made.values()), summed(jacobian, grams)):
             return grams
         for k, (plane, own, gram) in made.items():

@@ -28,6 +28,7 @@ def held(jacobian: FactoredJacobian, hold: Hold = "auto") -> FactoredJacobian:
     """
     if hold == "pairs":
         return jacobian
+    # memory that two parameters' pairs need, as an input of two layers, is not freed by forming one
     sharers = Counter(
         storage
         for uses in (*jacobian._uses, *(_of_leaves(each) for each in jacobian._derived))
@@ -83,6 +84,7 @@ class Sums:
         shape = self._like.parameters[k].shape
         for use in uses:
             total = self._totals[k]
+            # blocks in float64 where float32 would lose them; then the sums are, from there on
             fine = isinstance(use, RowsUse) or in_range(use)
             use = use.wide() if fine else use.double()
             like = wide(use.values[-1][:0])
@@ -90,7 +92,7 @@ class Sums:
                 grown = like.new_zeros(self.m, *shape)
                 total = self._totals[k] = grown if total is None else grown.add_(total)
             planes = total.view(self.m, *use.plane)
-            if self.m == 1:
+            if self.m == 1:  # all blocks are of one row: a weighted sum, without their planes
                 weights = torch.full((use.n,), weight, dtype=total.dtype, device=total.device)
                 use.combine(weights, planes[0])
             else:

@@ -78,6 +78,7 @@ def refuse_unseen_accumulation(named: Mapping[str, nn.Parameter]) -> None:
 
     Nodes that accumulate are looked at where a handle was made since they last were.
     """
+    # rows are taken before gradients are accumulated, so what happens there is not seen
     made = _others()
     for name, parameter in named.items():
         if hasattr(parameter, "main_grad"):
@@ -187,6 +188,8 @@ def _sum(grad: Tensor) -> Tensor:
 
 def _changed(came: list[tuple[Tensor, Tensor]], grad: Tensor) -> bool:
     """Whether a gradient is no longer the sum of what came."""
+    # a single gradient is handed on as the tensor it is; several are summed by autograd, in an
+    # order that is not known, so they agree up to rounding
     first, before = came[0]
     if len(came) == 1:  # what a hook returned is another tensor, though its values be the same
         return grad is not first or not torch.equal(_sum(grad).nan_to_num(), before.nan_to_num())
@@ -254,6 +257,7 @@ def near(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype | Non
         size: the sums of these numbers without their signs.
         dtype: what they were rounded to, where that is coarser than theirs.
     """
+    # what overflowed when it was scaled says nothing about hooks
     known = expected.isfinite() & found.isfinite()
     if not bool(known.any()):
         return expected.numel() == 0

@@ -47,6 +47,7 @@ class Layout:
 
     def axis(self, shape: Sequence[int]) -> Axis | None:
         """The one dimension that the row depends on; None if it depends on several, or none."""
+        # the dimension in which the stride of the rows lies; a step of it is `suffix` elements
         n, suffix = self.count, 1
         if n == 1:
             return None
@@ -103,7 +104,9 @@ def merge(a: Layout, b: Layout, shape: Sequence[int]) -> Layout | None:
         if one.empty:
             return other
     if a.constant and b.constant:
-        return None
+        return None  # they are not the same, and neither is empty
+    # where both depend on one dimension, a number for each of its indices is enough; one for each
+    # element would cost as much as the tensor
     axes = [layout.axis(shape) for layout in (a, b)]
     dims = {axis.dim for axis in axes if axis is not None}
     if len(dims) == 1 and all(
@@ -133,6 +136,7 @@ def compress(elements: Tensor) -> Layout:
         return constant(0)
     if elements.dim() == 1:
         return listed(elements, shape, 0)
+    # the first dimension along which each slice is of one row
     for dim in range(elements.dim()):
         flat = elements.movedim(dim, 0).reshape(shape[dim], -1)
         rows = flat.amax(1) if flat.numel() else flat.new_full((shape[dim],), -1)

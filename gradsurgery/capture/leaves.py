@@ -159,6 +159,8 @@ class Derived:
         if it is linear.
         """
         dtypes = [meta.dtype for meta in metas_of(leaves)]
+        # rows may be of 1e-30 or 1e30, which a leaf in 16 bits does not hold. A way back that is
+        # linear gives the same for what is scaled by a power of two
         scale = None
         if not self.bent and any(
             dtype == torch.float16 or dtype.itemsize < g.dtype.itemsize == 8
@@ -226,6 +228,7 @@ def vjps(
                 return snapshot.owned(found)
             except RuntimeError:  # an operation that vmap cannot batch
                 pass
+        # one vector after another, each with what Functions keep as it was
         each = []
         for i in range(len(grads[0])):
             snapshot.put_back()

@@ -52,6 +52,7 @@ def stacked(uses: Sequence[Use] | None) -> dict[int, Tensor] | None:
 
 def stack(one: Tensor, other: Tensor) -> Tensor:
     """Rows [g, r, d] of the moments of both, at most 2d of them."""
+    # R of a QR has the same moments as the rows, in d of them: wait for 2d, since each costs d^3
     rows = torch.cat([one.to(other.device), other], -2)
     r, d = rows.shape[-2:]
     if d == 1:
@@ -103,6 +104,7 @@ def _of(use: Use, made: _Made, put: _Put) -> dict[int, Tensor] | None:
         inner = _of(use.inner, made, put)
         return inner if inner is not None and _ungrouped(inner) else None
     if isinstance(use, EmbeddingUse):
+        # an index is a one-hot input: x x^T is diagonal, and counts how often a line was picked
         counts = use.counts().double().view(-1, 1, 1)
         return {0: counts if made is _gram else counts.sqrt()}
     if isinstance(use, ConvolutionUse):

@@ -56,6 +56,7 @@ def direct(
     total = torch.zeros(count, count, dtype=torch.float64, device=like.device)
     if height == 0 or width == 0 or count == 0:
         return torch.zeros(m, m, dtype=torch.float64, device=like.device)
+    # as many lines at a time as fit the buffer for all rows, cut where each use can be cut
     grain = max([use.grain for use in uses], default=1)
     step = max(1, chunk(like.device) // max(1, count * width * grain)) * grain
     buffer = like.new_empty(count * min(step, height) * width)
@@ -63,12 +64,13 @@ def direct(
         hi = min(lo + step, height)
         out = buffer[: count * (hi - lo) * width].view(count, hi - lo, width)
         own = out[: len(ids)]
+        # the first use writes, so that the buffer need not be cleared; the others add
         for k, (use, where) in enumerate(zip(uses, index, strict=True)):
             (use.add_rows if k else use.write_rows)(own, where, lo, hi)
         if kept is not None:
             out[-1] = kept[lo:hi]
         if metric is not None:
-            out *= metric[lo:hi].sqrt()
+            out *= metric[lo:hi].sqrt()  # on both sides of the product, so once in all
         total += gramian_unchecked([out.view(count, -1)])
     return to_rows(total, rows, m)
 
@@ -89,6 +91,8 @@ def factored(
     if len(uses) == 1 and group is None:
         return to_rows(pairs_of(uses[0]), uses[0].rows, m)
     like = group[1] if group is not None else uses[0].values[-1]
+    # a line for each block of all uses, in order, and for the group's row last; the lines of one
+    # row are added up at the end
     size = n + (group is not None)
     total = torch.zeros(size, size, dtype=torch.float64, device=like.device)
     starts = list(accumulate((use.n for use in uses), initial=0))
@@ -187,6 +191,7 @@ def stored(uses: Sequence[RowsUse], m: int, metric: Tensor | None) -> Tensor:
     if metric is None and sum(use.n for use in uses) <= 2 * m and same_dtype(uses):
         return existing([uses], m)
     ids, index = index_of([use.rows for use in uses])
+    # one block for each row, in one tensor: products of many would grow with the square of them
     blocks = uses[0].blocks.new_zeros(len(ids), *uses[0].plane)
     for use, where in zip(uses, index, strict=True):
         use.add_rows(blocks, where, 0, use.plane[0])

@@ -214,6 +214,7 @@ def _asked_with(node: Any, outs: dict[int, Layout], size: float) -> _Question:
 def _answered(node: Any, outs: dict[int, Layout]) -> _Question:
     """Asked with gradients as large as can be answered: 16 bits overflow soon."""
     first = None
+    # the first size at which nothing overflows; if there is none, the first of all
     for size in (1.0, 2.0**-8, 2.0**-16):
         question = _asked_with(node, outs, size)
         first = first or question

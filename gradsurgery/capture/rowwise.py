@@ -120,6 +120,7 @@ class Rowwise:
         vectors = (rows.tensor == ids.tensor[:, None]).to(losses.dtype).to(losses.device)
         vectors = vectors.view(len(ids), *losses.shape)
         nodes = functions([roots(losses)[0]])
+        # passes before this one may have changed what Functions keep; each row finds it as at first
         with as_before(nodes):
             if start is not None:
                 start.put_back()
@@ -128,6 +129,7 @@ class Rowwise:
             every = [n for n in ordered(roots(losses)[0]) if not hasattr(n, "variable")]
             hooked = any(p._backward_hooks for p in parameters)
             vmapped = not (hooked or self.owner.clock.may_be_hooked(every))
+            # all rows in one call: a batch of vectors, each 1 for the losses of its row
             grads = vjps([losses], parameters, [vectors], True, nodes, vmapped)
             # what is somebody's own may answer differently each time; then no row is right
             if nodes or not vmapped:

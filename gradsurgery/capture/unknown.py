@@ -54,12 +54,13 @@ def by_row(
 
 def one_by_one(junction: Junction, grads: Sequence[Tensor | None], shape: Shape) -> RowsUse:
     """Each row's gradient by the operation's own backward, other rows' gradients set to zero."""
-    if junction.whole is not None:  # one call for all
+    if junction.whole is not None:  # no two rows meet in the input: one call for all
         with torch.no_grad():
             return by_row(junction, call(junction.node, grads)[junction.k], grads, shape)
     metas = junction.node._input_metadata
     like = next(g for g in grads if g is not None)
     rows = sorted({int(r) for o in junction.outs.values() for r in o.rows.unique()} - {-1})
+    # the row of each element of the outputs' gradients
     of = {
         nr: layout.elements(tuple(metas[nr].shape)).to(like.device)
         for nr, layout in junction.outs.items()
@@ -74,6 +75,7 @@ def one_by_one(junction: Junction, grads: Sequence[Tensor | None], shape: Shape)
 
     with torch.no_grad():
         found = [row(number) for number in rows]
+        # asked again for the first row, when all others have been asked for
         if found and may_keep(junction.node) and not bool(steady(row(rows[0]), found[0])):
             raise InputError(unsteady(junction.node.name()))
     if not found:

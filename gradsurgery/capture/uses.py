@@ -29,6 +29,7 @@ class Use:
 
     def select(self, blocks: Tensor | slice, rows: RowNumbers | None = None) -> "Use":
         """The use with some of its blocks only, of `rows`; views where it is a slice."""
+        # a copy of everything but the tensors, whatever a kind of use has besides
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
         part.rows = RowNumbers(self.rows.tensor[blocks]) if rows is None else rows
@@ -158,6 +159,7 @@ class MatrixUse(Use):
         self.inputs = inputs
         self.left, self.right = left.detach().resolve_neg(), right.detach().resolve_neg()
         self.rows = rows
+        # several matrices are one below the other in the plane: cut between them only
         self.grain = left.shape[-1] if left.dim() == 4 else 1
         self.plane = (math.prod(left.shape[1:-2]) * left.shape[-1], right.shape[-1])
 
@@ -202,6 +204,7 @@ class MatrixUse(Use):
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
         left, right = self.left, self.right
         computed = wide(left[:0]).dtype
+        # the kernel scales tokens as it reads them: no copy of a side
         if left.dim() == 3 and computed == out.dtype:
             combine_tokens(left, right, weights, out, beta)
             return
@@ -321,6 +324,7 @@ class Within(Use):
         return self.inner.values
 
     def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
+        # the lines of the slice that are the inner use's too, counted as it counts them
         first, last = max(lo, self.start), min(hi, self.start + self.inner.plane[0])
         if first < last:
             part = out.new_zeros(len(out), last - first, out.shape[2])
@@ -337,6 +341,7 @@ class Within(Use):
 
 def on_one_plane(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use] | None:
     """The uses, all over the same plane; None where they cannot be."""
+    # blocks that exist can be reshaped; pairs are tied to the plane they multiply to
     planes = {use.plane for use in uses if use is not None and not isinstance(use, RowsUse)}
     plane = planes.pop() if planes else plane
     if planes:
@@ -349,3 +354,26 @@ def on_one_plane(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use
             use = use.viewed(plane)
         seen.append(use)
     return seen
+
+
+class Renumbered:
+    """Makes uses whose row numbers begin at `start`; what shared its row numbers still does."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.known: dict[int, RowNumbers] = {}
+
+    def __call__(self, use: Use) -> Use:
+        if id(use.rows) not in self.known:
+            self.known[id(use.rows)] = RowNumbers(use.rows.tensor + self.start)
+        return use.select(slice(None), self.known[id(use.rows)])
+
+
+def largest_group(uses: list[list[Use]]) -> int | None:
+    """The row that sums most samples; None where each has its own."""
+    longest = max((use for mine in uses for use in mine), key=lambda use: use.n, default=None)
+    if longest is None or longest.n < 2:
+        return None
+    counts = torch.bincount(longest.rows.tensor)
+    row = int(counts.argmax())
+    return row if int(counts[row]) > 1 else None

@@ -33,6 +33,7 @@ def resolve(place: Place) -> Simple | None:
         if len(following) != 1:
             return None
         shape = tuple(node._input_metadata[nr].shape)
+        # one view after another; what would need two of them undone in turn is given up
         if name in VIEWS:
             viewed = True
         elif name in ("T", "Transpose") and len(shape) == 2:
@@ -44,6 +45,7 @@ def resolve(place: Place) -> Simple | None:
             }
         elif name in SPLITS or name == "Slice":
             above = shape_of(following[0])
+            # only whole lines: a part of the first dimension, of a parameter not reshaped before
             if viewed or height is not None or wrap(node._saved_dim, len(shape)) != 0:
                 return None
             if name == "Slice":

@@ -14,6 +14,7 @@ SLOW, STORED, UNREACHED = "one row at a time", "stored rows", "not reached"
 
 def at_batch(jacobian: FactoredJacobian, rows: Tensor, m: int) -> FactoredJacobian:
     """What two samples' Jacobian would be for samples of these rows; without memory."""
+    # tensors of device "meta" have shapes only: paths are planned from these
     like = [p.detach().to("meta") for p in jacobian.parameters]
     one = RowNumbers(torch.tensor([0], device="cpu"))
     if m == 1:

@@ -184,7 +184,7 @@ def test_what_cannot_be_asked_is_no_coupling():
             return x.clone()
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, *grads):
             raise RuntimeError("not for you")
 
     model = nn.Linear(5, 3).double()
