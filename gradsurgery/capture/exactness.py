@@ -82,11 +82,11 @@ def update_errors(jacobian: FactoredJacobian, exact: Sequence[Tensor], share: fl
 def _shared(grads: Sequence[Tensor | None]) -> list[bool]:
     """Which share memory with another, or have values that share it."""
     # `.grad` that shares memory would be scaled twice by what scales it in place
-    places = [grad.untyped_storage()._cdata if grad is not None else None for grad in grads]
+    storages = [grad.untyped_storage()._cdata if grad is not None else None for grad in grads]
     return [
         grad is not None
-        and (places.count(place) > 1 or grad.untyped_storage().nbytes() < grad.nbytes)
-        for grad, place in zip(grads, places, strict=True)
+        and (storages.count(storage) > 1 or grad.untyped_storage().nbytes() < grad.nbytes)
+        for grad, storage in zip(grads, storages, strict=True)
     ]
 
 

@@ -360,8 +360,8 @@ def embedding_bag(
     out = tuple(node._input_metadata[0].shape)
     if len(bags) != len(indices):  # a mode whose bags were not kept
         offsets = node._saved_offsets
-        places = torch.arange(len(indices), device=offsets.device)
-        bags = torch.searchsorted(offsets, places, right=True) - 1
+        positions = torch.arange(len(indices), device=offsets.device)
+        bags = torch.searchsorted(offsets, positions, right=True) - 1
 
     def finish(grad: Tensor) -> Use:
         scale = grad.new_ones(len(indices)) if weights is None else weights.to(grad.dtype)
