@@ -5,7 +5,8 @@ The words that every file here uses, each for one thing. Where they meet in a pa
 The Jacobian
 
 - row: the gradient of one loss, or of the sum of several, over all parameters; -1 marks no row.
-- group: the row that sums most samples, as the forget batch does, if one sums several.
+- group: the row that sums most samples, as that of a forget batch does, if any sums several. (The
+  argument `groups` names the row of each loss.)
 - row numbers: the row of each block or loss, with tables made of them once (`RowNumbers`).
 - weights: one number a row; the update is the sum of the rows times their weights.
 
@@ -23,8 +24,8 @@ The graph
 - unshared: of a parameter, that each of its elements belongs to one row.
 - coupled: of samples, that an operation or a hook computes across them, so that rows meet.
 - opaque: of an operation, that it cannot be asked, so that nothing is known.
-- derived: of a parameter, that a leaf is computed from it by more than a view; vector-Jacobian
-  products lead back to it.
+- derived: of leaves, that they are computed from parameters by more than a view; vector-Jacobian
+  products lead back (`Derived`).
 - bent: of a way back, that it is not linear in the gradient, as where a hook clips.
 
 The pass
