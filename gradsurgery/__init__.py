@@ -4,7 +4,7 @@ from gradsurgery import integrations
 from gradsurgery.batch import WeightedLosses
 from gradsurgery.capture import FactoredJacobian, check, tape
 from gradsurgery.diagnosis import diagnose
-from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.errors import CoupledSamplesError, InputError, NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, concat
 from gradsurgery.ops import combine, gramian, harmonize, orthonormalize, project_out
 from gradsurgery.step import Surgeon
@@ -58,6 +58,7 @@ __all__ = [
     "CAGrad",
     "ConFIG",
     "Constant",
+    "CoupledSamplesError",
     "DenseJacobian",
     "DualProj",
     "FactoredJacobian",

@@ -1,4 +1,6 @@
-"""The exceptions gradsurgery raises about its input; both are ValueErrors."""
+"""The exceptions gradsurgery raises about its input; all are ValueErrors."""
+
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -7,3 +9,25 @@ class InputError(ValueError):
 
 class NonFiniteError(InputError):
     """A row holds a NaN or an infinity; the message names the row."""
+
+
+class CoupledSamplesError(InputError):
+    """Losses of different samples depend on each other, so they have no rows of their own.
+
+    Attributes:
+        operation: what computes across samples: operations of autograd, such as
+            "NativeBatchNormBackward0", separated by commas, or a hook, described.
+        parameters: names of those below it, whose rows are missing.
+        modules: names of batch norms in training mode, where the operation is theirs.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        operation: str = "",
+        parameters: Sequence[str] = (),
+        modules: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message)
+        self.operation = operation
+        self.parameters, self.modules = tuple(parameters), tuple(modules)

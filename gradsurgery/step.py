@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradsurgery.apart import Trial
 from gradsurgery.batch import AnyLoss, batch_size, trainable
 from gradsurgery.capture.held import Hold
-from gradsurgery.capture.leaves import unmixed
+from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.collect import ROLES, Added
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import check_held
@@ -393,7 +393,7 @@ class Surgeon:
             if added.overflowed:
                 raise NonFiniteError("rows: scaled losses overflow")
             rows = added.collected(self.rule, list(outside))
-            with unmixed(next(iter(named.values()))):  # autocast is for the loss
+            with without_autocast(next(iter(named.values()))):  # autocast is for the loss
                 solution, update = solve(self.rule, self.optimizer, rows)
                 self.rule.note_columns(rows.jacobian.names)
                 # all that may raise comes before the parameters move; it waits for a GPU no more

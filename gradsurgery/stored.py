@@ -19,8 +19,8 @@ from gradsurgery.batch import (
     tensors,
 )
 from gradsurgery.capture.graph import roots
-from gradsurgery.capture.kept import functions
-from gradsurgery.capture.leaves import unmixed
+from gradsurgery.capture.leaves import without_autocast
+from gradsurgery.capture.snapshot import functions
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
 from gradsurgery.ops._inputs import check
@@ -73,7 +73,7 @@ def mean_row(model: nn.Module, named: Mapping[str, nn.Parameter], batch: Any, lo
     params = list(named.values())
     with torch.enable_grad():
         losses = per_sample_losses(loss(model, batch), batch_size(batch))
-        with unmixed(losses):
+        with without_autocast(losses):
             grads = list(gradients(losses.mean(), params))
     reached = [g is not None for g in grads]
     check(any(reached), DETACHED)
@@ -117,7 +117,7 @@ def sample_rows(
         for name, copy in copies.items():
             if is_batchedtensor(copy) or not torch.equal(copy, buffers[name]):
                 moved[name] = None
-        with unmixed(value):  # autocast is for the loss
+        with without_autocast(value):  # autocast is for the loss
             return back(torch.ones_like(value))[0], value
 
     rows = vmap(row, in_dims=(None, 0), randomness="different")

@@ -132,7 +132,7 @@ def test_sparse_embeddings_step_on_dense_gradients():
     models.append(copy.deepcopy(models[0]))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
     data = torch.randint(9, (5,)), torch.randint(4, (5,))
-    with pytest.warns(UserWarning, match="no rule for EmbeddingBackward0"):
+    with pytest.warns(UserWarning, match="no formula for EmbeddingBackward0"):
         gs.Surgeon(models[0], optimizers[0], gs.Mean()).step(batch=data, loss=classification)
     plain(models[1], optimizers[1], data)
     assert_equal(models)

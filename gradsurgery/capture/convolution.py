@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import MatrixUse, Use, plane_of, scale, scatter
 
 PATCHES = 128  # positions from which patches, k times the input, cost more than they save
@@ -49,7 +50,7 @@ class ConvolutionUse(Use):
         self,
         inputs: Tensor,
         grads: Tensor,
-        rows: Tensor,
+        rows: RowNumbers,
         shape: Sequence[int],
         geometry: Geometry,
     ) -> None:
@@ -94,16 +95,22 @@ class ConvolutionUse(Use):
         narrow = self.inputs if self.geometry.transposed else self.grads
         return narrow.shape[1] * _numel(narrow.shape[3:])
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
+        # only an ordinary kernel's lines are output channels, of which some can be formed alone
         whole = self.geometry.transposed or self.geometry.groups > 1
         channels = slice(None) if whole else slice(lo, hi)
         weight = out.new_empty(self.shape)[channels]
         for k in range(self.n):
             grads = self.grads[k][:, channels]
             part = self.kernel_grad(self.inputs[k], grads, weight).flatten(1)
-            scatter(out, index[k : k + 1], (part[lo:hi] if whole else part).unsqueeze(0))
+            scatter(
+                out,
+                RowNumbers(index.tensor[k : k + 1]),
+                (part[lo:hi] if whole else part).unsqueeze(0),
+            )
 
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
+        # an ordinary weight gradient of all samples, with the gradients of each scaled
         each = weights.to(self.grads.dtype).view(-1, *[1] * (self.grads.dim() - 1))
         grads = (self.grads * each).flatten(0, 1)
         weight = grads.new_empty(self.shape)
@@ -124,6 +131,7 @@ def unfold(x: Tensor, kernel: Sequence[int], g: Geometry, positions: Sequence[in
     dims = len(kernel)
     if dims == 2 and not _uneven(x, kernel, g, positions):
         return F.unfold(x, tuple(kernel), g.dilation, g.padding, g.stride)
+    # padded, or cut, to what the visited positions cover: strides may leave a rest
     pads: list[int] = []
     for d in reversed(range(dims)):
         need = (positions[d] - 1) * g.stride[d] + (kernel[d] - 1) * g.dilation[d] + 1

@@ -16,14 +16,15 @@ from gradsurgery.capture.hooks import (
     Watch,
     bending,
     bits,
+    coupling,
     culprit,
     dtypes_under,
     linear,
-    mixing,
     register,
     scale_of,
 )
-from gradsurgery.capture.kept import Kept, as_before, is_function
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.snapshot import Snapshot, as_before, is_function
 from gradsurgery.errors import InputError
 
 MODULE_HOOKS = {"BackwardHookFunctionBackward"}  # torch's own, which only pass on
@@ -36,8 +37,8 @@ class Arrived(NamedTuple):
     handed: Mapping[Any, Sequence[Tensor | None]]  # what some nodes gave, edge by edge
 
 
-class Mixed(Exception):
-    """A hook has rows depend on one another."""
+class CoupledByHook(Exception):
+    """A hook, or what answers differently each time, has rows depend on one another."""
 
     def __init__(self, name: str, nodes: Sequence[Any]) -> None:
         super().__init__(name)
@@ -70,8 +71,8 @@ class Descent:
         fresh: Iterable[Place] = (),
         watched: Sampled | None = None,
         hooked: bool = False,
-        weighted: Kept | None = None,
-        start: Kept | None = None,
+        weighted: Snapshot | None = None,
+        start: Snapshot | None = None,
         summed: bool = False,
     ) -> None:
         self.losses, self.root = losses, roots(losses)
@@ -81,25 +82,29 @@ class Descent:
         self.start, self.summed = start, summed
         self.functions = [node for node in watched or () if is_function(node)]
 
-    def run(self, rows: Tensor, model: nn.Module, retain_graph: bool) -> Arrived:
+    def run(self, rows: RowNumbers, model: nn.Module, retain_graph: bool) -> Arrived:
         """The gradients, for the sum of all losses that have a row.
 
         rows: [numel] of each loss; -1 for none.
 
         Raises:
-            Mixed: a hook that has rows depend on one another.
+            CoupledByHook: a hook that has rows depend on one another.
             InputError: what is not linear, where it has to be.
         """
-        outputs = (rows >= 0).to(self.losses.dtype).view(self.losses.shape).to(self.losses.device)
+        taken = (rows.tensor >= 0).to(self.losses.dtype).view(self.losses.shape)
+        outputs = taken.to(self.losses.device)
+        # nothing on the way can do more than carry gradients: one plain pass, and no questions
         if self.watched is None:
             arrived = self._pass(outputs, retain_graph)[0]
             return arrived if self.start is None else _owned(arrived, self.start)
-        before = Kept(self.functions)
+        # the pass that counts comes first: those that ask only compare with it
+        before = Snapshot(self.functions)
         arrived, full = self._pass(outputs, True)
         full.look(before)
         arrived = _owned(arrived, before)
-        self._refuse_hooks_of_meetings(full)
+        self._refuse_hooks_of_junctions(full)
         if self.hooked or self.summed or self.weighted is not None:
+            # a hook of somebody may fail too: what Functions keep is put back then as well
             with as_before(self.functions):
 
                 def again(outputs: Tensor) -> tuple[Arrived, Watch]:
@@ -109,14 +114,15 @@ class Descent:
                     return arrived, watch
 
                 if self.hooked:
-                    self._ask_for_rows(full, rows, outputs, model, again)
+                    self._ask_for_rows(full, rows.tensor, outputs, model, again)
                 if self.summed or self.weighted is not None:
                     self._ask_for_linearity(full, arrived, outputs, model, again)
                 if self.weighted is not None:
                     self.weighted.note_changes()
         return arrived
 
-    def _refuse_hooks_of_meetings(self, full: Watch) -> None:
+    def _refuse_hooks_of_junctions(self, full: Watch) -> None:
+        # such a hook sees the gradients of the parameter too, which rows never form
         met = {node for node, _ in self.places}
         for hook in full.hooks:
             if hook.nr is None and hook.node in met and hook.node.name() not in MODULE_HOOKS:
@@ -129,6 +135,7 @@ class Descent:
         handed: dict[Any, Sequence[Tensor | None]] = {}
         found: dict[Place, Tensor | None] = {}
         copies: dict[Place, Tensor | None] = {}
+        # autograd calls a node only for the sake of a tensor below it that is asked for
         edges = dict.fromkeys([*self.places, *self.below])
         with ExitStack() as stack:
             watch = None
@@ -138,6 +145,7 @@ class Descent:
             for node in self.handing:
                 take = partial(_copy_all, handed, node)
                 stack.callback(register(node.register_hook, take).remove)
+            # copied when it is handed over: the Function may write to it before the pass ends
             for place in self.fresh:
                 take = partial(_copy_one, copies, place)
                 stack.callback(register(place[0].register_prehook, take).remove)
@@ -151,7 +159,8 @@ class Descent:
         found.update(zip(edges, grads, strict=True))
         if watch is not None:
             for node, nr in self.places:
-                if node in watch.taken:  # after its hooks: autograd's own are from before them
+                # what a node takes, after its hooks; autograd returns what came before them
+                if node in watch.taken:
                     found[node, nr] = watch.taken[node][nr]
         found.update(copies)
         return Arrived(found, handed), watch
@@ -164,8 +173,8 @@ class Descent:
         model: nn.Module,
         again: Callable[[Tensor], tuple[Arrived, Watch]],
     ) -> None:
-        # of each bit of the rows' numbers, those that have it and those that have not: so any row
-        # is once without any other
+        # of each bit of the row numbers, the rows that have it and then those that have not: so for
+        # any two rows there is a pass with the one and without the other
         for bit, value in product(range(bits(int(rows.max()) + 1)), (1, 0)):
 
             def inside(numbers: Tensor, bit: int = bit, value: int = value) -> Tensor:
@@ -173,10 +182,10 @@ class Descent:
 
             mask = inside(rows).view(outputs.shape).to(outputs.device)
             _, masked = again(outputs * mask)
-            found = mixing(full, masked, inside)
+            found = coupling(full, masked, inside)
             if found is not None:
                 nodes = [hook.node for watch in (full, masked) for hook in watch.hooks]
-                raise Mixed(culprit((full, masked), found, model), [*nodes, found.node])
+                raise CoupledByHook(culprit((full, masked), found, model), [*nodes, found.node])
 
     def _ask_for_linearity(
         self,
@@ -186,6 +195,8 @@ class Descent:
         model: nn.Module,
         again: Callable[[Tensor], tuple[Arrived, Watch]],
     ) -> None:
+        # linear is what makes of losses times a factor its result times that: a hook that clips
+        # does not for large ones, one that adds noise does not for small ones
         scale = scale_of(dtypes_under(self.losses))
         for factor in (-scale, 1 / scale):
             below, scaled = again(outputs * factor)
@@ -193,6 +204,7 @@ class Descent:
             if found is not None:
                 name = culprit((full, scaled), found, model)
                 raise InputError(not_linear(name, self.weighted is not None))
+            # what is below a node that is called: its own linearity, not only that of what it takes
             for place in self.below:
                 whole, part = arrived.grads[place], below.grads[place]
                 if whole is None or part is None:
@@ -213,10 +225,10 @@ def _copy_one(into: dict, place: Place, grads: Sequence[Tensor | None]) -> None:
     into[place] = None if grad is None else grad.clone()
 
 
-def _owned(arrived: Arrived, kept: Kept) -> Arrived:
+def _owned(arrived: Arrived, snapshot: Snapshot) -> Arrived:
     """What does not change when Functions find again what they kept."""
-    grads = dict(zip(arrived.grads, kept.owned(arrived.grads.values()), strict=True))
-    handed = {node: kept.owned(given) for node, given in arrived.handed.items()}
+    grads = dict(zip(arrived.grads, snapshot.owned(arrived.grads.values()), strict=True))
+    handed = {node: snapshot.owned(given) for node, given in arrived.handed.items()}
     return Arrived(grads, handed)
 
 

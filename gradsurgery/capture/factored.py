@@ -7,21 +7,23 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.capture.leaves import Derived, dense_rows, unmixed
+from gradsurgery.capture.fallback import Fallback
+from gradsurgery.capture.gramians import of_model, of_parameters, one_call, summed, zeros
+from gradsurgery.capture.leaves import Derived, dense_rows, without_autocast
 from gradsurgery.capture.moments import Moment, moment, moments, stacked
-from gradsurgery.capture.paths import existing
-from gradsurgery.capture.plane import Made, Plane, all_in_range
+from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.ranges import WEIGHTS, unit, within
+from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import hooks_are_linear
-from gradsurgery.capture.uses import HALVES, RowsUse, Use, joined, placed
+from gradsurgery.capture.uses import HALVES, Renumbered, RowsUse, Use, largest_group
 from gradsurgery.capture.weighted import Graph
-from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, run_hooks
-from gradsurgery.ops._inputs import check, check_shapes, check_weights_finite, wide
+from gradsurgery.ops._inputs import check as require
+from gradsurgery.ops._inputs import check_shapes, check_weights_finite, wide
 from gradsurgery.ops.combine import combine_unchecked
 
 WIDE = dict.fromkeys(HALVES, torch.float32)  # rows of a parameter may be wider than it
-TOGETHER = 1 << 22  # values of Gramians that are held, to be looked at together
 RELEASED = "this Jacobian was released by backward(weights, release=True)"
 
 
@@ -38,6 +40,7 @@ class FactoredJacobian:
         sizes: their numel.
         m: rows.
         losses: the losses the rows are of, [m]; those of one group summed.
+        fallbacks: for which parameters, and why, the rows were got one at a time and are stored.
     """
 
     def __init__(
@@ -49,23 +52,26 @@ class FactoredJacobian:
         uses: list[list[Use]],
         derived: Sequence[Derived] = (),
         graph: Graph | None = None,
+        fallbacks: Sequence[Fallback] = (),
     ) -> None:
         self.names, self.parameters, self.m, self.losses = names, parameters, m, losses
+        self.fallbacks = list(fallbacks)
         self.sizes = [p.numel() for p in parameters]
-        self._place = {id(p): k for k, p in enumerate(parameters)}
+        self._column = {id(p): k for k, p in enumerate(parameters)}
         self._uses, self._derived = uses, list(derived)
+        # uses hold tensors of the forward pass: whoever writes to one would change the rows unseen
         self._versions = [(t, t._version) for mine in uses for use in mine for t in use.values]
         self._gramians: list[Tensor | None] | None = None  # of each parameter
         self._gramian: Tensor | None = None  # of the model
         self._graph, self._released = graph, False
         self._far = False  # some of the weights last given are far from 1
-        if graph is not None:
-            self._gramians = self._compute(None)
+        if graph is not None:  # sums come from the graph, so only the Gramian needs the pairs
+            self._gramians = of_parameters(self, None)
             self._drop()
 
     @cached_property
     def _planes(self) -> list[Plane | None]:
-        group = _largest(self._uses)
+        group = largest_group(self._uses)
         return [
             Plane(p, mine, group) if mine else None
             for p, mine in zip(self.parameters, self._uses, strict=True)
@@ -84,14 +90,18 @@ class FactoredJacobian:
             jacobian._check_usable()
         uses: list[list[Use]] = [[] for _ in first.parameters]
         derived: list[Derived] = []
+        # uses are not copied, only numbered on; those of one parameter multiply each other later
         for jacobian in jacobians:
-            moved = _Moved(start)
+            moved = Renumbered(start)
             for into, mine in zip(uses, jacobian._uses, strict=True):
                 into.extend(moved(use) for use in mine)
             derived.extend(part.with_uses(moved) for part in jacobian._derived)
             start += jacobian.m
         losses = torch.cat([jacobian.losses for jacobian in jacobians])
-        return cls(first.names, first.parameters, start, losses, uses, derived)
+        fallbacks = dict.fromkeys(each for j in jacobians for each in j.fallbacks)
+        return cls(
+            first.names, first.parameters, start, losses, uses, derived, fallbacks=list(fallbacks)
+        )
 
     @property
     def reached(self) -> list[bool]:
@@ -102,14 +112,17 @@ class FactoredJacobian:
             for p, mine in zip(self.parameters, self._uses, strict=True)
         ]
 
-    def columns(self, places: Sequence[int]) -> "FactoredJacobian":
+    def columns(self, which: Sequence[int]) -> "FactoredJacobian":
         """The same rows, of some of the parameters only."""
         self._need_pairs("columns")
-        names, kept = [self.names[k] for k in places], [self.parameters[k] for k in places]
-        uses = [self._uses[k] for k in places]
+        names, kept = [self.names[k] for k in which], [self.parameters[k] for k in which]
+        uses = [self._uses[k] for k in which]
         derived = [part.of(kept) for part in self._derived]
         derived = [part for part in derived if part.parameters]
-        return FactoredJacobian(names, kept, self.m, self.losses, uses, derived)
+        fallbacks = [part for each in self.fallbacks if (part := each.of(names)) is not None]
+        return FactoredJacobian(
+            names, kept, self.m, self.losses, uses, derived, fallbacks=fallbacks
+        )
 
     def gramian(
         self,
@@ -126,108 +139,33 @@ class FactoredJacobian:
         Raises:
             NonFiniteError: a row with NaN or infinity; the message names row and parameter.
         """
-        check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
+        require(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
         if metric is not None:
             check_shapes(metric, "metric", [p.shape for p in self.parameters])
             self._need_pairs("metric")
-            grams = self._compute(metric)
+            grams = of_parameters(self, metric)
         elif per == "model":
             if self._gramian is None:
                 known = self._gramians
-                self._gramian = self._of_model() if known is None else self._sum(known)
+                self._gramian = of_model(self) if known is None else summed(self, known)
             return self._gramian.clone()
         else:
             if self._gramians is None:
-                self._gramians = self._compute(None)
+                self._gramians = of_parameters(self, None)
             grams = self._gramians
         if per == "tensor":
-            zero = self._zeros()
+            zero = zeros(self)
             return torch.stack([zero if g is None else g for g in grams])
-        return self._sum(grams)
-
-    def _zeros(self) -> Tensor:
-        device = self.parameters[0].device
-        return torch.zeros(self.m, self.m, dtype=torch.float64, device=device)
-
-    def _sum(self, grams: Sequence[Tensor | None]) -> Tensor:
-        total = self._zeros()
-        for gram in grams:
-            if gram is not None:
-                total += gram
-        return total
-
-    def _of_model(self) -> Tensor:
-        """The Gramian over all parameters; small ones, whose rows exist, in one call."""
-        self._check_usable()
-        total, made = self._zeros(), []
-        with torch.no_grad(), unmixed(self.parameters[0]):
-            through = self._through_derived()
-            exist: dict[tuple, list[list[RowsUse]]] = {}
-            for k, plane in enumerate(self._planes):
-                if k in through:
-                    plane = Plane(self.parameters[k], [*through.pop(k), *self._uses[k]], None)
-                if plane is None:
-                    continue
-                uses = plane.rows
-                # blocks of one row are added up by themselves where they are many
-                if uses and sum(use.n for use in uses) <= 2 * self.m:
-                    exist.setdefault(_key(uses), []).append(uses)
-                    continue
-                made.append(Made(plane, None, plane.gramian(self.m, None)))
-                if len(made) * self.m**2 > TOGETHER or plane is not self._planes[k]:
-                    total, made = self._added(total, made), []
-            for planes in exist.values():
-                total += existing(planes, self.m)
-            return self._added(total, made)
-
-    def _added(self, total: Tensor, made: Sequence[Made]) -> Tensor:
-        """`total` with the Gramians of some parameters, all looked at together."""
-        whole = total + self._sum([each.gram for each in made])
-        if all_in_range(made, whole):
-            return whole
-        whole = total + self._sum([plane.in_range(gram, self.m, own) for plane, own, gram in made])
-        if not bool(whole.diagonal().isfinite().all()):
-            self._raise_not_finite(self._compute(None))
-        return whole
-
-    def _compute(self, metric: Sequence[Tensor] | None) -> list[Tensor | None]:
-        self._check_usable()
-        grams: list[Tensor | None] = [None] * len(self.parameters)
-        made: dict[int, Made] = {}
-        with torch.no_grad(), unmixed(self.parameters[0]):
-            through = self._through_derived()
-            for k, plane in enumerate(self._planes):
-                own = None if metric is None else metric[k]
-                if k in through:  # whose rows are not held for long
-                    parts = [*through.pop(k), *self._uses[k]]
-                    plane = Plane(self.parameters[k], parts, None)
-                    grams[k] = plane.in_range(plane.gramian(self.m, own), self.m, own)
-                elif plane is not None:
-                    grams[k] = gram = plane.gramian(self.m, own)
-                    made[k] = Made(plane, own, gram)
-            if all_in_range(list(made.values()), self._sum(grams)):
-                return grams
-            for k, (plane, own, gram) in made.items():
-                grams[k] = plane.in_range(gram, self.m, own)
-        if not bool(self._sum(grams).diagonal().isfinite().all()):
-            self._raise_not_finite(grams)
-        return grams
+        return summed(self, grams)
 
     def _through_derived(self) -> dict[int, list[Use]]:
         """Rows of parameters that reached the losses through tensors computed from them."""
         found: dict[int, list[Use]] = {}
         for derived in self._derived:
             for parameter, rows in zip(derived.parameters, derived.rows(self.m), strict=True):
-                use = RowsUse(rows, torch.arange(self.m, device="cpu"))
-                found.setdefault(self._place[id(parameter)], []).append(use)
+                use = RowsUse(rows, RowNumbers(torch.arange(self.m, device="cpu")))
+                found.setdefault(self._column[id(parameter)], []).append(use)
         return found
-
-    def _raise_not_finite(self, grams: Sequence[Tensor | None]) -> None:
-        for name, gram in zip(self.names, grams, strict=True):
-            bad = [] if gram is None else (~gram.diagonal().isfinite()).nonzero().flatten().tolist()
-            if bad:
-                raise NonFiniteError(f"losses: row {bad[0]} is not finite: its gradient of {name}")
-        raise NonFiniteError("losses: the squared norm of a row overflows float64")
 
     def _check_usable(self) -> None:
         if self._released:
@@ -242,11 +180,12 @@ class FactoredJacobian:
     def _weights(self, weights: Tensor) -> Tensor:
         m, count = self.m, len(self.parameters)
         kind = type(weights).__name__
-        check(isinstance(weights, Tensor), f"weights must be a Tensor, got {kind}")
-        check(
+        require(isinstance(weights, Tensor), f"weights must be a Tensor, got {kind}")
+        require(
             tuple(weights.shape) in ((m,), (count, m)),
             f"weights must be [{m}] or [{count}, {m}], got {list(weights.shape)}",
         )
+        # looked at before anything is multiplied: most weights are near 1, and cost no second look
         self._far = not bool((within(weights.abs(), WEIGHTS) | (weights == 0)).all())
         if self._far:
             check_weights_finite(weights)
@@ -266,12 +205,12 @@ class FactoredJacobian:
         {} for a parameter that no loss depends on; None where more is done with it than that.
         `row`: over the samples of one row only.
         """
-        with torch.no_grad(), unmixed(self.parameters[0]):
+        with torch.no_grad(), without_autocast(self.parameters[0]):
             return [moments(uses, row) for uses in self._met("inputs_seen")]
 
     def inputs_stacked(self) -> list[dict[int, Tensor] | None]:
         """As `inputs_seen`, rows [g, r, d] whose moments these are: the inputs, or fewer."""
-        with torch.no_grad(), unmixed(self.parameters[0]):
+        with torch.no_grad(), without_autocast(self.parameters[0]):
             return [stacked(uses) for uses in self._met("inputs_stacked")]
 
     def _met(self, what: str) -> list[list[Use] | None]:
@@ -297,27 +236,30 @@ class FactoredJacobian:
         if self._graph is not None:
             yield from self._graph.combine(weights, self.parameters)
         exist: dict[tuple, list[tuple[int, list[RowsUse]]]] = {}
+        # rows that exist are summed last, those of many parameters in one call
         for k, plane in enumerate(self._planes):
             if plane is None:
                 continue
             uses, dtype = plane.rows, self.parameters[k].dtype
             if uses and uses[0].blocks.dtype in (dtype, WIDE.get(dtype)):
-                exist.setdefault(_key(uses), []).append((k, uses))
+                exist.setdefault(one_call(uses), []).append((k, uses))
                 continue
             yield k, plane.update(weights[k], add, release, self._far)
-            if release:
+            if release:  # this parameter's pairs are freed before the next one's are used
                 self._planes[k], self._uses[k] = None, []
-        for alike in exist.values():
-            ks = [k for k, _ in alike]
-            parts = list(zip(*(uses for _, uses in alike), strict=True))
-            rows = placed(joined(*(part[0].rows for part in parts)), weights.device)
+        for group in exist.values():
+            ks = [k for k, _ in group]
+            parts = list(zip(*(uses for _, uses in group), strict=True))
+            first, *others = [part[0].rows for part in parts]
+            rows = first.join(*others).on(weights.device)
             mine = (weights[:1] if weights.stride(0) == 0 else weights[ks])[:, rows]
             sums = combine_unchecked([[use.flat for use in part] for part in parts], mine)
             for k, total in zip(ks, sums, strict=True):
                 parameter = self.parameters[k]
                 yield k, total.view_as(parameter).to(parameter.dtype)
         for derived in self._derived:
-            ks = [self._place[id(p)] for p in derived.parameters]
+            ks = [self._column[id(p)] for p in derived.parameters]
+            # one way back gives the gradients of all its parameters, where their weights agree
             known: list[tuple[Tensor, list[Tensor | None]]] = []
             for i, k in enumerate(ks):
                 grads = next((g for w, g in known if torch.equal(w, weights[k])), None)
@@ -331,7 +273,7 @@ class FactoredJacobian:
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T J as a list like the parameters; weights [m], or [L, m] per parameter."""
         updates = [torch.zeros_like(p) for p in self.parameters]
-        with torch.no_grad(), unmixed(self.parameters[0]):
+        with torch.no_grad(), without_autocast(self.parameters[0]):
             for k, grad in self._updates(self._weights(weights), False):
                 updates[k] += grad
         return updates
@@ -351,6 +293,7 @@ class FactoredJacobian:
         """
         weights = self._weights(weights)
         self._check_usable()
+        # a Jacobian that is released is so whatever happens: its pairs may be gone already
         try:
             if self._graph is None or not self._graph.backward(weights, self.parameters):
                 self._add(weights, release)
@@ -360,9 +303,10 @@ class FactoredJacobian:
                 self._drop()
 
     def _add(self, weights: Tensor, release: bool, hooks: bool = True) -> None:
-        several = {self._place[id(p)] for derived in self._derived for p in derived.parameters}
+        # what comes in several parts is summed first: `.grad` gets it, and hooks run, once
+        several = {self._column[id(p)] for derived in self._derived for p in derived.parameters}
         sums: dict[int, Tensor] = {}
-        with torch.no_grad(), unmixed(self.parameters[0]):
+        with torch.no_grad(), without_autocast(self.parameters[0]):
             for k, grad in self._updates(weights, True, release):
                 if k not in several:
                     self._add_whole(k, grad, hooks)
@@ -389,7 +333,7 @@ class FactoredJacobian:
         self._check_usable()
         device = self.parameters[0].device
         out = torch.zeros(len(self.parameters), self.m, dtype=torch.float64, device=device)
-        with torch.no_grad(), unmixed(self.parameters[0]):
+        with torch.no_grad(), without_autocast(self.parameters[0]):
             through = self._through_derived()
             for k, mine in enumerate(self._uses):
                 size = unit(vectors[k])
@@ -397,7 +341,7 @@ class FactoredJacobian:
                 vector = vector / size.to(vector.dtype)  # whose products with tokens are in range
                 for use in (*mine, *through.get(k, ())):
                     part = use.wide().products(vector.reshape(use.plane)) * size.to(device)
-                    out[k].index_add_(0, placed(use.rows, device), part.to(device))
+                    out[k].index_add_(0, use.rows.on(device), part.to(device))
         return out
 
     @property
@@ -421,38 +365,10 @@ class FactoredJacobian:
         self._need_pairs("materialize")
         self._check_usable()
         rows = [p.new_zeros(self.m, p.numel()) for p in self.parameters]
-        with torch.no_grad(), unmixed(self.parameters[0]):
+        with torch.no_grad(), without_autocast(self.parameters[0]):
             through = self._through_derived()
             for k, mine in enumerate(self._uses):
                 parts = [*mine, *through.get(k, ())]
                 if parts:
                     rows[k] += dense_rows(parts, self.m).flatten(1)
         return torch.cat(rows, dim=1)
-
-
-def _key(uses: Sequence[RowsUse]) -> tuple:
-    """What rows of several parameters must have in common to be taken in one call."""
-    return uses[0].blocks.dtype, *(id(use.rows) for use in uses)
-
-
-class _Moved:
-    """Uses whose rows follow those of other Jacobians; what shared its rows still does."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-        self.known: dict[int, Tensor] = {}
-
-    def __call__(self, use: Use) -> Use:
-        if id(use.rows) not in self.known:
-            self.known[id(use.rows)] = use.rows + self.start
-        return use.select(slice(None), self.known[id(use.rows)])
-
-
-def _largest(uses: list[list[Use]]) -> int | None:
-    """The row that sums most samples; None where each has its own."""
-    longest = max((use for mine in uses for use in mine), key=lambda use: use.n, default=None)
-    if longest is None or longest.n < 2:
-        return None
-    counts = torch.bincount(longest.rows)
-    row = int(counts.argmax())
-    return row if int(counts[row]) > 1 else None

@@ -1,78 +1,59 @@
-"""What can be had of a meeting that no junction knows, by the operation's own backward."""
+"""What the slow way is taken for, and why."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
-from torch import Tensor
+Reason = Literal["no formula", "coupled", "opaque", "hook", "not linear"]
 
-from gradsurgery.capture.junctions import Shape, reduce_to
-from gradsurgery.capture.probe import call, may_keep, steady, unsteady
-from gradsurgery.capture.rules import ELEMENTWISE, base_name
-from gradsurgery.capture.trace import Meeting
-from gradsurgery.capture.uses import RowsUse
-from gradsurgery.errors import InputError
+WHY: dict[Reason, str] = {
+    "no formula": "there is no formula for {}",
+    "coupled": "{} computes across samples",
+    "opaque": "nothing is known of {}",
+    "hook": "it has a hook",
+    "not linear": (
+        "a hook or a Function on what is computed from them is not linear in its gradient"
+    ),
+}
+# where the operation itself is called for each row, and where a whole backward pass is
+CALLS = "so the rows are got one by one, exactly but slowly, and stored"
+PASSES = "so the rows are got by a backward pass each and stored"
 
 
-def spread(meeting: Meeting, grads: Sequence[Tensor | None], shape: Shape) -> RowsUse | None:
-    """A broadcast input of an operation on elements, by the operation's own backward.
+@dataclass(frozen=True)
+class Fallback:
+    """Parameters whose rows are got one at a time: exact, but slow, and stored.
 
-    None where it does not give the gradient as it was before the sum over what was broadcast.
+    Attributes:
+        operation: what autograd calls the operation, such as "EmbeddingBackward0", or a description
+            of the hook; "" where neither is known.
+        parameters: their names.
+        reason: "no formula", of the operation; "coupled", it computes across samples; "opaque", it
+            cannot be asked what it does; "hook", the parameters have hooks; "not linear", what is
+            computed from the parameters passes through a hook or a Function that is not.
     """
-    out = tuple(meeting.node._input_metadata[0].shape)
-    grad = grads[0]
-    if base_name(meeting.node) not in ELEMENTWISE or grad is None or meeting.whole is not None:
-        return None
-    layout = meeting.outs[0]
-    axis = layout.axis(out)
-    if axis is None:
-        return None
-    with torch.no_grad():
-        found = call(meeting.node, grads, summed=False)[meeting.k]
-        if found is None or found.shape != out:
-            return None
-        return RowsUse(reduce_to(found, axis, shape), layout.rows)
+
+    operation: str
+    parameters: tuple[str, ...]
+    reason: Reason
+
+    @property
+    def why(self) -> str:
+        """The reason in words."""
+        return WHY[self.reason].format(self.operation)
+
+    def of(self, names: Sequence[str]) -> "Fallback | None":
+        """The same of those of its parameters that have these names; None if there are none."""
+        mine = tuple(name for name in self.parameters if name in names)
+        return Fallback(self.operation, mine, self.reason) if mine else None
+
+    def __str__(self) -> str:
+        how = CALLS if self.reason in ("no formula", "not linear") else PASSES
+        text = f"{', '.join(self.parameters)}: {self.why}, {how}"
+        hint = compiled(self.operation) if self.reason == "no formula" else ""
+        return f"{text}.{hint}" if hint else text
 
 
-def apart(
-    meeting: Meeting, grad: Tensor | None, grads: Sequence[Tensor | None], shape: Shape
-) -> RowsUse:
-    """The rows of a gradient whose every element belongs to one row."""
-    like = next(g for g in grads if g is not None)
-    whole = meeting.whole
-    rows = [] if whole is None or grad is None else sorted(set(whole.rows.tolist()) - {-1})
-    if whole is None or grad is None or not rows:
-        return RowsUse(like.new_zeros(0, *shape), torch.zeros(0, dtype=torch.int64, device="cpu"))
-    ids = torch.tensor(rows, device="cpu")
-    if whole.constant:
-        return RowsUse(grad.detach().clone().unsqueeze(0), ids)
-    elements = whole.elements(shape).to(grad.device)
-    return RowsUse(torch.stack([grad.masked_fill(elements != row, 0) for row in rows]), ids)
-
-
-def one_by_one(meeting: Meeting, grads: Sequence[Tensor | None], shape: Shape) -> RowsUse:
-    """Each row's gradient by the operation's own backward, other rows' gradients set to zero."""
-    if meeting.whole is not None:  # one call for all
-        with torch.no_grad():
-            return apart(meeting, call(meeting.node, grads)[meeting.k], grads, shape)
-    metas = meeting.node._input_metadata
-    like = next(g for g in grads if g is not None)
-    rows = sorted({int(r) for o in meeting.outs.values() for r in o.rows.unique()} - {-1})
-    of = {
-        nr: layout.elements(tuple(metas[nr].shape)).to(like.device)
-        for nr, layout in meeting.outs.items()
-    }
-
-    def row(number: int) -> Tensor:
-        masked = [
-            None if g is None else g.masked_fill(of[nr] != number, 0) for nr, g in enumerate(grads)
-        ]
-        part = call(meeting.node, masked)[meeting.k]
-        return like.new_zeros(shape) if part is None else part.clone()
-
-    with torch.no_grad():
-        found = [row(number) for number in rows]
-        if found and may_keep(meeting.node) and not bool(steady(row(rows[0]), found[0])):
-            raise InputError(unsteady(meeting.node.name()))
-    if not found:
-        return RowsUse(like.new_zeros(0, *shape), torch.zeros(0, dtype=torch.int64, device="cpu"))
-    return RowsUse(torch.stack(found), torch.tensor(rows, device="cpu"))
+def compiled(operation: str) -> str:
+    """What to do where a compiler has fused the operation; "" for others."""
+    return " Call the compiled model inside the tape." if "CompiledFunction" in operation else ""

@@ -10,12 +10,14 @@ Place = tuple[Any, int]  # (node, output): a tensor of the forward pass, and its
 
 
 def roots(losses: Tensor) -> Place:
+    """The place of the losses, where the graph begins."""
     edge = torch.autograd.graph.get_gradient_edge(losses)
     return edge.node, edge.output_nr
 
 
 def ordered(root: Any) -> dict[Any, Sequence[Place]]:
     """All nodes under `root`, each before the nodes it gets its inputs from; and these."""
+    # depth first, by a stack of our own: graphs are deeper than Python recurses
     order: list[tuple[Any, Sequence[Place]]] = []
     following = root.next_functions  # each time it is asked for, it is made anew
     stack = [(root, following, iter(following))]

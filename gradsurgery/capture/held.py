@@ -9,9 +9,10 @@ from torch import Tensor
 
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.factored import FactoredJacobian
-from gradsurgery.capture.leaves import Derived, unmixed
+from gradsurgery.capture.leaves import Derived, without_autocast
 from gradsurgery.capture.ranges import SQUARES, in_range, within
-from gradsurgery.capture.uses import RowsUse, Use, occurring
+from gradsurgery.capture.row_numbers import RowNumbers, as_slice
+from gradsurgery.capture.uses import RowsUse, Use
 from gradsurgery.ops._inputs import wide
 
 Hold = Literal["auto", "pairs", "rows"]
@@ -28,6 +29,7 @@ def held(jacobian: FactoredJacobian, hold: Hold = "auto") -> FactoredJacobian:
     jacobian._check_usable()
     if hold == "pairs":
         return jacobian
+    # memory that two parameters' pairs need, as an input of two layers, is not freed by forming one
     sharers = Counter(
         storage
         for uses in (*jacobian._uses, *(_of_leaves(each) for each in jacobian._derived))
@@ -38,14 +40,14 @@ def held(jacobian: FactoredJacobian, hold: Hold = "auto") -> FactoredJacobian:
         pairs = sum(size / max(sharers[key], 1) for key, size in _storages(uses).items())
         return hold == "rows" or rows * values * _itemsize(uses) < pairs
 
-    with torch.no_grad(), unmixed(jacobian.parameters[0]):
+    with torch.no_grad(), without_autocast(jacobian.parameters[0]):
         kept, through = [], {}
         for derived in jacobian._derived:
             values = sum(parameter.numel() for parameter in derived.parameters)
             if not formed_is_smaller(_of_leaves(derived), jacobian.m, values):
                 kept.append(derived)
                 continue
-            ids = torch.arange(jacobian.m, device="cpu")
+            ids = RowNumbers(torch.arange(jacobian.m, device="cpu"))
             pairs = zip(derived.parameters, derived.rows(jacobian.m), strict=True)
             for parameter, rows in pairs:
                 through.setdefault(id(parameter), []).append(RowsUse(rows, ids))
@@ -73,7 +75,7 @@ class Sums:
     def add(self, jacobian: FactoredJacobian, weight: float) -> None:
         """The rows of another pass, times `weight`."""
         jacobian._check_usable()
-        with torch.no_grad(), unmixed(jacobian.parameters[0]):
+        with torch.no_grad(), without_autocast(jacobian.parameters[0]):
             through = jacobian._through_derived()
             for k, mine in enumerate(jacobian._uses):
                 uses = [use for use in (*through.pop(k, ()), *mine) if use.n]
@@ -84,6 +86,7 @@ class Sums:
         shape = self._like.parameters[k].shape
         for use in uses:
             total = self._totals[k]
+            # blocks in float64 where float32 would lose them; then the sums are, from there on
             fine = isinstance(use, RowsUse) or in_range(use)
             use = use.wide() if fine else use.double()
             like = wide(use.values[-1][:0])
@@ -91,7 +94,7 @@ class Sums:
                 grown = like.new_zeros(self.m, *shape)
                 total = self._totals[k] = grown if total is None else grown.add_(total)
             planes = total.view(self.m, *use.plane)
-            if self.m == 1:
+            if self.m == 1:  # all blocks are of one row: a weighted sum, without their planes
                 weights = torch.full((use.n,), weight, dtype=total.dtype, device=total.device)
                 use.combine(weights, planes[0])
             else:
@@ -101,7 +104,7 @@ class Sums:
 
     def jacobian(self) -> FactoredJacobian:
         """Of the sums. It holds them: nothing is to be added afterwards."""
-        ids = torch.arange(self.m, device="cpu")
+        ids = RowNumbers(torch.arange(self.m, device="cpu"))
         uses: list[list[Use]] = [
             [] if total is None else [RowsUse(total, ids)] for total in self._totals
         ]
@@ -113,14 +116,13 @@ def rows_of(jacobian: FactoredJacobian, first: int, count: int) -> FactoredJacob
     jacobian._check_usable()
     if (first, count) == (0, jacobian.m):
         return jacobian
-    known: dict[int, tuple[Tensor | slice, Tensor]] = {}
+    known: dict[int, tuple[Tensor | slice, RowNumbers]] = {}
 
     def part(use: Use) -> Use:
         if id(use.rows) not in known:
-            blocks = ((use.rows >= first) & (use.rows < first + count)).nonzero().flatten()
-            at, n = (int(blocks[0]) if len(blocks) else 0), len(blocks)
-            beside = torch.equal(blocks, torch.arange(at, at + n, device="cpu"))
-            known[id(use.rows)] = slice(at, at + n) if beside else blocks, use.rows[blocks] - first
+            rows = use.rows.tensor
+            blocks = ((rows >= first) & (rows < first + count)).nonzero().flatten()
+            known[id(use.rows)] = as_slice(blocks), RowNumbers(rows[blocks] - first)
         return use.select(*known[id(use.rows)])
 
     uses = [[part(use) for use in mine] for mine in jacobian._uses]
@@ -136,13 +138,21 @@ def _like(
     uses: list[list[Use]],
     derived: Sequence[Derived] = (),
 ) -> FactoredJacobian:
-    return FactoredJacobian(jacobian.names, jacobian.parameters, m, losses, uses, derived)
+    return FactoredJacobian(
+        jacobian.names,
+        jacobian.parameters,
+        m,
+        losses,
+        uses,
+        derived,
+        fallbacks=jacobian.fallbacks,
+    )
 
 
-def _formed(uses: Sequence[Use], rows: Tensor, shape: Sequence[int]) -> RowsUse:
+def _formed(uses: Sequence[Use], rows: RowNumbers, shape: Sequence[int]) -> RowsUse:
     """The rows themselves, in float64 where float32 would lose products of tokens."""
     best = [use.best() if isinstance(use, ConvolutionUse) else use for use in uses]
-    index = [torch.searchsorted(rows, use.rows) for use in uses]
+    index = [RowNumbers(torch.searchsorted(rows.tensor, use.rows.tensor)) for use in uses]
 
     def formed(parts: Sequence[Use]) -> Tensor:
         widest = max((use.values[-1] for use in parts), key=lambda tensor: tensor.dtype.itemsize)
@@ -160,10 +170,10 @@ def _formed(uses: Sequence[Use], rows: Tensor, shape: Sequence[int]) -> RowsUse:
     return RowsUse(out.view(len(rows), *shape), rows)
 
 
-def _occurring(uses: Sequence[Use]) -> Tensor:
+def _occurring(uses: Sequence[Use]) -> RowNumbers:
     if all(use.rows is uses[0].rows for use in uses):
-        return occurring(uses[0].rows)
-    return torch.cat([use.rows for use in uses]).unique()
+        return uses[0].rows.occurring
+    return RowNumbers(torch.cat([use.rows.tensor for use in uses]).unique())
 
 
 def _of_leaves(derived: Derived) -> list[Use]:

@@ -22,9 +22,9 @@ from torch.utils.hooks import BackwardHook, RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradsurgery.capture.graph import Place, ordered, roots
-from gradsurgery.capture.kept import Kept
 from gradsurgery.capture.layout import Layout
 from gradsurgery.capture.older import LiveHooks
+from gradsurgery.capture.snapshot import Snapshot
 from gradsurgery.errors import InputError
 
 Sampled = dict[Any, dict[int, Layout]]  # operations, losses first: the layouts of their outputs
@@ -63,6 +63,7 @@ class Clock(NamedTuple):
         """Whether a hook can be on any of these, in a graph made since then."""
         if _others() != self.handles:
             return True
+        # made before the clock was read, when a hook may have been put on it
         if any(node._sequence_nr() < self.nodes for node in nodes):
             return True
         return older_hooks.live()
@@ -72,11 +73,12 @@ older_hooks = LiveHooks(_others)
 _looked_at = WeakTensorKeyDictionary()  # by parameter: how many handles there were
 
 
-def check_accumulation(named: Mapping[str, nn.Parameter]) -> None:
+def refuse_unseen_accumulation(named: Mapping[str, nn.Parameter]) -> None:
     """Raise where a parameter's gradient is changed, or kept, where rows do not pass.
 
     Nodes that accumulate are looked at where a handle was made since they last were.
     """
+    # rows are taken before gradients are accumulated, so what happens there is not seen
     made = _others()
     for name, parameter in named.items():
         if hasattr(parameter, "main_grad"):
@@ -118,6 +120,7 @@ class Watch:
     def __init__(self, sampled: Sampled, root: Place, outputs: Tensor) -> None:
         self.sampled = sampled
         self.taken: dict[Any, Sequence[Tensor | None]] = {}
+        # what was given for each place, and sums of it from then: a hook may write to it later
         self._came: dict[Place, list[tuple[Tensor, Tensor]]] = {root: [(outputs, _sum(outputs))]}
         self._gave: dict[Any, Sequence[Tensor | None]] = {}
         self._before: dict[Any, Sequence[Callable]] = {}  # hooks of others on nodes
@@ -128,6 +131,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         for node in self.sampled:
             take, give = partial(self._take, node), partial(self._give, node)
+            # registered last, so they run last: prehooks see what other hooks made, and so do hooks
             for method, mine, others in (
                 (node.register_prehook, take, self._before),
                 (node.register_hook, give, self._after),
@@ -152,10 +156,10 @@ class Watch:
             if grad is not None and place[0] in self.sampled:
                 self._came.setdefault(place, []).append((grad, _sum(grad)))
 
-    def look(self, kept: Kept) -> None:
+    def look(self, snapshot: Snapshot) -> None:
         """Finds hooks; what was seen stays when what Functions keep is put back."""
         self.hooks = list(self._hooks())
-        self.taken = {node: kept.owned(grads) for node, grads in self.taken.items()}
+        self.taken = {node: snapshot.owned(grads) for node, grads in self.taken.items()}
 
     def _hooks(self) -> Iterator[Hook]:
         """Those that changed a gradient, losses first."""
@@ -184,6 +188,8 @@ def _sum(grad: Tensor) -> Tensor:
 
 def _changed(came: list[tuple[Tensor, Tensor]], grad: Tensor) -> bool:
     """Whether a gradient is no longer the sum of what came."""
+    # a single gradient is handed on as the tensor it is; several are summed by autograd, in an
+    # order that is not known, so they agree up to rounding
     first, before = came[0]
     if len(came) == 1:  # what a hook returned is another tensor, though its values be the same
         return grad is not first or not torch.equal(_sum(grad).nan_to_num(), before.nan_to_num())
@@ -202,7 +208,7 @@ class Difference(NamedTuple):
     nr: int
 
 
-def mixing(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> Difference | None:
+def coupling(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> Difference | None:
     """The first place where rows depend on others, from a pass of some rows alone.
 
     inside: of row numbers, whether the masked pass had them.
@@ -212,6 +218,8 @@ def mixing(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> Di
             whole, part = _at(full, node, nr), _at(masked, node, nr)
             if whole is None or part is None:
                 continue
+            # equal up to rounding, of the size of the largest value of the element's own row: rows
+            # may differ by many orders, and each must be right for itself
             rows = layout.elements(tuple(whole.shape)).to(whole.device)
             mine = inside(rows) & (rows >= 0)
             size = whole.abs()
@@ -249,6 +257,7 @@ def near(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype | Non
         size: the sums of these numbers without their signs.
         dtype: what they were rounded to, where that is coarser than theirs.
     """
+    # what overflowed when it was scaled says nothing about hooks
     known = expected.isfinite() & found.isfinite()
     if not bool(known.any()):
         return expected.numel() == 0
@@ -283,6 +292,7 @@ def culprit(watches: Sequence[Watch], difference: Difference, model: nn.Module) 
     sampled, hooks = watches[0].sampled, [hook for watch in watches for hook in watch.hooks]
     order = {node: k for k, node in enumerate(sampled)}
     last = order[difference.node]
+    # of the hooks above the difference the nearest: further up nothing differed
     above = [hook for hook in hooks if order[hook.node] <= last]
     above = [hook for hook in above if hook.node is not difference.node or hook.nr is not None]
     if not above:

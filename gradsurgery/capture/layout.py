@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.row_numbers import RowNumbers
+
 
 class Axis(NamedTuple):
     """Where samples lie: dimension `dim` counts [outer, samples, inner]."""
@@ -24,15 +26,15 @@ class Axis(NamedTuple):
 class Layout:
     """Element e, counted row-major, belongs to row rows[e // stride % len(rows)].
 
-    Views that keep the order of elements keep this; `rows` holds -1 where no loss depends on an
-    element.
+    So a view that keeps the order of elements, such as a reshape, keeps its layout. `rows` is the
+    tensor of `numbers`; -1 stands where no loss depends on an element.
     """
 
-    __slots__ = ("constant", "count", "rows", "stride")
+    __slots__ = ("constant", "count", "numbers", "rows", "stride")
 
-    def __init__(self, stride: int, rows: Tensor) -> None:
-        self.stride, self.rows = stride, rows
-        self.count = rows.shape[0]
+    def __init__(self, stride: int, numbers: RowNumbers) -> None:
+        self.stride, self.numbers, self.rows = stride, numbers, numbers.tensor
+        self.count = self.rows.shape[0]
         self.constant = self.count == 1  # all of the tensor belongs to one row
 
     def __repr__(self) -> str:
@@ -45,6 +47,7 @@ class Layout:
 
     def axis(self, shape: Sequence[int]) -> Axis | None:
         """The one dimension that the row depends on; None if it depends on several, or none."""
+        # the dimension in which the stride of the rows lies; a step of it is `suffix` elements
         n, suffix = self.count, 1
         if n == 1:
             return None
@@ -59,7 +62,7 @@ class Layout:
 
     def at(self, shape: Sequence[int], dim: int, axis: Axis) -> "Layout":
         """The same samples where dimension `dim` of another shape holds them."""
-        return Layout(axis.inner * math.prod(shape[dim + 1 :]), self.rows)
+        return Layout(axis.inner * math.prod(shape[dim + 1 :]), self.numbers)
 
     def along(self, shape: Sequence[int]) -> Tensor:
         """The row of each index along the sample dimension, [shape[dim]]."""
@@ -69,8 +72,8 @@ class Layout:
 
     def elements(self, shape: Sequence[int]) -> Tensor:
         """The row of every element, [*shape]."""
-        numbers = torch.arange(math.prod(shape), device="cpu")
-        return self.rows[numbers // self.stride % self.count].view(tuple(shape))
+        each = torch.arange(math.prod(shape), device="cpu")
+        return self.rows[each // self.stride % self.count].view(tuple(shape))
 
     def same(self, other: "Layout") -> bool:
         if self is other:
@@ -81,7 +84,7 @@ class Layout:
 
 
 def constant(row: int) -> Layout:
-    return Layout(1, torch.tensor([row], device="cpu"))
+    return Layout(1, RowNumbers(torch.tensor([row], device="cpu")))
 
 
 def listed(rows: Tensor, shape: Sequence[int], dim: int) -> Layout:
@@ -89,8 +92,8 @@ def listed(rows: Tensor, shape: Sequence[int], dim: int) -> Layout:
     if len(rows) == 0:
         return constant(0)
     if bool((rows == rows[0]).all()):
-        return Layout(1, rows[:1])
-    return Layout(math.prod(shape[dim + 1 :]), rows)
+        return Layout(1, RowNumbers(rows[:1]))
+    return Layout(math.prod(shape[dim + 1 :]), RowNumbers(rows))
 
 
 def merge(a: Layout, b: Layout, shape: Sequence[int]) -> Layout | None:
@@ -101,7 +104,9 @@ def merge(a: Layout, b: Layout, shape: Sequence[int]) -> Layout | None:
         if one.empty:
             return other
     if a.constant and b.constant:
-        return None
+        return None  # they are not the same, and neither is empty
+    # where both depend on one dimension, a number for each of its indices is enough; one for each
+    # element would cost as much as the tensor
     axes = [layout.axis(shape) for layout in (a, b)]
     dims = {axis.dim for axis in axes if axis is not None}
     if len(dims) == 1 and all(
@@ -131,10 +136,11 @@ def compress(elements: Tensor) -> Layout:
         return constant(0)
     if elements.dim() == 1:
         return listed(elements, shape, 0)
+    # the first dimension along which each slice is of one row
     for dim in range(elements.dim()):
         flat = elements.movedim(dim, 0).reshape(shape[dim], -1)
         rows = flat.amax(1) if flat.numel() else flat.new_full((shape[dim],), -1)
         if bool(((flat == rows[:, None]) | (flat < 0)).all()):
             return listed(rows, shape, dim)
     rows = elements.flatten()
-    return constant(int(rows)) if rows.numel() == 1 else Layout(1, rows)
+    return constant(int(rows)) if rows.numel() == 1 else Layout(1, RowNumbers(rows))

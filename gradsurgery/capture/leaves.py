@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradsurgery.capture.hooks import linear, near, scale_of
-from gradsurgery.capture.kept import as_before, functions
 from gradsurgery.capture.probe import steady, unsteady
 from gradsurgery.capture.ranges import in_range, unit
+from gradsurgery.capture.snapshot import as_before, functions
 from gradsurgery.capture.trace import Leaf, misused
-from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, placed, plane_of
+from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, plane_of
 from gradsurgery.capture.views import Simple
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
@@ -32,6 +32,8 @@ def oriented(use: Use, simple: Simple) -> Use | None:
         use = use.transposed()
     if simple.height is not None:
         use = Within(use, simple.start, simple.height)
+    # a view may have another first dimension. Blocks that exist are reshaped; others keep the
+    # leaf's plane, and are derived if the parameter has uses of another
     plane = plane_of(simple.parameter.shape)
     if use.plane[0] != plane[0] and isinstance(use, RowsUse):
         return use.viewed(plane)
@@ -75,12 +77,13 @@ class Derived:
         coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
         def back(grads: Sequence[Tensor], factor: float = 1) -> list[Tensor]:
-            found = asked._back(leaves, [self._placed(g * factor) for g in grads], False)
+            found = asked._back(leaves, [self._on_device(g * factor) for g in grads], False)
             return [
                 p.new_zeros(()) if g is None else g
                 for g, p in zip(found, self.parameters, strict=True)
             ]
 
+        # the same twice, first: what answers differently each time is refused, not called bent
         whole, scale = back(one), scale_of(dtypes)
         if not all(map(steady, whole, back(one))):
             names = {node.name() for leaf in leaves for node in functions([leaf.place[0]])}
@@ -91,11 +94,12 @@ class Derived:
             for a, b in zip(whole, back(one, factor=factor), strict=True)
         ):
             return False
+        # and a sum: a gradient over its norm, times another norm, passes the factors
         sums = back([a + b for a, b in zip(one, other, strict=True)])
         both = zip(whole, back(other), sums, strict=True)
         return all(near(c, a + b, a.abs() + b.abs(), coarsest) for a, b, c in both)
 
-    def _placed(self, grad: Tensor) -> Tensor:
+    def _on_device(self, grad: Tensor) -> Tensor:
         return grad.to(self.parameters[0].device)
 
     def of(self, parameters: Sequence[nn.Parameter]) -> "Derived":
@@ -109,6 +113,8 @@ class Derived:
     def rows(self, m: int) -> list[Tensor]:
         """[m, *p.shape] per parameter."""
         totals = [wide(p.new_zeros(m, *p.shape)) for p in self.parameters]
+        # a way that is bent takes all leaves' gradients at once, as a backward pass does. Else one
+        # leaf after another, so that rows of one only exist at a time
         groups = [self.leaves] if self.bent else [[each] for each in self.leaves]
         for group in groups:
             leaves = [leaf for leaf, _ in group]
@@ -120,7 +126,7 @@ class Derived:
 
     def combine(self, weights: Tensor, far: bool = False) -> list[Tensor | None]:
         """w^T J per parameter, each in memory of its own; `far` as for `Plane.update`."""
-        if self.bent:
+        if self.bent:  # the way back of a sum is not the sum of the ways back
             rows = self.rows(len(weights))
             sums = [torch.tensordot(weights.double(), row.double(), 1) for row in rows]
         else:
@@ -135,7 +141,7 @@ class Derived:
         """w^T J per leaf."""
         grads = []
         for leaf, uses in self.leaves:
-            mine = [weights[placed(use.rows, weights.device)] for use in uses]
+            mine = [weights[use.rows.on(weights.device)] for use in uses]
             precise = far and not all(map(in_range, uses, mine))
             out = wide(uses[0].values[-1][:0]).new_zeros(uses[0].plane)
             out = out.double() if precise else out
@@ -153,6 +159,8 @@ class Derived:
         if it is linear.
         """
         dtypes = [meta.dtype for meta in metas_of(leaves)]
+        # rows may be of 1e-30 or 1e30, which a leaf in 16 bits does not hold. A way back that is
+        # linear gives the same for what is scaled by a power of two
         scale = None
         if not self.bent and any(
             dtype == torch.float16 or dtype.itemsize < g.dtype.itemsize == 8
@@ -209,26 +217,27 @@ def vjps(
         vmapped: whether vmap may meet what else is on the way.
     """
     options = {"retain_graph": True, "allow_unused": True}
-    with as_before(nodes) as kept:
+    with as_before(nodes) as snapshot:
         if not batched:
-            return kept.owned(torch.autograd.grad(outputs, inputs, grads, **options))
+            return snapshot.owned(torch.autograd.grad(outputs, inputs, grads, **options))
         if vmapped and not nodes:
             try:
                 found = torch.autograd.grad(
                     outputs, inputs, grads, is_grads_batched=True, **options
                 )
-                return kept.owned(found)
+                return snapshot.owned(found)
             except RuntimeError:  # an operation that vmap cannot batch
                 pass
+        # one vector after another, each with what Functions keep as it was
         each = []
         for i in range(len(grads[0])):
-            kept.put_back()
+            snapshot.put_back()
             found = torch.autograd.grad(outputs, inputs, [g[i] for g in grads], **options)
-            each.append([None if g is None else g.to_dense() for g in kept.owned(found)])
+            each.append([None if g is None else g.to_dense() for g in snapshot.owned(found)])
         return [None if g[0] is None else torch.stack(g) for g in zip(*each, strict=True)]
 
 
-def unmixed(like: Tensor) -> AbstractContextManager:
+def without_autocast(like: Tensor) -> AbstractContextManager:
     """Every tensor is computed with in its own dtype, inside a user's autocast too."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

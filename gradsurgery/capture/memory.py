@@ -15,7 +15,7 @@ from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.paths import chunk
 from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.trace import Leaf
-from gradsurgery.capture.uses import HALVES, MatrixUse, numbers
+from gradsurgery.capture.uses import HALVES, MatrixUse
 from gradsurgery.ops._backend import native_available
 
 
@@ -81,6 +81,7 @@ def needed(
             jacobian = run(samples)
         counted.append((live.peak, live.now))
         del jacobian
+    # linear in the samples: what does not grow with them, and half the difference for each more
     passes, pairs = (
         int(two + (four - two) / 2 * (size - 2)) for two, four in zip(*counted, strict=True)
     )
@@ -98,6 +99,7 @@ def needed(
     )
     reached = below | {id(plane.parameter): plane.parameter for plane in planes}
     grads = sum(p.numel() * p.element_size() for p in reached.values() if p.grad is None)
+    # the higher of two moments: the Gramian is formed, or the update is added
     forming = kept, grams + rows + max(map(_forming, planes), default=0)
     adding = max(kept, grads), grams + max(map(_adding, planes), default=0)
     gradients, buffers = max(forming, adding, key=sum)
@@ -128,7 +130,7 @@ def _forming(plane: Plane) -> int:
     height, width = plane.uses[0].plane
     if plane.plan.path == "factored":  # the kernel packs both sides
         return copies + (values + tokens * (height + width)) * value
-    count = sum(len(numbers(use.rows).ids) for use in plane.uses) + 1
+    count = sum(len(use.rows.ids) for use in plane.uses) + 1
     slices = min(
         max(chunk(plane.parameter.device), count * min(height, width)), count * height * width
     )

@@ -34,7 +34,7 @@ def moments(uses: Sequence[Use] | None, row: int | None = None) -> dict[int, Ten
     """The sums of x xᵀ by the dimension that inputs run along; None if a use is no such product.
 
     [g, d, d] float64, of the g matrices that the parameter is, one below the other: the groups of a
-    convolution, or the rows of an embedding, d = 1 then, each multiplied by 1 where it is picked.
+    convolution, or the lines of an embedding, d = 1 then, each multiplied by 1 where it is picked.
     Both dimensions are there for a parameter used both ways, as a tied embedding is. `row`: over
     the blocks of one row of the Jacobian only.
     """
@@ -47,11 +47,12 @@ def stacked(uses: Sequence[Use] | None) -> dict[int, Tensor] | None:
     A singular value σ of these rows is an eigenvalue σ² of the moments, where rounding hides it
     below 1e-8 of the largest.
     """
-    return _total(uses, None, _same, joined)
+    return _total(uses, None, _same, stack)
 
 
-def joined(one: Tensor, other: Tensor) -> Tensor:
+def stack(one: Tensor, other: Tensor) -> Tensor:
     """Rows [g, r, d] of the moments of both, at most 2d of them."""
+    # R of a QR has the same moments as the rows, in d of them: wait for 2d, since each costs d^3
     rows = torch.cat([one.to(other.device), other], -2)
     r, d = rows.shape[-2:]
     if d == 1:
@@ -66,7 +67,7 @@ def _total(
         return None
     total: dict[int, Tensor] | None = {}
     for use in uses:
-        part = use if row is None else use.select((use.rows == row).nonzero().flatten())
+        part = use if row is None else use.select((use.rows.tensor == row).nonzero().flatten())
         total = added(total, _of(part, made, put), put)
     return total
 
@@ -95,14 +96,15 @@ def _gram(inputs: Tensor) -> Tensor:
 
 
 def _same(inputs: Tensor) -> Tensor:
-    return joined(inputs[:, :0], inputs)
+    return stack(inputs[:, :0], inputs)
 
 
 def _of(use: Use, made: _Made, put: _Put) -> dict[int, Tensor] | None:
-    if isinstance(use, Within):  # some rows of a taller parameter: inputs are alike for all
+    if isinstance(use, Within):  # some lines of a taller parameter: inputs are the same for all
         inner = _of(use.inner, made, put)
         return inner if inner is not None and _ungrouped(inner) else None
     if isinstance(use, EmbeddingUse):
+        # an index is a one-hot input: x x^T is diagonal, and counts how often a line was picked
         counts = use.counts().double().view(-1, 1, 1)
         return {0: counts if made is _gram else counts.sqrt()}
     if isinstance(use, ConvolutionUse):

@@ -48,6 +48,8 @@ class LiveHooks:
 
 
 def _found() -> list[Any]:
+    # any OrderedDict with numbers for keys and functions for values may be one; those of modules,
+    # optimizers and leaves are known by their owners
     every = gc.get_objects()
     hooks = [each for each in every if type(each) is OrderedDict and _are_hooks(each)]
     if not hooks:

@@ -1,4 +1,7 @@
-"""The ways to the Gramian of one parameter's rows, [m, m] float64. None stores the rows."""
+"""The ways to the Gramian of one parameter's rows, [m, m] float64.
+
+None forms rows that do not exist, but for slices of them.
+"""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -6,7 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, joined, numbers, placed
+from gradsurgery.capture.row_numbers import RowNumbers, index_of
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use
 from gradsurgery.ops._inputs import wide
 from gradsurgery.ops.formed_gramian import formed_gramian
 from gradsurgery.ops.gramian import gramian_of_parts, gramian_unchecked
@@ -22,47 +26,37 @@ def chunk(device: torch.device) -> int:
     return _CHUNK.get(device.type, _CHUNK["cpu"])
 
 
-def to_rows(blocks: Tensor, rows: Tensor, m: int) -> Tensor:
+def to_rows(blocks: Tensor, rows: RowNumbers, m: int) -> Tensor:
     """Sums [n, n] over the blocks of each row, [m, m]."""
-    if rows.shape[0] == m and numbers(rows).distinct:
+    if len(rows) == m and rows.distinct:
         return blocks
-    rows = placed(rows, blocks.device)
-    half = blocks.new_zeros(m, len(rows)).index_add_(0, rows, blocks)
-    return blocks.new_zeros(m, m).index_add_(1, rows, half)
-
-
-def numbered(uses: Sequence[Use]) -> tuple[Tensor, list[Tensor]]:
-    """The rows that occur, sorted [R], and where in them each use's blocks belong."""
-    if not uses:
-        return torch.zeros(0, dtype=torch.int64, device="cpu"), []
-    if all(use.rows is uses[0].rows for use in uses):
-        known = numbers(uses[0].rows)
-        ids = uses[0].rows if known.distinct else known.ids  # whose numbers are known
-        return ids, [known.where] * len(uses)
-    ids = torch.cat([use.rows for use in uses]).unique()
-    return ids, [torch.searchsorted(ids, use.rows) for use in uses]
+    index = rows.on(blocks.device)
+    half = blocks.new_zeros(m, len(index)).index_add_(0, index, blocks)
+    return blocks.new_zeros(m, m).index_add_(1, index, half)
 
 
 def direct(
-    uses: Sequence[Use], m: int, group: tuple[Tensor, Tensor] | None, metric: Tensor | None
+    uses: Sequence[Use], m: int, group: tuple[RowNumbers, Tensor] | None, metric: Tensor | None
 ) -> Tensor:
     """Forms slices of all rows' planes, multiplies them, drops them.
 
     `group`: a row that sums many samples, [1], and its plane [H, W].
     """
-    ids, index = numbered(uses)
-    rows = ids if group is None else joined(ids, group[0])
+    ids, index = index_of([use.rows for use in uses])
+    rows = ids if group is None else ids.join(group[0])
     kept = None if group is None else group[1]
     matrices = [use for use in uses if isinstance(use, MatrixUse) and use.left.dim() == 3]
     if metric is None and 0 < len(matrices) == len(uses):
         left, right = [use.left for use in matrices], [use.right for use in matrices]
-        return to_rows(formed_gramian(left, right, index, len(ids), kept), rows, m)
+        positions = [each.tensor for each in index]
+        return to_rows(formed_gramian(left, right, positions, len(ids), kept), rows, m)
     like = wide((uses[0].values[-1] if kept is None else kept)[:0])
     height, width = uses[0].plane if kept is None else kept.shape
     count = len(rows)
     total = torch.zeros(count, count, dtype=torch.float64, device=like.device)
     if height == 0 or width == 0 or count == 0:
         return torch.zeros(m, m, dtype=torch.float64, device=like.device)
+    # as many lines at a time as fit the buffer for all rows, cut where each use can be cut
     grain = max([use.grain for use in uses], default=1)
     step = max(1, chunk(like.device) // max(1, count * width * grain)) * grain
     buffer = like.new_empty(count * min(step, height) * width)
@@ -70,12 +64,13 @@ def direct(
         hi = min(lo + step, height)
         out = buffer[: count * (hi - lo) * width].view(count, hi - lo, width)
         own = out[: len(ids)]
+        # the first use writes, so that the buffer need not be cleared; the others add
         for k, (use, where) in enumerate(zip(uses, index, strict=True)):
             (use.add_rows if k else use.write_rows)(own, where, lo, hi)
         if kept is not None:
             out[-1] = kept[lo:hi]
         if metric is not None:
-            out *= metric[lo:hi].sqrt()
+            out *= metric[lo:hi].sqrt()  # on both sides of the product, so once in all
         total += gramian_unchecked([out.view(count, -1)])
     return to_rows(total, rows, m)
 
@@ -83,7 +78,7 @@ def direct(
 def factored(
     uses: Sequence[MatrixUse | EmbeddingUse],
     m: int,
-    group: tuple[Tensor, Tensor] | None = None,
+    group: tuple[RowNumbers, Tensor] | None = None,
     summed: Sequence[MatrixUse | EmbeddingUse] = (),
 ) -> Tensor:
     """Products of tokens on either side of the plane: <G_i, G_j> = sum_tu (l_t l_u) (r_t r_u).
@@ -96,6 +91,8 @@ def factored(
     if len(uses) == 1 and group is None:
         return to_rows(pairs_of(uses[0]), uses[0].rows, m)
     like = group[1] if group is not None else uses[0].values[-1]
+    # a line for each block of all uses, in order, and for the group's row last; the lines of one
+    # row are added up at the end
     size = n + (group is not None)
     total = torch.zeros(size, size, dtype=torch.float64, device=like.device)
     starts = list(accumulate((use.n for use in uses), initial=0))
@@ -117,7 +114,7 @@ def factored(
         total[-1, :-1] = total[:-1, -1]
         total[-1, -1] = gramian_unchecked([group[1].reshape(1, -1)])[0, 0]
         rows.append(group[0])
-    return to_rows(total, joined(*rows), m)
+    return to_rows(total, rows[0].join(*rows[1:]), m)
 
 
 def pairs_of(
@@ -162,21 +159,21 @@ def _sides(use: MatrixUse | EmbeddingUse) -> tuple[Tensor, Tensor]:
 
 def merged(uses: Sequence[MatrixUse | EmbeddingUse]) -> list[MatrixUse | EmbeddingUse]:
     """Uses with equally many tokens in a block as one."""
-    alike: dict[tuple, list[MatrixUse | EmbeddingUse]] = {}
+    by_shape: dict[tuple, list[MatrixUse | EmbeddingUse]] = {}
     for use in uses:
-        alike.setdefault((type(use), use.tokens, use.values[0].dim()), []).append(use)
-    return [group[0] if len(group) == 1 else _together(group) for group in alike.values()]
+        by_shape.setdefault((type(use), use.tokens, use.values[0].dim()), []).append(use)
+    return [group[0] if len(group) == 1 else _together(group) for group in by_shape.values()]
 
 
 def _together(uses: Sequence[MatrixUse | EmbeddingUse]) -> MatrixUse | EmbeddingUse:
     left, right = (torch.cat(sides) for sides in zip(*map(_sides, uses), strict=True))
-    rows = torch.cat([use.rows for use in uses])
+    rows = RowNumbers(torch.cat([use.rows.tensor for use in uses]))
     if isinstance(uses[0], MatrixUse):
         return MatrixUse(left, right, rows)
     return EmbeddingUse(left, right, rows, uses[0].plane[0])
 
 
-def alike(uses: Sequence[RowsUse]) -> bool:
+def same_dtype(uses: Sequence[RowsUse]) -> bool:
     """Whether a kernel takes them as they are."""
     return all(use.blocks.dtype == uses[0].blocks.dtype for use in uses)
 
@@ -185,14 +182,16 @@ def existing(planes: Sequence[Sequence[RowsUse]], m: int) -> Tensor:
     """Rows of several parameters that came in the same parts."""
     parts = list(zip(*planes, strict=True))
     gram = gramian_of_parts([[use.flat for use in part] for part in parts])
-    return to_rows(gram, joined(*(part[0].rows for part in parts)), m)
+    rows = [part[0].rows for part in parts]
+    return to_rows(gram, rows[0].join(*rows[1:]), m)
 
 
 def stored(uses: Sequence[RowsUse], m: int, metric: Tensor | None) -> Tensor:
     """Rows that exist anyway."""
-    if metric is None and sum(use.n for use in uses) <= 2 * m and alike(uses):
+    if metric is None and sum(use.n for use in uses) <= 2 * m and same_dtype(uses):
         return existing([uses], m)
-    ids, index = numbered(uses)
+    ids, index = index_of([use.rows for use in uses])
+    # one block for each row, in one tensor: products of many would grow with the square of them
     blocks = uses[0].blocks.new_zeros(len(ids), *uses[0].plane)
     for use, where in zip(uses, index, strict=True):
         use.add_rows(blocks, where, 0, use.plane[0])
@@ -202,18 +201,21 @@ def stored(uses: Sequence[RowsUse], m: int, metric: Tensor | None) -> Tensor:
 
 
 def embedded(
-    uses: Sequence[EmbeddingUse], m: int, group: tuple[Tensor, Tensor] | None, metric: Tensor | None
+    uses: Sequence[EmbeddingUse],
+    m: int,
+    group: tuple[RowNumbers, Tensor] | None,
+    metric: Tensor | None,
 ) -> Tensor:
-    """Only over the rows of the parameter that some token picked."""
-    numbers = torch.cat([use.indices.flatten() for use in uses]).unique()
-    numbers = numbers[numbers >= 0]
-    compact = [use.compact(numbers) for use in uses]
+    """As `direct`, over the lines of the parameter that some token picked."""
+    picked = torch.cat([use.indices.flatten() for use in uses]).unique()
+    picked = picked[picked >= 0]
+    compact = [use.compact(picked) for use in uses]
+    part = None if metric is None else metric[picked]
     if group is None:
-        return direct(compact, m, None, None if metric is None else metric[numbers])
-    picked = (group[0], group[1][numbers])
-    total = direct(compact, m, picked, None if metric is None else metric[numbers])
-    # what the summed row has elsewhere meets no other row
+        return direct(compact, m, None, part)
+    total = direct(compact, m, (group[0], group[1][picked]), part)
+    # what the kept plane has in other lines meets no other row
     whole = group[1] if metric is None else group[1] * metric.sqrt()
-    row = int(group[0])
+    row = int(group[0].tensor)
     total[row, row] = gramian_unchecked([whole.reshape(1, -1)])[0, 0]
     return total

@@ -10,32 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.convolution import ConvolutionUse
-from gradsurgery.capture.paths import alike, direct, embedded, factored, stored
+from gradsurgery.capture.paths import direct, embedded, factored, same_dtype, stored
 from gradsurgery.capture.planner import Plan, Work, plan
-from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, sizes, within
-from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, numbers, placed, scale
+from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, magnitudes, within
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, scale
 from gradsurgery.ops._inputs import wide
 
 FORMED_ON = {"cuda"}  # where `_formed` pays: a CPU launches nothing
 
 
 class Plane:
-    """A parameter and all that it did to the samples.
+    """One parameter, seen as a plane [H, W], and the uses that hold its rows.
 
     Where many samples are summed into one row, `group`, that row's gradient is formed once, as an
-    ordinary weight gradient, and ends in `.grad`. Where it came as such, from a backward pass of
-    its own, it is the plane that is kept.
+    ordinary weight gradient, and ends in `.grad`: the kept plane. Where the row came as such, from
+    a backward pass of its own, that use is `whole`, and its block is the kept plane.
     """
 
     def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
         uses = [use for use in uses if use.n] or uses[:1]  # kernels take no empty ones
-        self.parameter, self.uses = parameter, _of_one_plane(_formed(uses))
+        self.parameter, self.uses = parameter, _like_the_others(_formed(uses))
         self.whole = _whole(self.uses)
-        self.group = group if self.whole is None else int(self.whole.rows)
+        self.group = group if self.whole is None else int(self.whole.rows.tensor)
         self.kept: Tensor | None = None  # [H, W], the row `group`
+        # rows that all exist are multiplied as they are: nothing to plan
         self.plan = None if all(isinstance(use, RowsUse) for use in self.uses) else self._plan()
 
     def _plan(self) -> Plan:
+        # blocks of different uses differ in tokens; they count as so many of the longest
         longest = 1
         # tokens of rows of their own and of `group`, of products and of embeddings
         counts = {False: [0, 0], True: [0, 0]}
@@ -44,7 +47,7 @@ class Plane:
                 continue
             tokens = use.tokens if isinstance(use, (MatrixUse, ConvolutionUse, EmbeddingUse)) else 1
             longest = max(longest, tokens)
-            inside = len(_apart(use.rows, self.group)[1]) if self.group is not None else 0
+            inside = len(use.rows.split(self.group)[1].rows) if self.group is not None else 0
             count = counts[isinstance(use, EmbeddingUse)]
             count[0] += (use.n - inside) * tokens
             count[1] += inside * tokens
@@ -65,8 +68,8 @@ class Plane:
             return self.uses, []
         own, summed = [], []
         for use in self.uses:
-            outside, inside = _apart(use.rows, self.group)
-            for into, (blocks, rows) in ((own, outside.selection), (summed, inside.selection)):
+            outside, inside = use.rows.split(self.group)
+            for into, (blocks, rows) in ((own, outside), (summed, inside)):
                 if len(rows):
                     into.append(use.select(blocks, rows))
         return own, summed
@@ -77,29 +80,32 @@ class Plane:
         out = out.double() if precise else out
         for k, use in enumerate(uses):
             use = use.double() if precise else use.wide()
-            use.combine(weights[placed(use.rows, weights.device)], out, beta=1 if k else 0)
+            use.combine(weights[use.rows.on(weights.device)], out, beta=1 if k else 0)
         return out
 
     def group_plane(self) -> Tensor:
+        """The kept plane, [H, W]; formed when it is first asked for."""
         if self.kept is None and self.whole is not None:
             self.kept = wide(self.whole.blocks).reshape(self.whole.plane).contiguous()
         if self.kept is None:
             assert self.group is not None
+            # all blocks of that row count once; weights are looked up by row, so up to its number
             ones = torch.ones(self.group + 1, device=self.parameter.device)
             self.kept = self._combined(self.parts[1], ones)
         return self.kept
 
-    def _group(self, precise: bool) -> tuple[Tensor, Tensor] | None:
+    def _group(self, precise: bool) -> tuple[RowNumbers, Tensor] | None:
         if self.group is None or not self.parts[1]:
             return None
         kept = self.group_plane()
-        return numbers(self.parts[1][0].rows).ids, kept.double() if precise else kept
+        # as the paths take it: its number as that of one block, and its plane
+        return self.parts[1][0].rows.ids, kept.double() if precise else kept
 
     @property
     def rows(self) -> list[RowsUse]:
         """The rows, where they exist and a kernel takes them as they are."""
         uses = [use for use in self.uses if isinstance(use, RowsUse)]
-        return uses if len(uses) == len(self.uses) and alike(uses) else []
+        return uses if len(uses) == len(self.uses) and same_dtype(uses) else []
 
     def gramian(self, m: int, metric: Tensor | None, precise: bool = False) -> Tensor:
         """[m, m] float64; `precise` multiplies in float64, too."""
@@ -113,9 +119,11 @@ class Plane:
             return torch.zeros(m, m, dtype=torch.float64, device=self.parameter.device)
         own, summed = (list(map(ready, part)) for part in self.parts)
         group = self._group(precise)
+        # a metric weighs elements of planes, which products of tokens never see
         if self.plan.path == "factored" and metric is None:
             tokens = summed if self.plan.cross == "tokens" else ()
             return factored(_products(own), m, group, _products(tokens))
+        # lines of an embedding's table that no token picked are zero: they are left out
         if own and all(isinstance(use, EmbeddingUse) for use in own):
             return embedded([cast(EmbeddingUse, use) for use in own], m, group, metric)
         own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
@@ -139,6 +147,7 @@ class Plane:
         rows = None if bounds is None else ~within(squares, bounds)
         if rows is None or not bool(rows.any()):
             return gram
+        # norms out of range are a sign only: the tokens themselves say if values were lost
         lost = not bool(squares.isfinite().all()) or self._lost(rows, metric is not None)
         return self.gramian(m, metric, precise=True) if lost else gram
 
@@ -146,15 +155,15 @@ class Plane:
         """Whether some rows, of those marked in [m], have values that float32 lost, or any."""
         kept = self.group if self.parts[1] else None
         for use in self.uses:
-            mine = rows[use.rows].nonzero().flatten()
+            mine = rows[use.rows.tensor].nonzero().flatten()
             if len(mine) == 0:
                 continue
             part = use.select(mine)
             exists = isinstance(use, RowsUse) or (
-                kept is not None and bool((part.rows == kept).any())
+                kept is not None and bool((part.rows.tensor == kept).any())
             )
             if exists or any_value:  # a plane that exists was multiplied with two sides' tokens
-                if any(bool((size != 0).any()) for size in sizes(part)):
+                if any(bool((size != 0).any()) for size in magnitudes(part)):
                     return True
             elif not all(in_range(tokens) for tokens in _products([part])):
                 return True
@@ -169,7 +178,7 @@ class Plane:
         if not self.uses[0].n:
             return torch.zeros_like(self.parameter.detach())
         if far and not all(
-            in_range(use, weights[placed(use.rows, weights.device)]) for use in self.uses
+            in_range(use, weights[use.rows.on(weights.device)]) for use in self.uses
         ):
             out = self._combined(self.uses, weights, precise=True)
             return out.view(self.parameter.shape).to(self.parameter.dtype)
@@ -179,6 +188,8 @@ class Plane:
             out = self._combined(self.uses, weights)
         else:
             mine = self.whole is None or self.kept.dtype != self.whole.blocks.dtype
+            # the plane becomes `.grad` without a copy. That which came from a pass may be another
+            # Jacobian's too, so it is given away only if nothing is asked of this one again
             give = release or (add and mine)
             out = self.kept if give else self.kept.clone()
             if give:
@@ -189,7 +200,7 @@ class Plane:
             else:
                 beta = float(weights[self.group])
             for use in self.parts[0]:
-                use.wide().combine(weights[placed(use.rows, weights.device)], out, beta)
+                use.wide().combine(weights[use.rows.on(weights.device)], out, beta)
                 beta = 1
             scale(out, beta)
         return out.view(self.parameter.shape).to(self.parameter.dtype)
@@ -232,7 +243,7 @@ def _formed(uses: list[Use]) -> list[Use]:
     return [use.formed() if isinstance(use, MatrixUse) else use.wide() for use in uses]
 
 
-def _of_one_plane(uses: list[Use]) -> list[Use]:
+def _like_the_others(uses: list[Use]) -> list[Use]:
     """Rows that exist are seen as planes of the others' height and width."""
     plane = next((use.plane for use in uses if not isinstance(use, RowsUse)), None)
     if plane is None or all(use.plane == plane for use in uses):
@@ -245,31 +256,9 @@ def _whole(uses: Sequence[Use]) -> RowsUse | None:
     found = [use for use in uses if isinstance(use, RowsUse)]
     if len(found) != 1 or found[0].n != 1 or len(uses) == 1:
         return None
-    row = found[0].rows
+    row = found[0].rows.tensor
     beside = [use for use in uses if use is not found[0]]
-    return None if any(bool((use.rows == row).any()) for use in beside) else found[0]
-
-
-class _Side:
-    """Some blocks of a use: a slice where they are neighbours."""
-
-    def __init__(self, rows: Tensor, blocks: Tensor) -> None:
-        self.rows = rows[blocks]
-        start, n = (int(blocks[0]) if len(blocks) else 0), len(blocks)
-        neighbours = bool((blocks == torch.arange(start, start + n, device="cpu")).all())
-        self.selection = (slice(start, start + n) if neighbours else blocks), self.rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def _apart(rows: Tensor, group: int) -> tuple[_Side, _Side]:
-    """Blocks of other rows and of `group`; kept with `rows`, which most uses share."""
-    known = numbers(rows).apart
-    if group not in known:
-        inside = rows == group
-        known[group] = tuple(_Side(rows, mask.nonzero().flatten()) for mask in (~inside, inside))
-    return known[group]
+    return None if any(bool((use.rows.tensor == row).any()) for use in beside) else found[0]
 
 
 def _are_products(uses: Sequence[Use], device: str) -> bool:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.kept import as_before, is_function
+from gradsurgery.capture.carriers import SHARED, Answer, Shape
 from gradsurgery.capture.layout import Layout, compress, constant
 from gradsurgery.capture.recomputed import read_again
-from gradsurgery.capture.rules import SHARED, Answer, Shape
+from gradsurgery.capture.snapshot import as_before, is_function
 from gradsurgery.errors import InputError, NonFiniteError
 
 
@@ -22,11 +22,11 @@ def call(node: Any, grads: Sequence[Tensor | None], *, summed: bool = True) -> l
     They are as autograd hands them on, but dense; `summed` over what was broadcast. What the node
     keeps is afterwards what it was.
     """
-    read_again([node])
+    read_again([node])  # a checkpoint gives what it recomputes to one reader only
     if is_function(node):
         with as_before([node]), _drawn_again(grads):
             found = [None if g is None else g.clone() for g in _applied(node, grads)]
-    elif hasattr(node, "apply"):
+    elif hasattr(node, "apply"):  # torch's own, written in Python
         found = _applied(node, grads)
     else:
         answer = node(*grads)
@@ -79,9 +79,16 @@ def probe(
     """The layouts that the operation's own backward shows, for any operation.
 
     An element of an input's gradient that depends on one row only is the same whether the other
-    rows' gradients are there or not, and zero without that row's. Rows are told apart by the bits
-    of their numbers, one call for each; two where the operation is somebody's own and may not be
-    linear, and then for large and small gradients too.
+    rows' gradients are there or not, and zero without that row's. Which row it is shows from one
+    call for each bit of the row numbers, in which only rows with that bit have gradients: so 1000
+    rows take 10 calls. Two for each bit, and all again for large and small gradients, where the
+    operation is somebody's own and may not be linear.
+
+    Args:
+        node: of the operation.
+        outs: the layouts of its outputs that losses depend on.
+        ins: the shapes of its inputs; None for those that nobody asks about.
+        count: one more than the largest row.
 
     Raises:
         InputError: a backward that does not answer the same when it is asked again.
@@ -91,9 +98,11 @@ def probe(
         question = _answered(node, outs)
         answers = _layouts(node, question, ins, count)
         if may_keep(node):
+            # one that counts its calls or draws numbers gives other answers, which show nothing
             again = call(node, question.grads)
             if not all(steady(a, b) for a, b in zip(again, question.answers, strict=True)):
                 raise InputError(unsteady(node.name()))
+            # one that clips is linear for gradients below its bound, and has rows meet above it
             for size in (scale_of(node), 1 / scale_of(node)):
                 other = _asked_with(node, outs, size)
                 if all(g is None or bool(g.isfinite().all()) for g in other.answers):
@@ -119,7 +128,9 @@ def _layouts(
     rows = [
         torch.zeros(() if g is None else g.shape, dtype=torch.int64, device="cpu") for g in whole
     ]
-    separate = [g is not None for g in whole]
+    separate = [g is not None for g in whole]  # inputs in which, so far, no two rows meet
+    # what is not there with a bit must be there without it. torch's own operations are linear, so
+    # for those that follows from the sum
     values = (1, 0) if may_keep(node) else (1,)
     for bit, value in product(range(max(1, math.ceil(math.log2(max(count, 2))))), values):
         masked = [
@@ -131,10 +142,12 @@ def _layouts(
             if not separate[k] or ins[k] is None or full is None or finite is None:
                 continue
             part = torch.zeros_like(full) if part is None else part
+            # all of an element, or nothing: anything between comes from several rows
             there = same(part, full)
             separate[k] = bool((there | (part == 0) | ~finite).all())
             mine = (there & (full != 0)).cpu()
             if value:
+                # its row's number has this bit
                 rows[k] |= mine.long() << bit
             elif separate[k]:  # those without the bit, which the question before did not show
                 has = (rows[k] >> bit) & 1 == 1
@@ -186,6 +199,7 @@ def _asked_with(node: Any, outs: dict[int, Layout], size: float) -> _Question:
             continue
         shape = tuple(meta.shape)
         numbers = layout.elements(shape).to(meta.device)
+        # rarely near 0, where an element that depends on a row would look as if it did not
         grad = torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0
         if meta.dtype.is_complex:
             other = torch.randn(shape, generator=generator, dtype=torch.float64) + 3.0
@@ -200,6 +214,7 @@ def _asked_with(node: Any, outs: dict[int, Layout], size: float) -> _Question:
 def _answered(node: Any, outs: dict[int, Layout]) -> _Question:
     """Asked with gradients as large as can be answered: 16 bits overflow soon."""
     first = None
+    # the first size at which nothing overflows; if there is none, the first of all
     for size in (1.0, 2.0**-8, 2.0**-16):
         question = _asked_with(node, outs, size)
         first = first or question

@@ -12,25 +12,28 @@ SQUARES = 2.0**-60, 2.0**60
 # and with a metric, which multiplies planes that exist: what of those is lost is far smaller
 SCALED = 2.0**-200, 2.0**200
 VALUES = 2.0**-50, 2.0**50  # of tokens: four of them, multiplied, are in range
-WEIGHTS = 2.0**-24, 2.0**24  # of rows: values of 1e-30 and 1e30, times these, are
+WEIGHTS = 2.0**-24, 2.0**24  # of rows: float32 holds values of 1e-30 and 1e30 times these
 # powers of two that a backward pass may lie apart from 1, for its gradients to stay in range
 PASSES = {torch.float16: 10, torch.float64: 500}
 PASS = 60
 
 
 def within(sizes: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Where; NaN is not."""
+    """Where sizes are within bounds; NaN is not."""
     return (sizes >= bounds[0]) & (sizes <= bounds[1])
 
 
 def in_range(use: Use, weights: Tensor | None = None) -> bool:
-    """Whether products of its tokens are, or their sum times `weights` [n]; zeros always are."""
+    """Whether products of a use's tokens are in range, or their sum times `weights` [n].
+
+    Tokens that are zero always are.
+    """
     scales = []
     if weights is not None:
         scales = [weights.double().abs()]
         if not bool((within(scales[0], (2.0**-100, 2.0**100)) | (scales[0] == 0)).all()):
             return False
-    for size in sizes(use):
+    for size in magnitudes(use):
         scaled = [size * scale.to(size.device)[:, None] for scale in scales]
         for each in (size, *scaled):
             if not bool((within(each, VALUES) | (each == 0)).all()):
@@ -38,10 +41,10 @@ def in_range(use: Use, weights: Tensor | None = None) -> bool:
     return True
 
 
-def sizes(use: Use) -> list[Tensor]:
+def magnitudes(use: Use) -> list[Tensor]:
     """The largest value of each token, [n, tokens] float64 per side; 0 where it adds nothing."""
     if isinstance(use, Within):
-        return sizes(use.inner)
+        return magnitudes(use.inner)
     if any(tensor.numel() == 0 for tensor in use.values):
         return []
     if isinstance(use, MatrixUse):
@@ -68,13 +71,14 @@ def unit(tensors: Tensor, rows: bool = False) -> Tensor:
     return torch.where(known, largest.double(), 1).log2().floor().exp2()
 
 
-def apart(weights: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, float]]:
+def scaled_parts(weights: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, float]]:
     """Weights [m] as sums of scale * part, each part in reach of a backward pass in `dtype`."""
     reach = PASSES.get(dtype, PASS)
     size = weights.abs()
     used = size > 0
     if bool((within(size, (2.0**-reach, 2.0**reach)) | ~used).all()):
         return [(weights, 1.0)]
+    # sorted into parts by exponent, the largest weights first; divided by a power of two, exactly
     exponent = torch.where(used, size, 1).log2().floor()
     highest = float(exponent[used].max())
     which = ((highest - exponent) // reach).where(used, -1)

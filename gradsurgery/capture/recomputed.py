@@ -43,6 +43,7 @@ def recomputed_once() -> Iterator[None]:
             yield
     finally:
         _holders.reset(token)
+        # as it was, so that nothing recomputed outlives the pass
         for holder, handles in known:
             holder.handles = handles
 

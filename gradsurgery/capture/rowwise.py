@@ -1,80 +1,104 @@
 """Parameters whose rows are got one by one, by a backward pass for each row."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.capture.descent import Mixed
+from gradsurgery.capture.carriers import OPAQUE
+from gradsurgery.capture.descent import CoupledByHook
+from gradsurgery.capture.fallback import Fallback, Reason, compiled
 from gradsurgery.capture.graph import ordered, roots, under
 from gradsurgery.capture.hooks import linear, near, scale_of
-from gradsurgery.capture.kept import Kept, as_before, functions
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.probe import steady, unsteady
-from gradsurgery.capture.rules import OPAQUE
-from gradsurgery.capture.trace import Leaf, Mixing
-from gradsurgery.capture.uses import RowsUse, Use, occurring
-from gradsurgery.errors import InputError
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.snapshot import Snapshot, as_before, functions
+from gradsurgery.capture.trace import Coupling, Leaf
+from gradsurgery.capture.uses import RowsUse, Use
+from gradsurgery.errors import CoupledSamplesError, InputError
 
 if TYPE_CHECKING:
     from gradsurgery.capture.tape import Tape
 
 
 class Rowwise:
-    """Which parameters, and why: `reasons` by their places."""
+    """Which parameters, by their columns, and why: `reasons`."""
 
     def __init__(self, owner: "Tape") -> None:
         self.owner = owner
-        self.reasons: dict[int, str] = {}
-        self._place = {id(p): k for k, p in enumerate(owner.parameters)}
+        self.reasons: dict[int, tuple[str, Reason]] = {}  # operation, and what it does
+        self._column = {id(p): k for k, p in enumerate(owner.parameters)}
 
     def has(self, leaf: Leaf) -> bool:
         return bool(self.reasons) and any(
-            self._place.get(id(p)) in self.reasons for p in leaf.below[1]
+            self._column.get(id(p)) in self.reasons for p in leaf.below[1]
         )
 
-    def coupled(self, mixing: Mixing, parameters: Iterable[nn.Parameter]) -> None:
+    def hooked(self, k: int) -> None:
+        """Parameter k has a hook, which may do anything to a sum of rows."""
+        self.reasons.setdefault(k, ("", "hook"))
+
+    def couple(self, coupling: Coupling, parameters: Iterable[nn.Parameter]) -> None:
         """Refuses what is below operations that have rows meet, or has its rows got one by one."""
-        mine = sorted({self._place[id(p)] for p in parameters if id(p) in self._place})
+        mine = sorted({self._column[id(p)] for p in parameters if id(p) in self._column})
         if not mine:
             return
-        names = ", ".join(self.owner.names[k] for k in mine)
-        operations, why = mixing
+        names = [self.owner.names[k] for k in mine]
+        operations, why = coupling
         if self.owner.coupled == "refuse" and why == OPAQUE:
             raise InputError(
                 f"{operations} cannot be asked which of the losses use which of its inputs, so "
-                f"the losses have no rows in what is below it: {names}.{compiled(operations)} "
+                f"the losses have no rows in what is below it: {', '.join(names)}."
+                f"{compiled(operations)} "
                 "Use another operation, or ask for gs.tape(model, coupled='exact')"
             )
         if self.owner.coupled == "refuse":
-            raise InputError(
-                f"{operations} computes across samples{_modules(self.owner.model, operations)}, so "
-                f"the losses have no rows of their own in what is below it: {names}. Call "
-                "model.eval(), use another operation, or ask for gs.tape(model, coupled='exact')"
+            modules = _modules(self.owner.model, operations)
+            told = f" ({', '.join(map(str, modules))} in training mode)" if modules else ""
+            raise CoupledSamplesError(
+                f"{operations} computes across samples{told}, so the losses have no rows of their "
+                f"own in what is below it: {', '.join(names)}. Call model.eval(), use another "
+                "operation, or ask for gs.tape(model, coupled='exact')",
+                operations,
+                names,
+                [module.name for module in modules],
             )
-        known = "nothing is known of {}" if why == OPAQUE else "{} computes across samples"
-        self.reasons.update(dict.fromkeys(mine, known.format(operations)))
+        reason: Reason = "opaque" if why == OPAQUE else "coupled"
+        self.reasons.update(dict.fromkeys(mine, (operations, reason)))
 
-    def mixed(self, mixed: Mixed) -> list[int]:
-        """The same of a hook; the places of the parameters below."""
-        parameters = {id(p) for node in mixed.nodes for p in under((node, 0))[1]}
-        mine = sorted(self._place[p] for p in parameters & set(self._place))
-        names = ", ".join(self.owner.names[k] for k in mine)
+    def couple_by_hook(self, hook: CoupledByHook) -> list[int]:
+        """The same of a hook; the columns of the parameters below."""
+        parameters = {id(p) for node in hook.nodes for p in under((node, 0))[1]}
+        mine = sorted(self._column[p] for p in parameters & set(self._column))
+        names = [self.owner.names[k] for k in mine]
         if self.owner.coupled == "refuse":
-            raise InputError(
-                f"{mixed.name} computes across samples, or answers differently each time, so the "
-                f"losses have no rows of their own in what is below it: {names}. Have it work "
-                "sample by sample, or ask for gs.tape(model, coupled='exact')"
+            raise CoupledSamplesError(
+                f"{hook.name} computes across samples, or answers differently each time, so the "
+                f"losses have no rows of their own in what is below it: {', '.join(names)}. Have "
+                "it work sample by sample, or ask for gs.tape(model, coupled='exact')",
+                hook.name,
+                names,
             )
-        self.reasons.update(dict.fromkeys(mine, f"{mixed.name} computes across samples"))
+        self.reasons.update(dict.fromkeys(mine, (hook.name, "coupled")))
         return mine
 
-    def spread(self, leaves: Iterable[Leaf]) -> None:
-        """A tensor has all the parameters it is computed from got one by one, or none."""
+    def fallbacks(self) -> list[Fallback]:
+        """One for each reason."""
+        names: dict[tuple[str, Reason], list[str]] = {}
+        for k in sorted(self.reasons):
+            names.setdefault(self.reasons[k], []).append(self.owner.names[k])
+        return [
+            Fallback(operation, tuple(mine), reason) for (operation, reason), mine in names.items()
+        ]
+
+    def complete(self, leaves: Iterable[Leaf]) -> None:
+        """Adds parameters, until every leaf has all that it is computed from here, or none."""
         if not self.reasons:
             return
-        mine = [{self._place[id(p)] for p in x.below[1] if id(p) in self._place} for x in leaves]
+        # until nothing changes: a parameter that joins may be below other leaves too
+        mine = [{self._column[id(p)] for p in x.below[1] if id(p) in self._column} for x in leaves]
         more = True
         while more:
             more = False
@@ -86,16 +110,17 @@ class Rowwise:
                     more = True
 
     def rows(
-        self, losses: Tensor, rows: Tensor, start: Kept | None
+        self, losses: Tensor, rows: RowNumbers, start: Snapshot | None
     ) -> Iterator[tuple[int, RowsUse | None]]:
         """Exact rows of each parameter; None where no loss depends on it.
 
         start: what Functions kept before any pass.
         """
-        ks, ids = sorted(self.reasons), occurring(rows)
-        vectors = (rows == ids[:, None]).to(losses.dtype).to(losses.device)
+        ks, ids = sorted(self.reasons), rows.occurring
+        vectors = (rows.tensor == ids.tensor[:, None]).to(losses.dtype).to(losses.device)
         vectors = vectors.view(len(ids), *losses.shape)
         nodes = functions([roots(losses)[0]])
+        # passes before this one may have changed what Functions keep; each row finds it as at first
         with as_before(nodes):
             if start is not None:
                 start.put_back()
@@ -104,7 +129,9 @@ class Rowwise:
             every = [n for n in ordered(roots(losses)[0]) if not hasattr(n, "variable")]
             hooked = any(p._backward_hooks for p in parameters)
             vmapped = not (hooked or self.owner.clock.may_be_hooked(every))
+            # all rows in one call: a batch of vectors, each 1 for the losses of its row
             grads = vjps([losses], parameters, [vectors], True, nodes, vmapped)
+            # what is somebody's own may answer differently each time; then no row is right
             if nodes or not vmapped:
                 if start is not None:
                     start.put_back()
@@ -125,11 +152,6 @@ class Rowwise:
             if uses[k]:
                 (rows,) = uses[k][0].values
                 yield self.owner.names[k], self.owner.parameters[k], rows.sum(0), rows.abs().sum(0)
-
-    def warning(self) -> str:
-        why = sorted(set(self.reasons.values()))
-        names = ", ".join(self.owner.names[k] for k in sorted(self.reasons))
-        return f"{names}: {'; '.join(why)}, so the rows are got by a backward pass each and stored"
 
 
 def hooks_are_linear(parameter: nn.Parameter) -> bool:
@@ -155,18 +177,21 @@ def hooks_are_linear(parameter: nn.Parameter) -> bool:
         )
 
 
-def compiled(operations: str) -> str:
-    return " Call the compiled model inside the tape." if "CompiledFunction" in operations else ""
+class _Module(NamedTuple):
+    name: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind})"
 
 
-def _modules(model: nn.Module, operation: str) -> str:
-    """Which modules an operation is likely to be, for the message."""
-    if "BatchNorm" not in operation:
-        return ""
-    names = [
-        f"{name or 'model'} ({type(module).__name__})"
+def _modules(model: nn.Module, operations: str) -> list[_Module]:
+    """Batch norms that use the statistics of their batch, where the operations are theirs."""
+    if "BatchNorm" not in operations:
+        return []
+    return [
+        _Module(name or "model", type(module).__name__)
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         and (module.training or not module.track_running_stats)
     ]
-    return f" ({', '.join(names)} in training mode)" if names else ""

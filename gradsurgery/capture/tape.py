@@ -9,22 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.batch import trainable
+from gradsurgery.capture.collector import Collector
 from gradsurgery.capture.factored import FactoredJacobian
-from gradsurgery.capture.found import Found
 from gradsurgery.capture.graph import roots, under
-from gradsurgery.capture.hooks import Clock, check_accumulation
-from gradsurgery.capture.leaves import unmixed
+from gradsurgery.capture.hooks import Clock, refuse_unseen_accumulation
+from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.recomputed import refusal
+from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.trace import misused
-from gradsurgery.capture.uses import Use, numbers
+from gradsurgery.capture.uses import Use
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.ops._inputs import DTYPES, check
+from gradsurgery.ops._inputs import DTYPES
+from gradsurgery.ops._inputs import check as require
 
 NO_ROWS = (
     "losses do not depend on the model's parameters: they were detached, computed under "
     "torch.no_grad or by another model, such as a copy, or every parameter is frozen"
 )
+
+
+class NoRowsError(InputError):
+    """The losses depend on no parameter of the model."""
 
 
 class Tape:
@@ -40,7 +46,7 @@ class Tape:
         self.model, self.coupled, self.own = model, coupled, len(named)
         columns = {**named, **(outside or {})}
         self.names, self.parameters = list(columns), list(columns.values())
-        self.clock = Clock.now()
+        self.clock = Clock.now()  # hooks made from here on may be on the graph to come
         self.summed = False  # whether rows will be added to those of other tapes
 
     def jacobian(
@@ -64,28 +70,30 @@ class Tape:
             retain_graph: keep the graph for another backward pass, as in `Tensor.backward`.
 
         Raises:
-            InputError: losses that do not depend on the parameters; samples that depend on each
-                other (unless the tape was made with coupled="exact").
+            InputError: losses that do not depend on the parameters.
+            CoupledSamplesError: samples that depend on each other, unless the tape was made with
+                coupled="exact"; it says by which operation, and what parameters are below.
+            NonFiniteError: a loss with NaN or infinity.
         """
-        check(
+        require(
             combine in ("stored", "backward"),
             f"combine must be 'stored' or 'backward', got {combine!r}",
         )
         rows = self._rows(losses, groups)
-        check(
+        require(
             not torch.is_inference_mode_enabled(),
             "tape.jacobian: torch.inference_mode() is on, where there is no backward pass",
         )
-        known = numbers(rows)
-        m = int(known.ids[-1]) + 1 if rows.numel() else 0
-        flat, into = losses.detach().flatten(), rows
-        if known.some_none:
-            flat, into = flat[rows >= 0], rows[rows >= 0]
+        m = int(rows.ids.tensor[-1]) + 1 if len(rows) else 0
+        # the losses of the rows, summed in float64 over their groups
+        flat, into = losses.detach().flatten(), rows.tensor
+        if rows.some_none:
+            flat, into = flat[into >= 0], into[into >= 0]
         wide = flat.new_zeros(m, dtype=torch.float64)
         wide.index_add_(0, into.to(flat.device), flat.double())
         summed = wide.to(flat.dtype)
         uses: list[list[Use]] = [[] for _ in self.parameters]
-        found, kept = Found(self, losses, uses), None
+        collector, snapshot = Collector(self, losses, uses), None
         if m > 0:
             if not bool(summed.isfinite().all()):
                 summed = wide  # the sum of finite losses may leave their dtype's range
@@ -94,8 +102,8 @@ class Tape:
                     value = float(wide[bad[0]])
                     raise NonFiniteError(f"losses: row {bad[0]} is not finite: {value}")
             try:
-                with unmixed(losses), self._accumulating_nothing():
-                    kept = found.run(rows, retain_graph, weighted=combine == "backward")
+                with without_autocast(losses), self._accumulating_nothing():
+                    snapshot = collector.run(rows, retain_graph, weighted=combine == "backward")
             except InputError:
                 raise
             except Exception as error:
@@ -103,22 +111,32 @@ class Tape:
                 if why is None:
                     raise
                 raise InputError(why) from error
-            check(any(uses[: self.own]) or self.reaches(losses), NO_ROWS)
-        graph = Graph(losses, rows, kept) if combine == "backward" else None
+            if not any(uses[: self.own]) and not self.reaches(losses):
+                raise NoRowsError(NO_ROWS)
+        graph = Graph(losses, rows.tensor, snapshot) if combine == "backward" else None
         return FactoredJacobian(
-            list(self.names), list(self.parameters), m, summed, uses, found.derived, graph
+            list(self.names),
+            list(self.parameters),
+            m,
+            summed,
+            uses,
+            collector.derived,
+            graph,
+            collector.fallbacks,
         )
 
     @contextmanager
     def _accumulating_nothing(self) -> Iterator[None]:
         """A Function that runs a backward pass of its own inside of its backward is refused."""
+        # autograd.grad accumulates nothing: if there is a `.grad` after it, a backward pass inside
+        # of the pass made it
         before = [parameter.grad for parameter in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
         try:
             yield
             for name, parameter in zip(self.names, self.parameters, strict=True):
-                check(
+                require(
                     parameter.grad is None,
                     f"a torch.autograd.Function adds to .grad of {name} in a backward pass of its "
                     "own, as reentrant checkpoints do, so its rows are not seen: use "
@@ -133,24 +151,23 @@ class Tape:
         own = {id(parameter) for parameter in self.parameters[: self.own]}
         return any(id(parameter) in own for parameter in under(roots(losses))[1])
 
-    def _rows(self, losses: Tensor, groups: Tensor | None) -> Tensor:
-        check(isinstance(losses, Tensor), f"losses must be a Tensor, got {type(losses).__name__}")
-        check(losses.is_floating_point(), f"losses must be floating point, got {losses.dtype}")
-        check(
-            losses.requires_grad or losses.numel() == 0,
-            NO_ROWS,
-        )
+    def _rows(self, losses: Tensor, groups: Tensor | None) -> RowNumbers:
+        require(isinstance(losses, Tensor), f"losses must be a Tensor, got {type(losses).__name__}")
+        require(losses.is_floating_point(), f"losses must be floating point, got {losses.dtype}")
+        if not losses.requires_grad and losses.numel() > 0:
+            raise NoRowsError(NO_ROWS)
         if groups is None:
-            return torch.arange(losses.numel(), device="cpu")
-        check(isinstance(groups, Tensor), f"groups must be a Tensor, got {type(groups).__name__}")
-        check(groups.dtype == torch.int64, f"groups must be int64, got {groups.dtype}")
-        check(
+            return RowNumbers(torch.arange(losses.numel(), device="cpu"))
+        require(isinstance(groups, Tensor), f"groups must be a Tensor, got {type(groups).__name__}")
+        require(groups.dtype == torch.int64, f"groups must be int64, got {groups.dtype}")
+        require(
             groups.shape == losses.shape,
             f"groups must be {list(losses.shape)} like losses, got {list(groups.shape)}",
         )
         lowest = int(groups.min()) if groups.numel() else 0
-        check(lowest >= -1, f"groups must be -1 or rows, got {lowest}")
-        return groups.detach().flatten().cpu().clone()  # whoever made them may go on writing
+        require(lowest >= -1, f"groups must be -1 or rows, got {lowest}")
+        # a copy: whoever made them may go on writing
+        return RowNumbers(groups.detach().flatten().cpu().clone())
 
 
 @contextmanager
@@ -175,13 +192,13 @@ def tape(
         outside: parameters that are not the model's, by name, such as learned weights of losses:
             more columns, after the model's.
     """
-    check(isinstance(model, nn.Module), f"model must be a Module, got {type(model).__name__}")
-    check(coupled in ("refuse", "exact"), f"coupled must be 'refuse' or 'exact', got {coupled!r}")
+    require(isinstance(model, nn.Module), f"model must be a Module, got {type(model).__name__}")
+    require(coupled in ("refuse", "exact"), f"coupled must be 'refuse' or 'exact', got {coupled!r}")
     named = trainable(model, parameters)
     for name, parameter in {**named, **(outside or {})}.items():
         if parameter.dtype not in DTYPES:
             raise InputError(f"parameter {name} must be floating point, got {parameter.dtype}")
-    check_accumulation({**named, **(outside or {})})
+    refuse_unseen_accumulation({**named, **(outside or {})})
     recorder = Tape(model, named, coupled, outside)
     # whoever compiled a model has imported the compiler; nobody else should wait for that
     compiles = "torch._dynamo" in sys.modules

@@ -7,20 +7,21 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gradsurgery.capture.carriers import CARRIERS, COUPLED, MANY, OPAQUE, base_name
 from gradsurgery.capture.graph import Place, ordered, under
-from gradsurgery.capture.kept import is_function
 from gradsurgery.capture.layout import Layout, constant, merge
 from gradsurgery.capture.probe import probe
-from gradsurgery.capture.rules import COUPLED, MANY, OPAQUE, RULES, base_name
+from gradsurgery.capture.snapshot import is_function
 from gradsurgery.capture.views import resolve, shape_of
 from gradsurgery.errors import InputError
 
 
 @dataclass
-class Meeting:
-    """An operation `node` whose input k is shared by the rows that its outputs belong to.
+class Junction:
+    """Input k of the operation `node`, which is shared by all rows that its outputs belong to.
 
-    `whole`: the rows of the input's elements where this meeting alone does not mix them.
+    `outs`: the layouts of those outputs that losses depend on, by their numbers.
+    `whole`: of the input, where this operation alone keeps the rows apart in it; None elsewhere.
     """
 
     node: Any
@@ -35,7 +36,7 @@ class Leaf:
 
     place: Place
     shape: tuple[int, ...]
-    meetings: list[Meeting]
+    junctions: list[Junction]
     coupled: bool = False  # rows meet in it without being summed in a parameter
     opaque: bool = False  # nothing is known of the rows in it
 
@@ -45,20 +46,20 @@ class Leaf:
         return under(self.place)
 
 
-class Mixing(NamedTuple):
+class Coupling(NamedTuple):
     """Operations that have rows meet."""
 
     operations: str
     why: str  # COUPLED or OPAQUE
 
 
-class Direct(NamedTuple):
+class Unshared(NamedTuple):
     """A parameter whose every element belongs to one row."""
 
     parameter: nn.Parameter
     place: Place
     layout: Layout
-    meetings: list[Meeting]
+    junctions: list[Junction]
 
 
 @dataclass
@@ -66,30 +67,36 @@ class Trace:
     """What a walk found."""
 
     leaves: list[Leaf] = field(default_factory=list)
-    direct: list[Direct] = field(default_factory=list)
+    unshared: list[Unshared] = field(default_factory=list)
     # operations that samples went through, losses first, and the layouts of their outputs
     sampled: dict[Any, dict[int, Layout]] = field(default_factory=dict)
-    # why some parameters have no rows of their own: which parameters
-    mixed: dict[Mixing, list[nn.Parameter]] = field(default_factory=dict)
+    # parameters below operations that have rows meet: they have no rows of their own
+    coupled: dict[Coupling, list[nn.Parameter]] = field(default_factory=dict)
 
     @property
     def scattered(self) -> bool:
-        """Rows meet a leaf from several dimensions at once: no junction knows that."""
+        """Rows meet a leaf from several dimensions at once: no formula knows that."""
         return any(
-            layout.axis(shape_of((meeting.node, nr))) is None and not layout.constant
+            layout.axis(shape_of((junction.node, nr))) is None and not layout.constant
             for leaf in self.leaves
-            for meeting in leaf.meetings
-            for nr, layout in meeting.outs.items()
+            for junction in leaf.junctions
+            for nr, layout in junction.outs.items()
         )
 
 
 def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], count: int) -> Trace:
-    """Follow `layout`, that of the losses, down to the parameters.
+    """Follow a layout from the losses down to the parameters, operation by operation.
 
-    Parameters below an operation that couples samples are left to `Trace.mixed`.
+    Args:
+        place: of the losses.
+        layout: theirs.
+        parameters: those that rows are wanted of.
+        count: one more than the largest row.
     """
     wanted = {id(p) for p in parameters}
     order = ordered(place[0])
+    # what has a wanted parameter below it. Nothing else needs a layout, such as frozen layers that
+    # are first in the model
     useful: set[Any] = set()
     variables: dict[Any, nn.Parameter] = {}  # nodes that accumulate
     for node, following in reversed(order.items()):
@@ -102,8 +109,10 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
         elif any(child in useful for child, _ in following):
             useful.add(node)
 
-    found = Trace()
-    arrivals: dict[Place, list[tuple[Meeting | None, Layout | str]]] = {place: [(None, layout)]}
+    traced = Trace()
+    # what each consumer of a tensor says of the tensor's rows. `order` has every node after all
+    # that consume its outputs, so when a node's turn comes its arrivals are complete
+    arrivals: dict[Place, list[tuple[Junction | None, Layout | str]]] = {place: [(None, layout)]}
     shapes: dict[Any, Sequence[tuple[int, ...]]] = {}
     for node in useful:
         variable = variables.get(node)
@@ -124,19 +133,23 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
             continue
         variable = variables.get(node)
         outs: dict[int, Layout] = {}
-        came: list[Meeting] = []
+        came: list[Junction] = []
         for nr, shape in enumerate(shapes[node]):
             arrived = arrivals.pop((node, nr), None)
             if arrived is None:
                 continue
             whole = _agreed([answer for _, answer in arrived], shape)
             if whole is None and variable is None:
+                # Functions were taken at their word; before rows are said to meet, they are asked
                 arrived = [_not_assumed(each, shapes, useful, count) for each in arrived]
                 whole = _agreed([answer for _, answer in arrived], shape)
-            came = [meeting for meeting, _ in arrived if meeting is not None]
+            came = [junction for junction, _ in arrived if junction is not None]
             if whole is not None and not (whole.constant and _own(arrived, (node, nr))):
+                # every element belongs to one row: an activation, and the walk goes on below it
                 outs[nr] = whole
             else:
+                # rows share the tensor: the walk ends in a leaf, if what is below is parameters
+                # alone, which _set_aside_coupled looks at when all is known
                 answers = [answer for _, answer in arrived]
                 # parts of samples that meet again: unless it is a parameter used row by row
                 crossed = all(isinstance(a, Layout) for a in answers) and not all(
@@ -144,35 +157,36 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
                 )
                 coupled = variable is None and (COUPLED in answers or crossed)
                 opaque = OPAQUE in answers
-                found.leaves.append(Leaf((node, nr), shape, came, coupled or opaque, opaque))
+                traced.leaves.append(Leaf((node, nr), shape, came, coupled or opaque, opaque))
         if not outs:
             continue
         if variable is not None:
-            found.direct.append(Direct(variable, (node, 0), outs[0], came))
+            traced.unshared.append(Unshared(variable, (node, 0), outs[0], came))
             continue
-        found.sampled[node] = outs
+        traced.sampled[node] = outs
         ins = [shapes[child][nr] if child in useful else None for child, nr in following]
         for k, answer in enumerate(answers_of(node, outs, shapes[node], ins, count)):
             if isinstance(answer, Layout) and answer.empty:
-                continue
+                continue  # the operation drops this input: no loss depends on it here
             if ins[k] is not None and answer is not None:
                 child, nr = following[k]
-                meeting = Meeting(node, k, outs, answer if isinstance(answer, Layout) else None)
-                arrivals.setdefault((child, nr), []).append((meeting, answer))
-    _set_apart_coupled(found)
-    _share_direct(found)
-    return found
+                junction = Junction(node, k, outs, answer if isinstance(answer, Layout) else None)
+                arrivals.setdefault((child, nr), []).append((junction, answer))
+    _set_aside_coupled(traced)
+    _share_again(traced)
+    return traced
 
 
-def _own(arrived: list[tuple[Meeting | None, Layout | str]], place: Place) -> bool:
-    """A view of a parameter, met by one row only: the meeting has it as any other has."""
+def _own(arrived: list[tuple[Junction | None, Layout | str]], place: Place) -> bool:
+    """A view of a parameter, met by one row only: the junction has it as any other has."""
     return resolve(place) is not None and all(
-        meeting is not None and all(layout.constant for layout in meeting.outs.values())
-        for meeting, _ in arrived
+        junction is not None and all(layout.constant for layout in junction.outs.values())
+        for junction, _ in arrived
     )
 
 
 def _agreed(answers: list[Layout | str], shape: tuple[int, ...]) -> Layout | None:
+    """The one layout that all consumers of a tensor can agree on; None where rows meet in it."""
     whole: Layout | None = None
     for answer in answers:
         if not isinstance(answer, Layout):
@@ -190,12 +204,12 @@ def answers_of(
     ins: list[tuple[int, ...] | None],
     count: int,
 ) -> list[Layout | str | None]:
-    """Rule first; the operation itself where there is none or it does not know."""
+    """Of the carrier; of the operation itself where there is none or it does not know."""
     name = base_name(node)
-    rule = RULES.get(name) if set(outs) == {0} or name in MANY else None
+    carrier = CARRIERS.get(name) if set(outs) == {0} or name in MANY else None
     answers: list[Layout | str | None] = [None] * len(ins)
-    if rule is not None:
-        answers = (list(rule(node, outs, shapes, ins)) + answers)[: len(ins)]
+    if carrier is not None:
+        answers = (list(carrier(node, outs, shapes, ins)) + answers)[: len(ins)]
     if any(s is not None and a is None for s, a in zip(ins, answers, strict=True)):
         row = _assumed(node, outs)
         asked = [row] * len(ins) if row is not None else _asked(node, outs, ins, count)
@@ -215,27 +229,28 @@ def _assumed(node: Any, outs: dict[int, Layout]) -> Layout | None:
 
 
 def _not_assumed(
-    arrived: tuple["Meeting | None", Layout | str],
+    arrived: tuple["Junction | None", Layout | str],
     shapes: dict[Any, Sequence[tuple[int, ...]]],
     useful: set[Any],
     count: int,
-) -> tuple["Meeting | None", Layout | str]:
+) -> tuple["Junction | None", Layout | str]:
     """Where rows seem to meet, a Function is asked all the same: it may use one sample of many."""
-    meeting, _ = arrived
-    if meeting is None or _assumed(meeting.node, meeting.outs) is None:
+    junction, _ = arrived
+    if junction is None or _assumed(junction.node, junction.outs) is None:
         return arrived
     ins = [
-        shapes[child][nr] if child in useful else None for child, nr in meeting.node.next_functions
+        shapes[child][nr] if child in useful else None for child, nr in junction.node.next_functions
     ]
-    asked = _asked(meeting.node, meeting.outs, ins, count)[meeting.k]
+    asked = _asked(junction.node, junction.outs, ins, count)[junction.k]
     if not isinstance(asked, Layout):
         return arrived
-    return Meeting(meeting.node, meeting.k, meeting.outs, asked), asked
+    return Junction(junction.node, junction.k, junction.outs, asked), asked
 
 
 def _asked(
     node: Any, outs: dict[int, Layout], ins: list[tuple[int, ...] | None], count: int
 ) -> list[Layout | str | None]:
+    """As `probe`; OPAQUE where the operation's backward cannot be called by itself."""
     try:
         return probe(node, outs, ins, count)
     except InputError:
@@ -261,25 +276,26 @@ def misused(error: Exception) -> str | None:
     return None
 
 
-def _set_apart_coupled(found: Trace) -> None:
+def _set_aside_coupled(traced: Trace) -> None:
     """A tensor that rows share, computed from what belongs to single rows, couples the rows."""
-    kept = []
-    for leaf in found.leaves:
+    leaves = []
+    for leaf in traced.leaves:
         nodes, parameters = leaf.below
-        if not leaf.coupled and nodes.isdisjoint(found.sampled):
-            kept.append(leaf)
+        # samples below it as well as above: it is no leaf, rows meet in an activation
+        if not leaf.coupled and nodes.isdisjoint(traced.sampled):
+            leaves.append(leaf)
             continue
-        operations = sorted({meeting.node.name() for meeting in leaf.meetings})
+        operations = sorted({junction.node.name() for junction in leaf.junctions})
         why = OPAQUE if leaf.opaque else COUPLED
-        found.mixed.setdefault(Mixing(", ".join(operations), why), []).extend(parameters)
-    found.leaves = kept
+        traced.coupled.setdefault(Coupling(", ".join(operations), why), []).extend(parameters)
+    traced.leaves = leaves
 
 
-def _share_direct(found: Trace) -> None:
+def _share_again(traced: Trace) -> None:
     """A parameter that a leaf is computed from too is met like any other, use by use."""
-    below = {node for leaf in found.leaves for node in leaf.below[0]}
-    shared = [direct for direct in found.direct if direct.place[0] in below]
-    found.direct = [direct for direct in found.direct if direct.place[0] not in below]
-    found.leaves += [
-        Leaf(direct.place, tuple(direct.parameter.shape), direct.meetings) for direct in shared
+    below = {node for leaf in traced.leaves for node in leaf.below[0]}
+    shared = [each for each in traced.unshared if each.place[0] in below]
+    traced.unshared = [each for each in traced.unshared if each.place[0] not in below]
+    traced.leaves += [
+        Leaf(each.place, tuple(each.parameter.shape), each.junctions) for each in shared
     ]

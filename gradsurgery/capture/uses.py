@@ -1,87 +1,38 @@
-"""What one meeting of a parameter with samples keeps: enough to form each block's gradient.
+"""Uses: what is kept of one junction, enough to form each block of the gradient.
 
-A use has n blocks, each the part of one row: G_k, k = 0 .. n-1. They are seen as planes [H, W],
-H the first dimension of the parameter, W all others. No use stores its planes, unless they are
-smaller than activations.
+A use has n blocks, each a part of one row: G_k, k = 0 .. n-1. They are seen as planes [H, W],
+H the first dimension of the parameter, W all others. Only a `RowsUse` stores its planes: those of
+small parameters, of a row that came from a pass of its own, or of a fallback.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.ops._backend import backend_of
 from gradsurgery.ops._inputs import wide
 from gradsurgery.ops.combine_tokens import combine_tokens
 from gradsurgery.ops.formed_gramian import SMALL
 
 
-class Numbers(NamedTuple):
-    """Which rows some blocks belong to."""
-
-    ids: Tensor  # [R] those that occur, sorted; -1 first, where some blocks belong to none
-    where: Tensor  # [n] the place in `ids` of each block
-    distinct: bool  # every block has a row of its own, in order
-    some_none: bool  # -1 occurs
-    apart: dict  # by one row: its blocks and the others
-    joined: dict  # by other rows: these and those
-    placed: dict  # by device: the rows there
-
-
-def numbers(rows: Tensor) -> Numbers:
-    """Kept with `rows`, which most uses of a Jacobian share."""
-    known = vars(rows).get("_numbers")
-    if known is None:
-        ids, index = rows.unique(return_inverse=True)
-        distinct = torch.equal(index, torch.arange(len(ids), device="cpu"))
-        some_none = len(ids) > 0 and int(ids[0]) < 0
-        known = Numbers(ids, index, distinct, some_none, {}, {}, {})
-        vars(rows)["_numbers"] = known
-    return known
-
-
-def occurring(rows: Tensor) -> Tensor:
-    """The rows that occur, sorted."""
-    known = numbers(rows)
-    return known.ids[1:] if known.some_none else known.ids
-
-
-def joined(*rows: Tensor) -> Tensor:
-    """Rows one after another; kept with the first of them, as their numbers are with it."""
-    if len(rows) == 1:
-        return rows[0]
-    known = numbers(rows[0]).joined
-    key = tuple(map(id, rows[1:]))
-    if key not in known:
-        known[key] = torch.cat(rows), rows[1:]  # these live, or their ids would be others'
-    return known[key][0]
-
-
-def placed(rows: Tensor, device: torch.device) -> Tensor:
-    """The rows on a device; kept with them, like their numbers."""
-    if rows.device == device:
-        return rows
-    known = numbers(rows).placed
-    if device not in known:
-        known[device] = rows.to(device)
-    return known[device]
-
-
 class Use:
-    """Blocks of gradients. `rows` [n] says which row of the Jacobian each belongs to."""
+    """n blocks of gradients; `rows` says which row of the Jacobian each belongs to."""
 
     plane: tuple[int, int]
-    rows: Tensor
+    rows: RowNumbers
     grain = 1  # planes are cut along H into multiples of this
     tensors: tuple[str, ...] = ()  # attributes with leading dimension n
 
-    def select(self, blocks: Tensor | slice, rows: Tensor | None = None) -> "Use":
+    def select(self, blocks: Tensor | slice, rows: RowNumbers | None = None) -> "Use":
         """The use with some of its blocks only, of `rows`; views where it is a slice."""
+        # a copy of everything but the tensors, whatever a kind of use has besides
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
-        part.rows = self.rows[blocks] if rows is None else rows
+        part.rows = RowNumbers(self.rows.tensor[blocks]) if rows is None else rows
         for name in self.tensors:
             tensor = getattr(self, name)
             inside = blocks if isinstance(blocks, slice) else blocks.to(tensor.device)
@@ -112,17 +63,17 @@ class Use:
 
     @property
     def n(self) -> int:
-        return self.rows.shape[0]
+        return self.rows.tensor.shape[0]
 
     @property
     def values(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.tensors]
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         """out[index[k]] += G_k[lo:hi]; out [R, hi - lo, W]."""
         raise NotImplementedError
 
-    def write_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def write_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         """The same into memory that holds nothing yet."""
         self.add_rows(out.zero_(), index, lo, hi)
 
@@ -147,12 +98,12 @@ def scale(out: Tensor, beta: float) -> Tensor:
     return out.zero_() if beta == 0 else out if beta == 1 else out.mul_(beta)
 
 
-def scatter(out: Tensor, index: Tensor, blocks: Tensor) -> None:
+def scatter(out: Tensor, index: RowNumbers, blocks: Tensor) -> None:
     """out[index[k]] += blocks[k]."""
     if _is_range(index, len(out)):
         out += blocks
     else:
-        out.index_add_(0, index.to(out.device), blocks.to(out.dtype))
+        out.index_add_(0, index.tensor.to(out.device), blocks.to(out.dtype))
 
 
 class RowsUse(Use):
@@ -160,11 +111,11 @@ class RowsUse(Use):
 
     tensors = ("blocks",)
 
-    def __init__(self, blocks: Tensor, rows: Tensor) -> None:
+    def __init__(self, blocks: Tensor, rows: RowNumbers) -> None:
         self.blocks, self.rows = blocks.resolve_neg(), rows
         self.plane = plane_of(blocks.shape[1:])
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         scatter(out, index, self.blocks.reshape(self.n, *self.plane)[:, lo:hi])
 
     @property
@@ -199,11 +150,16 @@ class MatrixUse(Use):
     tensors = ("left", "right")
 
     def __init__(
-        self, left: Tensor, right: Tensor, rows: Tensor, inputs: Literal["left", "right"] = "right"
+        self,
+        left: Tensor,
+        right: Tensor,
+        rows: RowNumbers,
+        inputs: Literal["left", "right"] = "right",
     ) -> None:
         self.inputs = inputs
         self.left, self.right = left.detach().resolve_neg(), right.detach().resolve_neg()
         self.rows = rows
+        # several matrices are one below the other in the plane: cut between them only
         self.grain = left.shape[-1] if left.dim() == 4 else 1
         self.plane = (math.prod(left.shape[1:-2]) * left.shape[-1], right.shape[-1])
 
@@ -228,7 +184,7 @@ class MatrixUse(Use):
             planes = wide(left) @ wide(right)
         return RowsUse(planes, self.rows)
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         left, right = wide(self.left), wide(self.right)
         if left.dim() == 4:
             part = slice(lo // self.grain, hi // self.grain)
@@ -239,7 +195,7 @@ class MatrixUse(Use):
         else:
             scatter(out, index, left[..., lo:hi].mT @ right)
 
-    def write_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def write_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         if self.left.dim() == 3 and _is_range(index, len(out)):
             torch.bmm(wide(self.left[..., lo:hi]).mT, wide(self.right), out=out)
         else:
@@ -248,6 +204,7 @@ class MatrixUse(Use):
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
         left, right = self.left, self.right
         computed = wide(left[:0]).dtype
+        # the kernel scales tokens as it reads them: no copy of a side
         if left.dim() == 3 and computed == out.dtype:
             combine_tokens(left, right, weights, out, beta)
             return
@@ -280,21 +237,26 @@ class MatrixUse(Use):
         return (moved * right).flatten(1).sum(1, dtype=torch.float64)
 
 
-def _is_range(index: Tensor, size: int) -> bool:
-    return len(index) == size and numbers(index).distinct
+def _is_range(index: RowNumbers, size: int) -> bool:
+    return len(index) == size and index.distinct
 
 
 class EmbeddingUse(Use):
-    """Row indices[k, t] of G_k gets grads[k, t]: embeddings, and rows picked from a parameter.
+    """Line indices[k, t] of G_k gets grads[k, t]: embeddings, and what indices pick elsewhere.
 
-    indices [n, T], where -1 marks a token without gradient, whose values are those of row `padding`
-    if there is one; grads [n, T, *rest].
+    indices [n, T], where -1 marks a token without gradient, whose values are those of line
+    `padding` if there is one; grads [n, T, *rest].
     """
 
     tensors = ("indices", "grads")
 
     def __init__(
-        self, indices: Tensor, grads: Tensor, rows: Tensor, size: int, padding: int | None = None
+        self,
+        indices: Tensor,
+        grads: Tensor,
+        rows: RowNumbers,
+        size: int,
+        padding: int | None = None,
     ) -> None:
         self.indices, self.grads, self.rows = indices, grads.flatten(2), rows
         self.plane, self.padding = (size, self.grads.shape[2]), padding
@@ -307,11 +269,11 @@ class EmbeddingUse(Use):
     def takes_halves(self) -> bool:
         return _kernels_take_halves(self.grads.device.type)
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         inside = (self.indices >= lo) & (self.indices < hi)
         block, _ = where = inside.nonzero(as_tuple=True)
-        place = index.to(block.device)[block] * (hi - lo) + self.indices[where] - lo
-        out.view(-1, self.plane[1]).index_add_(0, place, self.grads[where].to(out.dtype))
+        line = index.tensor.to(block.device)[block] * (hi - lo) + self.indices[where] - lo
+        out.view(-1, self.plane[1]).index_add_(0, line, self.grads[where].to(out.dtype))
 
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
         inside = self.indices >= 0
@@ -320,6 +282,7 @@ class EmbeddingUse(Use):
         scale(out, beta).index_add_(0, self.indices[inside], grads * weights[:, None])
 
     def products(self, vector: Tensor) -> Tensor:
+        # -1 is clamped to a line that exists, and what it picked is masked out of the sums
         inside = self.indices >= 0
         grads = wide(self.grads)
         picked = vector[self.indices.clamp(min=0)].to(grads.dtype)
@@ -327,27 +290,27 @@ class EmbeddingUse(Use):
         return (sums * inside).sum(1)
 
     def counts(self) -> Tensor:
-        """How often each row of the parameter is read, [H] int64."""
+        """How often each line of the parameter is read, [H] int64."""
         indices = self.indices
         if self.padding is not None:
             indices = torch.where(indices < 0, self.padding, indices)
         return torch.bincount(indices[indices >= 0], minlength=self.plane[0])
 
-    def compact(self, numbers: Tensor) -> "EmbeddingUse":
-        """The same over the rows `numbers` [u], sorted, of the parameter alone."""
-        where = torch.searchsorted(numbers, self.indices.clamp(min=0))
+    def compact(self, picked: Tensor) -> "EmbeddingUse":
+        """The same over the lines `picked` [u], sorted, of the parameter alone."""
+        where = torch.searchsorted(picked, self.indices.clamp(min=0))
         indices = torch.where(self.indices >= 0, where, -1)
-        return EmbeddingUse(indices, self.grads, self.rows, len(numbers))
+        return EmbeddingUse(indices, self.grads, self.rows, len(picked))
 
 
 class Within(Use):
-    """A use of rows start .. start + inner's of a taller parameter."""
+    """A use of some lines of a taller parameter: those from `start` on that `inner` has."""
 
     def __init__(self, inner: Use, start: int, height: int) -> None:
         self.inner, self.start, self.rows = inner, start, inner.rows
         self.plane = (height, inner.plane[1])
 
-    def select(self, blocks: Tensor | slice, rows: Tensor | None = None) -> "Within":
+    def select(self, blocks: Tensor | slice, rows: RowNumbers | None = None) -> "Within":
         return Within(self.inner.select(blocks, rows), self.start, self.plane[0])
 
     def wide(self) -> "Within":
@@ -360,7 +323,8 @@ class Within(Use):
     def values(self) -> list[Tensor]:
         return self.inner.values
 
-    def add_rows(self, out: Tensor, index: Tensor, lo: int, hi: int) -> None:
+    def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
+        # the lines of the slice that are the inner use's too, counted as it counts them
         first, last = max(lo, self.start), min(hi, self.start + self.inner.plane[0])
         if first < last:
             part = out.new_zeros(len(out), last - first, out.shape[2])
@@ -373,3 +337,43 @@ class Within(Use):
 
     def products(self, vector: Tensor) -> Tensor:
         return self.inner.products(vector[self.start : self.start + self.inner.plane[0]])
+
+
+def on_one_plane(uses: Sequence[Use | None], plane: tuple[int, int]) -> list[Use] | None:
+    """The uses, all over the same plane; None where they cannot be."""
+    # blocks that exist can be reshaped; pairs are tied to the plane they multiply to
+    planes = {use.plane for use in uses if use is not None and not isinstance(use, RowsUse)}
+    plane = planes.pop() if planes else plane
+    if planes:
+        return None
+    seen: list[Use] = []
+    for use in uses:
+        if use is None or math.prod(use.plane) != math.prod(plane):
+            return None
+        if isinstance(use, RowsUse) and use.plane != plane:
+            use = use.viewed(plane)
+        seen.append(use)
+    return seen
+
+
+class Renumbered:
+    """Makes uses whose row numbers begin at `start`; what shared its row numbers still does."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.known: dict[int, RowNumbers] = {}
+
+    def __call__(self, use: Use) -> Use:
+        if id(use.rows) not in self.known:
+            self.known[id(use.rows)] = RowNumbers(use.rows.tensor + self.start)
+        return use.select(slice(None), self.known[id(use.rows)])
+
+
+def largest_group(uses: list[list[Use]]) -> int | None:
+    """The row that sums most samples; None where each has its own."""
+    longest = max((use for mine in uses for use in mine), key=lambda use: use.n, default=None)
+    if longest is None or longest.n < 2:
+        return None
+    counts = torch.bincount(longest.rows.tensor)
+    row = int(counts.argmax())
+    return row if int(counts[row]) > 1 else None

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from gradsurgery.capture.carriers import base_name, wrap
 from gradsurgery.capture.graph import Place
-from gradsurgery.capture.rules import base_name, wrap
 
 VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"}
 COPIES = {"Clone", "ToCopy", "Alias"}
@@ -13,12 +13,12 @@ SPLITS = {"Split", "UnsafeSplit", "SplitWithSizes", "UnsafeSplitWithSizes"}
 
 
 class Simple(NamedTuple):
-    """A leaf that is a parameter, its transpose, a view of it or some of its first rows."""
+    """A leaf that is a parameter, its transpose, a view of it or some of its lines."""
 
     parameter: nn.Parameter
     transposed: bool
-    start: int  # first row
-    height: int | None  # of the parameter, where the leaf has some of its rows only
+    start: int  # first line
+    height: int | None  # of the parameter, where the leaf has some of its lines only
 
 
 def resolve(place: Place) -> Simple | None:
@@ -33,6 +33,7 @@ def resolve(place: Place) -> Simple | None:
         if len(following) != 1:
             return None
         shape = tuple(node._input_metadata[nr].shape)
+        # one view after another; what would need two of them undone in turn is given up
         if name in VIEWS:
             viewed = True
         elif name in ("T", "Transpose") and len(shape) == 2:
@@ -44,6 +45,7 @@ def resolve(place: Place) -> Simple | None:
             }
         elif name in SPLITS or name == "Slice":
             above = shape_of(following[0])
+            # only whole lines: a part of the first dimension, of a parameter not reshaped before
             if viewed or height is not None or wrap(node._saved_dim, len(shape)) != 0:
                 return None
             if name == "Slice":

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from gradsurgery.capture.descent import not_linear
 from gradsurgery.capture.graph import roots
 from gradsurgery.capture.hooks import dtypes_under, near, scale_of
-from gradsurgery.capture.kept import Kept, as_before, functions
 from gradsurgery.capture.leaves import vjps
-from gradsurgery.capture.ranges import apart
+from gradsurgery.capture.ranges import scaled_parts
 from gradsurgery.capture.recomputed import refusal
+from gradsurgery.capture.snapshot import Snapshot, as_before, functions
 from gradsurgery.capture.trace import misused
 from gradsurgery.errors import InputError
 from gradsurgery.grads import part
@@ -24,7 +24,7 @@ class Graph(NamedTuple):
 
     losses: Tensor
     rows: Tensor  # [numel], -1 for none
-    kept: Kept | None = None  # what Functions must find as it was
+    snapshot: Snapshot | None = None  # what Functions must find as it was
 
     def outputs(
         self, weights: Tensor, parameters: Sequence[nn.Parameter]
@@ -35,11 +35,14 @@ class Graph(NamedTuple):
         """
         narrow = torch.float16 in {self.losses.dtype, *(p.dtype for p in parameters)}
         rows = self.rows.to(weights.device)
+        # a pass serves all parameters that have the same weights: mostly, all of them
         sets, which = weights.unique(dim=0, return_inverse=True)
         for k, w in enumerate(sets):
-            for some, scale in apart(w.double(), torch.float16 if narrow else self.losses.dtype):
-                if self.kept is not None:
-                    self.kept.put_back()
+            for some, scale in scaled_parts(
+                w.double(), torch.float16 if narrow else self.losses.dtype
+            ):
+                if self.snapshot is not None:
+                    self.snapshot.put_back()
                 outputs = torch.where(rows >= 0, some[rows.clamp(min=0)], 0).to(self.losses)
                 mine = (which == k).nonzero().flatten().tolist()
                 yield mine, outputs.view(self.losses.shape), scale
@@ -47,6 +50,7 @@ class Graph(NamedTuple):
     def combine(
         self, weights: Tensor, parameters: Sequence[nn.Parameter]
     ) -> Iterator[tuple[int, Tensor]]:
+        """w^T J by column; a parameter comes once for each pass that its weights need."""
         for mine, outputs, scale in self.outputs(weights, parameters):
             held = [parameters[i] for i in mine]
             with self._named_errors():
@@ -59,6 +63,7 @@ class Graph(NamedTuple):
 
     def backward(self, weights: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
         """As an ordinary backward pass does, hooks of parameters included. False: none holds it."""
+        # what a pass accumulates cannot be scaled afterwards: `.grad` may have held something
         if any(scale != 1 for _, _, scale in self.outputs(weights, parameters)):
             return False
         without = [p for p in parameters if p.grad is None]
@@ -84,7 +89,7 @@ def expect_linear(
     losses: Tensor,
     outputs: Tensor,
     parts: Sequence[tuple[str, nn.Parameter, Tensor, Tensor]],
-    kept: Kept,
+    snapshot: Snapshot,
     weighted: bool = True,
 ) -> None:
     """Raise where backward passes of weighted losses, or of some, do not add up to the rows' sum.
@@ -93,9 +98,11 @@ def expect_linear(
         losses: with their graph.
         outputs: what to start from for the sum of all rows.
         parts: names and parameters, the sums of their rows, and the sums of these without signs.
-        kept: what Functions must find as it was.
+        snapshot: what Functions must find as it was.
         weighted: whether losses will be weighted, or taken sample by sample only.
     """
+    # a hook that clips shows where losses are large, one that rounds where they are small. Where
+    # nothing is weighted, only sums matter: one half of the losses and the other must add up
     scale = scale_of(dtypes_under(losses))
     half = torch.zeros_like(outputs).flatten()
     half[::2] = 1
@@ -109,9 +116,9 @@ def expect_linear(
         for starts, factor in passes:
             found: list[Tensor | None] = [None] * len(parts)
             for start in starts:
-                kept.put_back()
-                grads = kept.owned(vjps([losses], parameters, [start], False))
-                kept.note_changes()
+                snapshot.put_back()
+                grads = snapshot.owned(vjps([losses], parameters, [start], False))
+                snapshot.note_changes()
                 found = [_add(a, b) for a, b in zip(found, grads, strict=True)]
             for (name, _, total, size), grad in zip(parts, found, strict=True):
                 if grad is not None and not near(grad, total * factor, size * abs(factor)):

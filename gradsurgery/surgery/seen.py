@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.moments import added, joined
+from gradsurgery.capture.moments import added, stack
 from gradsurgery.ops._inputs import check
 
 # of a parameter, rows [g, r, d] in float64 with the moments of the inputs, by the dimension these
@@ -17,7 +17,7 @@ Seen = dict[int, Tensor] | None
 
 def both(one: Seen, other: Seen, size: int) -> Seen:
     """What a parameter of this size saw of data apart; None where it cannot be kept off both."""
-    seen = added(one, other, joined)
+    seen = added(one, other, stack)
     if size == 0:
         return {}
     if seen is None or len(seen) < 2:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradsurgery import Surgeon
 from gradsurgery.batch import tensors
-from gradsurgery.errors import InputError
+from gradsurgery.errors import CoupledSamplesError, InputError
 from gradsurgery.step import StepInfo
 from gradsurgery.surgery import Rule
 from gradsurgery.unlearn.data import Batch, batch_size
@@ -76,8 +76,8 @@ class SurgicalTrainer(Trainer[S]):
             )
         try:
             return self.surgeon.step(**self._limited(forget, retain), loss=self._capped_loss)
-        except InputError as error:
-            if "in training mode" not in str(error):  # as the capture says of batch norm
+        except CoupledSamplesError as error:
+            if not error.modules:  # no batch norm: the config cannot help
                 raise
             raise InputError(f"batch_norm = {self.config.batch_norm}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Graphs of one operation for every name that has a rule: calls on tensors that need gradients."""
+"""Graphs of one operation, for every name that has a carrier or a formula."""
 
 import torch
 from torch import nn
@@ -287,7 +287,7 @@ CASES = {
         lambda: torch.cat([leaf(4, 2), leaf(4, 4)], -1),
     ],
     "Stack": [lambda: torch.stack([leaf(4), leaf(4)]), lambda: torch.stack([leaf(4, 4, 4)] * 2, 1)],
-    # operations without a rule of their own, for what meets a parameter
+    # operations without a formula of their own, for what meets a parameter
     "Index": [
         lambda: leaf(5, 3)[ints(5, 4, 2)],
         lambda: leaf(5, 6)[ints(5, 4), ints(6, 4)],

@@ -169,7 +169,7 @@ def test_any_shape(name):
         model, tape, losses = forward(name, shape=shape, size=size, dtype=dtype, seed=seed)
         rows = loop(losses, model)
         with warnings.catch_warnings():
-            if dtype in entry.falls_back:  # not for every shape: a single row needs no rule
+            if dtype in entry.falls_back:  # not for every shape: a single row needs no formula
                 warnings.simplefilter("ignore", UserWarning)
             jacobian = tape.jacobian(losses)
             check(jacobian, model, rows, torch.randn(size, dtype=dtype), entry.tolerance)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurgery as gs
 from gradsurgery import grads
-from gradsurgery.capture import FactoredJacobian, junctions, leaves
+from gradsurgery.capture import FactoredJacobian, formulas, leaves
 from tests.capture.zoo import ZOO, make
 from tests.models import assert_same_state, state_of
 
@@ -84,14 +84,14 @@ def test_autocast_counts_as_16_bits():
 
 @pytest.mark.parametrize("k", [0, 2], ids=["bias", "weight"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_a_wrong_rule_is_found(monkeypatch, k, dtype):
-    right = junctions.JUNCTIONS["Addmm"]
+def test_a_wrong_formula_is_found(monkeypatch, k, dtype):
+    right = formulas.FORMULAS["Addmm"]
 
     def wrong(node, where, *args):
         finish = right(node, where, *args)
         return (lambda grad: finish(1.01 * grad)) if finish and where == k else finish
 
-    monkeypatch.setitem(junctions.JUNCTIONS, "Addmm", wrong)
+    monkeypatch.setitem(formulas.FORMULAS, "Addmm", wrong)
     checked = gs.check(mlp().to(dtype), digits(4, dtype), loss=classify)
     assert not checked.exact
     assert checked.worst.endswith("weight" if k else "bias")
@@ -253,7 +253,7 @@ def test_slow_parameters_are_named():
     checked = gs.check(Model().double(), digits(5), loss=classify)
     assert checked.exact
     assert checked.paths["pair.weight"] == "one row at a time"
-    assert "no rule for TrilinearBackward0" in checked.slow["pair.weight"]
+    assert "no formula for TrilinearBackward0" in checked.slow["pair.weight"]
     assert list(checked.slow) == ["pair.weight"]
     assert "pair.weight  [4, 6, 6]  one row at a time" in str(checked)
 

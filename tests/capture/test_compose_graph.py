@@ -319,7 +319,7 @@ def test_complex_values():
 
 
 def test_complex_parts():
-    """Of each part alone, through an operation that has no rule."""
+    """Of each part alone, through an operation that has no formula."""
     real, imaginary = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
 
     def forward():

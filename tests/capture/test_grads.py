@@ -527,7 +527,7 @@ def test_a_sparse_gradient_that_is_there_is_added_to():
     dense = model[0].weight.grad.to_dense()
     with gs.tape(model) as tape:
         losses = model(ids)
-    with pytest.warns(UserWarning, match="no rule for EmbeddingBackward0"):
+    with pytest.warns(UserWarning, match="no formula for EmbeddingBackward0"):
         jacobian = tape.jacobian(losses)
     jacobian.backward(torch.ones(3, dtype=torch.float64))
     torch.testing.assert_close(model[0].weight.grad.to_dense(), 2 * dense)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import gradsurgery as gs
 from gradsurgery.capture.plane import Plane
+from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse
 from tests.capture.oracle import agrees, loop
 
@@ -96,7 +97,7 @@ def test_all_samples_may_belong_to_no_row(path, monkeypatch):
 def test_a_use_of_no_blocks_has_no_products(path, group, monkeypatch):
     if path:
         monkeypatch.setenv("GRADSURGERY_PATH", path)
-    parameter, none = nn.Parameter(torch.randn(3, 4)), torch.zeros(0, dtype=torch.int64)
+    parameter, none = nn.Parameter(torch.randn(3, 4)), RowNumbers(torch.zeros(0, dtype=torch.int64))
     for use in (
         MatrixUse(torch.zeros(0, 2, 3), torch.zeros(0, 2, 4), none),
         EmbeddingUse(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, 4), none, 3),

@@ -84,7 +84,7 @@ def steps(model, choose):
         lambda x: torch.maximum(x, model.places),
         assigned, one_sample, attention, as_rows, time_first, parts, stacked,
     ]  # fmt: skip
-    meeting = [
+    junction = [
         lambda x: x - x.mean(0),
         lambda x: x.softmax(0),
         lambda x: x + x.roll(1, 0),
@@ -92,17 +92,17 @@ def steps(model, choose):
         lambda x: x.sort(0)[0],
         lambda x: x + x[k],
     ]
-    return plain, meeting
+    return plain, junction
 
 
 def program(model, seed):
     """A function from a batch to losses of one sample each, or of tokens, or of two at once."""
     generator = torch.Generator().manual_seed(seed)
     choose = lambda n: int(torch.randint(n, (), generator=generator))  # noqa: E731
-    plain, meeting = steps(model, choose)
+    plain, junction = steps(model, choose)
     chosen = [plain[choose(len(plain))] for _ in range(2 + choose(5))]
     if choose(3) == 0:
-        chosen.insert(choose(len(chosen) + 1), meeting[choose(len(meeting))])
+        chosen.insert(choose(len(chosen) + 1), junction[choose(len(junction))])
     branch = choose(len(chosen) + 1)
     kind = choose(4)
     groups = [None, torch.randint(-1, 3, (B,), generator=generator)][choose(4) == 0]

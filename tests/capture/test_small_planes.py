@@ -6,6 +6,7 @@ from torch import nn
 
 import gradsurgery as gs
 from gradsurgery.capture import plane
+from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import MatrixUse
 
 SAMPLES, TOKENS = 6, 40
@@ -72,7 +73,7 @@ def test_an_orthograd_step(dtype):
 
 def test_a_plane_larger_than_its_tokens_is_not_formed():
     left, right = torch.randn(2, 3, 40), torch.randn(2, 3, 50)
-    use = MatrixUse(left, right, torch.arange(2))
+    use = MatrixUse(left, right, RowNumbers(torch.arange(2)))
     assert plane._formed([use])[0] is use
     # 2 * 4 * 5 values of a plane, 5 tokens of 9
     use = MatrixUse(torch.randn(2, 5, 4), torch.randn(2, 5, 5), use.rows)

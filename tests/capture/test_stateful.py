@@ -32,7 +32,7 @@ def exact(model, forward, *, combine="stored", warns=False):
     with gs.tape(model) as tape:
         losses = forward()
     if warns:
-        with pytest.warns(UserWarning, match="no rule for"):
+        with pytest.warns(UserWarning, match="no formula for"):
             jacobian = tape.jacobian(losses, combine=combine)
     else:
         jacobian = tape.jacobian(losses, combine=combine)
@@ -329,7 +329,7 @@ def test_it_is_called_as_often_as_by_a_backward_pass(where):
     assert found == run(plain)
 
 
-def test_rows_of_a_stateful_operation_without_a_rule():
+def test_rows_of_a_stateful_operation_without_a_formula():
     body, counter = nn.Linear(5, 7).double(), Counter()
     model = nn.ModuleList([body, counter])
     exact(model, lambda: energy(counter(body(X).tanh())), warns=True)

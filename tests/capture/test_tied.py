@@ -6,6 +6,7 @@ from torch import nn
 
 import gradsurgery as gs
 from gradsurgery.capture import paths
+from gradsurgery.capture.row_numbers import RowNumbers
 
 VOCABULARY, WIDTH = 23, 6
 
@@ -57,8 +58,8 @@ def test_gramian_and_update(path, padding, head, groups, monkeypatch):
 def test_small_and_large_gradients_keep_their_products(size):
     left, right = size * torch.randn(3, 4, 9), torch.randn(3, 4, 5)
     ids, grads = torch.randint(9, (2, 6)), size * torch.randn(2, 6, 5)
-    head = paths.MatrixUse(left, right, torch.arange(3))
-    picked = paths.EmbeddingUse(ids, grads, torch.arange(2), 9)
+    head = paths.MatrixUse(left, right, RowNumbers(torch.arange(3)))
+    picked = paths.EmbeddingUse(ids, grads, RowNumbers(torch.arange(2)), 9)
     planes = torch.zeros(2, 9, 5, dtype=torch.float64)
     for plane, rows, values in zip(planes, ids, grads.double(), strict=True):
         plane.index_add_(0, rows, values)
@@ -71,9 +72,12 @@ def test_the_tokens_meet_by_hand():
     # row 2 gets (1, 1), twice, of sample 1. E: sample 0 picked row 2 with (5, 6), sample 1 nothing
     left = torch.tensor([[[1.0, 0, 0], [0, 0, 1.0]], [[0, 0, 1.0], [0, 0, 1.0]]])
     right = torch.tensor([[[1.0, 2], [3, 0]], [[1, 1], [1, 1]]])
-    head = paths.MatrixUse(left, right, torch.arange(2))
+    head = paths.MatrixUse(left, right, RowNumbers(torch.arange(2)))
     picked = paths.EmbeddingUse(
-        torch.tensor([[2], [-1]]), torch.tensor([[[5.0, 6]], [[7, 8]]]), torch.arange(2), 3
+        torch.tensor([[2], [-1]]),
+        torch.tensor([[[5.0, 6]], [[7, 8]]]),
+        RowNumbers(torch.arange(2)),
+        3,
     )
     # <G_0, E_0> = 3 * 5, <G_1, E_0> = 2 * (5 + 6)
     assert paths.pairs_of(head, picked).tolist() == [[15, 0], [22, 0]]

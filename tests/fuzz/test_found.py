@@ -31,7 +31,7 @@ def test_one_row_behind_a_hook_that_is_not_linear(combine):
         torch.testing.assert_close(found, 7 * expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*there is no rule for LinearBackward")
+@pytest.mark.filterwarnings("ignore:.*there is no formula for LinearBackward")
 @pytest.mark.parametrize("groups", [None, torch.zeros(5, dtype=torch.int64)], ids=["rows", "one"])
 def test_a_function_whose_backward_reads_names_that_are_no_globals(groups):
     model, x = nn.Linear(4, 4, bias=False).double(), torch.randn(5, 3, 4).double()

@@ -259,7 +259,7 @@ def moved(before, model):
     return {n: float((p - before[n]).abs().max()) for n, p in model.state_dict().items()}
 
 
-@pytest.mark.filterwarnings("ignore:.*there is no rule for.*")
+@pytest.mark.filterwarnings("ignore:.*there is no formula for.*")
 @pytest.mark.parametrize(
     "name, optimizer",
     [(name, ("momentum", "decay")[k % 2]) for k, name in enumerate(MODELS)]
@@ -603,7 +603,7 @@ def test_a_state_of_both_dimensions_must_let_both_be_held():
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if MODELS[n][2]])
-@pytest.mark.filterwarnings("ignore:.*there is no rule for.*")
+@pytest.mark.filterwarnings("ignore:.*there is no formula for.*")
 def test_every_state_fits_its_model(name):
     model, past, _, _ = built(name)
     kept, again = gs.NullSpace(model), gs.NullSpace(model)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradsurgery.errors import InputError
+from gradsurgery.errors import CoupledSamplesError, InputError
 from gradsurgery.unlearn import Finetune, NegGrad, OrthoGradTrainer
 from gradsurgery.unlearn.bad_teacher import BadTeacher
 from gradsurgery.unlearn.boundary_shrink import BoundaryShrink
@@ -550,6 +550,13 @@ def test_rules_take_a_model_with_batch_norm(kind, normalized):
 def test_batch_norm_in_training_is_named(kind, normalized):
     trainer = make(kind, normalized, batch_norm="train")
     with pytest.raises(InputError, match=r"batch_norm = train: .* \(1 \(BatchNorm1d\) in training"):
+        trainer.run()
+
+
+def test_batch_norm_is_named_for_no_other_coupling(problem):
+    problem.model.insert(1, nn.Softmax(0))
+    trainer = make(OrthoGradTrainer, problem)
+    with pytest.raises(CoupledSamplesError, match=r"^SoftmaxBackward0 computes across samples"):
         trainer.run()
 
 

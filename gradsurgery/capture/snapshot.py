@@ -20,8 +20,8 @@ from torch.nn.modules._functions import BackwardHookFunction
 
 from gradsurgery.capture.graph import ordered
 
-BINDS = "STORE_GLOBAL"
-DEPTH = 3  # of attributes of attributes that are looked into
+BINDS = "STORE_GLOBAL"  # the instruction of an assignment to a global variable
+DEPTH = 3  # of attributes of attributes that are looked into; a bound, or it might be everything
 CONTAINERS = (dict, list, set, deque)
 NONE = object()  # of a slot that is not set
 SIMPLE = (bool, int, float, complex, str, type(None), Tensor, *CONTAINERS)
@@ -39,34 +39,41 @@ def functions(roots: Iterable[Any]) -> list[Any]:
 
 
 @contextmanager
-def as_before(nodes: Iterable[Any]) -> Iterator["Kept"]:
-    """All that these Functions keep is afterwards what it was; `Kept.put_back` does it at once."""
-    kept = Kept(nodes)
+def as_before(nodes: Iterable[Any]) -> Iterator["Snapshot"]:
+    """All that these Functions keep is afterwards what it was; `put_back` does it at once."""
+    snapshot = Snapshot(nodes)
     try:
-        yield kept
+        yield snapshot
     finally:
-        kept.put_back()
+        snapshot.put_back()
 
 
-class Kept:
-    """Copies of what Functions could change: what they saved, their attributes, those of their
-    class, and variables that their backward uses from around it.
+class Snapshot:
+    """Copies of what Functions could change, each with that which it is a copy of.
+
+    Those are the tensors they saved, their attributes, those of their class, and the variables that
+    their backward uses from around it. Nobody can say which of them a backward writes to, so all
+    are copied, but for the model's parameters.
     """
 
     def __init__(self, nodes: Iterable[Any]) -> None:
+        # memory is copied once, however many tensors are views of it. Each tensor counts writes to
+        # it, and autograd refuses one whose count has moved, so that is put back too
         self._storages: dict[int, tuple[Any, Tensor]] = {}
         self._versions: dict[int, tuple[Tensor, int]] = {}
+        # the same objects under the same names, slots and keys; what is in them is looked into
         self._names: list[tuple[Any, dict[str, Any]]] = []
         self._slots: list[tuple[Any, MemberDescriptorType, Any]] = []
         self._containers: list[tuple[Any, Any]] = []
-        self._seen: set[int] = set()
-        self._written: set[int] = set()
+        self._seen: set[int] = set()  # objects looked into: they may hold one another
+        self._written: set[int] = set()  # memory that was seen to be changed
         self._mine: set[int] = set()  # memory, and what has names, of the nodes' own
         self._changed: set[int] = set()  # of what has names
         for node in nodes:
             self._look_at(node)
 
     def put_back(self) -> None:
+        """All that Functions keep is again as it was when this was made."""
         for owner, before in self._names:
             _put_names_back(owner, before)
         for owner, slot, before in self._slots:
@@ -107,21 +114,24 @@ class Kept:
     def forget_the_rest(self) -> None:
         """Keep only what nodes hold themselves, and of that what was seen to be changed.
 
-        What they reach besides may be changed by others later.
+        What they reach besides, as a counter of the user's, may be changed by others before the
+        next pass, and must not be put back then.
         """
-        kept = self._written & self._mine
-        self._storages = {key: self._storages[key] for key in kept}
+        mine = self._written & self._mine
+        self._storages = {key: self._storages[key] for key in mine}
         self._versions = {
             key: (tensor, version)
             for key, (tensor, version) in self._versions.items()
-            if tensor.untyped_storage()._cdata in kept
+            if tensor.untyped_storage()._cdata in mine
         }
-        mine = self._mine & self._changed
-        self._names = [each for each in self._names if is_function(each[0]) or id(each[0]) in mine]
-        self._slots = [each for each in self._slots if id(each[0]) in mine]
-        self._containers = [each for each in self._containers if id(each[0]) in mine]
+        named = self._mine & self._changed
+        self._names = [each for each in self._names if is_function(each[0]) or id(each[0]) in named]
+        self._slots = [each for each in self._slots if id(each[0]) in named]
+        self._containers = [each for each in self._containers if id(each[0]) in named]
 
     def _look_at(self, node: Any) -> None:
+        # what is added from here on is the node's own; what its class and its surroundings hold is
+        # shared with others
         known, counts = set(self._storages), self._counts()
         if not any(_packed(saved) for saved in node._raw_saved_tensors):
             with suppress(RuntimeError):  # freed by an earlier pass: calling it will say so
@@ -131,6 +141,7 @@ class Kept:
         self._mine |= set(self._storages) - known
         found = (self._names[counts[0] :], self._slots[counts[1] :], self._containers[counts[2] :])
         self._mine |= {id(owner) for owner, *_ in chain(*found) if not isinstance(owner, nn.Module)}
+        # the node's type is made by torch for the user's class, which has attributes and a backward
         for kind in type(node)._forward_cls.__mro__:
             if _is_torchs(kind):
                 continue
@@ -168,6 +179,7 @@ class Kept:
         for name in function.__code__.co_names:
             if name in known:
                 self._keep_used(known[name], depth)
+        # globals that it assigns to itself: only the names, since all of a module would be too much
         bound = {each.argval for each in get_instructions(function) if each.opname == BINDS}
         names = {name: known[name] for name in bound if name in known}
         if names:
@@ -203,6 +215,7 @@ class Kept:
             for each in list(value.values() if isinstance(value, dict) else value):
                 self._keep(each, depth - 1)
             self._keep_slots(value, depth - 1)
+        # an object of the user's: its attributes. torch's and Python's own hold nothing of his
         elif isinstance(value, nn.Module) or not (
             _is_torchs(type(value)) or type(value).__module__ in ("builtins", "functools")
         ):

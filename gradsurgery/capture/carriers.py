@@ -1,9 +1,10 @@
-"""How the operations of autograd's graph carry samples: the layout of their inputs' gradients.
+"""Carriers: how each operation carries a layout from its outputs to its inputs.
 
-A rule gets a node, the layouts and shapes of its outputs and the shapes of its inputs, and says for
-each input: a Layout; SHARED where several rows meet in one element, as they do in a parameter;
-COUPLED where the operation computes across samples; OPAQUE where nothing is known. An operation
-without a rule is asked itself: see probe.py.
+A carrier gets a node, the layouts and shapes of its outputs and the shapes of its inputs, and says
+for each input: a Layout; SHARED where several rows meet in one element, as they do in a parameter;
+COUPLED where the operation computes across samples; None where it does not know. Then, and where an
+operation has no carrier, the operation is asked itself (probe.py), whose answer may be OPAQUE:
+nothing is known.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ COUPLED = "coupled"
 OPAQUE = "opaque"
 Shape = tuple[int, ...]
 Answer = Layout | str | None  # None: ask the operation
-Rule = Callable[[Any, dict[int, Layout], Sequence[Shape], Sequence[Shape | None]], list[Answer]]
+Carrier = Callable[[Any, dict[int, Layout], Sequence[Shape], Sequence[Shape | None]], list[Answer]]
 
-RULES: dict[str, Rule] = {}
+CARRIERS: dict[str, Carrier] = {}
 POINTWISE = (
     "Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy"
     " BinaryCrossEntropyWithLogits Celu Ceil Clamp ClampMax ClampMin Clone"
@@ -35,17 +36,19 @@ POINTWISE = (
 )
 ELEMENTWISE = {*POINTWISE.split(), "Addmv", "Baddbmm", "Addmm"}
 ACROSS = {"Softmax", "LogSoftmax", "SafeSoftmax", "Cumsum", "Cumprod", "Logcumsumexp"}
-# rules that know of more outputs than the first
+# carriers that know of more outputs than the first
 MANY = {"BackwardHookFunction", "Split", "UnsafeSplit", "SplitWithSizes", "UnsafeSplitWithSizes",
         "Unbind"}  # fmt: skip
 
 
-def rule(names: str, **options: Any) -> Callable[[Callable], Callable]:
-    """Register a rule for autograd nodes, named without their `Backward0`."""
+def carries(names: str, **options: Any) -> Callable[[Callable], Callable]:
+    """Register a carrier for autograd nodes, named without their `Backward0`."""
 
     def register(function: Callable) -> Callable:
         for name in names.split():
-            RULES[name] = (lambda *args, f=function: f(*args, **options)) if options else function
+            CARRIERS[name] = (
+                (lambda *args, f=function: f(*args, **options)) if options else function
+            )
         return function
 
     return register
@@ -97,18 +100,18 @@ def broadcast(layout: Layout, out: Shape, shape: Shape) -> Answer:
     return move(layout, axis, out, shape, dim)
 
 
-@rule(POINTWISE)
+@carries(POINTWISE)
 def pointwise(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     return [None if s is None else broadcast(outs[0], shapes[0], s) for s in ins]
 
 
-@rule("View UnsafeView ReshapeAlias Squeeze Unsqueeze")
+@carries("View UnsafeView ReshapeAlias Squeeze Unsqueeze")
 def view(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, (shape,) = outs[0], ins
     return [layout if layout.constant or layout.axis(shape) else compress(layout.elements(shape))]
 
 
-@rule("T Transpose Permute")
+@carries("T Transpose Permute")
 def permute(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out, (shape,) = outs[0], shapes[0], ins
     axis = layout.axis(out)
@@ -125,7 +128,7 @@ def permute(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answ
     return [move(layout, axis, out, shape, order[axis.dim])]
 
 
-@rule("Repeat")
+@carries("Repeat")
 def repeat(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out, (shape,) = outs[0], shapes[0], ins
     axis = layout.axis(out)
@@ -137,7 +140,7 @@ def repeat(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answe
     return [layout.at(shape, dim, axis)]
 
 
-@rule("BackwardHookFunction")
+@carries("BackwardHookFunction")
 def same(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     """Output k is input k."""
     return [outs.get(k, constant(-1)) for k in range(len(ins))]
@@ -146,7 +149,7 @@ def same(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]
 # reductions and what works along one dimension
 
 
-@rule("Sum Nansum Mean Amax Amin Max Min Var Std Norm LinalgVectorNorm Logsumexp Prod")
+@carries("Sum Nansum Mean Amax Amin Max Min Var Std Norm LinalgVectorNorm Logsumexp Prod")
 def reduced(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out, shape = outs[0], shapes[0], ins[0]
     if layout.constant:
@@ -160,8 +163,10 @@ def reduced(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answ
     return [move(layout, axis, out, shape, dim), *[None] * (len(ins) - 1)]
 
 
-@rule("Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Sort Flip Roll Glu Gather Unfold")
-@rule("IndexSelect Topk")
+@carries(
+    "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Sort Flip Roll Glu Gather Unfold"
+)
+@carries("IndexSelect Topk")
 def along(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     """Samples lie in another dimension than the operation's own, and stay there."""
     layout, out, shape = outs[0], shapes[0], ins[0]
@@ -183,7 +188,7 @@ def _several(layout: Layout) -> bool:
     return len(layout.rows[layout.rows >= 0].unique()) > 1
 
 
-@rule("NllLoss NllLoss2D")
+@carries("NllLoss NllLoss2D")
 def nll(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out, shape = outs[0], shapes[0], ins[0]
     axis = layout.axis(out)
@@ -195,23 +200,23 @@ def nll(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
 # operations whose last dimensions are their own
 
 
-@rule("MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D AdaptiveMaxPool2D Im2Col", own=2)
-@rule("MaxPool3DWithIndices AvgPool3D AdaptiveAvgPool3D AdaptiveMaxPool3D PixelShuffle", own=3)
-@rule("PixelUnshuffle", own=3)
-@rule("UpsampleNearest1D UpsampleLinear1D UpsampleNearestExact1D", own=1)
-@rule("UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D UpsampleNearestExact2D", own=2)
-@rule("UpsampleNearest3D UpsampleTrilinear3D UpsampleNearestExact3D", own=3)
-@rule("ReflectionPad1D ReplicationPad1D", own=1)
-@rule("ReflectionPad2D ReplicationPad2D", own=2)
-@rule("ReflectionPad3D ReplicationPad3D", own=3)
-@rule("Tril Triu", own=2)
+@carries("MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D AdaptiveMaxPool2D Im2Col", own=2)
+@carries("MaxPool3DWithIndices AvgPool3D AdaptiveAvgPool3D AdaptiveMaxPool3D PixelShuffle", own=3)
+@carries("PixelUnshuffle", own=3)
+@carries("UpsampleNearest1D UpsampleLinear1D UpsampleNearestExact1D", own=1)
+@carries("UpsampleNearest2D UpsampleBilinear2D UpsampleBicubic2D UpsampleNearestExact2D", own=2)
+@carries("UpsampleNearest3D UpsampleTrilinear3D UpsampleNearestExact3D", own=3)
+@carries("ReflectionPad1D ReplicationPad1D", own=1)
+@carries("ReflectionPad2D ReplicationPad2D", own=2)
+@carries("ReflectionPad3D ReplicationPad3D", own=3)
+@carries("Tril Triu", own=2)
 def leading(node: Any, outs: dict, shapes: Sequence, ins: Sequence, own: int) -> list[Answer]:
     shape = ins[0]
     answer = keep(outs[0], shapes[0], shape, range(len(shapes[0]) - own))
     return [answer, *[None] * (len(ins) - 1)]
 
 
-@rule("NativeLayerNorm FusedRmsNorm")
+@carries("NativeLayerNorm FusedRmsNorm")
 def layer_norm(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out = outs[0], shapes[0]
     own = len(node._saved_normalized_shape)
@@ -223,7 +228,7 @@ def layer_norm(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[A
     return [layout, *[SHARED] * (len(ins) - 1)]
 
 
-@rule("NativeGroupNorm Convolution")
+@carries("NativeGroupNorm Convolution")
 def first(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     """Samples lie in the first dimension; weight and bias are shared."""
     layout = outs[0]
@@ -235,7 +240,7 @@ def first(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer
     return [answer, *[shared] * (len(ins) - 1)]
 
 
-@rule("NativeBatchNorm CudnnBatchNorm")
+@carries("NativeBatchNorm CudnnBatchNorm")
 def batch_norm(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out = outs[0], shapes[0]
     if layout.constant:
@@ -244,12 +249,15 @@ def batch_norm(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[A
     if axis is None:
         return [None] * len(ins)
     if axis.dim == 1:  # each channel is of one sample, as instance norm has it
-        return [layout, *[None if s is None else Layout(axis.inner, layout.rows) for s in ins[1:]]]
+        return [
+            layout,
+            *[None if s is None else Layout(axis.inner, layout.numbers) for s in ins[1:]],
+        ]
     x = layout if not node._saved_training else COUPLED if _several(layout) else None
     return [x, *[SHARED] * (len(ins) - 1)]
 
 
-@rule(
+@carries(
     "ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention"
     " ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention"
 )
@@ -261,12 +269,12 @@ def attention(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[An
 # products
 
 
-@rule("Mm", first=0)
-@rule("Addmm", first=1)
-@rule("Bmm", first=0)
-@rule("Baddbmm", first=1)
-@rule("Mv", first=0)
-@rule("Addmv", first=1)
+@carries("Mm", first=0)
+@carries("Addmm", first=1)
+@carries("Bmm", first=0)
+@carries("Baddbmm", first=1)
+@carries("Mv", first=0)
+@carries("Addmv", first=1)
 def product(node: Any, outs: dict, shapes: Sequence, ins: Sequence, first: int) -> list[Answer]:
     layout, out = outs[0], shapes[0]
     if layout.constant:
@@ -279,14 +287,14 @@ def product(node: Any, outs: dict, shapes: Sequence, ins: Sequence, first: int) 
     answers: list[Answer] = [None if s is None else broadcast(layout, out, s) for s in ins[:first]]
     if axis.dim < batch:
         sides = [None if s is None else move(layout, axis, out, s, 0) for s in (a, b)]
-    elif axis.dim == batch:  # rows of the product are rows of its first factor
+    elif axis.dim == batch:  # lines of the product are lines of its first factor
         sides = [None if a is None else move(layout, axis, out, a, batch), SHARED]
     else:
         sides = [SHARED, None if b is None else move(layout, axis, out, b, batch + 1)]
     return answers + sides
 
 
-@rule("Embedding EmbeddingBag")
+@carries("Embedding EmbeddingBag")
 def embedding(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     if outs[0].constant:
         return [outs[0]] * len(ins)
@@ -296,7 +304,7 @@ def embedding(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[An
 # operations that pick and join
 
 
-@rule("Slice Select")
+@carries("Slice Select")
 def pick(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out, (shape,) = outs[0], shapes[0], ins
     dim = wrap(node._saved_dim, len(shape))
@@ -327,7 +335,7 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-@rule("Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Unbind")
+@carries("Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Unbind")
 def split(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     (shape,) = ins
     dim = wrap(node._saved_dim, len(shape))
@@ -356,7 +364,7 @@ def split(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer
     return [listed(torch.cat(parts), shape, dim)]
 
 
-@rule("Cat Stack")
+@carries("Cat Stack")
 def join(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out = outs[0], shapes[0]
     if layout.constant:
@@ -378,7 +386,7 @@ def join(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]
     return [listed(part, s, dim) for part, s in zip(parts, ins, strict=True)]
 
 
-@rule("ConstantPadNd")
+@carries("ConstantPadNd")
 def pad(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     (shape,) = ins
     padded = len(node._saved_pad) // 2

@@ -1,8 +1,9 @@
-"""One rule per operation in which a parameter meets samples: what must be kept of the meeting.
+"""Formulas: for each operation in which a leaf meets samples, the gradient of the leaf by blocks.
 
-A junction reads what autograd saved, before the backward pass frees it, and returns a function from
-the gradient P of the operation's output to a `Use`. `axis` is where P has its samples, None where
-all of it belongs to one row.
+A formula reads what autograd saved, before the backward pass frees it, and returns the `Finish`: a
+function from the gradient P of the operation's output to a `Use`. It gets the node, which input the
+leaf is, the layout of P, the `axis` where P has its samples, None where all of it belongs to one
+row, and the leaf's shape. None for an answer: in this case it does not know.
 """
 
 import math
@@ -12,44 +13,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.carriers import base_name
 from gradsurgery.capture.convolution import ConvolutionUse, Geometry
 from gradsurgery.capture.layout import Axis, Layout
-from gradsurgery.capture.rules import base_name
-from gradsurgery.capture.trace import Meeting
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.trace import Junction
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use
 
 Shape = tuple[int, ...]
 Finish = Callable[[Tensor], Use]
-Junction = Callable[[Any, int, Layout, Axis | None, Shape], Finish | None]
+Formula = Callable[[Any, int, Layout, Axis | None, Shape], Finish | None]
 
 MASKS = (torch.bool, torch.uint8)
-JUNCTIONS: dict[str, Junction] = {}
+FORMULAS: dict[str, Formula] = {}
 
 
-def junction(names: str) -> Callable[[Junction], Junction]:
-    def register(function: Junction) -> Junction:
-        JUNCTIONS.update(dict.fromkeys(names.split(), function))
+def formula(names: str) -> Callable[[Formula], Formula]:
+    """Register a formula for autograd nodes, named without their `Backward0`."""
+
+    def register(function: Formula) -> Formula:
+        FORMULAS.update(dict.fromkeys(names.split(), function))
         return function
 
     return register
 
 
-def prepare(meeting: Meeting, shape: Shape) -> Finish | None:
-    """What turns the output's gradient into a use of the leaf; None if no rule knows how."""
-    known = JUNCTIONS.get(base_name(meeting.node))
-    if known is None or set(meeting.outs) != {0}:
+def prepare(junction: Junction, shape: Shape) -> Finish | None:
+    """What turns the output's gradient into a use of the leaf; None if no formula knows how."""
+    known = FORMULAS.get(base_name(junction.node))
+    if known is None or set(junction.outs) != {0}:
         return None
-    if meeting.whole is not None and not meeting.outs[0].constant:
+    # the operation keeps rows apart in the leaf, where a formula has every block over all of it:
+    # right only if there is one block
+    if junction.whole is not None and not junction.outs[0].constant:
         return None
-    meta = meeting.node._input_metadata[0]
+    meta = junction.node._input_metadata[0]
     if meta.dtype.is_complex:
         return None
     out = tuple(meta.shape)
-    layout = meeting.outs[0]
+    layout = junction.outs[0]
     axis = layout.axis(out)
     if axis is None and not layout.constant:
         return None
-    return known(meeting.node, meeting.k, layout, axis, shape)
+    return known(junction.node, junction.k, layout, axis, shape)
 
 
 def blocks(tensor: Tensor, axis: Axis | None, dim: int = 0) -> Tensor:
@@ -79,26 +85,26 @@ def reduce_to(grad: Tensor, axis: Axis | None, shape: Shape) -> Tensor:
 def broadcasting(
     factor: Callable[[Tensor], Tensor], layout: Layout, axis: Axis | None, shape: Shape
 ) -> Finish:
-    return lambda grad: RowsUse(reduce_to(factor(grad), axis, shape), layout.rows)
+    return lambda grad: RowsUse(reduce_to(factor(grad), axis, shape), layout.numbers)
 
 
 # sums and products by a broadcast tensor
 
 
-@junction("Add Sub Rsub Expand Clone ToCopy")
+@formula("Add Sub Rsub Expand Clone ToCopy")
 def shift(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     name, alpha = base_name(node), getattr(node, "_saved_alpha", 1)
     scale = {"Add": (1, alpha), "Sub": (1, -alpha), "Rsub": (-alpha, 1)}.get(name, (1,))[k]
     return broadcasting(lambda grad: grad if scale == 1 else scale * grad, layout, axis, shape)
 
 
-@junction("Mul")
+@formula("Mul")
 def scale(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     other = node._saved_other if k == 0 else node._saved_self
     return broadcasting(lambda grad: grad * other, layout, axis, shape)
 
 
-@junction("Div")
+@formula("Div")
 def divide(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if node.name() != "DivBackward0":
         return None
@@ -109,7 +115,7 @@ def divide(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
     return broadcasting(lambda grad: -grad * above / below**2, layout, axis, shape)
 
 
-@junction("PreluKernel")
+@formula("PreluKernel")
 def prelu(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if k == 0:
         return None
@@ -117,7 +123,7 @@ def prelu(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) ->
     return broadcasting(lambda grad: grad * x.clamp(max=0), layout, axis, shape)
 
 
-@junction("Repeat")
+@formula("Repeat")
 def repeat(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     out = tuple(node._input_metadata[0].shape)
     lead = len(out) - len(shape)
@@ -132,7 +138,7 @@ def repeat(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
             parts = parts.unflatten(dim + 1, (-1, sizes[dim]))
             sums.append(dim)
         parts = parts.sum([1 + 2 * dim for dim in sums])
-        return RowsUse(parts.reshape(parts.shape[0], *shape), layout.rows)
+        return RowsUse(parts.reshape(parts.shape[0], *shape), layout.numbers)
 
     return finish
 
@@ -140,7 +146,7 @@ def repeat(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
 # norms
 
 
-@junction("NativeLayerNorm")
+@formula("NativeLayerNorm")
 def layer_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if k == 0:
         return None
@@ -150,7 +156,7 @@ def layer_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
     return broadcasting(lambda grad: _normalized(grad, x, mean, rstd), layout, axis, shape)
 
 
-@junction("FusedRmsNorm")
+@formula("FusedRmsNorm")
 def rms_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if k == 0:
         return None
@@ -158,14 +164,14 @@ def rms_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape)
     return broadcasting(lambda grad: grad * (x * rstd), layout, axis, shape)
 
 
-@junction("NativeGroupNorm")
+@formula("NativeGroupNorm")
 def group_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if k == 0:
         return None
     out = tuple(node._input_metadata[0].shape)
-    spread = (*shape, *[1] * (len(out) - 2))  # [C, 1, ..]
+    per_channel = (*shape, *[1] * (len(out) - 2))  # [C, 1, ..]
     if k == 2:
-        return _channels(lambda grad: grad, layout, axis, spread, shape)
+        return _channels(lambda grad: grad, layout, axis, per_channel, shape)
     x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
     groups = mean.shape[-1]
 
@@ -174,17 +180,17 @@ def group_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
         grad = grad.reshape(whole.shape)
         return _normalized(grad, whole, mean.unsqueeze(-1), rstd.unsqueeze(-1)).view(out)
 
-    return _channels(normalized, layout, axis, spread, shape)
+    return _channels(normalized, layout, axis, per_channel, shape)
 
 
-@junction("NativeBatchNorm CudnnBatchNorm")
+@formula("NativeBatchNorm CudnnBatchNorm")
 def batch_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if k == 0:
         return None
     out = tuple(node._input_metadata[0].shape)
-    spread = (*shape, *[1] * (len(out) - 2))
+    per_channel = (*shape, *[1] * (len(out) - 2))
     if k == 2:
-        return _channels(lambda grad: grad, layout, axis, spread, shape)
+        return _channels(lambda grad: grad, layout, axis, per_channel, shape)
     x = node._saved_input
     if node._saved_training:
         mean, rstd = node._saved_result1, node._saved_result2
@@ -193,9 +199,9 @@ def batch_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
         mean, rstd = node._saved_running_mean, (node._saved_running_var + eps).rsqrt()
 
     def normalized(grad: Tensor) -> Tensor:
-        return _normalized(grad, x, mean.view(spread), rstd.view(spread))
+        return _normalized(grad, x, mean.view(per_channel), rstd.view(per_channel))
 
-    return _channels(normalized, layout, axis, spread, shape)
+    return _channels(normalized, layout, axis, per_channel, shape)
 
 
 def _normalized(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -209,12 +215,12 @@ def _channels(
     factor: Callable[[Tensor], Tensor],
     layout: Layout,
     axis: Axis | None,
-    spread: Shape,
+    per_channel: Shape,
     shape: Shape,
 ) -> Finish:
     def finish(grad: Tensor) -> Use:
-        parts = reduce_to(factor(grad), axis, spread)
-        return RowsUse(parts.view(-1, *shape), layout.rows)
+        parts = reduce_to(factor(grad), axis, per_channel)
+        return RowsUse(parts.view(-1, *shape), layout.numbers)
 
     return finish
 
@@ -222,29 +228,29 @@ def _channels(
 # products with a matrix
 
 
-@junction("Mm Addmm")
+@formula("Mm Addmm")
 def matmul(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     add = base_name(node) == "Addmm"
     alpha = node._saved_alpha if add else 1
     if add and k == 0:
         beta = node._saved_beta
         return broadcasting(lambda grad: _times(beta, grad), layout, axis, shape)
-    if k == 1 + add:  # y = x W: W's gradient is x^T P, over rows
+    if k == 1 + add:  # y = x W: W's gradient is x^T P, tokens in the first dimension
         if axis is not None and axis.dim != 0:
             return None
         x = node._saved_mat1 if add else node._saved_self
         return lambda grad: MatrixUse(
-            blocks(x, axis), blocks(_times(alpha, grad), axis), layout.rows, "left"
+            blocks(x, axis), blocks(_times(alpha, grad), axis), layout.numbers, "left"
         )
     if axis is not None and axis.dim != 1:
         return None
-    x = node._saved_mat2  # y = W x: P x^T, over columns
+    x = node._saved_mat2  # y = W x: P x^T, tokens in the second
     return lambda grad: MatrixUse(
-        blocks(_times(alpha, grad).mT, axis), blocks(x.mT, axis), layout.rows
+        blocks(_times(alpha, grad).mT, axis), blocks(x.mT, axis), layout.numbers
     )
 
 
-@junction("Bmm")
+@formula("Bmm")
 def bmm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if axis is not None and axis.dim != (1 if k == 1 else 2):
         return None
@@ -258,12 +264,12 @@ def bmm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> F
 
     def finish(grad: Tensor) -> Use:
         one, other = (blocks(side(grad), along, 1) for side in (left, right))
-        return MatrixUse(one, other, layout.rows, "left" if k == 1 else "right")
+        return MatrixUse(one, other, layout.numbers, "left" if k == 1 else "right")
 
     return finish
 
 
-@junction("Mv Addmv")
+@formula("Mv Addmv")
 def mv(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     add = base_name(node) == "Addmv"
     alpha = node._saved_alpha if add else 1
@@ -271,17 +277,17 @@ def mv(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Fi
         beta = node._saved_beta
         return broadcasting(lambda grad: _times(beta, grad), layout, axis, shape)
     if k == add:
-        if axis is not None:  # each row of the matrix is of one sample
+        if axis is not None:  # each line of the matrix is of one sample
             return None
         vector = node._saved_vec
         return lambda grad: MatrixUse(
-            _times(alpha, grad)[None, None], vector[None, None], layout.rows
+            _times(alpha, grad)[None, None], vector[None, None], layout.numbers
         )
     x = node._saved_mat if add else node._saved_self
 
     def finish(grad: Tensor) -> Use:
         parts = blocks(_times(alpha, grad), axis).unsqueeze(1) @ blocks(x, axis)
-        return RowsUse(parts.squeeze(1), layout.rows)
+        return RowsUse(parts.squeeze(1), layout.numbers)
 
     return finish
 
@@ -290,10 +296,10 @@ def _times(alpha: float, grad: Tensor) -> Tensor:
     return grad if alpha == 1 else alpha * grad
 
 
-# rows picked from a parameter
+# lines picked from a parameter
 
 
-@junction("Embedding")
+@formula("Embedding")
 def embedding(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if node._saved_scale_grad_by_freq or node._saved_sparse:
         return None
@@ -305,7 +311,7 @@ def embedding(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape
     return _picked(indices, layout, axis, shape, padding)
 
 
-@junction("Index IndexSelect")
+@formula("Index IndexSelect")
 def index(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     if base_name(node) == "IndexSelect":
         dim, chosen = node._saved_dim, [node._saved_index]
@@ -315,7 +321,7 @@ def index(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) ->
         chosen.pop()
     if dim != 0 or not chosen or any(c is None or c.dtype in MASKS for c in chosen):
         return None
-    # rows of the parameter with its first dimensions as one
+    # lines of the parameter with its first dimensions as one
     indices = torch.zeros((), dtype=torch.int64, device=chosen[0].device)
     for size, c in zip(shape, chosen, strict=False):
         indices = indices * size + torch.where(c < 0, c + size, c)
@@ -334,12 +340,12 @@ def _picked(
         parts, where = blocks(grad, axis, dim), blocks(indices, axis, dim)
         n = parts.shape[0]
         flat = parts.reshape(n, where[0].numel(), math.prod(shape[1:]))
-        return EmbeddingUse(where.reshape(n, -1), flat, layout.rows, shape[0], padding)
+        return EmbeddingUse(where.reshape(n, -1), flat, layout.numbers, shape[0], padding)
 
     return finish
 
 
-@junction("EmbeddingBag")
+@formula("EmbeddingBag")
 def embedding_bag(
     node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape
 ) -> Finish | None:
@@ -354,8 +360,8 @@ def embedding_bag(
     out = tuple(node._input_metadata[0].shape)
     if len(bags) != len(indices):  # a mode whose bags were not kept
         offsets = node._saved_offsets
-        places = torch.arange(len(indices), device=offsets.device)
-        bags = torch.searchsorted(offsets, places, right=True) - 1
+        positions = torch.arange(len(indices), device=offsets.device)
+        bags = torch.searchsorted(offsets, positions, right=True) - 1
 
     def finish(grad: Tensor) -> Use:
         scale = grad.new_ones(len(indices)) if weights is None else weights.to(grad.dtype)
@@ -365,7 +371,8 @@ def embedding_bag(
         # one block per token: bags differ in length
         of_bag = layout.elements(out)[:, 0].to(bags.device)
         grads = (grad[bags] * scale[:, None])[:, None]
-        return EmbeddingUse(kept[:, None].long(), grads, of_bag[bags].cpu(), shape[0])
+        rows = RowNumbers(of_bag[bags].cpu())
+        return EmbeddingUse(kept[:, None].long(), grads, rows, shape[0])
 
     return finish
 
@@ -373,18 +380,18 @@ def embedding_bag(
 # convolutions
 
 
-@junction("Convolution")
+@formula("Convolution")
 def convolution(
     node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape
 ) -> Finish | None:
     if k == 0:
         return None
-    spread = (*shape, *[1] * (len(node._input_metadata[0].shape) - 2))
+    per_channel = (*shape, *[1] * (len(node._input_metadata[0].shape) - 2))
     if k == 2:
-        return _channels(lambda grad: grad, layout, axis, spread, shape)
+        return _channels(lambda grad: grad, layout, axis, per_channel, shape)
     if axis is not None and axis.dim != 0:
         return None
     x, geometry = node._saved_input, Geometry.of(node)
     return lambda grad: ConvolutionUse(
-        blocks(x, axis), blocks(grad, axis), layout.rows, shape, geometry
+        blocks(x, axis), blocks(grad, axis), layout.numbers, shape, geometry
     )

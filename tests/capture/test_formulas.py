@@ -1,17 +1,18 @@
-"""Every rule against the operation itself, asked with gradients whose rows are known."""
+"""Every carrier and formula against the operation itself, asked with gradients of known rows."""
 
 import math
 
 import pytest
 import torch
 
-from gradsurgery.capture.fallback import one_by_one, spread
-from gradsurgery.capture.junctions import JUNCTIONS, prepare
+from gradsurgery.capture.carriers import CARRIERS, COUPLED, ELEMENTWISE, MANY, SHARED, base_name
+from gradsurgery.capture.formulas import FORMULAS, prepare
 from gradsurgery.capture.layout import Layout, compress, constant
 from gradsurgery.capture.leaves import dense_rows
 from gradsurgery.capture.probe import probe
-from gradsurgery.capture.rules import COUPLED, ELEMENTWISE, MANY, RULES, SHARED, base_name
-from gradsurgery.capture.trace import Meeting
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.trace import Junction
+from gradsurgery.capture.unknown import of_broadcast, one_by_one
 from gradsurgery.capture.views import shape_of
 from tests.capture import operations
 from tests.capture.operations import CASES
@@ -52,13 +53,13 @@ def layouts(shape):
                 if rest or n < 2:
                     continue
                 rows = torch.arange(n)
-                yield Layout(below * inner, rows)
+                yield Layout(below * inner, RowNumbers(rows))
                 if inner > 1 or outer > 1:
                     continue
-                yield Layout(below * inner, rows.flip(0) + 1)
+                yield Layout(below * inner, RowNumbers(rows.flip(0) + 1))
                 if n > 2:
-                    yield Layout(below * inner, rows // 2)
-                    yield Layout(below * inner, rows.where(rows != 1, -1))
+                    yield Layout(below * inner, RowNumbers(rows // 2))
+                    yield Layout(below * inner, RowNumbers(rows.where(rows != 1, -1)))
     numel = math.prod(shape)
     yield compress((torch.arange(numel) % 5 - 1).view(shape))  # from no dimension
 
@@ -75,45 +76,46 @@ def given(outs, name):
             yield dict(enumerate(many))
 
 
-def compare(rule, asked, shape):
-    """A rule may give an element that no loss depends on to any row."""
-    if rule == COUPLED:
+def compare(carried, asked, shape):
+    """A carrier may give an element that no loss depends on to any row."""
+    if carried == COUPLED:
         assert asked == SHARED
-    elif isinstance(rule, Layout):
-        assert isinstance(asked, Layout), f"{rule}, but rows meet"
-        said, seen = rule.elements(shape), asked.elements(shape)
+    elif isinstance(carried, Layout):
+        assert isinstance(asked, Layout), f"{carried}, but rows meet"
+        said, seen = carried.elements(shape), asked.elements(shape)
         assert torch.equal(said[seen >= 0], seen[seen >= 0])
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) & set(RULES)))
-def test_rule(name, monkeypatch):
+@pytest.mark.parametrize("name", sorted(set(CASES) & set(CARRIERS)))
+def test_carrier(name, monkeypatch):
     monkeypatch.setattr(
-        "gradsurgery.capture.probe.compress", lambda elements: Layout(1, elements.flatten())
+        "gradsurgery.capture.probe.compress",
+        lambda elements: Layout(1, RowNumbers(elements.flatten())),
     )
     answered = shared = 0
     for node, shapes, ins, _graph in built(name):
         for outs in given(shapes, name):
-            rule = (RULES[name](node, outs, shapes, ins) + [None] * len(ins))[: len(ins)]
+            carried = (CARRIERS[name](node, outs, shapes, ins) + [None] * len(ins))[: len(ins)]
             asked = probe(node, outs, ins, ROWS)
-            for shape, r, a in zip(ins, rule, asked, strict=True):
+            for shape, r, a in zip(ins, carried, asked, strict=True):
                 if shape is None or r is None:
                     continue
                 compare(r, a, shape)
                 answered += isinstance(r, Layout) and not r.constant
                 shared += r == SHARED == a
-    assert answered or shared, "the rule never had an answer"
+    assert answered or shared, "the carrier never had an answer"
 
 
-def test_every_rule_has_a_case():
-    assert set(RULES) - set(CASES) == ONLY_CUDA
-    assert set(JUNCTIONS) - set(CASES) == ONLY_CUDA & set(JUNCTIONS)
+def test_every_carrier_and_formula_has_a_case():
+    assert set(CARRIERS) - set(CASES) == ONLY_CUDA
+    assert set(FORMULAS) - set(CASES) == ONLY_CUDA & set(FORMULAS)
 
 
-def meetings(name):
+def junctions(name):
     """Every input that rows share, with the gradients of the outputs."""
     for node, shapes, ins, _graph in built(name):
         out = shapes[0]
-        if name not in JUNCTIONS and all(shape == out for shape in ins):
+        if name not in FORMULAS and all(shape == out for shape in ins):
             continue  # each element meets one
         for layout in layouts(out):
             outs = {0: layout}
@@ -122,29 +124,29 @@ def meetings(name):
                 if shape is None:
                     continue
                 if answer == SHARED:
-                    yield Meeting(node, k, outs), out, shape
+                    yield Junction(node, k, outs), out, shape
                 elif layout.constant and isinstance(answer, Layout):
-                    yield Meeting(node, k, outs, answer), out, shape
+                    yield Junction(node, k, outs, answer), out, shape
 
 
-@pytest.mark.parametrize("name", sorted(({*JUNCTIONS} | ELEMENTWISE) & {*CASES}))
+@pytest.mark.parametrize("name", sorted(({*FORMULAS} | ELEMENTWISE) & {*CASES}))
 def test_junction(name):
-    """What a meeting keeps gives each row's gradient, as the operation's own backward does."""
+    """What a junction keeps gives each row's gradient, as the operation's own backward does."""
     kept = met = 0
-    for meeting, out, shape in meetings(name):
+    for junction, out, shape in junctions(name):
         grad = torch.randn(out, dtype=torch.float64)
-        grads = [grad, *[None] * (len(meeting.node._input_metadata) - 1)]
+        grads = [grad, *[None] * (len(junction.node._input_metadata) - 1)]
         met += 1
-        finish = prepare(meeting, shape)
-        use = spread(meeting, grads, shape) if finish is None else finish(grad)
+        finish = prepare(junction, shape)
+        use = of_broadcast(junction, grads, shape) if finish is None else finish(grad)
         if use is None:
             continue
         kept += 1
-        known = (use.rows >= 0).nonzero().flatten()
+        known = (use.rows.tensor >= 0).nonzero().flatten()
         actual = dense_rows([use.select(known)], ROWS).reshape(ROWS, *shape)
         expected = torch.zeros(ROWS, *shape, dtype=torch.float64)
-        one = one_by_one(meeting, grads, shape)
-        for row, block in zip(one.rows.tolist(), one.blocks, strict=True):
+        one = one_by_one(junction, grads, shape)
+        for row, block in zip(one.rows.tensor.tolist(), one.blocks, strict=True):
             expected[row] = block
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
-    assert kept or name not in JUNCTIONS, f"none of {met} meetings was kept"
+    assert kept or name not in FORMULAS, f"none of {met} junctions was kept"

@@ -1,0 +1,115 @@
+"""The Gramian over all parameters of a Jacobian, and that of each."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradsurgery.capture.leaves import without_autocast
+from gradsurgery.capture.paths import existing
+from gradsurgery.capture.plane import Made, Plane, all_in_range
+from gradsurgery.capture.uses import RowsUse
+from gradsurgery.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from gradsurgery.capture.factored import FactoredJacobian
+
+TOGETHER = 1 << 22  # values of Gramians that are held, to be looked at together
+
+
+def zeros(jacobian: "FactoredJacobian") -> Tensor:
+    m, device = jacobian.m, jacobian.parameters[0].device
+    return torch.zeros(m, m, dtype=torch.float64, device=device)
+
+
+def summed(jacobian: "FactoredJacobian", grams: Sequence[Tensor | None]) -> Tensor:
+    """The Gramian over all parameters, from that of each; None has no part in it."""
+    total = zeros(jacobian)
+    for gram in grams:
+        if gram is not None:
+            total += gram
+    return total
+
+
+def of_model(jacobian: "FactoredJacobian") -> Tensor:
+    """The Gramian over all parameters, [m, m]; small ones, whose rows exist, in one call."""
+    jacobian._check_usable()
+    m, planes = jacobian.m, jacobian._planes
+    total, made = zeros(jacobian), []
+    with torch.no_grad(), without_autocast(jacobian.parameters[0]):
+        through = jacobian._through_derived()
+        exist: dict[tuple, list[list[RowsUse]]] = {}
+        for k, plane in enumerate(planes):
+            if k in through:
+                uses = [*through.pop(k), *jacobian._uses[k]]
+                plane = Plane(jacobian.parameters[k], uses, None)
+            if plane is None:
+                continue
+            rows = plane.rows
+            # blocks of one row are added up before they are multiplied where they are many
+            if rows and sum(use.n for use in rows) <= 2 * m:
+                exist.setdefault(one_call(rows), []).append(rows)
+                continue
+            made.append(Made(plane, None, plane.gramian(m, None)))
+            # rows of derived parameters are as large as the model m times: dropped at once
+            if len(made) * m**2 > TOGETHER or plane is not planes[k]:
+                total, made = _added(jacobian, total, made), []
+        # rows that exist need no look: they are multiplied in any range
+        for group in exist.values():
+            total += existing(group, m)
+        return _added(jacobian, total, made)
+
+
+def _added(jacobian: "FactoredJacobian", total: Tensor, made: Sequence[Made]) -> Tensor:
+    """`total` with the Gramians of some parameters, of which one look says if float32 held them."""
+    m = jacobian.m
+    whole = total + summed(jacobian, [each.gram for each in made])
+    if all_in_range(made, whole):
+        return whole
+    whole = total + summed(jacobian, [plane.in_range(gram, m, own) for plane, own, gram in made])
+    if not bool(whole.diagonal().isfinite().all()):
+        _raise_not_finite(jacobian, of_parameters(jacobian, None))
+    return whole
+
+
+def of_parameters(
+    jacobian: "FactoredJacobian", metric: Sequence[Tensor] | None
+) -> list[Tensor | None]:
+    """The Gramian of each parameter's rows, [m, m]; None for one that no loss depends on."""
+    jacobian._check_usable()
+    m = jacobian.m
+    grams: list[Tensor | None] = [None] * len(jacobian.parameters)
+    made: dict[int, Made] = {}
+    with torch.no_grad(), without_autocast(jacobian.parameters[0]):
+        through = jacobian._through_derived()
+        for k, plane in enumerate(jacobian._planes):
+            own = None if metric is None else metric[k]
+            if k in through:  # whose rows are not held for long
+                parts = [*through.pop(k), *jacobian._uses[k]]
+                plane = Plane(jacobian.parameters[k], parts, None)
+                grams[k] = plane.in_range(plane.gramian(m, own), m, own)
+            elif plane is not None:
+                grams[k] = gram = plane.gramian(m, own)
+                made[k] = Made(plane, own, gram)
+        # a GPU is waited for once, not for each parameter
+        if all_in_range(list(made.values()), summed(jacobian, grams)):
+            return grams
+        for k, (plane, own, gram) in made.items():
+            grams[k] = plane.in_range(gram, m, own)
+    if not bool(summed(jacobian, grams).diagonal().isfinite().all()):
+        _raise_not_finite(jacobian, grams)
+    return grams
+
+
+def _raise_not_finite(jacobian: "FactoredJacobian", grams: Sequence[Tensor | None]) -> None:
+    for name, gram in zip(jacobian.names, grams, strict=True):
+        bad = [] if gram is None else (~gram.diagonal().isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteError(f"losses: row {bad[0]} is not finite: its gradient of {name}")
+    raise NonFiniteError("losses: the squared norm of a row overflows float64")
+
+
+def one_call(uses: Sequence[RowsUse]) -> tuple:
+    """What rows of several parameters must have in common to be taken in one call."""
+    return uses[0].blocks.dtype, *(id(use.rows) for use in uses)

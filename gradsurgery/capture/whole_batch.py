@@ -1,0 +1,66 @@
+"""What the Jacobian of two samples tells of the whole batch's: the path of every parameter."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from gradsurgery.capture.factored import FactoredJacobian
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.uses import RowsUse, Use, Within
+
+SLOW, STORED, UNREACHED = "one row at a time", "stored rows", "not reached"
+
+
+def at_batch(jacobian: FactoredJacobian, rows: Tensor, m: int) -> FactoredJacobian:
+    """What two samples' Jacobian would be for samples of these rows; without memory."""
+    # tensors of device "meta" have shapes only: paths are planned from these
+    like = [p.detach().to("meta") for p in jacobian.parameters]
+    one = RowNumbers(torch.tensor([0], device="cpu"))
+    if m == 1:
+        reached = [
+            bool(mine) or any(p is q for part in jacobian._derived for q in part.parameters)
+            for p, mine in zip(jacobian.parameters, jacobian._uses, strict=True)
+        ]
+        uses: list[list[Use]] = [
+            [RowsUse(p.unsqueeze(0), one)] if r else [] for p, r in zip(like, reached, strict=True)
+        ]
+    else:
+        known: dict[tuple[int, int], RowNumbers] = {}
+        uses = [[_scaled(use, rows, known) for use in mine] for mine in jacobian._uses]
+    losses = torch.zeros(m, device="meta")
+    return FactoredJacobian(jacobian.names, jacobian.parameters, m, losses, uses)
+
+
+def _scaled(use: Use, rows: Tensor, known: dict[tuple[int, int], RowNumbers]) -> Use:
+    """A use of two samples as one of many, which are like those two in turns."""
+    if isinstance(use, Within):
+        return Within(_scaled(use.inner, rows, known), use.start, use.plane[0])
+    counts = int((use.rows.tensor == 0).sum()), int((use.rows.tensor == 1).sum())
+    if counts not in known:
+        samples = (rows >= 0).nonzero().flatten()
+        blocks = torch.tensor(counts, device="cpu")[samples % 2]  # of each sample
+        known[counts] = RowNumbers(rows[samples].repeat_interleave(blocks))
+    part = copy.copy(use)
+    part.rows = known[counts]
+    for name in use.tensors:
+        tensor = getattr(use, name)
+        setattr(part, name, tensor.new_empty(len(part.rows), *tensor.shape[1:], device="meta"))
+    return part
+
+
+def paths_of(jacobian: FactoredJacobian, whole: FactoredJacobian) -> dict[str, str]:
+    """How the Gramian of each parameter is got, by name; `whole` is `jacobian` at the batch."""
+    slow = {name for fallback in jacobian.fallbacks for name in fallback.parameters}
+    derived = {id(p) for part in jacobian._derived for p in part.parameters}
+    found = {}
+    for name, p, plane in zip(whole.names, whole.parameters, whole._planes, strict=True):
+        if name in slow:
+            found[name] = SLOW
+        elif id(p) in derived:
+            found[name] = STORED
+        elif plane is None:
+            found[name] = UNREACHED
+        else:
+            found[name] = STORED if plane.plan is None else plane.plan.path
+    return found
