@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from gradsurgery.unlearn import LTUConfig, LTUTrainer, OrthoGradConfig, OrthoGradTrainer, digits
-from gradsurgery.unlearn.classification import cross_entropy
-from gradsurgery.unlearn.trainer import make_optimizer
+from gradsurgery.unlearn import LTUConfig, LTUTrainer, OrthoGradConfig, OrthoGradTrainer
+from gradsurgery.unlearn.jobs.digits import data as digits
+from gradsurgery.unlearn.objectives.classification import cross_entropy
+from gradsurgery.unlearn.training.trainer import make_optimizer
 
 SAMPLES = 64  # to forget, and as many to retain
 # at most so many times the plain step

@@ -91,9 +91,9 @@ def _unlearn(arguments: list[str]) -> None:
 
 
 def _report(path: Path) -> None:
-    from gradsurgery.unlearn.finish import write_report
-    from gradsurgery.unlearn.run import RunDirectory
-    from gradsurgery.unlearn.tables import print_summary
+    from gradsurgery.unlearn.jobs.directory import RunDirectory
+    from gradsurgery.unlearn.report.finish import write_report
+    from gradsurgery.unlearn.report.tables import print_summary
 
     directory = RunDirectory(path, "RUN")
     directory.require_finished()
@@ -107,8 +107,8 @@ def _report(path: Path) -> None:
 
 
 def _compare(paths: list[Path], out: Path | None) -> None:
-    from gradsurgery.unlearn import compare
-    from gradsurgery.unlearn.tables import print_summary
+    from gradsurgery.unlearn.report import compare
+    from gradsurgery.unlearn.report.tables import print_summary
 
     if out is not None and os.path.isdir(out):
         example = show(out / "compare.html")

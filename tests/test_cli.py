@@ -21,11 +21,11 @@ import gradsurgery as package
 from gradsurgery.cli import main
 from gradsurgery.unlearn import METHODS
 from gradsurgery.unlearn.command import choose_directory, parse_digits
-from gradsurgery.unlearn.digits import DigitsCNN
-from gradsurgery.unlearn.job import DigitsConfig
-from gradsurgery.unlearn.progress import PlainProgress, RichProgress, make_progress
-from gradsurgery.unlearn.run import RunDirectory
-from gradsurgery.unlearn.tables import print_summary
+from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.progress import PlainProgress, RichProgress, make_progress
+from gradsurgery.unlearn.report.tables import print_summary
 
 DIGITS = ("unlearn", "digits")
 # seconds of training for every stage, through the same code as the real job

@@ -9,16 +9,16 @@ from typing import Annotated, Any, Literal
 from gradsurgery.cli import fail
 from gradsurgery.errors import InputError
 from gradsurgery.text import show
-from gradsurgery.unlearn.config import differences, read_yaml, to_dict, update
-from gradsurgery.unlearn.environment import environment
-from gradsurgery.unlearn.finish import finish
-from gradsurgery.unlearn.job import DigitsConfig, run
-from gradsurgery.unlearn.progress import make_progress
-from gradsurgery.unlearn.run import RunDirectory, new_directory, numbered
-from gradsurgery.unlearn.tables import print_summary
-from gradsurgery.unlearn.trainer import TrainingError
-from gradsurgery.unlearn.tune import check, tune
-from gradsurgery.unlearn.tuned import TUNED
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, run
+from gradsurgery.unlearn.jobs.digits.tuned import TUNED
+from gradsurgery.unlearn.jobs.directory import RunDirectory, new_directory, numbered
+from gradsurgery.unlearn.jobs.environment import environment
+from gradsurgery.unlearn.jobs.progress import make_progress
+from gradsurgery.unlearn.jobs.tune import check, tune
+from gradsurgery.unlearn.report.finish import finish
+from gradsurgery.unlearn.report.tables import print_summary
+from gradsurgery.unlearn.training.config import differences, read_yaml, to_dict, update
+from gradsurgery.unlearn.training.trainer import TrainingError
 
 RUNS = Path("runs")
 

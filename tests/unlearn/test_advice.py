@@ -9,7 +9,7 @@ import pytest
 
 from gradsurgery.cli import main
 from gradsurgery.unlearn.command import choose_directory, parse_digits
-from gradsurgery.unlearn.run import CHECKPOINT, RunDirectory
+from gradsurgery.unlearn.jobs.directory import CHECKPOINT, RunDirectory
 from tests.unlearn.broken import command, numbers, refused
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import metrics
-from gradsurgery.unlearn.attacks import (
+from gradsurgery.unlearn.metrics import accuracy as metrics
+from gradsurgery.unlearn.metrics.attacks import (
     attack_all,
     auc,
     best_accuracy,

@@ -9,13 +9,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.unlearn import Finetune, NegGrad, TrainingError, random_label
-from gradsurgery.unlearn.classification import cross_entropy
-from gradsurgery.unlearn.l1_sparse import L1Sparse
-from gradsurgery.unlearn.neggradplus import NegGradPlus
-from gradsurgery.unlearn.random_label import RandomLabel
-from gradsurgery.unlearn.salun import SalUn
-from gradsurgery.unlearn.ssd import SSD
+from gradsurgery.unlearn import Finetune, NegGrad, TrainingError
+from gradsurgery.unlearn.methods import random_label
+from gradsurgery.unlearn.methods.l1_sparse import L1Sparse
+from gradsurgery.unlearn.methods.neggradplus import NegGradPlus
+from gradsurgery.unlearn.methods.random_label import RandomLabel
+from gradsurgery.unlearn.methods.salun import SalUn
+from gradsurgery.unlearn.methods.ssd import SSD
+from gradsurgery.unlearn.objectives.classification import cross_entropy
 
 KINDS = [NegGradPlus, RandomLabel, SalUn, L1Sparse, SSD]
 

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import Finetune, NegGrad, OrthoGradTrainer
-from gradsurgery.unlearn.bad_teacher import BadTeacher
-from gradsurgery.unlearn.boundary_shrink import BoundaryShrink
-from gradsurgery.unlearn.classification import cross_entropy
-from gradsurgery.unlearn.gdr_gma import GDRGMATrainer
-from gradsurgery.unlearn.gru import GRUTrainer
-from gradsurgery.unlearn.scrub import SCRUB, divergence
+from gradsurgery.unlearn.methods.bad_teacher import BadTeacher
+from gradsurgery.unlearn.methods.boundary_shrink import BoundaryShrink
+from gradsurgery.unlearn.methods.gdr_gma import GDRGMATrainer
+from gradsurgery.unlearn.methods.gru import GRUTrainer
+from gradsurgery.unlearn.methods.scrub import SCRUB, divergence
+from gradsurgery.unlearn.objectives.classification import cross_entropy
 
 FORWARD = [SCRUB, BadTeacher, BoundaryShrink]
 SURGICAL = [GDRGMATrainer, GRUTrainer]

@@ -7,8 +7,8 @@ import pytest
 
 from gradsurgery.cli import main
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.compare import load, merge, render
-from gradsurgery.unlearn.config import to_yaml, update
+from gradsurgery.unlearn.report.compare import load, merge, render
+from gradsurgery.unlearn.training.config import to_yaml, update
 from tests.unlearn.tiny import finished, tiny
 
 

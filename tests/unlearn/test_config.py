@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.config import differences, read_yaml, to_dict, to_yaml, update
-from gradsurgery.unlearn.job import DigitsConfig
-from gradsurgery.unlearn.tuned import TUNED
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs.digits.tuned import TUNED
+from gradsurgery.unlearn.training.config import differences, read_yaml, to_dict, to_yaml, update
 
 
 @pytest.mark.parametrize("task", TUNED)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import cost
-from gradsurgery.unlearn.cost import measured
+from gradsurgery.unlearn.metrics import cost
+from gradsurgery.unlearn.metrics.cost import measured
 
 MB = 2**20
 # more than 32 MiB: the C library then takes fresh pages and gives them back when they are freed

@@ -8,9 +8,9 @@ import pytest
 
 from gradsurgery.cli import main
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import files, tensors
-from gradsurgery.unlearn.digits import DigitsCNN
-from gradsurgery.unlearn.run import CHECKPOINT, RunDirectory
+from gradsurgery.unlearn.jobs import files, tensors
+from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
+from gradsurgery.unlearn.jobs.directory import CHECKPOINT, RunDirectory
 from tests.unlearn.broken import Killed, command, numbers, refused
 
 
@@ -88,7 +88,7 @@ def test_a_kill_between_any_two_files_loses_nothing(
 ):
     """Of environment, metrics, checkpoint, model, stage, measured stage, summary, model, card."""
     path, replaced, left = copied("killed"), os.replace, [count]
-    monkeypatch.setattr("gradsurgery.unlearn.report.render", lambda **_: "page")
+    monkeypatch.setattr("gradsurgery.unlearn.report.render.render", lambda **_: "page")
 
     def stays(*_, **__):
         raise OSError

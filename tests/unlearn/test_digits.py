@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import digits
-from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.jobs.digits import data as digits
+from gradsurgery.unlearn.objectives.classification import cross_entropy
 
 
 def ids(data):

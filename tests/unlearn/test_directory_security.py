@@ -13,13 +13,13 @@ from rich.console import Console
 
 from gradsurgery.cli import main
 from gradsurgery.text import show
-from gradsurgery.unlearn import plots
-from gradsurgery.unlearn.card import model_card, plain
-from gradsurgery.unlearn.digits import DigitsCNN
-from gradsurgery.unlearn.labels import title
-from gradsurgery.unlearn.progress import RichProgress
-from gradsurgery.unlearn.run import CHECKPOINT, RunDirectory, write_atomic
-from gradsurgery.unlearn.tables import print_summary
+from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
+from gradsurgery.unlearn.jobs.directory import CHECKPOINT, RunDirectory, write_atomic
+from gradsurgery.unlearn.jobs.progress import RichProgress
+from gradsurgery.unlearn.report import plots
+from gradsurgery.unlearn.report.card import model_card, plain
+from gradsurgery.unlearn.report.labels import title
+from gradsurgery.unlearn.report.tables import print_summary
 from tests.unlearn.broken import command, config, numbers, refused, replace
 
 MARKUP = "<script src=x onload=alert(1)>"
@@ -171,7 +171,9 @@ def test_every_text_of_every_file_is_escaped(copied, monkeypatch):
         directory.add_trial(trial)
         directory.add_trial({"method": MARKUP, "options": {}, "gap": 0.5})
     options = {"task": MARKUP, MARKUP: MARKUP, "training": {MARKUP: MARKUP}, "neggrad": MARKUP}
-    monkeypatch.setattr("gradsurgery.unlearn.checked.to_yaml", lambda _: json.dumps(options) + "\n")
+    monkeypatch.setattr(
+        "gradsurgery.unlearn.jobs.checked.to_yaml", lambda _: json.dumps(options) + "\n"
+    )
     directory.write_options("config.yaml", None)
     main(["report", str(path)])
     text = (path / "report.html").read_text()

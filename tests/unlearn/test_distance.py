@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.distance import activation_distance, js, kl, tow
+from gradsurgery.unlearn.metrics.distance import activation_distance, js, kl, tow
 
 DISTANCES = [kl, js, activation_distance]
 MODEL = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]], dtype=torch.float64).log() + 3

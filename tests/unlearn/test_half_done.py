@@ -22,7 +22,7 @@ from gradsurgery.unlearn import (
     TrainingError,
     unlearning,
 )
-from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.objectives.classification import cross_entropy
 
 ALL = {**METHODS, "retrain": Retrain}
 OPTIONS = {"ssd": {"alpha": 1.0}, "scrub": {"msteps": 1}, "ltu": {"model_steps": 5}}

@@ -10,24 +10,24 @@ import torch
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS
-from gradsurgery.unlearn.config import update
-from gradsurgery.unlearn.digits import DigitsCNN, load
-from gradsurgery.unlearn.evaluation import evaluate, make_probe, summarize
-from gradsurgery.unlearn.job import (
+from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
+from gradsurgery.unlearn.jobs.digits.evaluation import evaluate, make_probe, summarize
+from gradsurgery.unlearn.jobs.digits.job import (
     DigitsConfig,
     Variant,
     make_trainer,
     reproducible,
     run,
 )
-from gradsurgery.unlearn.labels import COMPARED, LABELS, NAMES, parts, stage_name, title
-from gradsurgery.unlearn.metrics import accuracy
-from gradsurgery.unlearn.plots import COLORS, MARKERS
-from gradsurgery.unlearn.progress import PlainProgress
-from gradsurgery.unlearn.run import RunDirectory
-from gradsurgery.unlearn.seeds import derived
-from gradsurgery.unlearn.tables import behind, cell, full_table, lines, main_table
-from gradsurgery.unlearn.verdict import Place, ranking, sentences
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.progress import PlainProgress
+from gradsurgery.unlearn.metrics.accuracy import accuracy
+from gradsurgery.unlearn.report.labels import COMPARED, LABELS, NAMES, parts, stage_name, title
+from gradsurgery.unlearn.report.plots import COLORS, MARKERS
+from gradsurgery.unlearn.report.tables import behind, cell, full_table, lines, main_table
+from gradsurgery.unlearn.report.verdict import Place, ranking, sentences
+from gradsurgery.unlearn.training.config import update
+from gradsurgery.unlearn.training.seeds import derived
 from tests.unlearn.tiny import finished, tiny
 
 

@@ -10,10 +10,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import METHODS, FinetuneConfig, Retrain, metrics, unlearning
-from gradsurgery.unlearn.attacks import attack_all
-from gradsurgery.unlearn.classification import cross_entropy, label_losses, relabeled, wrong_labels
-from gradsurgery.unlearn.relearn import relearn_steps
+from gradsurgery.unlearn import METHODS, FinetuneConfig, Retrain, unlearning
+from gradsurgery.unlearn.metrics import accuracy as metrics
+from gradsurgery.unlearn.metrics.attacks import attack_all
+from gradsurgery.unlearn.metrics.relearn import relearn_steps
+from gradsurgery.unlearn.objectives.classification import (
+    cross_entropy,
+    label_losses,
+    relabeled,
+    wrong_labels,
+)
 
 ALL = {**METHODS, "retrain": Retrain}
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]

@@ -10,8 +10,8 @@ from torch import nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import LTUConfig, LTUTrainer
-from gradsurgery.unlearn.ltu import shifted
-from gradsurgery.unlearn.membership import MembershipModels, features, halves
+from gradsurgery.unlearn.methods.ltu.membership import MembershipModels, features, halves
+from gradsurgery.unlearn.methods.ltu.trainer import shifted
 
 EVERYTHING = 64
 

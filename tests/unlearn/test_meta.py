@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import meta
-from gradsurgery.unlearn.meta import meta_gradient
+from gradsurgery.unlearn.methods.ltu import meta
+from gradsurgery.unlearn.methods.ltu.meta import meta_gradient
 
 
 class Point(nn.Module):

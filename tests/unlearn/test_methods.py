@@ -17,7 +17,7 @@ from gradsurgery.unlearn import (
     Retrain,
     RetrainConfig,
 )
-from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.objectives.classification import cross_entropy
 
 EVERYTHING = 64  # a batch size beyond every set: all samples in each batch
 

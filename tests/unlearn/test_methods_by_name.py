@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, Finetune, FinetuneConfig, unlearning
-from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.objectives.classification import cross_entropy
 
 CLASSES = 4
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import metrics
+from gradsurgery.unlearn.metrics import accuracy as metrics
 
 
 class Fixed(torch.nn.Module):

@@ -9,14 +9,14 @@ import torch
 
 from gradsurgery import OrthoGrad, Surgeon
 from gradsurgery.unlearn import OrthoGradConfig, OrthoGradTrainer, RetrainConfig
-from gradsurgery.unlearn.classification import cross_entropy
-from gradsurgery.unlearn.data import take
-from gradsurgery.unlearn.digits import DigitsCNN, load
-from gradsurgery.unlearn.job import DigitsConfig, reproducible, run, summarize
-from gradsurgery.unlearn.progress import PlainProgress
-from gradsurgery.unlearn.report import step_cost
-from gradsurgery.unlearn.run import RunDirectory
-from gradsurgery.unlearn.surgical import with_ceiling
+from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, reproducible, run, summarize
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.progress import PlainProgress
+from gradsurgery.unlearn.objectives.classification import cross_entropy
+from gradsurgery.unlearn.report.render import step_cost
+from gradsurgery.unlearn.training.data import take
+from gradsurgery.unlearn.training.surgical import with_ceiling
 from tests.unlearn.test_job import result
 
 

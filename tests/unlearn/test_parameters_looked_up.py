@@ -8,7 +8,7 @@ from torch import nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, Finetune, Retrain, SalUn
-from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.objectives.classification import cross_entropy
 
 CLASSES = 3
 OPTIONS = {

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import Finetune, FinetuneConfig
-from gradsurgery.unlearn.relearn import forget_measure, relearn_steps
+from gradsurgery.unlearn.metrics.relearn import forget_measure, relearn_steps
 
 CONFIG = FinetuneConfig(steps=40, retain_batch=5, optimizer="sgd", lr=0.5)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.config import update
-from gradsurgery.unlearn.job import DigitsConfig
-from gradsurgery.unlearn.tuned import TUNED
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs.digits.tuned import TUNED
+from gradsurgery.unlearn.training.config import update
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts/results.py"

@@ -34,13 +34,13 @@ from gradsurgery.unlearn import (
     TrainingError,
     unlearning,
 )
-from gradsurgery.unlearn.classification import cross_entropy, wrong_labels
-from gradsurgery.unlearn.data import overlap
-from gradsurgery.unlearn.meta import meta_gradient
-from gradsurgery.unlearn.metrics import accuracy
-from gradsurgery.unlearn.relearn import forget_measure
-from gradsurgery.unlearn.retrain import reset_parameters
-from gradsurgery.unlearn.scrub import divergence
+from gradsurgery.unlearn.methods.ltu.meta import meta_gradient
+from gradsurgery.unlearn.methods.retrain import reset_parameters
+from gradsurgery.unlearn.methods.scrub import divergence
+from gradsurgery.unlearn.metrics.accuracy import accuracy
+from gradsurgery.unlearn.metrics.relearn import forget_measure
+from gradsurgery.unlearn.objectives.classification import cross_entropy, wrong_labels
+from gradsurgery.unlearn.training.data import overlap
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.run import (
+from gradsurgery.unlearn.jobs.directory import (
     RunDirectory,
     fingerprint,
     new_directory,

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import shadows
-from gradsurgery.unlearn.digits import DigitsCNN, load
-from gradsurgery.unlearn.job import make_trainer, reproducible
-from gradsurgery.unlearn.report import not_measured
-from gradsurgery.unlearn.run import RunDirectory
-from gradsurgery.unlearn.seeds import derived
-from gradsurgery.unlearn.ulira import logit_confidence, u_lira
+from gradsurgery.unlearn.jobs import shadows
+from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
+from gradsurgery.unlearn.jobs.digits.job import make_trainer, reproducible
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.metrics.ulira import logit_confidence, u_lira
+from gradsurgery.unlearn.report.render import not_measured
+from gradsurgery.unlearn.training.seeds import derived
 from tests.unlearn.tiny import finished, tiny
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, Finetune, FinetuneConfig, Retrain
-from gradsurgery.unlearn.classification import cross_entropy
+from gradsurgery.unlearn.objectives.classification import cross_entropy
 
 ALL = {**METHODS, "retrain": Retrain}
 CLASSES = 3

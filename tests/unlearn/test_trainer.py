@@ -18,8 +18,8 @@ from gradsurgery.unlearn import (
     TrainerConfig,
     TrainingError,
 )
-from gradsurgery.unlearn.classification import cross_entropy
-from gradsurgery.unlearn.trainer import rate_share
+from gradsurgery.unlearn.objectives.classification import cross_entropy
+from gradsurgery.unlearn.training.trainer import rate_share
 
 ALL = {**METHODS, "retrain": Retrain}
 

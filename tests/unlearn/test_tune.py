@@ -10,14 +10,14 @@ import yaml
 
 from gradsurgery.cli import main
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import METHODS, TrainerConfig, TrainingError, digits
-from gradsurgery.unlearn import tune as search
+from gradsurgery.unlearn import METHODS, TrainerConfig, TrainingError
 from gradsurgery.unlearn.command import parse_digits
-from gradsurgery.unlearn.config import to_dict, update
-from gradsurgery.unlearn.job import DigitsConfig
-from gradsurgery.unlearn.progress import PlainProgress
-from gradsurgery.unlearn.run import RunDirectory
-from gradsurgery.unlearn.tune import (
+from gradsurgery.unlearn.jobs import tune as search
+from gradsurgery.unlearn.jobs.digits import data as digits
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.progress import PlainProgress
+from gradsurgery.unlearn.jobs.tune import (
     FINAL_SEEDS,
     SEEDS,
     SPACES,
@@ -27,6 +27,7 @@ from gradsurgery.unlearn.tune import (
     space,
     tune,
 )
+from gradsurgery.unlearn.training.config import to_dict, update
 from tests.unlearn.tiny import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.attacks import auc
-from gradsurgery.unlearn.ulira import log_ratio, logit_confidence, u_lira
+from gradsurgery.unlearn.metrics.attacks import auc
+from gradsurgery.unlearn.metrics.ulira import log_ratio, logit_confidence, u_lira
 
 
 def tensor(values):

@@ -1,0 +1,1 @@
+"""Learning to Unlearn: the trainer, its meta-gradient and its membership models."""
