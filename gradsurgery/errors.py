@@ -1,4 +1,4 @@
-"""The exceptions gradsurgery raises about its input; both are ValueErrors."""
+"""The exceptions gradsurgery raises; those about its input are ValueErrors."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class NonFiniteError(InputError):
     """A row holds a NaN or an infinity; the message names the row."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: the loss or the model stopped being finite."""

@@ -29,9 +29,10 @@ from gradsurgery.unlearn.command import open_directory, parse_digits
 from gradsurgery.unlearn.jobs.digits.data import Task
 from gradsurgery.unlearn.jobs.digits.job import Variant, run
 from gradsurgery.unlearn.jobs.directory import RunDirectory, write_atomic
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
 from gradsurgery.unlearn.report import compare, tables
 from gradsurgery.unlearn.report.finish import finish
-from gradsurgery.unlearn.report.labels import TRAINED, parts, percent, stage_name, title
+from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.verdict import Summary
 from gradsurgery.unlearn.training.config import update
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsurgery.kernels.shared import alike
 from gradsurgery.kernels.tiles import (
     Tile,
     cdiv,
@@ -23,7 +24,6 @@ from gradsurgery.kernels.tiles import (
     products,
     small,
 )
-from gradsurgery.ops._inputs import alike
 
 LOST, LARGE = tl.constexpr(2.0**-116), tl.constexpr(2.0**30)  # of ops/pairs.py
 

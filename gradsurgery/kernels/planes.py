@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradsurgery.kernels.shared import BUFFER, SMALL
 from gradsurgery.kernels.tiles import (
     cdiv,
     largest_of,
@@ -20,7 +21,6 @@ from gradsurgery.kernels.tiles import (
     power_of_two,
     precision,
 )
-from gradsurgery.ops.planes import BUFFER, SMALL
 
 PROGRAMS = 256
 

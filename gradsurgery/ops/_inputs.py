@@ -188,15 +188,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_floating_point() else tensor
 
 
-def alike(*tensors: Tensor) -> list[Tensor]:
-    """Tokens in one dtype: 16-bit ones as they are, if all are of one kind."""
-    if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
-        return list(tensors)
-    kinds = [torch.float32 if tensor.dtype.itemsize == 2 else tensor.dtype for tensor in tensors]
-    kind = torch.float64 if torch.float64 in kinds else torch.float32
-    return [tensor.to(kind) for tensor in tensors]
-
-
 def as_gramian(gramian: Tensor) -> Tensor:
     """A Gramian [..., m, m] as float64; what is not finite is found on a CPU.
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from gradsurgery.kernels.shared import alike
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import alike, wide
+from gradsurgery.ops._inputs import wide
 
 
 def plane_sum(left: Tensor, right: Tensor, weights: Tensor, out: Tensor, beta: float = 0) -> None:

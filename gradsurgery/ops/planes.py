@@ -6,18 +6,16 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from gradsurgery.kernels.shared import SMALL as SMALL
+from gradsurgery.kernels.shared import alike
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import alike, wide
+from gradsurgery.ops._inputs import wide
 from gradsurgery.ops.gramian import gramian_of_parts
 
 CHUNK = 1 << 21  # values of all rows' slices that the reference forms at a time
-BUFFER = 32 << 20  # bytes of a kernel's tiles of them on a GPU: an H200 caches 50 MiB
 # and of slices made by matrix products: an H200 moves more in the time of the launches for each
 SLICE = 256 << 20
 ALIGNED = 64  # rows: matrix products of operands that begin anywhere take four times as long
-# Of planes of fewer values, bfloat16 ones would cost accuracy: each rounding is 2^-9 of a value, in
-# the products of two planes some 2^-9 / sqrt(values) of the norms
-SMALL = 1 << 16
 # Padded to the longest row, a token costs 2 flops a value at 650 TFLOP/s, 3.1 fs; the kernel that
 # takes rows as long as they are reads its operands from the cache, 32 flops a byte, at 5.5 TB/s:
 # 8.5 fs. From counting, for an H200.

@@ -2,6 +2,7 @@
 
 import sys
 
+from gradsurgery.errors import TrainingError
 from gradsurgery.unlearn.function import unlearning
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.bad_teacher import BadTeacher, BadTeacherConfig
@@ -24,7 +25,7 @@ from gradsurgery.unlearn.metrics import attacks
 from gradsurgery.unlearn.objectives import classification
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.training.data import Batches
-from gradsurgery.unlearn.training.trainer import Trainer, TrainerConfig, TrainingError
+from gradsurgery.unlearn.training.trainer import Trainer, TrainerConfig
 
 # short names of two modules that users import from
 sys.modules |= {f"{__name__}.attacks": attacks, f"{__name__}.classification": classification}

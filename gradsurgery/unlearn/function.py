@@ -11,12 +11,13 @@ from torch import nn
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.retrain import Retrain
+from gradsurgery.unlearn.objectives.base import PerSampleLoss
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.training import given
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.data import Data, batches
 from gradsurgery.unlearn.training.modes import modes_kept, values_undone_by_errors
-from gradsurgery.unlearn.training.trainer import Callback, PerSampleLoss, Probe
+from gradsurgery.unlearn.training.trainer import Callback, Probe
 
 
 def unlearning(

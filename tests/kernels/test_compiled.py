@@ -21,8 +21,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from gradsurgery.kernels import combine, gramian, pairs, plane_sum, planes  # noqa: E402
+from gradsurgery.kernels.shared import BUFFER  # noqa: E402
 from gradsurgery.kernels.tiles import precision  # noqa: E402
-from gradsurgery.ops.planes import BUFFER  # noqa: E402
 
 # shared memory of a block in bytes, and matrix instructions of tiles with 64 rows
 CHIPS = {80: (163 << 10, "mma.sync"), 90: (227 << 10, "wgmma"), 100: (227 << 10, "tcgen05.mma")}

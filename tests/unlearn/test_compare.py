@@ -7,8 +7,9 @@ import pytest
 
 from gradsurgery.cli import main
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn.jobs.yaml import to_yaml
 from gradsurgery.unlearn.report.compare import load, merge, render
-from gradsurgery.unlearn.training.config import to_yaml, update
+from gradsurgery.unlearn.training.config import update
 from tests.unlearn.tiny import finished, tiny
 
 

@@ -8,7 +8,8 @@ import yaml
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.digits.tuned import TUNED
-from gradsurgery.unlearn.training.config import differences, read_yaml, to_dict, to_yaml, update
+from gradsurgery.unlearn.jobs.yaml import read_yaml, to_yaml
+from gradsurgery.unlearn.training.config import differences, to_dict, update
 
 
 @pytest.mark.parametrize("task", TUNED)

@@ -12,7 +12,7 @@ from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.files import DamageError, parse_json
 from gradsurgery.unlearn.jobs.progress import PlainProgress
 from gradsurgery.unlearn.jobs.shapes import SUMMARY, expect
-from gradsurgery.unlearn.training.config import parse_yaml, read_yaml
+from gradsurgery.unlearn.jobs.yaml import parse_yaml, read_yaml
 from tests.unlearn.broken import refused
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

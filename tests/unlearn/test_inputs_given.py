@@ -29,8 +29,9 @@ from gradsurgery.unlearn import (
     Retrain,
     unlearning,
 )
+from gradsurgery.unlearn.objectives.base import batch_size, take, to_device
 from gradsurgery.unlearn.objectives.classification import cross_entropy, inputs, labels, relabeled
-from gradsurgery.unlearn.training.data import LoaderBatches, batch_size, overlap, take, to_device
+from gradsurgery.unlearn.training.data import LoaderBatches, overlap
 
 ALL = {**METHODS, "retrain": Retrain}
 OPTIONS = {"ssd": {"alpha": 1.0}, "scrub": {"msteps": 1}, "ltu": {"model_steps": 5}}

@@ -11,7 +11,7 @@ import torch
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
-from gradsurgery.unlearn.jobs.digits.evaluation import evaluate, make_probe, summarize
+from gradsurgery.unlearn.jobs.digits.evaluation import COMPARED, evaluate, make_probe, summarize
 from gradsurgery.unlearn.jobs.digits.job import (
     DigitsConfig,
     Variant,
@@ -21,8 +21,9 @@ from gradsurgery.unlearn.jobs.digits.job import (
 )
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.progress import PlainProgress
+from gradsurgery.unlearn.jobs.stages import parts, stage_name
 from gradsurgery.unlearn.metrics.accuracy import accuracy
-from gradsurgery.unlearn.report.labels import COMPARED, LABELS, NAMES, parts, stage_name, title
+from gradsurgery.unlearn.report.labels import LABELS, NAMES, title
 from gradsurgery.unlearn.report.plots import COLORS, MARKERS
 from gradsurgery.unlearn.report.tables import behind, cell, full_table, lines, main_table
 from gradsurgery.unlearn.report.verdict import Place, ranking, sentences

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, FinetuneConfig, Retrain, unlearning
-from gradsurgery.unlearn.metrics import accuracy as metrics
+from gradsurgery.unlearn.metrics.accuracy import accuracy, share_right
 from gradsurgery.unlearn.metrics.attacks import attack_all
 from gradsurgery.unlearn.metrics.relearn import relearn_steps
 from gradsurgery.unlearn.objectives.classification import (
@@ -197,8 +197,8 @@ def test_accuracy_and_attacks_take_every_integer_dtype(dtype):
     model = net()
     logits = model(images).detach()
     known = labels.to(dtype)
-    assert metrics.accuracy(model, (images, known)) == metrics.share_right(logits, labels)
-    assert metrics.accuracy(model, {"image": images, "label": labels}, known) <= 1
+    assert accuracy(model, (images, known)) == share_right(logits, labels)
+    assert accuracy(model, {"image": images, "label": labels}, known) <= 1
     pytest.importorskip("sklearn")
     assert attack_all(logits, known, -logits, known) == attack_all(logits, labels, -logits, labels)
 
@@ -209,9 +209,9 @@ def test_accuracy_and_attacks_refuse_all_others(kind):
     model, given = net(), WRONG[kind](labels)
     logits = model(images).detach()
     with pytest.raises(InputError):
-        metrics.accuracy(model, {"image": images, "label": given})
+        accuracy(model, {"image": images, "label": given})
     with pytest.raises(InputError, match="labels must be integers"):
-        metrics.share_right(logits, given)  # a column would compare every row with every label
+        share_right(logits, given)  # a column would compare every row with every label
     with pytest.raises(InputError, match="forget_labels must be integers"):
         attack_all(logits, given, logits, labels)
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.metrics import accuracy as metrics
+from gradsurgery.unlearn.metrics.accuracy import accuracy, uis
+from gradsurgery.unlearn.metrics.attacks import mia
+from gradsurgery.unlearn.metrics.statistics import gap, paired, spread
 
 
 class Fixed(torch.nn.Module):
@@ -19,13 +21,13 @@ class Fixed(torch.nn.Module):
 def test_accuracy_is_the_share_of_right_answers():
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 2.0], [0.0, 5.0]])
     data = {"image": logits, "label": torch.tensor([0, 1, 1, 0])}
-    assert metrics.accuracy(Fixed(), data) == 0.5
-    assert metrics.accuracy(Fixed(), data, torch.tensor([0, 1, 0, 0])) == 0.75
+    assert accuracy(Fixed(), data) == 0.5
+    assert accuracy(Fixed(), data, torch.tensor([0, 1, 0, 0])) == 0.75
 
 
 def test_accuracy_of_nothing_is_not_a_number():
     data = {"image": torch.zeros(0, 2), "label": torch.zeros(0, dtype=torch.int64)}
-    assert math.isnan(metrics.accuracy(Fixed(), data))
+    assert math.isnan(accuracy(Fixed(), data))
 
 
 @pytest.mark.parametrize(
@@ -40,14 +42,14 @@ def test_accuracy_of_nothing_is_not_a_number():
     ],
 )
 def test_uis_by_hand(kind, original, test, unlearned, expected):
-    assert metrics.uis(original, test, unlearned, kind=kind) == pytest.approx(expected, abs=1e-15)
+    assert uis(original, test, unlearned, kind=kind) == pytest.approx(expected, abs=1e-15)
 
 
 def test_uis_names_what_it_cannot_use():
     with pytest.raises(InputError, match="original_test must be positive, got 0"):
-        metrics.uis(0, 0.5, 0.5, kind="class")
+        uis(0, 0.5, 0.5, kind="class")
     with pytest.raises(InputError, match="kind must be random or class, got digit"):
-        metrics.uis(1.0, 0.5, 0.5, kind="digit")
+        uis(1.0, 0.5, 0.5, kind="digit")
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -55,66 +57,66 @@ def test_mia_tells_separable_losses_apart(sign):
     """Whichever side has the larger losses: an attacker learns the sign."""
     low, high = torch.rand(60), torch.rand(300) + 3
     sides = (low, high) if sign > 0 else (high, low)
-    assert metrics.mia(*sides) == 1.0
+    assert mia(*sides) == 1.0
 
 
 def test_mia_guesses_between_equal_distributions():
-    found = [metrics.mia(torch.rand(200), torch.rand(500), seed) for seed in range(8)]
+    found = [mia(torch.rand(200), torch.rand(500), seed) for seed in range(8)]
     # one attack was seen to vary by 0.028, so the mean of eight by 0.01
     assert sum(found) / len(found) == pytest.approx(0.5, abs=0.04)
 
 
 def test_mia_guesses_between_constants():
-    assert metrics.mia(torch.full((50,), 2.3), torch.full((50,), 2.3)) == 0.5
+    assert mia(torch.full((50,), 2.3), torch.full((50,), 2.3)) == 0.5
 
 
 def test_mia_survives_one_enormous_loss():
     forget = torch.cat([torch.rand(60) + 3, torch.tensor([1e30])])
-    assert metrics.mia(forget, torch.rand(61)) > 0.98
+    assert mia(forget, torch.rand(61)) > 0.98
 
 
 def test_mia_needs_a_sample_a_fold():
     with pytest.raises(InputError, match="at least 5 samples a side, got 4"):
-        metrics.mia(torch.rand(4), torch.rand(100))
+        mia(torch.rand(4), torch.rand(100))
 
 
 def test_gap_is_the_distance_on_shared_metrics():
-    found = metrics.gap({"a": 0.5, "b": 1.0, "own": 7.0}, {"a": 0.75, "b": 0.875, "other": 1.0})
+    found = gap({"a": 0.5, "b": 1.0, "own": 7.0}, {"a": 0.75, "b": 0.875, "other": 1.0})
     assert found == {"a": 0.25, "b": 0.125, "mean": 0.1875}
 
 
 def test_gap_needs_a_shared_metric():
     with pytest.raises(InputError, match="share no metric"):
-        metrics.gap({"a": 1.0}, {"b": 1.0})
+        gap({"a": 1.0}, {"b": 1.0})
 
 
 def test_spread_is_the_sample_standard_deviation():
-    assert metrics.spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "std": 1.0, "values": [1.0, 2.0, 3.0]}
-    assert metrics.spread([0.5])["std"] is None
+    assert spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "std": 1.0, "values": [1.0, 2.0, 3.0]}
+    assert spread([0.5])["std"] is None
 
 
 def test_paired_by_hand():
     """Differences 1 and 3: mean 2, standard error 1, and t of one degree of freedom, a Cauchy
     quantile: tan(0.475 pi) = 12.706. Two degrees: 0.95 sqrt(2 / (4 * 0.975 * 0.025)) = 4.303."""
-    found = metrics.paired([2.0, 7.0], [1.0, 4.0])
+    found = paired([2.0, 7.0], [1.0, 4.0])
     assert (found["mean"], found["stderr"]) == (2.0, 1.0)
     reach = math.tan(0.475 * math.pi)
     assert found["interval"] == pytest.approx([2 - reach, 2 + reach], rel=1e-9)
-    found = metrics.paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    found = paired([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     reach = 0.95 * math.sqrt(2 / (4 * 0.975 * 0.025)) / math.sqrt(3)
     assert found["stderr"] == pytest.approx(1 / math.sqrt(3))
     assert found["interval"] == pytest.approx([2 - reach, 2 + reach], rel=1e-9)
 
 
 def test_paired_of_one_pair_has_no_error():
-    assert metrics.paired([2.0], [0.5]) == {"mean": 1.5, "stderr": None, "interval": None}
+    assert paired([2.0], [0.5]) == {"mean": 1.5, "stderr": None, "interval": None}
 
 
 def test_paired_interval_holds_the_truth_as_often_as_it_says():
     hits, rounds = 0, 2000
     draws = 0.3 + torch.randn(rounds, 4, dtype=torch.float64)
     for differences in draws.tolist():
-        low, high = metrics.paired(differences, [0.0] * 4)["interval"]
+        low, high = paired(differences, [0.0] * 4)["interval"]
         hits += low <= 0.3 <= high
     # a standard error of 0.005; normal quantiles in place of t's would give 0.855
     assert hits / rounds == pytest.approx(0.95, abs=0.02)
@@ -122,8 +124,8 @@ def test_paired_interval_holds_the_truth_as_often_as_it_says():
 
 def test_paired_names_what_it_cannot_use():
     with pytest.raises(InputError, match="equally many, at least 1, got 2 and 1"):
-        metrics.paired([1.0, 2.0], [1.0])
+        paired([1.0, 2.0], [1.0])
     with pytest.raises(InputError, match="at least 1, got 0 and 0"):
-        metrics.paired([], [])
+        paired([], [])
     with pytest.raises(InputError, match=r"must be finite, got 2\.0 and nan at 1"):
-        metrics.paired([1.0, 2.0], [1.0, math.nan])
+        paired([1.0, 2.0], [1.0, math.nan])

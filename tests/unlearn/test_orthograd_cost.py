@@ -13,9 +13,9 @@ from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, reproducible, run, summarize
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.progress import PlainProgress
+from gradsurgery.unlearn.objectives.base import take
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.report.render import step_cost
-from gradsurgery.unlearn.training.data import take
 from gradsurgery.unlearn.training.surgical import with_ceiling
 from tests.unlearn.test_job import result
 

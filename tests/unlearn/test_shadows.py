@@ -9,7 +9,7 @@ import torch
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs import shadows
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
-from gradsurgery.unlearn.jobs.digits.job import make_trainer, reproducible
+from gradsurgery.unlearn.jobs.digits.job import make_trainer, reproducible, shadowed
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.metrics.ulira import logit_confidence, u_lira
 from gradsurgery.unlearn.report.render import not_measured
@@ -72,7 +72,9 @@ def test_a_run_goes_on_with_the_shadows_it_has(attacked, monkeypatch):
     before = json.loads((path / "stages/seed0-neggrad.json").read_text())
     monkeypatch.setattr(shadows, "_model", None)  # not one is made again
     with RunDirectory(path) as directory:
-        again = shadows.attack(config, directory, Silent(), load("random", 0), (0, "neggrad"))
+        again = shadows.attack(
+            shadowed(config, load("random", 0)), directory, Silent(), (0, "neggrad")
+        )
     assert again == {key: before["metrics"][key] for key in again}
 
 

@@ -13,7 +13,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs import files
 from gradsurgery.unlearn.jobs.shapes import check_summary, expect
-from gradsurgery.unlearn.training.config import parse_yaml, to_yaml
+from gradsurgery.unlearn.jobs.yaml import parse_yaml, to_yaml
 
 CHECKPOINT = "checkpoint.safetensors"
 

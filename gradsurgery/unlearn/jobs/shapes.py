@@ -8,7 +8,7 @@ from typing import Any, get_args
 from gradsurgery.text import brief, show
 from gradsurgery.unlearn.jobs.digits.data import Task
 from gradsurgery.unlearn.jobs.files import DamageError
-from gradsurgery.unlearn.report.labels import TRAINED, parts
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts
 
 # A shape is a type; a list of one shape; a tuple of several that do; or a dictionary: of names,
 # with ? at the end where they may be missing, and under `str` the shape of everything else.

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, TrainingError
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, DigitsData
 from gradsurgery.unlearn.jobs.digits.evaluation import evaluate, gaps
 from gradsurgery.unlearn.jobs.digits.job import (
@@ -30,9 +30,9 @@ from gradsurgery.unlearn.jobs.digits.job import (
 )
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.progress import Progress
-from gradsurgery.unlearn.report.labels import TRAINED
+from gradsurgery.unlearn.jobs.stages import TRAINED
 from gradsurgery.unlearn.training.config import update
-from gradsurgery.unlearn.training.trainer import TrainerConfig, TrainingError
+from gradsurgery.unlearn.training.trainer import TrainerConfig
 
 SEEDS = (105, 106)
 FINAL_SEEDS = (107, 108, 109, 110)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradsurgery.unlearn.methods.retrain import reset_parameters
 from gradsurgery.unlearn.methods.scrub import divergence
-from gradsurgery.unlearn.training.data import Batch
+from gradsurgery.unlearn.objectives.base import Batch
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 

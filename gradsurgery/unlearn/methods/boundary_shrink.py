@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.training.data import Batch
+from gradsurgery.unlearn.objectives.base import Batch
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 

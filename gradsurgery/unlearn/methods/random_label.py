@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from gradsurgery.unlearn.objectives.base import Batch
 from gradsurgery.unlearn.objectives.classification import label_losses, labels, wrong_labels
-from gradsurgery.unlearn.training.data import Batch
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 

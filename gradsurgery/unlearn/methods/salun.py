@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.unlearn.methods.random_label import RandomLabel, RandomLabelConfig
-from gradsurgery.unlearn.training.data import batch_size
+from gradsurgery.unlearn.objectives.base import batch_size
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.resume import same_tensors
 from gradsurgery.unlearn.training.trainer import Record, require

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.training.data import Batch
+from gradsurgery.unlearn.objectives.base import Batch
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 

@@ -1,20 +1,16 @@
-"""What is measured: accuracies, UIS, membership inference, and the gap of each to Retrain."""
+"""Accuracies, losses, and the unlearning impact score made of accuracies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.metrics.attacks import mia as mia
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.training.data import Batch
+from gradsurgery.unlearn.objectives.base import Batch, PerSampleLoss
 from gradsurgery.unlearn.training.modes import evaluating
-from gradsurgery.unlearn.training.trainer import PerSampleLoss
 
 
 @torch.no_grad()
@@ -65,48 +61,3 @@ def uis(original_test: float, test: float, unlearned: float, *, kind: str) -> fl
         raise InputError(f"kind must be random or class, got {kind}")
     unwanted = abs(original_test - unlearned) if kind == "random" else unlearned
     return (abs(original_test - test) + unwanted) / (2 * original_test)
-
-
-def gap(metrics: Mapping[str, float], retrain: Mapping[str, float]) -> dict[str, float]:
-    """|metric - Retrain's| for every metric both have, and their mean under "mean"."""
-    each = {name: abs(value - retrain[name]) for name, value in metrics.items() if name in retrain}
-    if not each:
-        raise InputError("gap: the two sides share no metric")
-    return {**each, "mean": mean(each.values())}
-
-
-def spread(values: list[float]) -> dict[str, float | list[float] | None]:
-    """Mean, sample standard deviation (None for one value) and the values themselves."""
-    return {
-        "mean": mean(values),
-        "std": stdev(values) if len(values) > 1 else None,
-        "values": values,
-    }
-
-
-def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float | list[float] | None]:
-    """Mean difference a - b over pairs, such as two methods on the same seeds, and how sure it is.
-
-    Args:
-        a: n values.
-        b: n values, b[i] under the conditions of a[i].
-
-    Returns:
-        mean: of the differences. stderr: its standard error, their sample standard deviation over
-        sqrt(n). interval: [low, high], its 95 % interval of Student's t with n - 1 degrees of
-        freedom, right where the differences are about normal. The last two are None for one pair.
-    """
-    if len(a) != len(b) or len(a) == 0:
-        raise InputError(f"a and b must be equally many, at least 1, got {len(a)} and {len(b)}")
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    for i, difference in enumerate(differences):
-        if not math.isfinite(difference):
-            raise InputError(f"a and b must be finite, got {a[i]} and {b[i]} at {i}")
-    center, n = mean(differences), len(differences)
-    if n == 1:
-        return {"mean": center, "stderr": None, "interval": None}
-    from scipy.stats import t
-
-    error = stdev(differences) / math.sqrt(n)
-    reach = float(t.ppf(0.975, n - 1)) * error
-    return {"mean": center, "stderr": error, "interval": [center - reach, center + reach]}

@@ -15,10 +15,10 @@ from torch import nn
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.methods.finetune import Finetune, FinetuneConfig
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.training.data import Batch, Data, count, whole
+from gradsurgery.unlearn.objectives.base import Batch, PerSampleLoss
+from gradsurgery.unlearn.training.data import Data, count, whole
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.seeds import seeded
-from gradsurgery.unlearn.training.trainer import PerSampleLoss
 
 Measure = Literal["accuracy", "loss"]
 ROUNDING = 1e-9  # 0.8 - 0.1 is above 0.7 in floating point, and 7 of 10 right must do

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.training.data import Batch, batch_size
+from gradsurgery.unlearn.objectives.base import Batch, batch_size
 
 KEYS = ("image", "label")
 NONE = torch.iinfo(torch.int64).min

@@ -8,7 +8,8 @@ from typing import Any
 from gradsurgery import __version__
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
-from gradsurgery.unlearn.report.labels import LABELS, parts, percent, title
+from gradsurgery.unlearn.jobs.stages import parts
+from gradsurgery.unlearn.report.labels import LABELS, percent, title
 from gradsurgery.unlearn.training.config import to_dict
 
 WHAT = {

@@ -12,8 +12,8 @@ from gradsurgery.text import show
 from gradsurgery.unlearn.jobs.digits.data import Task
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory, write_atomic
-from gradsurgery.unlearn.metrics.accuracy import spread
-from gradsurgery.unlearn.report.labels import TRAINED, parts, stage_name
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
+from gradsurgery.unlearn.metrics.statistics import spread
 from gradsurgery.unlearn.report.verdict import Summary
 from gradsurgery.unlearn.training.config import differences, to_dict, update
 

@@ -8,8 +8,8 @@ from typing import Any
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.shapes import ENVIRONMENT
+from gradsurgery.unlearn.jobs.stages import TRAINED
 from gradsurgery.unlearn.report.card import model_card
-from gradsurgery.unlearn.report.labels import TRAINED
 
 
 def finish(config: DigitsConfig, directory: RunDirectory, summary: dict[str, Any]) -> None:

@@ -1,17 +1,10 @@
-"""What stages and metrics are called: to the machine, and where people read them.
-
-A seed's stages are the original, the retrained and the unlearned models. One of the last is named
-METHOD[+VARIANT][@FRACTION]: "ltu", "ltu@0.1" for a tenth of the retain set, "ltu+first order@0.1"
-for other options as well.
-"""
+"""What stages and metrics are called where people read them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from gradsurgery.text import show
+from gradsurgery.unlearn.jobs.stages import parts
 
-TRAINED = ("original", "retrain")
 NAMES = {
     "original": "Original",
     "retrain": "Retrain",
@@ -74,27 +67,6 @@ GROUPS = {
     },
 }
 LABELS = {key: label for group in GROUPS.values() for key, label in group.items()}
-# of these the mean gap to Retrain is the mean; every other number is only reported
-COMPARED = ("forget", "repaired", "retain", "test", "test_forgotten", "mia")
-
-
-class Parts(NamedTuple):
-    """What a stage's name says."""
-
-    method: str
-    variant: str
-    fraction: float
-
-
-def stage_name(method: str, fraction: float = 1.0, variant: str = "") -> str:
-    plus = f"+{variant}" if variant else ""
-    return f"{method}{plus}" if fraction == 1 else f"{method}{plus}@{fraction}"
-
-
-def parts(name: str) -> Parts:
-    head, at, fraction = name.rpartition("@")
-    method, _, variant = (head if at else name).partition("+")
-    return Parts(method, variant, float(fraction) if at else 1.0)
 
 
 def title(name: str) -> str:

@@ -5,8 +5,9 @@ from html import escape
 from typing import Any
 
 from gradsurgery.text import show
+from gradsurgery.unlearn.jobs.stages import TRAINED
 from gradsurgery.unlearn.report import plots, tables
-from gradsurgery.unlearn.report.labels import TRAINED, title
+from gradsurgery.unlearn.report.labels import title
 from gradsurgery.unlearn.report.tables import Cell, Row
 from gradsurgery.unlearn.report.verdict import (
     Summary,

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradsurgery.unlearn.report.labels import TRAINED, parts, percent, stage_name, title
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
+from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.verdict import Summary, fractions, seeds_of
 
 Records = dict[tuple[int, str], list[dict[str, Any]]]  # steps by (seed, stage)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts
 from gradsurgery.unlearn.jobs.tune import winner
-from gradsurgery.unlearn.metrics.accuracy import spread
+from gradsurgery.unlearn.metrics.statistics import spread
 from gradsurgery.unlearn.report import plots
-from gradsurgery.unlearn.report.labels import TRAINED, parts, percent, title
+from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.page import (
     best_of,
     facts,

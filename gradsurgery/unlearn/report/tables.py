@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-from gradsurgery.unlearn.report.labels import GROUPS, LABELS, TRAINED, percent, title
+from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.report.labels import GROUPS, LABELS, percent, title
 from gradsurgery.unlearn.report.verdict import (
     Place,
     Summary,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gradsurgery.unlearn.metrics.accuracy import paired
-from gradsurgery.unlearn.report.labels import TRAINED, parts, percent, title
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts
+from gradsurgery.unlearn.metrics.statistics import paired
+from gradsurgery.unlearn.report.labels import percent, title
 
 Summary = dict[str, Any]
 NAMED = 3  # runners-up and ties named in a sentence; the table has them all

@@ -13,19 +13,17 @@ from torch.utils.data import DataLoader
 from gradsurgery.batch import map_batch
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.objectives import classification
+from gradsurgery.unlearn.objectives.base import Batch, batch_size, to_device
 from gradsurgery.unlearn.training.data import (
-    Batch,
     Batches,
     Data,
     LoaderBatches,
     all_finite,
-    batch_size,
     batches,
     count,
     drawn_size,
     lone_sample,
     overlap,
-    to_device,
     whole,
 )
 

@@ -17,7 +17,7 @@ from gradsurgery.batch import tensors
 from gradsurgery.errors import InputError
 from gradsurgery.step import StepInfo
 from gradsurgery.surgery import Rule
-from gradsurgery.unlearn.training.data import Batch, batch_size
+from gradsurgery.unlearn.objectives.base import Batch, batch_size
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig
 
 

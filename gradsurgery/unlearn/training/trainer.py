@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gradsurgery.batch import DETACHED, per_sample_losses
-from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.errors import InputError, NonFiniteError, TrainingError
 from gradsurgery.ranks import check_one_rank
 from gradsurgery.undo import Undo
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.training import given, resume
-from gradsurgery.unlearn.training.data import (
+from gradsurgery.unlearn.objectives.base import (
     Batch,
-    Batches,
-    Data,
+    PerSampleLoss,
     batch_size,
     fresh,
     take,
     to_device,
 )
+from gradsurgery.unlearn.training import given, resume
+from gradsurgery.unlearn.training.data import Batches, Data
 from gradsurgery.unlearn.training.modes import (
     evaluating,
     grads_kept,
@@ -47,16 +47,11 @@ from gradsurgery.unlearn.training.options import require as require
 from gradsurgery.unlearn.training.seeds import derived
 from gradsurgery.unlearn.training.sets import LONE, Sets
 
-PerSampleLoss = Callable[[nn.Module, Batch], Tensor]  # -> losses [B]
 Probe = Callable[[nn.Module], dict[str, float]]
 Record = dict[str, Any]
 
 # beyond float32: a run that reaches it has diverged even if nothing is infinite yet
 DIVERGED = 1e30
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on: the loss or the model stopped being finite."""
 
 
 C = TypeVar("C", bound=TrainerConfig)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.training.data import Batch, take
+from gradsurgery.unlearn.objectives.base import Batch, take
 
 Task = Literal["mislabeled", "class", "random"]
 CLASSES = 10

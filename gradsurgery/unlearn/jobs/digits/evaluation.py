@@ -10,11 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradsurgery.unlearn.jobs.digits.data import DigitsData
-from gradsurgery.unlearn.metrics import accuracy as metrics
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts
 from gradsurgery.unlearn.metrics import attacks, distance
-from gradsurgery.unlearn.report.labels import COMPARED, TRAINED, parts
-from gradsurgery.unlearn.training.data import take
+from gradsurgery.unlearn.metrics.accuracy import accuracy, share_right, uis
+from gradsurgery.unlearn.metrics.statistics import gap, spread
+from gradsurgery.unlearn.objectives.base import take
 
+# of these the mean gap to Retrain is the mean; every other number is only reported
+COMPARED = ("forget", "repaired", "retain", "test", "test_forgotten", "mia")
 PROBED = 256  # retain samples measured during a run; at its end all of them are
 COSTS = ("steps", "seconds", "retain_samples", "memory")
 UIS_KIND = {"mislabeled": "class", "class": "class", "random": "random"}
@@ -38,13 +41,13 @@ def evaluate(
     model.eval()
     unseen = data.validation if held_out == "validation" else data.test
     kept, forgotten = data.split(held_out)
-    found = {"forget": metrics.accuracy(model, data.forget)}
+    found = {"forget": accuracy(model, data.forget)}
     if data.task == "mislabeled":
-        found["repaired"] = metrics.accuracy(model, data.forget, data.true_labels)
-    found["retain"] = metrics.accuracy(model, data.retain)
-    found["test"] = metrics.accuracy(model, kept)
+        found["repaired"] = accuracy(model, data.forget, data.true_labels)
+    found["retain"] = accuracy(model, data.retain)
+    found["test"] = accuracy(model, kept)
     if forgotten is not None:
-        found["test_forgotten"] = metrics.accuracy(model, forgotten)
+        found["test_forgotten"] = accuracy(model, forgotten)
     sides = {"forget": data.forget, "test": unseen}
     outputs = {name: model(side["image"]) for name, side in sides.items()}
     if len(data.forget["label"]) >= attacks.ATTACK_SPLITS:
@@ -63,7 +66,7 @@ def evaluate(
 
 def gaps(measured: dict[str, float], retrain: dict[str, float]) -> dict[str, float]:
     """Distance to Retrain of every metric that counts, and their mean under "mean"."""
-    return metrics.gap({key: measured[key] for key in COMPARED if key in measured}, retrain)
+    return gap({key: measured[key] for key in COMPARED if key in measured}, retrain)
 
 
 def make_probe(data: DigitsData) -> Callable[[nn.Module], dict[str, float]]:
@@ -77,11 +80,11 @@ def make_probe(data: DigitsData) -> Callable[[nn.Module], dict[str, float]]:
         found = {}
         for name, samples in {"forget": data.forget, "retain": retain}.items():
             logits, labels = model(samples["image"]), samples["label"]
-            found[f"{name}_accuracy"] = metrics.share_right(logits, labels)
+            found[f"{name}_accuracy"] = share_right(logits, labels)
             found[f"{name}_loss"] = F.cross_entropy(logits, labels).item()
             if name == "forget" and data.task == "mislabeled":
-                found["repaired_accuracy"] = metrics.share_right(logits, data.true_labels)
-        found["validation_accuracy"] = metrics.accuracy(model, validation)
+                found["repaired_accuracy"] = share_right(logits, data.true_labels)
+        found["validation_accuracy"] = accuracy(model, validation)
         return found
 
     return probe
@@ -103,9 +106,7 @@ def summarize(
             result = by_stage[seed, name]
             measured = result["metrics"]
             original, retrain = (by_stage[seed, other]["metrics"] for other in TRAINED)
-            score = metrics.uis(
-                original["test"], measured["test"], measured["forget"], kind=UIS_KIND[task]
-            )
+            score = uis(original["test"], measured["test"], measured["forget"], kind=UIS_KIND[task])
             costs = {key: result[key] for key in COSTS if key in result}
             costs["seconds_ratio"] = result["seconds"] / by_stage[seed, "retrain"]["seconds"]
             values = {**measured, "uis": score, **costs}
@@ -115,12 +116,12 @@ def summarize(
                 values["tow"] = distance.tow(measured, retrain)
             for key, value in values.items():
                 rows.setdefault(key, []).append(value)
-        columns[name] = {key: metrics.spread(values) for key, values in rows.items()}
+        columns[name] = {key: spread(values) for key, values in rows.items()}
     stages = [result for result in results if result["method"] == _timed(names)]
     timed = [result["step_seconds"] for result in stages if "step_seconds" in result]
     step = {}
     if timed and len(timed) == len(stages):  # older versions did not time them
-        step = {kind: metrics.spread([t[kind] for t in timed]) for kind in timed[0]}
+        step = {kind: spread([t[kind] for t in timed]) for kind in timed[0]}
     return {
         "job": "digits",
         "task": task,

@@ -8,32 +8,34 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, make_dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, TrainingError
 from gradsurgery.text import brief
 from gradsurgery.unlearn.jobs import shadows
 from gradsurgery.unlearn.jobs.digits import data as digits
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, DigitsData
-from gradsurgery.unlearn.jobs.digits.evaluation import evaluate, make_probe, summarize
+from gradsurgery.unlearn.jobs.digits.evaluation import COMPARED, evaluate, make_probe, summarize
 from gradsurgery.unlearn.jobs.digits.tuned import TUNED
 from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage, fingerprint
 from gradsurgery.unlearn.jobs.progress import Progress
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.finetune import FinetuneConfig
 from gradsurgery.unlearn.methods.orthograd import OrthoGradTrainer
 from gradsurgery.unlearn.methods.retrain import Retrain, RetrainConfig
-from gradsurgery.unlearn.metrics import accuracy as metrics
+from gradsurgery.unlearn.metrics.accuracy import accuracy
+from gradsurgery.unlearn.metrics.accuracy import losses as losses_of
 from gradsurgery.unlearn.metrics.cost import measured as cost_of
 from gradsurgery.unlearn.metrics.relearn import relearn_steps
 from gradsurgery.unlearn.objectives.classification import cross_entropy
-from gradsurgery.unlearn.report.labels import COMPARED, TRAINED, parts, stage_name
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.seeds import derived
-from gradsurgery.unlearn.training.trainer import Trainer, TrainingError, require
+from gradsurgery.unlearn.training.trainer import Trainer, require
 
 if TYPE_CHECKING:
     Method = str
@@ -215,6 +217,12 @@ def peak_memory(config: DigitsConfig, data: DigitsData, seed: int, name: str) ->
     return None if cost.memory is None else cost.memory / 1e6
 
 
+def shadowed(config: DigitsConfig, data: DigitsData) -> shadows.Shadowed:
+    """This job as the attack by shadow models needs it."""
+    trainer = partial(make_trainer, config, data)
+    return shadows.Shadowed(config.shadows, data.forget, DigitsCNN, trainer)
+
+
 def load_data(config: DigitsConfig, seed: int) -> DigitsData:
     return digits.load(config.task, seed, config.forget_class, config.random_percent)
 
@@ -329,14 +337,14 @@ def _measure(
     directory.load_model(retrain, (seed, "retrain"))
     directory.load_model(original, (seed, "original"))
     measured = evaluate(model, data, retrain=None if name == "retrain" else retrain)
-    bar = metrics.accuracy(original, data.forget)
+    bar = accuracy(original, data.forget)
     if name != "original":
         steps = relearn_steps(model, cross_entropy, data.forget, bar, RELEARN)
         measured["relearn"] = RELEARN.steps if steps is None else steps
     if config.shadows and name not in TRAINED:
-        measured |= shadows.attack(config, directory, progress, data, stage)
+        measured |= shadows.attack(shadowed(config, data), directory, progress, stage)
     losses = {
-        key: metrics.losses(model, cross_entropy, part).tolist()
+        key: losses_of(model, cross_entropy, part).tolist()
         for key, part in (("forget", data.forget), ("test", data.test))
     }
     directory.add(stage, {"metrics": measured, "losses": losses})

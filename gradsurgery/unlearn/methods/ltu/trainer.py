@@ -21,7 +21,7 @@ from gradsurgery.ops import harmonize
 from gradsurgery.unlearn.methods.ltu.membership import Features, MembershipModels, features, halves
 from gradsurgery.unlearn.methods.ltu.meta import Objective, meta_gradient
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.training.data import Batch, batch_size, fresh, take
+from gradsurgery.unlearn.objectives.base import Batch, batch_size, fresh, take
 from gradsurgery.unlearn.training.given import check_functions
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.trainer import (
