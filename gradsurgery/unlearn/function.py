@@ -9,8 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.methods import METHODS
-from gradsurgery.unlearn.methods.retrain import Retrain
+from gradsurgery.unlearn.methods import ALL, METHODS, REFERENCE
 from gradsurgery.unlearn.objectives.base import PerSampleLoss
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.training import given
@@ -69,10 +68,9 @@ def unlearning(
         InputError: an unknown method or option, sets that overlap, labels out of range, ...
         TrainingError: what was not finite, and when.
     """
-    known = {**METHODS, "retrain": Retrain}
     given.check_model(net)
-    given.check_choice("method", method, tuple(known))
-    kind = known[method]
+    given.check_choice("method", method, (*METHODS, REFERENCE))
+    kind = ALL[method]
     fields = [f.name for f in dataclasses.fields(kind.Config)]
     for name in options:
         if name not in fields:
@@ -93,7 +91,7 @@ def unlearning(
                 raise InputError(f"{drawn}: {method} needs this data, got None")
             size = getattr(config, f"{drawn}_batch", 1)
             config.steps = epochs * batches(data, size, seed, drawn).per_epoch
-    forget = None if method == "retrain" else forget_loader
+    forget = None if method == REFERENCE else forget_loader
     with modes_kept(net), values_undone_by_errors(net):
         return kind(
             net,

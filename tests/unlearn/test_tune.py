@@ -10,24 +10,16 @@ import yaml
 
 from gradsurgery.cli import main
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import METHODS, TrainerConfig, TrainingError
+from gradsurgery.unlearn import METHODS, NegGrad, TrainerConfig, TrainingError
 from gradsurgery.unlearn.command import parse_digits
 from gradsurgery.unlearn.jobs import tune as search
 from gradsurgery.unlearn.jobs.digits import data as digits
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.progress import PlainProgress
-from gradsurgery.unlearn.jobs.tune import (
-    FINAL_SEEDS,
-    SEEDS,
-    SPACES,
-    LogUniform,
-    check,
-    draws,
-    space,
-    tune,
-)
+from gradsurgery.unlearn.jobs.tune import FINAL_SEEDS, SEEDS, check, draws, space, tune
 from gradsurgery.unlearn.training.config import to_dict, update
+from gradsurgery.unlearn.training.described import LogUniform
 from tests.unlearn.tiny import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +30,8 @@ ASKED = ("--task=class", "--method", "neggrad", "finetune", "--seeds=1", "--trai
 def spaces(monkeypatch):
     """Spaces of runs with hardly any steps."""
     for name in ("neggrad", "finetune"):
-        monkeypatch.setitem(SPACES, name, {"steps": (1, 2), "lr": LogUniform(1e-5, 1e-1)})
+        drawn = {"steps": (1, 2), "lr": LogUniform(1e-5, 1e-1)}
+        monkeypatch.setattr(METHODS[name], "space", drawn)
 
 
 @pytest.fixture
@@ -80,8 +73,8 @@ def test_every_draw_is_valid():
 def test_every_method_has_a_space_whose_options_exist():
     """An option renamed would silently no longer be drawn."""
     for name in METHODS:
-        assert name in SPACES
-        assert set(SPACES[name]) <= set(space(name, "class", getattr(DigitsConfig(), name)))
+        assert "space" in vars(METHODS[name])
+        assert set(METHODS[name].space) <= set(space(name, "class", getattr(DigitsConfig(), name)))
 
 
 def test_draws_are_those_that_were_published():
@@ -213,13 +206,13 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path, spaces, one_seed, monkey
 
 def test_draws_that_fail_are_lines_without_a_gap(tmp_path, one_seed, monkeypatch):
     wild = {"steps": (2,), "lr": (1e30, 1e-4), "optimizer": ("sgd",)}
-    monkeypatch.setitem(SPACES, "neggrad", wild)
+    monkeypatch.setattr(NegGrad, "space", wild)
     config = tiny(method=("neggrad",), tune=6)
     best, lines = searched(tmp_path / "some", config)
     failed = [line for line in lines if "error" in line]
     assert failed and len(failed) < 6 and all("gap" not in line for line in failed)
     assert best.neggrad.lr == 1e-4
-    monkeypatch.setitem(SPACES, "neggrad", {**wild, "lr": (1e30,)})
+    monkeypatch.setattr(NegGrad, "space", {**wild, "lr": (1e30,)})
     with pytest.raises(TrainingError, match="tune: every draw of neggrad failed"):
         searched(tmp_path / "all", config)
 

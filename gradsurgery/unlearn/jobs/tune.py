@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -31,106 +31,19 @@ from gradsurgery.unlearn.jobs.digits.job import (
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.progress import Progress
 from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.training.config import update
+from gradsurgery.unlearn.training.described import BATCHES, Described, LogUniform, Space
 from gradsurgery.unlearn.training.trainer import TrainerConfig
 
 SEEDS = (105, 106)
 FINAL_SEEDS = (107, 108, 109, 110)
 
 
-@dataclass(frozen=True)
-class LogUniform:
-    """Positive numbers whose logarithm is uniform, to two digits."""
-
-    low: float
-    high: float
-
-    def draw(self, rng: random.Random) -> float:
-        return float(f"{self.low * (self.high / self.low) ** rng.random():.1e}")
-
-
-Space = Mapping[str, Sequence[Any] | LogUniform]
-
-CEILINGS = (1.2, 2.3, 4.0, 8.0, math.inf)  # nats; 2.3 = ln 10: no better than chance
-BATCHES = (32, 64, 128)
 # what every method's space begins with
 COMMON: Space = {"schedule": ("constant", "cosine")}
-# LTU's non-members look like unseen ones only with labels like the forget set's, where those are
-# wrong or of one class
-AUDIT: dict[str, Space] = {
-    "random": {"audit_labels": ("true",)},
-    "class": {"audit_labels": ("forget",)},
-    "mislabeled": {"audit_labels": ("forget",)},
-}
 # random samples: forgetting can go too far, so a run may end where they look unseen
 STOP: Space = {"stop": ("never", "validation")}
-CLIMB: Space = {"forget_ceiling": CEILINGS, "forget_batch": BATCHES}
-PAIRED: Space = {
-    "forget_batch": BATCHES,
-    "steps": (40, 80, 160),
-    "lr": LogUniform(1e-4, 3e-3),
-    "retain_batch": (32, 64),
-}
-SURGERY: Space = {
-    **CLIMB,
-    "steps": (40, 80),
-    "lr": LogUniform(1e-4, 3e-3),
-    "retain_batch": (32, 64),
-}
-SPACES: dict[str, Space] = {
-    "orthograd": {
-        **SURGERY,
-        "alpha": (0.3, 0.5, 0.7, 0.9),
-        "granularity": ("model", "tensor"),
-    },
-    "ltu": {
-        **PAIRED,
-        "steps": (80, 160),
-        "lr": LogUniform(3e-4, 3e-3),
-        "tune_lr": LogUniform(3e-4, 5e-2),
-        "forget_weight": (0.3, 1.0, 3.0),
-        "model_steps": (50, 200),
-        "model_features": ("outputs", "loss"),
-    },
-    "scrub": {
-        "forget_batch": (16, 32, 64),
-        "retain_batch": (32, 64),
-        "epochs": (3, 5, 10),
-        "msteps": (1, 2, 3, 5),
-        "lr": LogUniform(1e-4, 3e-3),
-        "distill_weight": (0.1, 0.5, 1.0),
-    },
-    "salun": {
-        **PAIRED,
-        "lr": LogUniform(1e-3, 1e-1),
-        "saliency": (0.3, 0.5, 0.8),
-        "forget_weight": (0.1, 0.3, 1.0),
-    },
-    "random_label": {**PAIRED, "forget_weight": (0.1, 0.3, 1.0)},
-    "ssd": {
-        "batch": (1, 16, 64),
-        "alpha": LogUniform(0.3, 100),
-        "dampening": LogUniform(0.01, 3),
-    },
-    "l1_sparse": {
-        "steps": (100, 200, 400),
-        "lr": LogUniform(3e-4, 1e-2),
-        "l1": LogUniform(1e-6, 1e-3),
-    },
-    "bad_teacher": {**PAIRED, "temperature": (1.0, 2.0, 4.0)},
-    "boundary_shrink": {
-        "forget_batch": BATCHES,
-        "steps": (10, 20, 50),
-        "lr": LogUniform(1e-5, 1e-3),
-        "bound": (0.05, 0.1, 0.3, 1.0),
-    },
-    "gdr_gma": {**SURGERY, "gamma": (1.0, 10.0, 100.0), "eps": (0.005, 0.02, 0.1)},
-    "gru": {**SURGERY, "retain_momentum": (0.0, 0.2, 0.8)},
-    "graddiff": {**SURGERY, "forget_weight": (0.1, 0.3, 1.0)},
-    "neggradplus": {**SURGERY, "retain_weight": (0.5, 0.7, 0.9, 0.95, 0.99, 0.9999)},
-    "neggrad": {**CLIMB, "steps": (10, 20, 50), "lr": LogUniform(1e-5, 1e-3)},
-    "finetune": {"steps": (100, 200, 400), "lr": LogUniform(3e-4, 1e-2)},
-}
 
 
 def default_space(config: TrainerConfig) -> Space:
@@ -146,8 +59,10 @@ def default_space(config: TrainerConfig) -> Space:
 
 def space(method: str, task: str, config: TrainerConfig) -> Space:
     """What is drawn for a method: only options that its config has."""
-    own = SPACES.get(method) or default_space(config)
-    everything = {**COMMON, **(STOP if task == "random" else {}), **AUDIT[task], **own}
+    kind: type[Described] = METHODS.get(method, Described)
+    by_task = kind.space_by_task.get(task, {})
+    own = kind.space or default_space(config)
+    everything = {**COMMON, **(STOP if task == "random" else {}), **by_task, **own}
     return {option: choices for option, choices in everything.items() if hasattr(config, option)}
 
 

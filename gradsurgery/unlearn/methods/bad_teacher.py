@@ -6,6 +6,7 @@ Descend KL(incompetent || student) on forget + KL(competent || student) on retai
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gradsurgery.unlearn.methods.retrain import reset_parameters
 from gradsurgery.unlearn.methods.scrub import divergence
 from gradsurgery.unlearn.objectives.base import Batch
+from gradsurgery.unlearn.training.described import PAIRED, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 
@@ -44,6 +46,13 @@ class BadTeacher(Trainer[BadTeacherConfig]):
     Chundawat et al. 2023 (arXiv:2205.08096).
     """
 
+    name = "bad_teacher"
+    title = "Bad Teacher"
+    about = "the original teaches on retain, a random network on forget"
+    paper = "Chundawat et al. 2023 (arXiv:2205.08096)"
+    color = "#9b2226"
+    asks = frozenset({"outputs"})
+    space: ClassVar[Space] = {**PAIRED, "temperature": (1.0, 2.0, 4.0)}
     Config = BadTeacherConfig
     draws = ("forget", "retain")
     keeps = ("competent", "incompetent")

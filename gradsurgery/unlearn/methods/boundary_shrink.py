@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.objectives import classification
 from gradsurgery.unlearn.objectives.base import Batch
+from gradsurgery.unlearn.training.described import BATCHES, LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 
@@ -48,6 +49,18 @@ class BoundaryShrink(Trainer[BoundaryShrinkConfig]):
     et al. 2023 (arXiv:2303.11570).
     """
 
+    name = "boundary_shrink"
+    title = "Boundary shrink"
+    about = "learns the nearest wrong class on forget"
+    paper = "Chen et al. 2023 (arXiv:2303.11570)"
+    color = "#1a8a9a"
+    asks = frozenset({"losses", "outputs"})
+    space: ClassVar[Space] = {
+        "forget_batch": BATCHES,
+        "steps": (10, 20, 50),
+        "lr": LogUniform(1e-5, 1e-3),
+        "bound": (0.05, 0.1, 0.3, 1.0),
+    }
     Config = BoundaryShrinkConfig
     draws = ("forget",)
     keeps = ("original",)

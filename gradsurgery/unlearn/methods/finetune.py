@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from gradsurgery.unlearn.training.described import LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig
 
 
@@ -17,6 +19,11 @@ class FinetuneConfig(TrainerConfig):
 class Finetune(Trainer[FinetuneConfig]):
     """Descend the retain loss alone. Slow where a model has memorized: nothing pushes."""
 
+    name = "finetune"
+    title = "Finetune"
+    about = "goes on training on retain"
+    color = "#5a9e1e"
+    space: ClassVar[Space] = {"steps": (100, 200, 400), "lr": LogUniform(3e-4, 1e-2)}
     Config = FinetuneConfig
     draws = ("retain",)
 

@@ -7,8 +7,10 @@ without its part against b, if it opposes b, and λ = 1 / (1 + exp(gamma (L_r - 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gradsurgery import GDRGMA
+from gradsurgery.unlearn.training.described import SURGERY, Space
 from gradsurgery.unlearn.training.surgical import SurgicalConfig, SurgicalTrainer
 from gradsurgery.unlearn.training.trainer import finite, require
 
@@ -40,6 +42,12 @@ class GDRGMATrainer(SurgicalTrainer[GDRGMAConfig]):
     2024 (ACM Multimedia).
     """
 
+    name = "gdr_gma"
+    title = "GDR-GMA"
+    about = "both gradients off each other, mixed by the retain loss"
+    paper = "Lin et al. 2024"
+    color = "#5e3c99"
+    space: ClassVar[Space] = {**SURGERY, "gamma": (1.0, 10.0, 100.0), "eps": (0.005, 0.02, 0.1)}
     Config = GDRGMAConfig
 
     def make_rule(self) -> GDRGMA:

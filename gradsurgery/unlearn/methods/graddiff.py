@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+from gradsurgery.unlearn.training.described import SURGERY, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 
@@ -35,6 +37,12 @@ class GradDiff(Trainer[GradDiffConfig]):
     Continual Learning and Private Unlearning, Liu et al. 2022 (arXiv:2203.12817).
     """
 
+    name = "graddiff"
+    title = "GradDiff"
+    about = "descends a weighted difference of the two losses"
+    paper = "Liu et al. 2022 (arXiv:2203.12817)"
+    color = "#d98200"
+    space: ClassVar[Space] = {**SURGERY, "forget_weight": (0.1, 0.3, 1.0)}
     Config = GradDiffConfig
     draws = ("forget", "retain")
 

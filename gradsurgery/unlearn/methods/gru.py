@@ -6,8 +6,10 @@ With f = -grad L_f and m a moving average of grad L_r, descend f - min(0, <f, m>
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gradsurgery import GRU
+from gradsurgery.unlearn.training.described import SURGERY, Space
 from gradsurgery.unlearn.training.surgical import SurgicalConfig, SurgicalTrainer
 from gradsurgery.unlearn.training.trainer import require
 
@@ -37,6 +39,12 @@ class GRUTrainer(SurgicalTrainer[GRUConfig]):
     et al. 2025 (arXiv:2503.09117).
     """
 
+    name = "gru"
+    title = "GRU"
+    about = "the forget gradient off the retain gradients' running mean"
+    paper = "Wang et al. 2025 (arXiv:2503.09117)"
+    color = "#e7298a"
+    space: ClassVar[Space] = {**SURGERY, "retain_momentum": (0.0, 0.2, 0.8)}
     Config = GRUConfig
 
     def make_rule(self) -> GRU:

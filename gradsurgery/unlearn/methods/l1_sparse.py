@@ -6,9 +6,11 @@ a_t falls linearly from a at the first step to 0 at the last.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from gradsurgery.unlearn.training.described import LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 
@@ -35,6 +37,16 @@ class L1Sparse(Trainer[L1SparseConfig]):
     Model Sparsity Can Simplify Machine Unlearning, Jia et al. 2023 (arXiv:2304.04934).
     """
 
+    name = "l1_sparse"
+    title = "l1-sparse"
+    about = "retain, with a penalty on the weights' absolute values that fades"
+    paper = "Jia et al. 2023 (arXiv:2304.04934)"
+    color = "#8a8a00"
+    space: ClassVar[Space] = {
+        "steps": (100, 200, 400),
+        "lr": LogUniform(3e-4, 1e-2),
+        "l1": LogUniform(1e-6, 1e-3),
+    }
     Config = L1SparseConfig
     draws = ("retain",)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
+from gradsurgery.unlearn.training.described import CLIMB, LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig
 
 
@@ -27,6 +28,12 @@ class NegGrad(Trainer[NegGradConfig]):
     2020 (arXiv:1911.04933), where it is a baseline.
     """
 
+    name = "neggrad"
+    title = "NegGrad"
+    about = "climbs the forget loss, looks at nothing else"
+    paper = "Golatkar et al. 2020 (arXiv:1911.04933)"
+    color = "#c4356b"
+    space: ClassVar[Space] = {**CLIMB, "steps": (10, 20, 50), "lr": LogUniform(1e-5, 1e-3)}
     Config = NegGradConfig
     draws = ("forget",)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+from gradsurgery.unlearn.training.described import SURGERY, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, require
 
 
@@ -35,6 +37,12 @@ class NegGradPlus(Trainer[NegGradPlusConfig]):
     baseline.
     """
 
+    name = "neggradplus"
+    title = "NegGrad+"
+    about = "the same, almost all weight on retain"
+    paper = "Kurmanji et al. 2023 (arXiv:2302.09880)"
+    color = "#8a5a14"
+    space: ClassVar[Space] = {**SURGERY, "retain_weight": (0.5, 0.7, 0.9, 0.95, 0.99, 0.9999)}
     Config = NegGradPlusConfig
     draws = ("forget", "retain")
 

@@ -10,13 +10,14 @@ import copy
 import time
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from gradsurgery import OrthoGrad, Surgeon
 from gradsurgery.batch import joined
 from gradsurgery.unlearn.training.data import whole
+from gradsurgery.unlearn.training.described import SURGERY, Space
 from gradsurgery.unlearn.training.surgical import SurgicalConfig, SurgicalTrainer
 from gradsurgery.unlearn.training.trainer import finite, make_optimizer, require
 
@@ -54,6 +55,16 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
     (arXiv:2503.02312).
     """
 
+    name = "orthograd"
+    title = "OrthoGrad"
+    about = "climbs the forget gradient's part orthogonal to every retain sample's"
+    paper = "Shamsian et al. 2025 (arXiv:2503.02312)"
+    color = "#0072b2"
+    space: ClassVar[Space] = {
+        **SURGERY,
+        "alpha": (0.3, 0.5, 0.7, 0.9),
+        "granularity": ("model", "tensor"),
+    }
     Config = OrthoGradConfig
 
     def make_rule(self) -> OrthoGrad:

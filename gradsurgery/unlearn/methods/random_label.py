@@ -6,12 +6,13 @@ Descend forget_weight CE(x_f, y') + retain_weight L_r, with y' uniform over the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
 from gradsurgery.unlearn.objectives.base import Batch
 from gradsurgery.unlearn.objectives.classification import label_losses, labels, wrong_labels
+from gradsurgery.unlearn.training.described import PAIRED, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 
@@ -49,6 +50,13 @@ class RandomLabel(Trainer[R]):
     2020 (arXiv:1911.04933), where it is a baseline.
     """
 
+    name = "random_label"
+    title = "Random label"
+    about = "learns wrong labels on forget, its own on retain"
+    paper = "Golatkar et al. 2020 (arXiv:1911.04933)"
+    color = "#8c6bb1"
+    asks = frozenset({"losses", "relabel"})
+    space: ClassVar[Space] = {**PAIRED, "forget_weight": (0.1, 0.3, 1.0)}
     Config = RandomLabelConfig
     draws = ("forget", "retain")
 

@@ -64,6 +64,10 @@ def reset_parameters(model: nn.Module, seed: int) -> None:
 class Retrain(Trainer[RetrainConfig]):
     """Train from scratch on the retain set; with all the data as `retain`, train an original."""
 
+    name = "retrain"
+    title = "Retrain"
+    about = "trains from scratch on retain"
+    color = "#1b1e23"
     Config = RetrainConfig
     draws = ("retain",)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.unlearn.methods.random_label import RandomLabel, RandomLabelConfig
 from gradsurgery.unlearn.objectives.base import batch_size
+from gradsurgery.unlearn.training.described import PAIRED, LogUniform, Space
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.resume import same_tensors
 from gradsurgery.unlearn.training.trainer import Record, require
@@ -48,6 +49,18 @@ class SalUn(RandomLabel[SalUnConfig]):
     Classification and Generation, Fan et al. 2023 (arXiv:2310.12508).
     """
 
+    name = "salun"
+    title = "SalUn"
+    about = "random labels, only in the half of the weights that matter most to forget"
+    paper = "Fan et al. 2023 (arXiv:2310.12508)"
+    color = "#cc79a7"
+    asks = frozenset({"losses", "relabel"})
+    space: ClassVar[Space] = {
+        **PAIRED,
+        "lr": LogUniform(1e-3, 1e-1),
+        "saliency": (0.3, 0.5, 0.8),
+        "forget_weight": (0.1, 0.3, 1.0),
+    }
     Config = SalUnConfig
     keeps = ("masks",)
 

@@ -7,12 +7,14 @@ D = T² KL(teacher || student) at temperature T.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from gradsurgery.unlearn.objectives import classification
 from gradsurgery.unlearn.objectives.base import Batch
+from gradsurgery.unlearn.training.described import LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
 
@@ -62,6 +64,20 @@ class SCRUB(Trainer[SCRUBConfig]):
     Towards Unbounded Machine Unlearning, Kurmanji et al. 2023 (arXiv:2302.09880).
     """
 
+    name = "scrub"
+    title = "SCRUB"
+    about = "by turns leaves the original on forget and stays with it on retain"
+    paper = "Kurmanji et al. 2023 (arXiv:2302.09880)"
+    color = "#009e73"
+    asks = frozenset({"outputs"})
+    space: ClassVar[Space] = {
+        "forget_batch": (16, 32, 64),
+        "retain_batch": (32, 64),
+        "epochs": (3, 5, 10),
+        "msteps": (1, 2, 3, 5),
+        "lr": LogUniform(1e-4, 3e-3),
+        "distill_weight": (0.1, 0.5, 1.0),
+    }
     Config = SCRUBConfig
     draws = ("forget", "retain")
     keeps = ("teacher",)

@@ -6,12 +6,14 @@ With I = mean over batches of (dL/dw)², where I_f > alpha I_D: w <- min(lambda 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._inputs import wide
+from gradsurgery.unlearn.training.described import LogUniform, Space
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
@@ -53,6 +55,16 @@ class SSD(Trainer[SSDConfig]):
     2023 (arXiv:2308.07707).
     """
 
+    name = "ssd"
+    title = "SSD"
+    about = "once shrinks the weights that matter to forget far more than to all"
+    paper = "Foster et al. 2023 (arXiv:2308.07707)"
+    color = "#35a7de"
+    space: ClassVar[Space] = {
+        "batch": (1, 16, 64),
+        "alpha": LogUniform(0.3, 100),
+        "dampening": LogUniform(0.01, 3),
+    }
     Config = SSDConfig
     needs = ("forget", "retain")
     uses_optimizer = False

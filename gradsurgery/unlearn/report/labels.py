@@ -4,26 +4,9 @@ from __future__ import annotations
 
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs.stages import parts
+from gradsurgery.unlearn.methods import ALL
 
-NAMES = {
-    "original": "Original",
-    "retrain": "Retrain",
-    "orthograd": "OrthoGrad",
-    "ltu": "LTU",
-    "scrub": "SCRUB",
-    "salun": "SalUn",
-    "random_label": "Random label",
-    "ssd": "SSD",
-    "l1_sparse": "l1-sparse",
-    "bad_teacher": "Bad Teacher",
-    "boundary_shrink": "Boundary shrink",
-    "gdr_gma": "GDR-GMA",
-    "gru": "GRU",
-    "graddiff": "GradDiff",
-    "neggradplus": "NegGrad+",
-    "neggrad": "NegGrad",
-    "finetune": "Finetune",
-}
+NAMES = {"original": "Original", **{name: kind.title for name, kind in ALL.items()}}
 # what a stage measured, in groups and in the order they are shown
 GROUPS = {
     "Accuracy": {

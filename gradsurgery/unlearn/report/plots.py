@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
+from gradsurgery.unlearn.methods import ALL, METHODS
 from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.verdict import Summary, fractions, seeds_of
 
@@ -21,27 +22,15 @@ Records = dict[tuple[int, str], list[dict[str, Any]]]  # steps by (seed, stage)
 # with the markers below told apart by color-blind readers too, the first ones by color alone
 COLORS = {
     "original": "#7a7f87",
-    "retrain": "#1b1e23",
-    "orthograd": "#0072b2",
-    "ltu": "#d55e00",
-    "scrub": "#009e73",
-    "salun": "#cc79a7",
-    "random_label": "#8c6bb1",
-    "ssd": "#35a7de",
-    "l1_sparse": "#8a8a00",
-    "bad_teacher": "#9b2226",
-    "boundary_shrink": "#1a8a9a",
-    "gdr_gma": "#5e3c99",
-    "gru": "#e7298a",
-    "graddiff": "#d98200",
-    "neggradplus": "#8a5a14",
-    "neggrad": "#c4356b",
-    "finetune": "#5a9e1e",
+    "retrain": ALL["retrain"].color,
+    **{name: kind.color for name, kind in METHODS.items()},
 }
 OTHER = "#7a7f87"
 SHADES = (COLORS["orthograd"], COLORS["graddiff"])
 STARS = ((4, 1), (6, 1))  # of four and six points
-MARKERS = dict(zip(COLORS, (*"s*o^DvPX<>hpd", *STARS, *"H8"), strict=True))
+# two more stars than there are methods; after them the first ones come again
+SHAPES = (*"s*o^DvPX<>hpd", *STARS, *"H8", (8, 1), (3, 1))
+MARKERS = {name: SHAPES[k % len(SHAPES)] for k, name in enumerate(COLORS)}
 DASHES = ("--", ":", "-.")  # of a method with other options than its first
 FAINT = 0.28
 STYLE: dict[Any, Any] = {

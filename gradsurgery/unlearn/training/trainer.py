@@ -33,6 +33,7 @@ from gradsurgery.unlearn.objectives.base import (
 )
 from gradsurgery.unlearn.training import given, resume
 from gradsurgery.unlearn.training.data import Batches, Data
+from gradsurgery.unlearn.training.described import Described
 from gradsurgery.unlearn.training.modes import (
     evaluating,
     grads_kept,
@@ -58,7 +59,7 @@ C = TypeVar("C", bound=TrainerConfig)
 Callback = Callable[["Trainer", Record], None]
 
 
-class Trainer(ABC, Generic[C]):
+class Trainer(Described, ABC, Generic[C]):
     """One unlearning method on one model.
 
     Subclasses set `Config` and `draws` (the sets they draw batches from; the config has a

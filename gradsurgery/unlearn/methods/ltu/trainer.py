@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from gradsurgery.unlearn.methods.ltu.membership import Features, MembershipModel
 from gradsurgery.unlearn.methods.ltu.meta import Objective, meta_gradient
 from gradsurgery.unlearn.objectives import classification
 from gradsurgery.unlearn.objectives.base import Batch, batch_size, fresh, take
+from gradsurgery.unlearn.training.described import PAIRED, LogUniform, Space
 from gradsurgery.unlearn.training.given import check_functions
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.trainer import (
@@ -116,6 +117,28 @@ class LTUTrainer(Trainer[LTUConfig]):
     which gradient gives way are inferred.
     """
 
+    name = "ltu"
+    title = "LTU"
+    about = "tuning steps tested ahead, membership models' verdicts, harmonized"
+    paper = "Huang et al. 2024 (arXiv:2407.10494)"
+    color = "#d55e00"
+    asks = frozenset({"losses", "outputs"})
+    space: ClassVar[Space] = {
+        **PAIRED,
+        "steps": (80, 160),
+        "lr": LogUniform(3e-4, 3e-3),
+        "tune_lr": LogUniform(3e-4, 5e-2),
+        "forget_weight": (0.3, 1.0, 3.0),
+        "model_steps": (50, 200),
+        "model_features": ("outputs", "loss"),
+    }
+    # non-members look like unseen ones only with labels like the forget set's, where those are
+    # wrong or of one class
+    space_by_task: ClassVar[Mapping[str, Space]] = {
+        "random": {"audit_labels": ("true",)},
+        "class": {"audit_labels": ("forget",)},
+        "mislabeled": {"audit_labels": ("forget",)},
+    }
     Config = LTUConfig
     draws = ("forget", "retain")
     passes_over = ("retain",)
