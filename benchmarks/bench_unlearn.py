@@ -19,11 +19,11 @@ TARGETS = {"ltu, second order": 4.0, "ltu, first order": 2.5, "orthograd": None}
 
 def trainer_of(name, model, data, **options):
     sizes = {"forget_batch": SAMPLES, "retain_batch": SAMPLES, **options}
-    sets = (cross_entropy, data.forget, data.retain)
+    sets = {"forget": data.forget, "retain": data.retain}
     if name == "orthograd":
-        return OrthoGradTrainer(model, *sets, OrthoGradConfig(**sizes))
+        return OrthoGradTrainer(model, cross_entropy, **sets, config=OrthoGradConfig(**sizes))
     config = LTUConfig(order=name.split()[1], **sizes)
-    return LTUTrainer(model, *sets, config, validation=data.validation)
+    return LTUTrainer(model, cross_entropy, **sets, config=config, validation=data.validation)
 
 
 def error_of(name, start, data):

@@ -19,12 +19,13 @@ from gradsurgery.unlearn.training.modes import modes_kept, values_undone_by_erro
 from gradsurgery.unlearn.training.trainer import Callback, Probe
 
 
+@given.by_name("net", others=("retain_loader", "forget_loader", "val_loader"))
 def unlearning(
     net: nn.Module,
+    *,
     retain_loader: Data,
     forget_loader: Data,
     val_loader: Data = None,
-    *,
     method: str = "orthograd",
     loss: PerSampleLoss = cross_entropy,
     epochs: int | None = None,
@@ -36,13 +37,14 @@ def unlearning(
 ) -> nn.Module:
     """Unlearn the forget loader's samples, as scripts of vision papers call it.
 
+    All but `net` is given by name, so that no set takes the place of another.
+
     Args:
         net: changed in place. Every module's mode (train or eval) and every `.grad` is afterwards
             as it was; random layers and loaders draw from torch's generators, as in training.
         retain_loader, forget_loader: a DataLoader of batches, (inputs, labels) or a mapping or
             dataclass with "image" and "label", or all samples as one such batch. Loaders set the
-            batch sizes, in place of the options. Mind the order: a trainer takes forget before
-            retain.
+            batch sizes, in place of the options.
         val_loader: held-out samples, for methods that need some (LTU), with the transforms of the
             forget loader; what is later measured on them has been seen.
         method: a name of `METHODS`, or "retrain".
@@ -66,6 +68,7 @@ def unlearning(
 
     Raises:
         InputError: an unknown method or option, sets that overlap, labels out of range, ...
+        PositionError: an InputError and a TypeError, where a set was given by position.
         TrainingError: what was not finite, and when.
     """
     given.check_model(net)
@@ -96,9 +99,9 @@ def unlearning(
         return kind(
             net,
             loss,
-            forget,
-            retain_loader,
-            config,
+            forget=forget,
+            retain=retain_loader,
+            config=config,
             validation=val_loader,
             seed=seed,
             probe=probe,

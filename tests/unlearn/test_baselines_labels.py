@@ -31,7 +31,14 @@ def make(kind, problem, **options):
         config.alpha = 1.2  # 3 of 8 batches are to be forgotten: nothing passes 8 / 3
     for name, value in options.items():
         setattr(config, name, value)
-    return kind(problem.model, problem.loss, problem.forget, problem.retain, config, seed=3)
+    return kind(
+        problem.model,
+        problem.loss,
+        forget=problem.forget,
+        retain=problem.retain,
+        config=config,
+        seed=3,
+    )
 
 
 def weights(model):
@@ -270,7 +277,11 @@ def test_random_label_lowers_the_accuracy_on_forget_and_keeps_retain(problem):
         key: torch.cat([problem.forget[key], problem.retain[key]]) for key in ("image", "label")
     }
     Finetune(
-        problem.model, problem.loss, None, everything, Finetune.Config(steps=200, lr=0.02)
+        problem.model,
+        problem.loss,
+        forget=None,
+        retain=everything,
+        config=Finetune.Config(steps=200, lr=0.02),
     ).run()
     assert right() == [1.0, 1.0]
     make(RandomLabel, problem, steps=200, lr=0.02, retain_batch=24).run()

@@ -29,7 +29,9 @@ def make(kind, problem, size=EVERYTHING, **options):
     sizes = {f"{drawn}_batch": size for drawn in kind.draws}
     config = kind.Config(**{"optimizer": "sgd", **sizes, **options})
     loss = cross_entropy if kind.instead_of_loss else problem.loss
-    return kind(problem.model, loss, problem.forget, problem.retain, config, seed=3)
+    return kind(
+        problem.model, loss, forget=problem.forget, retain=problem.retain, config=config, seed=3
+    )
 
 
 def state(model):
@@ -213,7 +215,9 @@ def test_scrub_goes_by_its_plan(options, plan, problem):
 def test_scrub_of_no_options_takes_five_epochs(problem):
     """One batch of 12 is the forget set, one of 24 the retain set."""
     config = SCRUB.Config()
-    trainer = SCRUB(problem.model, cross_entropy, problem.forget, problem.retain, config)
+    trainer = SCRUB(
+        problem.model, cross_entropy, forget=problem.forget, retain=problem.retain, config=config
+    )
     kinds = ["f" if "forget_loss_batch" in record else "r" for record in trainer.fit()]
     assert "".join(kinds) == "frfrfrrr"
 
@@ -294,7 +298,12 @@ def test_the_incompetent_teacher_knows_nothing_of_the_original(problem):
     assert not torch.equal(flat(nn.Sequential(*fresh)), teachers[0])  # as its seed would begin
     assert torch.equal(flat(trainer.competent), flat(problem.model))
     other = BadTeacher(
-        problem.model, cross_entropy, problem.forget, problem.retain, BadTeacher.Config(), seed=4
+        problem.model,
+        cross_entropy,
+        forget=problem.forget,
+        retain=problem.retain,
+        config=BadTeacher.Config(),
+        seed=4,
     )
     assert not torch.equal(flat(other.incompetent), teachers[0])
 
@@ -382,7 +391,7 @@ def plane():
 def test_the_nearest_class_in_the_plane(point, label, bound, nearest, problem):
     forget = {"image": torch.tensor([point]).double(), "label": torch.tensor([label])}
     config = BoundaryShrink.Config(bound=bound)
-    trainer = BoundaryShrink(plane(), problem.loss, forget, None, config)
+    trainer = BoundaryShrink(plane(), problem.loss, forget=forget, retain=None, config=config)
     assert trainer.nearest(forget).tolist() == [nearest]
 
 
@@ -414,7 +423,9 @@ def test_boundary_shrink_ends_across_the_boundary(problem):
 
 def test_inputs_that_cannot_be_moved_are_named(problem):
     tokens = {"image": torch.zeros(4, 6, dtype=torch.int64), "label": torch.zeros(4).long()}
-    trainer = BoundaryShrink(problem.model, problem.loss, tokens, None, BoundaryShrink.Config())
+    trainer = BoundaryShrink(
+        problem.model, problem.loss, forget=tokens, retain=None, config=BoundaryShrink.Config()
+    )
     with pytest.raises(InputError, match=r"forget: inputs must be a tensor .* got torch.int64"):
         trainer.run()
 
@@ -566,8 +577,9 @@ def test_timing_a_step_knows_batch_norm_and_loaders(normalized):
         trainer = OrthoGradTrainer(
             normalized.model,
             lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
-            *loaders,
-            OrthoGradTrainer.Config(steps=3),
+            forget=loaders[0],
+            retain=loaders[1],
+            config=OrthoGradTrainer.Config(steps=3),
         )
         for record in trainer.fit():
             if timed and record["step"] == 1:

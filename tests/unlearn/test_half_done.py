@@ -57,7 +57,13 @@ def made(method, model, data, **options):
     loss = options.pop("loss", cross_entropy)
     forget = None if method == "retrain" else data["forget"]
     return kind(
-        model, loss, forget, data["retain"], config, validation=data["validation"], **options
+        model,
+        loss,
+        forget=forget,
+        retain=data["retain"],
+        config=config,
+        validation=data["validation"],
+        **options,
     )
 
 
@@ -206,7 +212,9 @@ def test_an_update_of_ones_own_that_raises_after_its_step_is_undone():
             return record
 
     data, model = sets(), net()
-    trainer = Own(model, cross_entropy, None, data["retain"], FinetuneConfig(lr=0.1))
+    trainer = Own(
+        model, cross_entropy, forget=None, retain=data["retain"], config=FinetuneConfig(lr=0.1)
+    )
     steps = trainer.fit()
     next(steps)
     before = everything(trainer)
@@ -226,7 +234,14 @@ def test_grad_and_modes_are_afterwards_as_before(method, given):
         p.grad = grad
     forget = None if method == "retrain" else data["forget"]
     options = of_names(method)
-    unlearning(model, data["retain"], forget, data["validation"], method=method, **options)
+    unlearning(
+        model,
+        retain_loader=data["retain"],
+        forget_loader=forget,
+        val_loader=data["validation"],
+        method=method,
+        **options,
+    )
     for p, grad in zip(model.parameters(), grads, strict=True):
         assert p.grad is grad
         assert grad is None or bool((grad == 3).all())
@@ -241,7 +256,14 @@ def test_nothing_is_drawn_from_torch_where_no_layer_is_random(method):
     before = torch.get_rng_state()
     forget = None if method == "retrain" else data["forget"]
     options = of_names(method)
-    unlearning(model, data["retain"], forget, data["validation"], method=method, **options)
+    unlearning(
+        model,
+        retain_loader=data["retain"],
+        forget_loader=forget,
+        val_loader=data["validation"],
+        method=method,
+        **options,
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -253,7 +275,9 @@ def test_an_optimizer_that_zeroes_in_place_leaves_grad():
     data, model = sets(), net()
     model[0].weight.grad = grad = torch.ones_like(model[0].weight)
     config = FinetuneConfig(steps=2)
-    Finetune(model, cross_entropy, None, data["retain"], config, optimizer=Zeroing).run()
+    Finetune(
+        model, cross_entropy, forget=None, retain=data["retain"], config=config, optimizer=Zeroing
+    ).run()
     assert model[0].weight.grad is grad and bool((grad == 1).all())
 
 
@@ -264,9 +288,9 @@ def test_membership_models_of_a_step_that_raises_are_those_before_it():
     trainer = LTUTrainer(
         net(fuse),
         cross_entropy,
-        data["forget"],
-        data["retain"],
-        config,
+        forget=data["forget"],
+        retain=data["retain"],
+        config=config,
         validation=data["validation"],
     )
     steps = trainer.fit()
@@ -295,9 +319,9 @@ def test_the_function_gives_the_network_back_as_it_was_after_an_exception(method
     with pytest.raises(KeyboardInterrupt):
         unlearning(
             model,
-            data["retain"],
-            forget,
-            data["validation"],
+            retain_loader=data["retain"],
+            forget_loader=forget,
+            val_loader=data["validation"],
             method=method,
             callbacks=[told],
             **of_names(method),
@@ -317,7 +341,14 @@ def test_a_run_that_diverges_gives_the_network_back():
 
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(TrainingError, match="at step 4"):
-        unlearning(model, data["retain"], data["forget"], method="neggrad", loss=steep, steps=9)
+        unlearning(
+            model,
+            retain_loader=data["retain"],
+            forget_loader=data["forget"],
+            method="neggrad",
+            loss=steep,
+            steps=9,
+        )
     assert same(model.state_dict(), before)
 
 
@@ -326,7 +357,9 @@ def test_salun_that_cannot_rank_leaves_grad():
     model[0].weight.grad = torch.ones_like(model[0].weight)
     fuse.left = 0
     with pytest.raises(Broken):
-        SalUn(model, cross_entropy, data["forget"], data["retain"], SalUnConfig())
+        SalUn(
+            model, cross_entropy, forget=data["forget"], retain=data["retain"], config=SalUnConfig()
+        )
     assert bool((model[0].weight.grad == 1).all())
 
 
@@ -338,7 +371,14 @@ def test_retrain_draws_nothing_where_its_optimizer_cannot_be_made():
         return torch.optim.SGD(parameters, lr=-1.0)
 
     with pytest.raises(ValueError, match="Invalid learning rate"):
-        Retrain(model, cross_entropy, None, data["retain"], RetrainConfig(), optimizer=impossible)
+        Retrain(
+            model,
+            cross_entropy,
+            forget=None,
+            retain=data["retain"],
+            config=RetrainConfig(),
+            optimizer=impossible,
+        )
     assert same(model.state_dict(), before)
 
 
@@ -353,9 +393,9 @@ def test_a_schedule_that_raises_leaves_a_whole_step():
     trainer = Finetune(
         net(),
         cross_entropy,
-        None,
-        data["retain"],
-        FinetuneConfig(lr=0.1),
+        forget=None,
+        retain=data["retain"],
+        config=FinetuneConfig(lr=0.1),
         schedule=lambda optimizer: Ends(optimizer, lambda _: 1.0),
     )
     steps = trainer.fit()
@@ -392,8 +432,8 @@ def test_a_last_batch_of_one_is_named_before_the_first_step(method, where, shuff
     with pytest.raises(InputError, match=rf"^{where}: a batch of one sample.*drop_last=.*'eval'"):
         unlearning(
             model,
-            loaders["retain"],
-            None if method == "retrain" else loaders["forget"],
+            retain_loader=loaders["retain"],
+            forget_loader=None if method == "retrain" else loaders["forget"],
             method=method,
             callbacks=[lambda *_: calls.append(1)],
             epochs=2,
@@ -437,14 +477,22 @@ def test_one_that_cannot_be_foreseen_is_named_at_its_step(method):
 )
 def test_the_ways_out_are_ways_out(loaded, options):
     retain, forget = loader(samples(17), 8, **loaded), loader(samples(8), 4)
-    unlearning(net(), retain, forget, method="finetune", epochs=2, **options)
+    unlearning(
+        net(), retain_loader=retain, forget_loader=forget, method="finetune", epochs=2, **options
+    )
 
 
 def test_batch_norm_over_places_takes_one_sample():
     """It normalizes over height and width as well."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3))
     images, labels = torch.randn(17, 1, 6, 6), torch.arange(17) % 3
-    unlearning(model, loader((images, labels), 8), None, method="finetune", epochs=1)
+    unlearning(
+        model,
+        retain_loader=loader((images, labels), 8),
+        forget_loader=None,
+        method="finetune",
+        epochs=1,
+    )
 
 
 def test_a_look_ahead_draws_nothing():
@@ -453,7 +501,7 @@ def test_a_look_ahead_draws_nothing():
     retain = loader(samples(17), 8, shuffle=True)
     before = torch.get_rng_state()
     with pytest.raises(InputError, match="batch of one"):
-        unlearning(model, retain, None, method="finetune", epochs=1)
+        unlearning(model, retain_loader=retain, forget_loader=None, method="finetune", epochs=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -461,7 +509,12 @@ def test_ltu_passes_over_a_retain_batch_of_one():
     retain = loader(samples(17), 8)
     config = LTUConfig(steps=4, batch_norm="train", split="augmentation", feedback="random_label")
     LTUTrainer(
-        net(), cross_entropy, samples(12), retain, config, augment=lambda batch, _: batch
+        net(),
+        cross_entropy,
+        forget=samples(12),
+        retain=retain,
+        config=config,
+        augment=lambda batch, _: batch,
     ).run()
 
 
@@ -484,7 +537,12 @@ def test_inputs_that_are_not_finite_name_their_set(method, where, value):
     forget = None if method == "retrain" else data["forget"]
     with pytest.raises((TrainingError, InputError), match=where) as caught:
         unlearning(
-            model, data["retain"], forget, data["validation"], method=method, **of_names(method)
+            model,
+            retain_loader=data["retain"],
+            forget_loader=forget,
+            val_loader=data["validation"],
+            method=method,
+            **of_names(method),
         )
     assert "tensor(" not in str(caught.value)
     assert same(model.state_dict(), before)
@@ -498,4 +556,6 @@ def test_an_infinite_loss_of_finite_inputs_names_its_set():
     with pytest.raises(
         TrainingError, match=r"^retain: a loss of the batch is not finite at step 1"
     ):
-        unlearning(net(), data["retain"], None, method="finetune", loss=steep)
+        unlearning(
+            net(), retain_loader=data["retain"], forget_loader=None, method="finetune", loss=steep
+        )

@@ -3,6 +3,8 @@
 import collections
 import copy
 import dataclasses
+import inspect
+import re
 
 import numpy
 import pytest
@@ -19,7 +21,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, PositionError
 from gradsurgery.unlearn import (
     METHODS,
     Finetune,
@@ -52,7 +54,14 @@ def net():
 def run(model, data, method="finetune", **options):
     options = {"steps": 3, "lr": 0.01, **OPTIONS.get(method, {}), **options}
     forget = None if method == "retrain" else data["forget"]
-    return unlearning(model, data["retain"], forget, data["validation"], method=method, **options)
+    return unlearning(
+        model,
+        retain_loader=data["retain"],
+        forget_loader=forget,
+        val_loader=data["validation"],
+        method=method,
+        **options,
+    )
 
 
 def plain(message):
@@ -156,12 +165,22 @@ def test_a_loader_may_say_more_of_its_samples_than_tensors():
         return {"image": part[0][at], "label": part[1][at], "path": [paths[k] for k in at]}
 
     loader = DataLoader(range(8), batch_size=4, collate_fn=collate)
-    unlearning(net(), loader, None, method="finetune", epochs=1, loss=loss)
+    unlearning(
+        net(), retain_loader=loader, forget_loader=None, method="finetune", epochs=1, loss=loss
+    )
     assert seen == [paths[:4], paths[4:]]
     with pytest.raises(
         InputError, match=r"must hold tensors to be taken apart.* str at \['path'\]"
     ):
-        unlearning(net(), loader, None, method="finetune", epochs=1, loss=loss, micro_batch=2)
+        unlearning(
+            net(),
+            retain_loader=loader,
+            forget_loader=None,
+            method="finetune",
+            epochs=1,
+            loss=loss,
+            micro_batch=2,
+        )
 
 
 WRONG_DATA = {
@@ -438,14 +457,20 @@ def test_an_argument_that_makes_no_sense_is_named(method, name, value, message):
         del options["steps"]
     data = sets()
     with pytest.raises(InputError, match=rf"^{name}.*{message}") as caught:
-        unlearning(model, data["retain"], data["forget"], data["validation"], **options)
+        unlearning(
+            model,
+            retain_loader=data["retain"],
+            forget_loader=data["forget"],
+            val_loader=data["validation"],
+            **options,
+        )
     assert plain(str(caught.value))
     assert all(torch.equal(before[key], end) for key, end in model.state_dict().items())
 
 
 def test_an_epoch_needs_the_set_it_passes_over():
     with pytest.raises(InputError, match="retain: graddiff needs this data, got None"):
-        unlearning(net(), None, samples(4), method="graddiff", epochs=1)
+        unlearning(net(), retain_loader=None, forget_loader=samples(4), method="graddiff", epochs=1)
 
 
 def test_integers_of_numpy_are_integers():
@@ -454,7 +479,13 @@ def test_integers_of_numpy_are_integers():
         torch.manual_seed(0)
         end.append(run(net(), sets(), seed=number(3)).state_dict())
         data = sets()
-        unlearning(net(), data["retain"], None, method="finetune", epochs=number(1))
+        unlearning(
+            net(),
+            retain_loader=data["retain"],
+            forget_loader=None,
+            method="finetune",
+            epochs=number(1),
+        )
     assert all(torch.equal(end[0][key], end[1][key]) for key in end[0])
 
 
@@ -484,19 +515,33 @@ def test_integers_of_numpy_are_integers():
 def test_so_is_one_of_a_trainer(options, message):
     given = {"config": FinetuneConfig(steps=2), **options}
     with pytest.raises(InputError, match=message):
-        Finetune(net(), cross_entropy, None, samples(8), **given)
+        Finetune(net(), cross_entropy, forget=None, retain=samples(8), **given)
 
 
 def test_an_optimizer_that_is_made_already_is_no_function():
     model = net()
     made = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(InputError, match="optimizer must be a function or None, got SGD"):
-        Finetune(model, cross_entropy, None, samples(8), FinetuneConfig(), optimizer=made)
+        Finetune(
+            model,
+            cross_entropy,
+            forget=None,
+            retain=samples(8),
+            config=FinetuneConfig(),
+            optimizer=made,
+        )
 
 
 def test_an_augmentation_must_be_a_function():
     with pytest.raises(InputError, match="augment must be a function or None, got int"):
-        LTUTrainer(net(), cross_entropy, samples(4), samples(8), LTUConfig(), augment=3)
+        LTUTrainer(
+            net(),
+            cross_entropy,
+            forget=samples(4),
+            retain=samples(8),
+            config=LTUConfig(),
+            augment=3,
+        )
 
 
 def test_a_probe_must_give_what_stopping_looks_at():
@@ -571,10 +616,44 @@ def test_an_optimizer_of_another_model_is_refused(method):
         kind(
             model,
             cross_entropy,
-            data["forget"],
-            data["retain"],
-            kind.Config(),
+            forget=data["forget"],
+            retain=data["retain"],
+            config=kind.Config(),
             validation=data["validation"],
             optimizer=lambda _: torch.optim.SGD(other.parameters(), lr=0.1),
         )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# -- by name
+
+
+def test_sets_by_position_are_refused_with_their_names():
+    """The two calls once had opposite orders, and a swap unlearns what should stay."""
+    model, data = net(), sets()
+    before = copy.deepcopy(model.state_dict())
+    message = (
+        "unlearning takes net by position and all else by name, retain_loader=, forget_loader=, "
+        "val_loader=: a set to forget in the place of one to retain would unlearn what should stay"
+    )
+    for given in ((data["retain"],), (data["retain"], data["forget"], data["validation"])):
+        with pytest.raises(PositionError, match=f"^{re.escape(message)}$"):
+            unlearning(model, *given, method="graddiff", steps=1)
+    config = FinetuneConfig(steps=1)
+    for kind in (Finetune, LTUTrainer):
+        with pytest.raises(
+            PositionError, match=f"^{kind.__name__} takes model and loss by .*config"
+        ):
+            kind(model, cross_entropy, None, data["retain"], config)
+    with pytest.raises(TypeError, match="forget"):  # both at once
+        Finetune(model, cross_entropy, None, forget=None, retain=data["retain"], config=config)
+    with pytest.raises(TypeError, match=r"missing .* 'retain'"):
+        Finetune(model, cross_entropy, forget=None, config=config)
+    assert issubclass(PositionError, InputError) and issubclass(PositionError, TypeError)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_signatures_say_what_goes_by_name():
+    for function, first in ((unlearning, ["net"]), (Finetune.__init__, ["self", "model", "loss"])):
+        kinds = inspect.signature(function).parameters.values()
+        assert [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD] == first

@@ -44,7 +44,14 @@ def net():
 def run(model, data, method, **options):
     options = {"steps": 3, "lr": 0.01, **OPTIONS.get(method, {}), **options}
     forget = None if method == "retrain" else data["forget"]
-    return unlearning(model, data["retain"], forget, data["validation"], method=method, **options)
+    return unlearning(
+        model,
+        retain_loader=data["retain"],
+        forget_loader=forget,
+        val_loader=data["validation"],
+        method=method,
+        **options,
+    )
 
 
 def values(model):

@@ -24,8 +24,8 @@ def unseen(problem):
 def make(problem, unseen=None, **options):
     sizes = {"forget_batch": EVERYTHING, "retain_batch": EVERYTHING}
     config = LTUConfig(**{"steps": 1, "optimizer": "sgd", "lr": 0.1, **sizes, **options})
-    data = (problem.forget, problem.retain)
-    return LTUTrainer(problem.model, problem.loss, *data, config, validation=unseen, seed=2)
+    data = {"forget": problem.forget, "retain": problem.retain, "validation": unseen}
+    return LTUTrainer(problem.model, problem.loss, **data, config=config, seed=2)
 
 
 def weights(model):
@@ -158,8 +158,8 @@ def test_augment_makes_the_query(problem, unseen):
         return {**batch, "image": batch["image"] / 2}
 
     config = LTUConfig(split="augmentation", steps=1)
-    data = (problem.forget, problem.retain, config)
-    trainer = LTUTrainer(problem.model, problem.loss, *data, validation=unseen, augment=halved)
+    data = {"forget": problem.forget, "retain": problem.retain, "validation": unseen}
+    trainer = LTUTrainer(problem.model, problem.loss, **data, config=config, augment=halved)
     support, query = trainer._split(problem.retain)
     assert support is problem.retain
     assert torch.equal(query["image"], problem.retain["image"] / 2)

@@ -32,9 +32,9 @@ def run(kind, problem, **options):
     sizes = {f"{drawn}_batch": EVERYTHING for drawn in kind.draws}
     config = kind.Config(**{"optimizer": "sgd", **sizes, **options})
     before = losses(problem)
-    data = (problem.forget, problem.retain, config)
+    data = {"forget": problem.forget, "retain": problem.retain, "config": config}
     loss = cross_entropy if kind.instead_of_loss else problem.loss
-    kind(problem.model, loss, *data, validation=problem.validation).run()
+    kind(problem.model, loss, **data, validation=problem.validation).run()
     return tuple(b - a for a, b in zip(before, losses(problem), strict=True))
 
 
@@ -92,7 +92,9 @@ def test_orthograd_raises_forget_and_lowers_retain(problem):
 
 def test_orthograd_records_what_its_steps_saw(problem):
     config = OrthoGradConfig(steps=1, retain_batch=7)
-    trainer = OrthoGradTrainer(problem.model, problem.loss, problem.forget, problem.retain, config)
+    trainer = OrthoGradTrainer(
+        problem.model, problem.loss, forget=problem.forget, retain=problem.retain, config=config
+    )
     (record,) = trainer.fit()
     assert record["rank"] == 7
     assert 0 < record["kept_norm"] < 1
@@ -133,7 +135,13 @@ def test_retrain_forgets_the_weights_it_was_given(problem):
 
 def test_retrain_leaves_the_global_generator_alone(problem):
     state = torch.get_rng_state()
-    Retrain(problem.model, problem.loss, None, problem.retain, RetrainConfig(steps=1))
+    Retrain(
+        problem.model,
+        problem.loss,
+        forget=None,
+        retain=problem.retain,
+        config=RetrainConfig(steps=1),
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 

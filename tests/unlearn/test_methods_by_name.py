@@ -1,4 +1,4 @@
-"""`unlearning(net, retain_loader, forget_loader, val_loader)`, with every method."""
+"""`unlearning(net, retain_loader=..., forget_loader=...)`, with every method."""
 
 import copy
 
@@ -32,6 +32,10 @@ def vision():
     return net, loader(range(12, 44), 8), loader(range(12), 6), loader(range(44, 60), 16)
 
 
+def named(retain, forget, validation):
+    return {"retain_loader": retain, "forget_loader": forget, "val_loader": validation}
+
+
 @pytest.mark.parametrize("method", [*METHODS, "retrain"])
 def test_every_method_takes_loaders_and_gives_the_net_back(method, vision):
     net, *loaders = vision
@@ -39,7 +43,7 @@ def test_every_method_takes_loaders_and_gives_the_net_back(method, vision):
     start = copy.deepcopy(net.state_dict())
     # by default SSD dampens what is ten times as important to the few as to all: here nothing
     options = {"alpha": 1.0} if method == "ssd" else {"epochs": 1, "lr": 1e-2}
-    assert unlearning(net, *loaders, method=method, **options) is net
+    assert unlearning(net, **named(*loaders), method=method, **options) is net
     assert not net.training
     end = net.state_dict()
     assert any(not torch.equal(start[key], end[key]) for key in start)
@@ -55,14 +59,22 @@ def test_epochs_are_passes_over_the_retain_loader(vision):
         seen.append(len(batch[1]))
         return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
-    unlearning(net, retain, forget, method="finetune", loss=loss, epochs=2)
+    unlearning(
+        net, retain_loader=retain, forget_loader=forget, method="finetune", loss=loss, epochs=2
+    )
     assert seen == [8] * 8
 
 
 def test_samples_in_memory_serve_too(vision):
     net, *_ = vision
     images, labels = torch.randn(20, 1, 6, 6), torch.arange(20) % CLASSES
-    unlearning(net, (images[4:], labels[4:]), (images[:4], labels[:4]), method="neggrad", steps=2)
+    unlearning(
+        net,
+        retain_loader=(images[4:], labels[4:]),
+        forget_loader=(images[:4], labels[:4]),
+        method="neggrad",
+        steps=2,
+    )
 
 
 def test_loaders_that_share_samples_are_refused(vision):
@@ -70,7 +82,7 @@ def test_loaders_that_share_samples_are_refused(vision):
     data = retain.dataset.dataset
     forget = DataLoader(Subset(data, range(10, 15)), batch_size=5)
     with pytest.raises(InputError, match="overlap: 3 samples are in both"):
-        unlearning(net, retain, forget, validation)
+        unlearning(net, retain_loader=retain, forget_loader=forget, val_loader=validation)
 
 
 @pytest.mark.parametrize(
@@ -85,14 +97,14 @@ def test_loaders_that_share_samples_are_refused(vision):
 def test_nonsense_is_named(options, message, vision):
     net, *loaders = vision
     with pytest.raises(InputError, match=message):
-        unlearning(net, *loaders, **options)
+        unlearning(net, **named(*loaders), **options)
 
 
 def test_labels_out_of_range_are_named(vision):
     net, retain, *_ = vision
     wrong = (torch.randn(3, 1, 6, 6), torch.tensor([0, 1, CLASSES]))
     with pytest.raises(InputError, match=r"labels must be in \[0, 4\), .* got 0 to 4"):
-        unlearning(net, retain, wrong, method="neggrad", steps=1)
+        unlearning(net, retain_loader=retain, forget_loader=wrong, method="neggrad", steps=1)
 
 
 def test_a_reduced_loss_is_named(vision):
@@ -102,7 +114,7 @@ def test_a_reduced_loss_is_named(vision):
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     with pytest.raises(InputError, match=r"one value per sample.*use reduction='none'"):
-        unlearning(net, *loaders, method="graddiff", loss=reduced)
+        unlearning(net, **named(*loaders), method="graddiff", loss=reduced)
 
 
 @pytest.mark.parametrize(
@@ -118,24 +130,32 @@ def test_a_reduced_loss_is_named(vision):
 def test_a_choice_that_there_is_not_is_named(method, options, message, vision):
     net, *loaders = vision
     with pytest.raises(InputError, match=message):
-        unlearning(net, *loaders, method=method, **options)
+        unlearning(net, **named(*loaders), method=method, **options)
 
 
 def test_a_trainer_of_ones_own_checks_its_choices_too(vision):
     net, retain, *_ = vision
     config = FinetuneConfig(schedule="cos")
     with pytest.raises(InputError, match=r"^Finetune.schedule must be one of constant, cosine"):
-        Finetune(net, cross_entropy, None, retain, config)
+        Finetune(net, cross_entropy, forget=None, retain=retain, config=config)
     with pytest.raises(InputError, match=r"^Finetune.lr must be a number, got '1e-3'"):
-        Finetune(net, cross_entropy, None, retain, FinetuneConfig(lr="1e-3"))
+        Finetune(net, cross_entropy, forget=None, retain=retain, config=FinetuneConfig(lr="1e-3"))
 
 
 def test_what_a_loss_or_a_set_is_not_is_named(vision):
     net, retain, forget, _ = vision
     with pytest.raises(InputError, match=r"loss must be a function .* got CrossEntropyLoss"):
-        unlearning(net, retain, forget, method="graddiff", loss=nn.CrossEntropyLoss())
+        unlearning(
+            net,
+            retain_loader=retain,
+            forget_loader=forget,
+            method="graddiff",
+            loss=nn.CrossEntropyLoss(),
+        )
     with pytest.raises(InputError, match=r"batch holds no tensor.* a Dataset goes into a DataL"):
-        unlearning(net, retain.dataset, forget, method="graddiff", steps=1)
+        unlearning(
+            net, retain_loader=retain.dataset, forget_loader=forget, method="graddiff", steps=1
+        )
 
 
 def test_a_batch_sampler_and_int32_labels_serve(vision):
@@ -144,7 +164,15 @@ def test_a_batch_sampler_and_int32_labels_serve(vision):
     loader = DataLoader(retain.dataset, batch_sampler=sampler)
     images, labels = next(iter(forget))
     few = (images, labels.int())
-    unlearning(net, loader, few, validation, method="ltu", steps=1, feedback="random_label")
+    unlearning(
+        net,
+        retain_loader=loader,
+        forget_loader=few,
+        val_loader=validation,
+        method="ltu",
+        steps=1,
+        feedback="random_label",
+    )
 
 
 def test_callbacks_and_duplicates_through_the_function(vision):
@@ -153,8 +181,8 @@ def test_callbacks_and_duplicates_through_the_function(vision):
     forget = DataLoader(Subset(data, range(10, 15)), batch_size=5)
     unlearning(
         net,
-        retain,
-        forget,
+        retain_loader=retain,
+        forget_loader=forget,
         method="graddiff",
         steps=2,
         overlap="allow",

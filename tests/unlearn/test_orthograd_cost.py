@@ -33,7 +33,9 @@ def test_timing_leaves_the_run_as_it_was(optimizer, precondition, problem):
         config = OrthoGradConfig(
             steps=4, retain_batch=5, forget_batch=4, optimizer=optimizer, precondition=precondition
         )
-        trainer = OrthoGradTrainer(model, problem.loss, problem.forget, problem.retain, config)
+        trainer = OrthoGradTrainer(
+            model, problem.loss, forget=problem.forget, retain=problem.retain, config=config
+        )
         for record in trainer.fit():
             if timed and record["step"] == 2:
                 model.eval()
@@ -65,7 +67,9 @@ def test_both_kinds_of_step_see_the_same_samples(problem, monkeypatch):
 
     monkeypatch.setattr(Surgeon, "step", watched)
     config = OrthoGradConfig(retain_batch=5, forget_batch=4)
-    trainer = OrthoGradTrainer(problem.model, loss, problem.forget, problem.retain, config)
+    trainer = OrthoGradTrainer(
+        problem.model, loss, forget=problem.forget, retain=problem.retain, config=config
+    )
     before = copy.deepcopy(problem.model.state_dict())
     trainer.step_seconds()
     assert len(seen["plain"]) == len(seen["orthograd"]) > 1
@@ -82,7 +86,10 @@ def test_capped_losses_of_the_digits_need_no_stored_row():
     samples = [take(part, some) for part in (data.forget, data.retain)]
     samples = [{**part, "image": part["image"].double()} for part in samples]
     batches = [with_ceiling(samples[0], 2.3), with_ceiling(samples[1], torch.inf)]
-    trainer = OrthoGradTrainer(model, cross_entropy, *samples, OrthoGradConfig())
+    forget, retain = samples
+    trainer = OrthoGradTrainer(
+        model, cross_entropy, forget=forget, retain=retain, config=OrthoGradConfig()
+    )
     ends = []
     with reproducible(1):
         for way in ({}, {"rows": "stored"}):

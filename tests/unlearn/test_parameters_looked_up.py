@@ -36,7 +36,9 @@ def made(name, model, optimizer=None, **options):
     kind = METHODS.get(name, Retrain)
     config = kind.Config(**{"steps": 4, "lr": 0.1, **OPTIONS.get(name, {}), **options})
     forget = None if kind is Retrain else samples(12)
-    return kind(model, cross_entropy, forget, samples(24), config, optimizer=optimizer)
+    return kind(
+        model, cross_entropy, forget=forget, retain=samples(24), config=config, optimizer=optimizer
+    )
 
 
 @pytest.mark.parametrize("name", [*STEPPED, "retrain"])
@@ -91,7 +93,7 @@ def test_it_moves_as_in_an_ordinary_step():
     config = Finetune.Config(steps=3, lr=0.1, optimizer="sgd", momentum=0.9, retain_batch=24)
     twin = copy.deepcopy(model)
     plain = torch.optim.SGD(twin[2].parameters(), lr=0.1, momentum=0.9)
-    trainer = Finetune(model, cross_entropy, None, retain, config)
+    trainer = Finetune(model, cross_entropy, forget=None, retain=retain, config=config)
     steps = trainer.fit()
     for number in range(3):
         if number == 1:

@@ -23,7 +23,9 @@ def relearn(problem, original=1.0, config=CONFIG, **options):
 def test_counts_the_steps_of_plain_training(measure, original, problem):
     """Stepping the same trainer by hand and looking after each step."""
     student = copy.deepcopy(problem.model)
-    trainer = Finetune(student, problem.loss, None, problem.forget, CONFIG, seed=4)
+    trainer = Finetune(
+        student, problem.loss, forget=None, retain=problem.forget, config=CONFIG, seed=4
+    )
     expected = None
     for record in trainer.fit():
         found = forget_measure(student, problem.loss, problem.forget, measure)

@@ -90,7 +90,12 @@ def test_ltu_trains_the_model_it_was_given():
     model = Aliased()
     weight = model.head.weight
     LTUTrainer(
-        model, cross_entropy, forget, retain, LTUConfig(steps=3), validation=validation
+        model,
+        cross_entropy,
+        forget=forget,
+        retain=retain,
+        config=LTUConfig(steps=3),
+        validation=validation,
     ).run()
     assert torch.equal(model.head.weight, weight)
 
@@ -156,7 +161,9 @@ def test_ltu_does_not_decay_a_parameter_that_no_loss_depends_on():
     model = net()
     model.unused = nn.Parameter(torch.ones(3))
     config = LTUConfig(steps=3, lr=0.05, optimizer="adamw", weight_decay=0.1)
-    LTUTrainer(model, cross_entropy, forget, retain, config, validation=validation).run()
+    LTUTrainer(
+        model, cross_entropy, forget=forget, retain=retain, config=config, validation=validation
+    ).run()
     assert torch.equal(model.unused.data, torch.ones(3))
 
 
@@ -165,7 +172,7 @@ def test_ltu_random_label_does_not_touch_batch_norm_before_the_run():
     forget, retain = ((torch.randn(n, 1, 6, 6), torch.randint(0, 3, (n,))) for n in (6, 12))
     before = copy.deepcopy(model.state_dict())
     config = LTUConfig(steps=0, feedback="random_label")
-    LTUTrainer(model, cross_entropy, forget, retain, config).run()
+    LTUTrainer(model, cross_entropy, forget=forget, retain=retain, config=config).run()
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -173,13 +180,22 @@ def test_ltu_random_label_does_not_touch_batch_norm_before_the_run():
 def test_ltu_random_label_takes_batch_norm_of_vectors():
     forget, retain, _ = sets()
     config = LTUConfig(steps=1, feedback="random_label")
-    LTUTrainer(net(nn.BatchNorm1d(8)), cross_entropy, forget, retain, config).run()
+    LTUTrainer(
+        net(nn.BatchNorm1d(8)), cross_entropy, forget=forget, retain=retain, config=config
+    ).run()
 
 
 def test_ltu_made_and_not_run_leaves_the_mode():
     forget, retain, validation = sets()
     model = net(nn.Dropout())
-    LTUTrainer(model, cross_entropy, forget, retain, LTUConfig(steps=0), validation=validation)
+    LTUTrainer(
+        model,
+        cross_entropy,
+        forget=forget,
+        retain=retain,
+        config=LTUConfig(steps=0),
+        validation=validation,
+    )
     assert model.training
 
 
@@ -187,20 +203,29 @@ def test_ltu_survives_a_loader_whose_last_batch_has_one_sample():
     forget, _, _ = sets()
     retain = DataLoader(TensorDataset(*samples(9)), batch_size=4)
     config = LTUConfig(steps=4, feedback="random_label")
-    LTUTrainer(net(), cross_entropy, forget, retain, config).run()
+    LTUTrainer(net(), cross_entropy, forget=forget, retain=retain, config=config).run()
 
 
 def test_ltu_names_an_empty_validation_set():
     forget, retain, _ = sets()
     empty = torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)
     with pytest.raises(InputError, match="validation"):
-        LTUTrainer(net(), cross_entropy, forget, retain, LTUConfig(), validation=empty)
+        LTUTrainer(
+            net(), cross_entropy, forget=forget, retain=retain, config=LTUConfig(), validation=empty
+        )
 
 
 def test_ltu_refuses_members_as_non_members():
     forget, retain, _ = sets()
     with pytest.raises(InputError, match="overlap"):
-        LTUTrainer(net(), cross_entropy, forget, retain, LTUConfig(), validation=forget)
+        LTUTrainer(
+            net(),
+            cross_entropy,
+            forget=forget,
+            retain=retain,
+            config=LTUConfig(),
+            validation=forget,
+        )
 
 
 @pytest.mark.parametrize("name", ["ltu", "gru"])
@@ -214,7 +239,14 @@ def test_weights_of_two_dtypes(name):
             return self.b(self.a(x.bfloat16()).tanh().float())
 
     forget, retain, validation = sets()
-    unlearning(Mixed(), retain, forget, validation, method=name, steps=2)
+    unlearning(
+        Mixed(),
+        retain_loader=retain,
+        forget_loader=forget,
+        val_loader=validation,
+        method=name,
+        steps=2,
+    )
 
 
 # -- resuming
@@ -227,7 +259,15 @@ def run_and_continue(kind, copied, options):
     config = kind.Config(steps=6, lr=1e-2, **options)
 
     def make():
-        return kind(model, cross_entropy, forget, retain, config, validation=validation, seed=1)
+        return kind(
+            model,
+            cross_entropy,
+            forget=forget,
+            retain=retain,
+            config=config,
+            validation=validation,
+            seed=1,
+        )
 
     trainer = make()
     steps = trainer.fit()
@@ -258,9 +298,12 @@ def test_a_state_has_what_was_made_of_the_original(name):
 
 def test_a_loader_goes_back_with_the_state():
     forget, retain, _ = sets()
-    loaders = [DataLoader(TensorDataset(*data), batch_size=4) for data in (forget, retain)]
-    model = net()
-    trainer = GradDiff(model, cross_entropy, *loaders, GradDiffConfig(steps=5, lr=0.01))
+    model, config = net(), GradDiffConfig(steps=5, lr=0.01)
+    loaders = {
+        name: DataLoader(TensorDataset(*data), batch_size=4)
+        for name, data in (("forget", forget), ("retain", retain))
+    }
+    trainer = GradDiff(model, cross_entropy, **loaders, config=config)
     steps = trainer.fit()
     next(steps)
     next(steps)
@@ -291,7 +334,9 @@ def test_shuffling_loaders_resume(seeded):
         )
         config = LTUConfig(steps=6, lr=0.01, refresh=2) if seeded else GradDiffConfig(6, 0.01)
         kind = LTUTrainer if seeded else GradDiff
-        return kind(model, cross_entropy, forget, retain, config, validation=validation)
+        return kind(
+            model, cross_entropy, forget=forget, retain=retain, config=config, validation=validation
+        )
 
     torch.manual_seed(5)
     make().run()
@@ -328,7 +373,9 @@ class Steep(nn.Module):
 def test_a_last_step_that_breaks_the_model_is_an_error():
     _, retain, _ = sets()
     with pytest.raises(TrainingError):
-        Finetune(Steep(), cross_entropy, None, retain, FinetuneConfig(steps=1)).run()
+        Finetune(
+            Steep(), cross_entropy, forget=None, retain=retain, config=FinetuneConfig(steps=1)
+        ).run()
 
 
 def test_a_batch_that_is_not_finite_does_not_reach_the_weights():
@@ -336,7 +383,13 @@ def test_a_batch_that_is_not_finite_does_not_reach_the_weights():
     images[5, 0] = torch.nan
     model = net()
     with pytest.raises(TrainingError):
-        Finetune(model, cross_entropy, None, (images, labels), FinetuneConfig(steps=3)).run()
+        Finetune(
+            model,
+            cross_entropy,
+            forget=None,
+            retain=(images, labels),
+            config=FinetuneConfig(steps=3),
+        ).run()
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -352,7 +405,7 @@ def test_parts_of_a_batch_that_batch_norm_would_tell_apart_are_refused():
     _, retain, _ = sets()
     config = FinetuneConfig(steps=1, retain_batch=20, micro_batch=5)
     with pytest.raises(InputError, match=r"micro_batch: 1 \(BatchNorm1d\) would normalize"):
-        Finetune(net(nn.BatchNorm1d(8)), cross_entropy, None, retain, config)
+        Finetune(net(nn.BatchNorm1d(8)), cross_entropy, forget=None, retain=retain, config=config)
 
 
 # -- Retrain
@@ -363,7 +416,7 @@ def test_retrain_leaves_frozen_weights():
     model = net()
     model[0].requires_grad_(False)
     before = model[0].weight.clone()
-    Retrain(model, cross_entropy, None, retain, RetrainConfig(steps=2)).run()
+    Retrain(model, cross_entropy, forget=None, retain=retain, config=RetrainConfig(steps=2)).run()
     assert torch.equal(model[0].weight, before)
 
 
@@ -415,7 +468,9 @@ def test_samplers_over_one_dataset_do_not_overlap():
         DataLoader(data, batch_size=5, sampler=SubsetRandomSampler(part))
         for part in (range(10), range(10, 30))
     )
-    NegGradPlus(net(), cross_entropy, forget, retain, NegGradPlusConfig(steps=1)).run()
+    NegGradPlus(
+        net(), cross_entropy, forget=forget, retain=retain, config=NegGradPlusConfig(steps=1)
+    ).run()
 
 
 def test_a_part_of_a_part_overlaps_with_the_whole():
@@ -442,7 +497,7 @@ def test_an_empty_forget_set_is_named_by_methods_that_do_not_draw_it():
     _, retain, _ = sets()
     empty = torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)
     with pytest.raises(InputError, match="forget: no samples"):
-        Finetune(net(), cross_entropy, empty, retain, FinetuneConfig(steps=1))
+        Finetune(net(), cross_entropy, forget=empty, retain=retain, config=FinetuneConfig(steps=1))
 
 
 def test_a_label_of_minus_100_is_out_of_range():
@@ -468,9 +523,9 @@ def test_random_labels_do_not_follow_the_order_of_the_data():
 
     images = torch.arange(n).float()[:, None].expand(n, 2)
     labels = torch.zeros(n, dtype=torch.long)
-    data = (images, labels), (images + 5000, labels)
+    data = {"forget": (images, labels), "retain": (images + 5000, labels)}
     config = RandomLabelConfig(steps=1, lr=1e-9)
-    Told(nn.Linear(2, 4), cross_entropy, *data, config).run()
+    Told(nn.Linear(2, 4), cross_entropy, **data, config=config).run()
     index, wrong = found[0]
     at = torch.arange(len(index))
     known = (n - at) % 3 == 0  # of these the index says the label
@@ -485,7 +540,7 @@ def test_unlearning_leaves_the_mode_of_every_module():
     forget, retain, _ = sets()
     model = net(nn.BatchNorm1d(8))
     model[1].eval()
-    unlearning(model, retain, forget, method="graddiff", steps=1)
+    unlearning(model, retain_loader=retain, forget_loader=forget, method="graddiff", steps=1)
     assert not model[1].training
 
 
@@ -499,7 +554,7 @@ def test_salun_that_fails_leaves_mode_and_gradients():
     _, retain, _ = sets()
     model = net(nn.Dropout())
     with pytest.raises(InputError):
-        SalUn(model, cross_entropy, out_of_range(300), retain, SalUnConfig())
+        SalUn(model, cross_entropy, forget=out_of_range(300), retain=retain, config=SalUnConfig())
     assert model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -508,7 +563,7 @@ def test_ssd_that_fails_leaves_the_mode():
     forget, _, _ = sets()
     model = net(nn.Dropout())
     with pytest.raises(InputError):
-        SSD(model, cross_entropy, forget, out_of_range(20), SSDConfig()).run()
+        SSD(model, cross_entropy, forget=forget, retain=out_of_range(20), config=SSDConfig()).run()
     assert model.training
 
 
@@ -534,7 +589,9 @@ def test_a_schedule_of_the_config_holds_for_an_optimizer_of_ones_own():
     def sgd(parameters):
         return torch.optim.SGD(parameters, 0.1)
 
-    trainer = Finetune(net(), cross_entropy, None, retain, config, optimizer=sgd)
+    trainer = Finetune(
+        net(), cross_entropy, forget=None, retain=retain, config=config, optimizer=sgd
+    )
     assert len({record["lr"] for record in trainer.fit()}) > 1
 
 
@@ -544,9 +601,9 @@ def test_probe_every_is_checked():
         Finetune(
             net(),
             cross_entropy,
-            None,
-            retain,
-            FinetuneConfig(steps=1),
+            forget=None,
+            retain=retain,
+            config=FinetuneConfig(steps=1),
             probe=lambda model: {},
             probe_every=0,
         ).run()
@@ -555,10 +612,10 @@ def test_probe_every_is_checked():
 def test_second_order_refuses_weight_norm():
     forget, retain, validation = sets()
     model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)))
-    data = (forget, retain)
+    data = {"forget": forget, "retain": retain, "validation": validation}
     with pytest.raises(InputError, match=r'0 has weight norm.*order="first"'):
-        LTUTrainer(model, cross_entropy, *data, LTUConfig(), validation=validation)
-    LTUTrainer(model, cross_entropy, *data, LTUConfig(order="first"), validation=validation)
+        LTUTrainer(model, cross_entropy, **data, config=LTUConfig())
+    LTUTrainer(model, cross_entropy, **data, config=LTUConfig(order="first"))
 
 
 def test_duplicates_that_should_be_are_allowed():
@@ -566,8 +623,10 @@ def test_duplicates_that_should_be_are_allowed():
     same = tuple(part[:3] for part in retain)
     config = NegGradPlusConfig(steps=1)
     with pytest.raises(InputError, match="forget and retain overlap: 3 samples"):
-        NegGradPlus(net(), cross_entropy, same, retain, config)
-    NegGradPlus(net(), cross_entropy, same, retain, config, overlap="allow").run()
+        NegGradPlus(net(), cross_entropy, forget=same, retain=retain, config=config)
+    NegGradPlus(
+        net(), cross_entropy, forget=same, retain=retain, config=config, overlap="allow"
+    ).run()
 
 
 # -- the way past the dispatcher

@@ -37,9 +37,9 @@ def made(name, model=None, **options):
     sizes = {f"{k}_batch": 4 for k in ("forget", "retain") if hasattr(kind.Config, f"{k}_batch")}
     config = kind.Config(**{"steps": 6, "lr": 0.01, **few, **sizes, **options})
     forget = None if name == "retrain" else samples(12)
-    data = forget, samples(24), config
+    data = {"forget": forget, "retain": samples(24), "config": config}
     loss = given.pop("loss", cross_entropy)
-    return kind(model or net(), loss, *data, validation=samples(10), **given)
+    return kind(model or net(), loss, **data, validation=samples(10), **given)
 
 
 def stepped(trainer, count=2):
@@ -126,7 +126,9 @@ def test_a_subclass_takes_the_state_of_its_base_and_not_the_other_way_round():
         pass
 
     def make(kind):
-        return kind(net(), cross_entropy, None, samples(24), FinetuneConfig(steps=4))
+        return kind(
+            net(), cross_entropy, forget=None, retain=samples(24), config=FinetuneConfig(steps=4)
+        )
 
     base, own = stepped(make(Finetune)), stepped(make(Own))
     refused(base, own.state_dict(), "its method is Own, this trainer's is Finetune")
@@ -269,7 +271,7 @@ def loading(**options):
     generator = torch.Generator().manual_seed(3)
     retain = DataLoader(TensorDataset(*samples(24)), 4, shuffle=True, generator=generator)
     config = FinetuneConfig(steps=9, lr=0.01)
-    return Finetune(net(), cross_entropy, None, retain, config, **options)
+    return Finetune(net(), cross_entropy, forget=None, retain=retain, config=config, **options)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_a_dataset_that_raises_is_undone_and_tells_itself():
 
     data = Torn(*samples(24))
     config = FinetuneConfig(steps=9)
-    trainer = Finetune(net(), cross_entropy, None, DataLoader(data, 4), config)
+    trainer = Finetune(net(), cross_entropy, forget=None, retain=DataLoader(data, 4), config=config)
     state = stepped(trainer, 2).state_dict()
     stepped(trainer, 2)
     before = everything(trainer)

@@ -48,7 +48,9 @@ def made(kind, model, **options):
     config = kind.Config(steps=4, lr=0.5, **sizes)
     forget = None if kind is Retrain else samples(12)
     loss = options.pop("loss", own_loss)
-    return kind(model, loss, forget, samples(24), config, overlap="allow", **options)
+    return kind(
+        model, loss, forget=forget, retain=samples(24), config=config, overlap="allow", **options
+    )
 
 
 def own_loss(model, batch):
@@ -96,7 +98,7 @@ def test_buffers_of_a_step_that_moved_parameters_stay(monkeypatch):
     """Else they would be those of before it, beside parameters of after it."""
     model = Bag()
     config = FinetuneConfig(steps=2, lr=0.1, retain_batch=5)
-    trainer = Finetune(model, own_loss, None, samples(24), config)
+    trainer = Finetune(model, own_loss, forget=None, retain=samples(24), config=config)
 
     update = Finetune.update
 
@@ -128,8 +130,9 @@ def test_a_parameter_outside_of_the_model_does_not_move_by_an_old_gradient():
 
     for name, options in (("finetune", {}), ("gru", {}), ("ltu", {"feedback": "random_label"})):
         model = nn.Sequential(nn.Linear(6, CLASSES))
-        data = [(torch.randn(n, 6), torch.arange(n) % CLASSES) for n in (12, 24)]
+        forget, retain = ((torch.randn(n, 6), torch.arange(n) % CLASSES) for n in (12, 24))
+        data = {"forget": forget, "retain": retain}
         kind = METHODS[name]
         config = kind.Config(steps=2, **options)
-        kind(model, own_loss, *data, config, optimizer=optimizer).run()
+        kind(model, own_loss, **data, config=config, optimizer=optimizer).run()
         assert torch.equal(outside.data, torch.ones(3)) and outside.grad is grad

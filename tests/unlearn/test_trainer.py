@@ -29,9 +29,9 @@ def make(kind, problem, **options):
     for size in ("forget_batch", "retain_batch"):
         if hasattr(config, size):
             setattr(config, size, 5)
-    data = (problem.forget, problem.retain, config)
+    data = {"forget": problem.forget, "retain": problem.retain, "config": config}
     loss = cross_entropy if kind.instead_of_loss else problem.loss
-    return kind(problem.model, loss, *data, validation=problem.validation, seed=3)
+    return kind(problem.model, loss, **data, validation=problem.validation, seed=3)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -122,7 +122,13 @@ def test_stops_at_the_first_probe_past_the_bar(stop, expected, problem):
 
     config = NegGradConfig(steps=8, stop=stop, target=0.5)
     trainer = NegGrad(
-        problem.model, problem.loss, problem.forget, None, config, probe=probe, probe_every=3
+        problem.model,
+        problem.loss,
+        forget=problem.forget,
+        retain=None,
+        config=config,
+        probe=probe,
+        probe_every=3,
     )
     records = list(trainer.fit())
     assert records[0] == {"step": 0, "seconds": 0.0, **records[0]}
@@ -134,7 +140,9 @@ def test_divergence_is_an_error_that_names_the_step(problem):
     def broken(model, batch):
         return problem.loss(model, batch) * float("nan")
 
-    trainer = Finetune(problem.model, broken, None, problem.retain, FinetuneConfig(steps=3))
+    trainer = Finetune(
+        problem.model, broken, forget=None, retain=problem.retain, config=FinetuneConfig(steps=3)
+    )
     with pytest.raises(TrainingError, match="a loss of the batch is not finite at step 1 of Finet"):
         trainer.run()
 
@@ -156,19 +164,19 @@ def test_divergence_of_a_gradient_is_the_same_error(problem):
 
 def test_missing_data_is_named(problem):
     with pytest.raises(InputError, match="forget: NegGrad needs this data, got None"):
-        NegGrad(problem.model, problem.loss, None, None, NegGradConfig())
+        NegGrad(problem.model, problem.loss, forget=None, retain=None, config=NegGradConfig())
 
 
 def test_empty_data_is_named(problem):
     empty = {"image": torch.empty(0, 6), "label": torch.empty(0, dtype=torch.int64)}
     with pytest.raises(InputError, match="no samples to draw batches from"):
-        NegGrad(problem.model, problem.loss, empty, None, NegGradConfig())
+        NegGrad(problem.model, problem.loss, forget=empty, retain=None, config=NegGradConfig())
 
 
 def test_ragged_data_is_named(problem):
     ragged = {"image": torch.zeros(4, 6), "label": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(InputError, match=r"share one leading dimension, got \[3, 4\]"):
-        NegGrad(problem.model, problem.loss, ragged, None, NegGradConfig())
+        NegGrad(problem.model, problem.loss, forget=ragged, retain=None, config=NegGradConfig())
 
 
 def test_frozen_model_is_named(problem):

@@ -112,7 +112,14 @@ def relearn_steps(
     with seeded(seed, next(student.parameters()).device):
         try:
             trainer = Finetune(
-                student, loss, None, forget, config, probe=probe, probe_every=every, seed=seed
+                student,
+                loss,
+                forget=None,
+                retain=forget,
+                config=config,
+                probe=probe,
+                probe_every=every,
+                seed=seed,
             )
         except InputError as error:  # the trainer takes the set for its retain set
             raise InputError(str(error).replace("retain:", "forget:")) from None

@@ -5,14 +5,43 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, PositionError
 from gradsurgery.optimizers import steppable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def by_name(*first: str, others: Sequence[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function whose arguments after the `first` are refused by position, all at once.
+
+    Sets to forget and to retain are alike in kind, and what takes them in the other order would
+    unlearn what should stay. Python's own error would say that keywords are missing, not why.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def checked(*args: P.args, **options: P.kwargs) -> R:
+            of = type(args[0]).__name__ if first[0] == "self" else function.__name__
+            if len(args) > len(first):
+                allowed = " and ".join(name for name in first if name != "self")
+                names = ", ".join(f"{name}=" for name in others)
+                raise PositionError(
+                    f"{of} takes {allowed} by position and all else by name, {names}: "
+                    "a set to forget in the place of one to retain would unlearn what should stay"
+                )
+            return function(*args, **options)
+
+        return checked
+
+    return decorate
 
 
 def check_model(model: Any) -> None:
@@ -56,7 +85,7 @@ def warn_of_unused_loss(name: str, instead: str) -> None:
         f"loss: {name} never calls it, for {instead}; with "
         "gradsurgery.unlearn.cross_entropy in its place there is no warning",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,  # past the check of names and the trainer's __init__
     )
 
 

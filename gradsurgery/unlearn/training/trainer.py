@@ -66,8 +66,9 @@ class Trainer(Described, ABC, Generic[C]):
     `<set>_batch` for each) and write `update`. A loss given here is per sample and is one that
     training would lower; a method that climbs it does so itself.
 
-    What is wrong with an argument is an `InputError` before anything has changed, and a step that
-    raises leaves everything as it was before that step.
+    Model and loss may be given by position, all else by name: a set in the place of another would
+    be unlearned. What is wrong with an argument is an `InputError` before anything has changed, and
+    a step that raises leaves everything as it was before that step.
 
     Args:
         model: changed in place.
@@ -103,14 +104,15 @@ class Trainer(Described, ABC, Generic[C]):
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
 
+    @given.by_name("self", "model", "loss", others=("forget", "retain", "config"))
     def __init__(
         self,
         model: nn.Module,
         loss: PerSampleLoss,
+        *,
         forget: Data,
         retain: Data,
         config: C,
-        *,
         validation: Data = None,
         probe: Probe | None = None,
         probe_every: int = 10,

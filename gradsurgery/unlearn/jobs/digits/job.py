@@ -187,9 +187,9 @@ def make_trainer(
     return kind(
         model,
         cross_entropy,
-        None if training else data.forget,
-        data.train if name == "original" else retain,
-        options,
+        forget=None if training else data.forget,
+        retain=data.train if name == "original" else retain,
+        config=options,
         validation=data.validation,
         probe=make_probe(data) if probed else None,
         # some 20 points make a curve; more would cost more than the training itself
