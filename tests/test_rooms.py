@@ -32,6 +32,7 @@ ORDER = (
     "passes",
     "collect",
     "info",
+    "update",
     "step",
     "integrations",
     "gradsurgery",  # the public names
