@@ -291,6 +291,23 @@ def test_divergence_stops_with_one_line(tmp_path, capsys):
     assert f"The last good checkpoint is kept in {tmp_path}/run" in line
 
 
+def test_an_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "log", pressed)
+        line = fails(
+            capsys, *DIGITS, *TINY, "--method=neggrad", "--out", tmp_path / "run", code=130
+        )
+    assert line == (
+        f"interrupted; to continue: gradsurgery unlearn digits --config {tmp_path}/run/config.yaml "
+        f"--out {tmp_path}/run --resume auto"
+    )
+    monkeypatch.setattr(RunDirectory, "require_finished", pressed)
+    assert fails(capsys, "report", tmp_path / "run", code=130) == "interrupted"
+
+
 def test_missing_extras_are_one_line(tmp_path):
     """As on a machine with torch alone: every optional package refuses to be imported."""
     code = (

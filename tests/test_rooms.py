@@ -151,6 +151,16 @@ def test_no_file_imports_in_a_circle():
     assert not left
 
 
+def test_short_names_of_modules_users_import_from():
+    from gradsurgery.unlearn.attacks import attack_all
+    from gradsurgery.unlearn.classification import cross_entropy
+
+    from gradsurgery import unlearn
+
+    assert attack_all is unlearn.attacks.attack_all
+    assert cross_entropy is unlearn.cross_entropy is unlearn.classification.cross_entropy
+
+
 def test_imports_are_those_that_run():
     source = """
 from typing import TYPE_CHECKING
