@@ -17,7 +17,7 @@ from gradsurgery.unlearn.objectives.base import take
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.report.render import step_cost
 from gradsurgery.unlearn.training.surgical import with_ceiling
-from tests.unlearn.test_job import result
+from tests.unlearn.jobs.test_job import result
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

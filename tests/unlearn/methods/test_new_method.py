@@ -79,7 +79,7 @@ def seen(tmp_path_factory):
     package = Path(gradsurgery.__file__).parent
     shutil.copytree(package, folder / "gradsurgery", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "gradsurgery/unlearn/methods/slowly.py").write_text(FILE)
-    os.symlink(Path(__file__).parents[1], folder / "tests")
+    os.symlink(Path(__file__).parents[2], folder / "tests")
     environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "100"}
     command = [sys.executable, "-c", SEEN]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)

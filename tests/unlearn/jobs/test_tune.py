@@ -22,7 +22,7 @@ from gradsurgery.unlearn.training.config import to_dict, update
 from gradsurgery.unlearn.training.described import LogUniform
 from tests.unlearn.tiny import tiny
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ASKED = ("--task=class", "--method", "neggrad", "finetune", "--seeds=1", "--training.steps=12")
 
 

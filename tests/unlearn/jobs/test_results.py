@@ -12,7 +12,7 @@ from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.digits.tuned import TUNED
 from gradsurgery.unlearn.training.config import update
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts/results.py"
 SMALL = ("--", "--method", "orthograd", "neggrad", "--training.steps=12")
 SMALL += ("--orthograd.steps=2", "--neggrad.steps=2")
