@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from gradsurgery.unlearn import LTUConfig, LTUTrainer, OrthoGradConfig, OrthoGradTrainer, digits
-from gradsurgery.unlearn.classification import cross_entropy
-from gradsurgery.unlearn.trainer import make_optimizer
+from gradsurgery.unlearn import LTUConfig, LTUTrainer, OrthoGradConfig, OrthoGradTrainer
+from gradsurgery.unlearn.jobs.digits import data as digits
+from gradsurgery.unlearn.objectives.classification import cross_entropy
+from gradsurgery.unlearn.training.trainer import make_optimizer
 
 SAMPLES = 64  # to forget, and as many to retain
 # at most so many times the plain step
@@ -18,11 +19,11 @@ TARGETS = {"ltu, second order": 4.0, "ltu, first order": 2.5, "orthograd": None}
 
 def trainer_of(name, model, data, **options):
     sizes = {"forget_batch": SAMPLES, "retain_batch": SAMPLES, **options}
-    sets = (cross_entropy, data.forget, data.retain)
+    sets = {"forget": data.forget, "retain": data.retain}
     if name == "orthograd":
-        return OrthoGradTrainer(model, *sets, OrthoGradConfig(**sizes))
+        return OrthoGradTrainer(model, cross_entropy, **sets, config=OrthoGradConfig(**sizes))
     config = LTUConfig(order=name.split()[1], **sizes)
-    return LTUTrainer(model, *sets, config, validation=data.validation)
+    return LTUTrainer(model, cross_entropy, **sets, config=config, validation=data.validation)
 
 
 def error_of(name, start, data):

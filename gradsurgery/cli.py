@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gradsurgery import __version__
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, TrainingError
 from gradsurgery.text import show
 
 DESCRIPTION = "Gradient surgery and unlearning: jobs, reports, benchmarks."
@@ -20,7 +20,10 @@ EXTRAS = 'pip install "gradsurgery[cli,jobs]"'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; exit code 2 for input that makes no sense, 1 for a run that failed."""
+    """Run a command; how it ends is in the exit code.
+
+    0: done. 1: a run that failed. 2: input that makes no sense. 130: interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="gradsurgery", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"gradsurgery {__version__}")
@@ -58,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             doctor.main()
     except InputError as error:
         fail(str(error), 2)
+    except TrainingError as error:
+        fail(str(error), 1)
+    except KeyboardInterrupt as error:
+        fail(str(error) or "interrupted", 130)
     except BrokenPipeError:  # the reader of a pipe went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -91,9 +98,9 @@ def _unlearn(arguments: list[str]) -> None:
 
 
 def _report(path: Path) -> None:
-    from gradsurgery.unlearn.finish import write_report
-    from gradsurgery.unlearn.run import RunDirectory
-    from gradsurgery.unlearn.tables import print_summary
+    from gradsurgery.unlearn.jobs.directory import RunDirectory
+    from gradsurgery.unlearn.report.finish import write_report
+    from gradsurgery.unlearn.report.tables import print_summary
 
     directory = RunDirectory(path, "RUN")
     directory.require_finished()
@@ -101,14 +108,14 @@ def _report(path: Path) -> None:
         summary = write_report(directory)
     except OSError as error:
         name = show(error.filename or path)
-        fail(f"RUN: cannot write to {name}: {error.strerror or error}", 2)
+        raise InputError(f"RUN: cannot write to {name}: {error.strerror or error}") from None
     print_summary(summary)
     print(f"report {show(directory / 'report.html')}")
 
 
 def _compare(paths: list[Path], out: Path | None) -> None:
-    from gradsurgery.unlearn import compare
-    from gradsurgery.unlearn.tables import print_summary
+    from gradsurgery.unlearn.report import compare
+    from gradsurgery.unlearn.report.tables import print_summary
 
     if out is not None and os.path.isdir(out):
         example = show(out / "compare.html")
@@ -125,7 +132,7 @@ def _compare(paths: list[Path], out: Path | None) -> None:
         compare.write(out, summaries, runs)
     except OSError as error:
         name = show(error.filename or out)
-        fail(f"--out: cannot write to {name}: {error.strerror or error}", 2)
+        raise InputError(f"--out: cannot write to {name}: {error.strerror or error}") from None
     print(f"page {show(out)}")
 
 

@@ -1,4 +1,4 @@
-"""The exceptions gradsurgery raises about its input; all are ValueErrors."""
+"""The exceptions gradsurgery raises; those about its input are ValueErrors."""
 
 from collections.abc import Sequence
 
@@ -31,3 +31,11 @@ class CoupledSamplesError(InputError):
         super().__init__(message)
         self.operation = operation
         self.parameters, self.modules = tuple(parameters), tuple(modules)
+
+
+class PositionError(InputError, TypeError):
+    """Arguments by position that only their names may give; the message has the names."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: the loss or the model stopped being finite."""

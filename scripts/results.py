@@ -24,15 +24,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn import TrainingError, compare, tables
+from gradsurgery.unlearn import TrainingError
 from gradsurgery.unlearn.command import open_directory, parse_digits
-from gradsurgery.unlearn.config import update
-from gradsurgery.unlearn.digits import Task
-from gradsurgery.unlearn.finish import finish
-from gradsurgery.unlearn.job import Variant, run
-from gradsurgery.unlearn.labels import TRAINED, parts, percent, stage_name, title
-from gradsurgery.unlearn.run import RunDirectory, write_atomic
-from gradsurgery.unlearn.verdict import Summary
+from gradsurgery.unlearn.jobs.digits.data import Task
+from gradsurgery.unlearn.jobs.digits.job import Variant, run
+from gradsurgery.unlearn.jobs.directory import RunDirectory, write_atomic
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
+from gradsurgery.unlearn.report import compare, tables
+from gradsurgery.unlearn.report.finish import finish
+from gradsurgery.unlearn.report.labels import percent, title
+from gradsurgery.unlearn.report.verdict import Summary
+from gradsurgery.unlearn.training.config import update
 
 FRACTIONS = (1.0, 0.1, 0.05)
 ABLATED = 0.1  # share of the retain set in the ablations: with all of it most choices tie

@@ -21,11 +21,11 @@ import gradsurgery as package
 from gradsurgery.cli import main
 from gradsurgery.unlearn import METHODS
 from gradsurgery.unlearn.command import choose_directory, parse_digits
-from gradsurgery.unlearn.digits import DigitsCNN
-from gradsurgery.unlearn.job import DigitsConfig
-from gradsurgery.unlearn.progress import PlainProgress, RichProgress, make_progress
-from gradsurgery.unlearn.run import RunDirectory
-from gradsurgery.unlearn.tables import print_summary
+from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.progress import PlainProgress, RichProgress, make_progress
+from gradsurgery.unlearn.report.tables import print_summary
 
 DIGITS = ("unlearn", "digits")
 # seconds of training for every stage, through the same code as the real job
@@ -289,6 +289,23 @@ def test_divergence_stops_with_one_line(tmp_path, capsys):
     line = fails(capsys, *DIGITS, *TINY, *options, "--out", tmp_path / "run", code=1)
     assert re.match(r"seed 0, neggrad: .* at step \d+ of NegGrad: lower the learning rate", line)
     assert f"The last good checkpoint is kept in {tmp_path}/run" in line
+
+
+def test_an_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "log", pressed)
+        line = fails(
+            capsys, *DIGITS, *TINY, "--method=neggrad", "--out", tmp_path / "run", code=130
+        )
+    assert line == (
+        f"interrupted; to continue: gradsurgery unlearn digits --config {tmp_path}/run/config.yaml "
+        f"--out {tmp_path}/run --resume auto"
+    )
+    monkeypatch.setattr(RunDirectory, "require_finished", pressed)
+    assert fails(capsys, "report", tmp_path / "run", code=130) == "interrupted"
 
 
 def test_missing_extras_are_one_line(tmp_path):

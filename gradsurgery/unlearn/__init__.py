@@ -1,24 +1,34 @@
 """Unlearning jobs: methods on one protocol, what is measured, and what a run leaves behind."""
 
-from gradsurgery.unlearn.bad_teacher import BadTeacher, BadTeacherConfig
-from gradsurgery.unlearn.boundary_shrink import BoundaryShrink, BoundaryShrinkConfig
-from gradsurgery.unlearn.data import Batches
-from gradsurgery.unlearn.finetune import Finetune, FinetuneConfig
-from gradsurgery.unlearn.gdr_gma import GDRGMAConfig, GDRGMATrainer
-from gradsurgery.unlearn.graddiff import GradDiff, GradDiffConfig
-from gradsurgery.unlearn.gru import GRUConfig, GRUTrainer
-from gradsurgery.unlearn.l1_sparse import L1Sparse, L1SparseConfig
-from gradsurgery.unlearn.ltu import LTUConfig, LTUTrainer
-from gradsurgery.unlearn.methods import METHODS, unlearning
-from gradsurgery.unlearn.neggrad import NegGrad, NegGradConfig
-from gradsurgery.unlearn.neggradplus import NegGradPlus, NegGradPlusConfig
-from gradsurgery.unlearn.orthograd import OrthoGradConfig, OrthoGradTrainer
-from gradsurgery.unlearn.random_label import RandomLabel, RandomLabelConfig
-from gradsurgery.unlearn.retrain import Retrain, RetrainConfig
-from gradsurgery.unlearn.salun import SalUn, SalUnConfig
-from gradsurgery.unlearn.scrub import SCRUB, SCRUBConfig
-from gradsurgery.unlearn.ssd import SSD, SSDConfig
-from gradsurgery.unlearn.trainer import Trainer, TrainerConfig, TrainingError
+import sys
+
+from gradsurgery.errors import TrainingError
+from gradsurgery.unlearn.function import unlearning
+from gradsurgery.unlearn.methods import METHODS
+from gradsurgery.unlearn.methods.bad_teacher import BadTeacher, BadTeacherConfig
+from gradsurgery.unlearn.methods.boundary_shrink import BoundaryShrink, BoundaryShrinkConfig
+from gradsurgery.unlearn.methods.finetune import Finetune, FinetuneConfig
+from gradsurgery.unlearn.methods.gdr_gma import GDRGMAConfig, GDRGMATrainer
+from gradsurgery.unlearn.methods.graddiff import GradDiff, GradDiffConfig
+from gradsurgery.unlearn.methods.gru import GRUConfig, GRUTrainer
+from gradsurgery.unlearn.methods.l1_sparse import L1Sparse, L1SparseConfig
+from gradsurgery.unlearn.methods.ltu.trainer import LTUConfig, LTUTrainer
+from gradsurgery.unlearn.methods.neggrad import NegGrad, NegGradConfig
+from gradsurgery.unlearn.methods.neggradplus import NegGradPlus, NegGradPlusConfig
+from gradsurgery.unlearn.methods.orthograd import OrthoGradConfig, OrthoGradTrainer
+from gradsurgery.unlearn.methods.random_label import RandomLabel, RandomLabelConfig
+from gradsurgery.unlearn.methods.retrain import Retrain, RetrainConfig
+from gradsurgery.unlearn.methods.salun import SalUn, SalUnConfig
+from gradsurgery.unlearn.methods.scrub import SCRUB, SCRUBConfig
+from gradsurgery.unlearn.methods.ssd import SSD, SSDConfig
+from gradsurgery.unlearn.metrics import attacks
+from gradsurgery.unlearn.objectives import classification
+from gradsurgery.unlearn.objectives.classification import cross_entropy
+from gradsurgery.unlearn.training.data import Batches
+from gradsurgery.unlearn.training.trainer import Trainer, TrainerConfig
+
+# short names of two modules that users import from
+sys.modules |= {f"{__name__}.attacks": attacks, f"{__name__}.classification": classification}
 
 __all__ = [
     "METHODS",
@@ -58,5 +68,6 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "TrainingError",
+    "cross_entropy",
     "unlearning",
 ]

@@ -6,19 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from gradsurgery.cli import fail
-from gradsurgery.errors import InputError
+from gradsurgery.errors import InputError, TrainingError
 from gradsurgery.text import show
-from gradsurgery.unlearn.config import differences, read_yaml, to_dict, update
-from gradsurgery.unlearn.environment import environment
-from gradsurgery.unlearn.finish import finish
-from gradsurgery.unlearn.job import DigitsConfig, run
-from gradsurgery.unlearn.progress import make_progress
-from gradsurgery.unlearn.run import RunDirectory, new_directory, numbered
-from gradsurgery.unlearn.tables import print_summary
-from gradsurgery.unlearn.trainer import TrainingError
-from gradsurgery.unlearn.tune import check, tune
-from gradsurgery.unlearn.tuned import TUNED
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, run
+from gradsurgery.unlearn.jobs.digits.tuned import TUNED
+from gradsurgery.unlearn.jobs.directory import RunDirectory, new_directory, numbered
+from gradsurgery.unlearn.jobs.environment import environment
+from gradsurgery.unlearn.jobs.progress import make_progress
+from gradsurgery.unlearn.jobs.tune import check, tune
+from gradsurgery.unlearn.jobs.yaml import read_yaml
+from gradsurgery.unlearn.report.finish import finish
+from gradsurgery.unlearn.report.tables import print_summary
+from gradsurgery.unlearn.training.config import differences, to_dict, update
 
 RUNS = Path("runs")
 
@@ -74,7 +73,13 @@ def parse_digits(arguments: list[str]) -> Invocation:
 
 
 def run_digits(invocation: Invocation) -> None:
-    """Run the job in its directory, print the table, write the report."""
+    """Run the job in its directory, print the table, write the report.
+
+    Raises:
+        InputError: options that make no sense, or a directory that cannot be written.
+        TrainingError: a run that cannot go on; what to continue from is kept.
+        KeyboardInterrupt: saying how to continue.
+    """
 
     config = invocation.job
     config.check()
@@ -95,11 +100,12 @@ def run_digits(invocation: Invocation) -> None:
         raise
     except OSError as error:
         reason = error.strerror or error
-        fail(f"--out: cannot write to {show(error.filename or path)}: {reason}", 2)
+        where = show(error.filename or path)
+        raise InputError(f"--out: cannot write to {where}: {reason}") from None
     except TrainingError as error:
-        fail(f"{error}. The last good checkpoint is kept in {path}", 1)
+        raise TrainingError(f"{error}. The last good checkpoint is kept in {path}") from None
     except KeyboardInterrupt:
-        fail(f"interrupted; to continue: {again}", 130)
+        raise KeyboardInterrupt(f"interrupted; to continue: {again}") from None
     print_summary(summary)
     progress.say(f"report {path / 'report.html'}")
 

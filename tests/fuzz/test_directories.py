@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from gradsurgery.cli import main
-from gradsurgery.unlearn.run import RunDirectory
+from gradsurgery.unlearn.jobs.directory import RunDirectory
 from tests.fuzz.profiles import EFFORT, attack, examples
 
 OPTIONS = (

@@ -11,10 +11,10 @@ import pytest
 
 from gradsurgery.cli import main
 from gradsurgery.unlearn.command import Invocation, open_directory
-from gradsurgery.unlearn.finish import finish
-from gradsurgery.unlearn.job import run
-from gradsurgery.unlearn.progress import PlainProgress
-from gradsurgery.unlearn.run import RunDirectory
+from gradsurgery.unlearn.jobs.digits.job import run
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.progress import PlainProgress
+from gradsurgery.unlearn.report.finish import finish
 from tests.unlearn.tiny import tiny
 
 LONGEST = 850  # characters of an error line

@@ -1,11 +1,11 @@
 """Runs of the digits job with hardly any steps: the real code, in seconds."""
 
-from gradsurgery.unlearn.config import update
-from gradsurgery.unlearn.environment import environment
-from gradsurgery.unlearn.finish import finish
-from gradsurgery.unlearn.job import DigitsConfig, run
-from gradsurgery.unlearn.progress import PlainProgress
-from gradsurgery.unlearn.run import RunDirectory
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, run
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.environment import environment
+from gradsurgery.unlearn.jobs.progress import PlainProgress
+from gradsurgery.unlearn.report.finish import finish
+from gradsurgery.unlearn.training.config import update
 
 FAST = ("neggrad", "finetune")
 

@@ -1,0 +1,1 @@
+"""The digits job: its data and network, its stages, what it measures."""

@@ -1,0 +1,173 @@
+"""Data and model of the digits job: scikit-learn's 1,797 real handwritten digits, a small CNN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.errors import InputError
+from gradsurgery.unlearn.objectives.base import Batch, take
+
+Task = Literal["mislabeled", "class", "random"]
+CLASSES = 10
+MISLABELED = 100  # training samples given a wrong label
+RANDOM_PERCENT = 10.0  # of the training samples
+TEST_SIZE, VALIDATION_SIZE, TRAIN_SIZE = 360, 180, 1257
+# the test set is one and the same for every seed, so no choice made on another seed's validation
+# split can have seen a test sample
+TEST_SEED = 20_260
+
+
+class DigitsCNN(nn.Module):
+    """Three convolutions and two linear layers, 124,426 parameters, [B, 1, 8, 8] -> logits [B, 10].
+
+    Group norm, not batch norm: a sample's loss must depend on that sample alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.GroupNorm(4, 32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.GroupNorm(4, 64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.GroupNorm(4, 64),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+@dataclass(frozen=True)
+class DigitsData:
+    """One seed's split. Every set is {"image": [N, 1, 8, 8] in [0, 1], "label": [N]}.
+
+    `forget` and `retain` are disjoint and make up the training set; `forget` carries the labels the
+    original model was trained on, wrong ones where the task is mislabeled, and `true_labels` the
+    right ones.
+    """
+
+    task: Task
+    forget: dict[str, Tensor]
+    true_labels: Tensor  # [n_forget]
+    retain: dict[str, Tensor]
+    validation: dict[str, Tensor]
+    test: dict[str, Tensor]
+    forget_ids: Tensor  # [n_forget] indices into scikit-learn's data set
+    forget_class: int | None
+
+    @property
+    def train(self) -> dict[str, Tensor]:
+        return {key: torch.cat([self.forget[key], self.retain[key]]) for key in self.forget}
+
+    def split(self, name: Literal["validation", "test"]) -> tuple[Batch, Batch | None]:
+        """A held-out set as (what should stay right, samples of the forgotten class if any)."""
+        held_out = self.validation if name == "validation" else self.test
+        if self.forget_class is None:
+            return held_out, None
+        forgotten = held_out["label"] == self.forget_class
+        return take(held_out, ~forgotten), take(held_out, forgotten)
+
+
+def random_count(percent: float) -> int:
+    """How many of the training samples `percent` of them are; at least one must go and one stay."""
+    if not 0 < percent < 100:
+        raise InputError(f"--random-percent must be in (0, 100), got {percent:g}")
+    count = round(percent / 100 * TRAIN_SIZE)
+    if not 0 < count < TRAIN_SIZE:
+        raise InputError(
+            f"--random-percent must leave at least one of {TRAIN_SIZE} training samples to forget "
+            f"and one to retain, got {percent:g}"
+        )
+    return count
+
+
+def share(data: dict[str, Tensor], fraction: float, seed: int) -> dict[str, Tensor]:
+    """A share in (0, 1] of labeled samples, the same of every class, drawn by `seed`.
+
+    No class loses its last sample. A smaller share is part of a larger one, and the order stays.
+    """
+    labels = data["label"]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        drawn = order[labels[order] == label]
+        kept[drawn[: max(1, round(fraction * len(drawn)))]] = True
+    return take(data, kept)
+
+
+def load(
+    task: str,
+    seed: int,
+    forget_class: int | None = None,
+    random_percent: float = RANDOM_PERCENT,
+) -> DigitsData:
+    """Split the digits for one seed.
+
+    Test (360) is fixed; validation (180) and training (1,257) are drawn from the rest by `seed`,
+    all stratified by class. What to forget: mislabeled, 100 training samples each given another
+    label drawn uniformly; class, every training sample of `forget_class` (by default `seed` modulo
+    10); random, `random_percent` of the training samples.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if task not in get_args(Task):
+        raise InputError(f"--task must be one of {', '.join(get_args(Task))}, got {task}")
+    if forget_class is not None and not 0 <= forget_class < CLASSES:
+        raise InputError(f"--forget-class must be a digit from 0 to 9, got {forget_class}")
+    if forget_class is not None and task != "class":
+        raise InputError(f"--forget-class applies to --task class only, got --task {task}")
+
+    images, labels = load_digits(return_X_y=True)
+    data = {
+        "image": torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16,
+        "label": torch.tensor(labels, dtype=torch.int64),
+    }
+    everything = torch.arange(len(labels)).numpy()
+    pool, test = train_test_split(
+        everything, test_size=TEST_SIZE, stratify=labels, random_state=TEST_SEED
+    )
+    train, validation = train_test_split(
+        pool, test_size=VALIDATION_SIZE, stratify=labels[pool], random_state=seed
+    )
+    train = torch.as_tensor(train)
+    train_labels = data["label"][train]
+
+    generator = torch.Generator().manual_seed(seed)
+    if task == "class":
+        forget_class = seed % CLASSES if forget_class is None else forget_class
+        forgotten = train_labels == forget_class
+    else:
+        count = MISLABELED
+        if task == "random":
+            count = random_count(random_percent)
+        forgotten = torch.zeros(len(train), dtype=torch.bool)
+        forgotten[torch.randperm(len(train), generator=generator)[:count]] = True
+    forget, retain = take(data, train[forgotten]), take(data, train[~forgotten])
+    true_labels = forget["label"]
+    if task == "mislabeled":
+        shift = torch.randint(1, CLASSES, true_labels.shape, generator=generator)
+        forget = {"image": forget["image"], "label": (true_labels + shift) % CLASSES}
+    return DigitsData(
+        task=task,  # type: ignore[arg-type]
+        forget=forget,
+        true_labels=true_labels,
+        retain=retain,
+        validation=take(data, torch.as_tensor(validation)),
+        test=take(data, torch.as_tensor(test)),
+        forget_ids=train[forgotten],
+        forget_class=forget_class,
+    )

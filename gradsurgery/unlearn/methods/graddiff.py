@@ -1,0 +1,58 @@
+"""GradDiff: climb the forget loss and descend the retain loss, descend -gamma L_f + alpha L_r."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gradsurgery.unlearn.training.described import SURGERY, Space
+from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
+
+
+@dataclass
+class GradDiffConfig(TrainerConfig):
+    """Options of GradDiff."""
+
+    forget_batch: int = 64
+    retain_batch: int = 64
+    forget_weight: float = 1.0
+    """gamma, at least 0."""
+    retain_weight: float = 1.0
+    """alpha, at least 0."""
+    forget_ceiling: float = math.inf
+    """A forget sample whose loss is above this (nats) no longer pushes; inf is plain ascent."""
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        for field in ("forget_weight", "retain_weight"):
+            weight = getattr(self, field)
+            option = f"{name}.{field.replace('_', '-')}"
+            require(finite(weight) and weight >= 0, option, "finite and at least 0", weight)
+
+
+class GradDiff(Trainer[GradDiffConfig]):
+    """A weighted difference of the two losses: conflicts between them are summed, not resolved.
+
+    Continual Learning and Private Unlearning, Liu et al. 2022 (arXiv:2203.12817).
+    """
+
+    name = "graddiff"
+    title = "GradDiff"
+    about = "descends a weighted difference of the two losses"
+    paper = "Liu et al. 2022 (arXiv:2203.12817)"
+    color = "#d98200"
+    space: ClassVar[Space] = {**SURGERY, "forget_weight": (0.1, 0.3, 1.0)}
+    Config = GradDiffConfig
+    draws = ("forget", "retain")
+
+    def update(self) -> Record:
+        self.optimizer.zero_grad()
+        alpha, gamma = self.config.retain_weight, self.config.forget_weight
+        forget = self.accumulate(self.draw("forget"), self.capped_losses, -gamma)
+        retain = self.accumulate(self.draw("retain"), self.losses, alpha)
+        self.optimizer.step()
+        return {
+            "forget_loss_batch": forget.mean().item(),
+            "retain_loss_batch": retain.mean().item(),
+        }

@@ -1,0 +1,1 @@
+"""What methods ask of a task: its batches, losses and outputs."""

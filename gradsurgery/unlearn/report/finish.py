@@ -1,0 +1,44 @@
+"""What a run ends with: summary.json, the model and its card, the report."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.shapes import ENVIRONMENT
+from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.report.card import model_card
+
+
+def finish(config: DigitsConfig, directory: RunDirectory, summary: dict[str, Any]) -> None:
+    """Write everything that needs all stages; report.html last, so that it means complete."""
+    directory.write_json("summary.json", summary)
+    seed = summary["seeds"][0]
+    name = next((name for name in summary["columns"] if name not in TRAINED), "retrain")
+    directory.write("model.safetensors", directory.model_bytes((seed, name)))
+    directory.write("model_card.md", model_card(config, summary, seed, name))
+    write_report(directory)
+
+
+def write_report(directory: RunDirectory) -> dict[str, Any]:
+    """Write report.html from the other files of a finished run; its summary."""
+    from gradsurgery.unlearn.report.render import render
+
+    summary = directory.summary()
+    results = directory.results()
+    known = {(result["seed"], result["method"]) for result in results}
+    for stage in itertools.product(summary["seeds"], summary["columns"]):
+        if stage not in known:
+            directory.miss(stage)
+    page = render(
+        summary=summary,
+        config=directory.options(),
+        environment=directory.read_json("env.json", ENVIRONMENT),
+        records=directory.records(),
+        results=results,
+        tuning=directory.tuning(),
+    )
+    directory.write("report.html", page)
+    return summary

@@ -1,0 +1,188 @@
+"""A run's numbers as tables: the main ones by method, all of them by metric, and as plain text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.report.labels import GROUPS, LABELS, percent, title
+from gradsurgery.unlearn.report.verdict import (
+    Place,
+    Summary,
+    fractions,
+    methods,
+    ranking,
+    seeds_of,
+    sentences,
+)
+
+# columns of the main table, with headings short enough for one
+MAIN = {
+    "gap_mean": "gap",
+    "forget": "forget",
+    "repaired": "true labels",
+    "retain": "retain",
+    "test": "test",
+    "test_forgotten": "forgotten",
+    "mia": "attack",
+}
+NOT_FROM_ZERO_TO_ONE = {"steps": 0, "retain_samples": 0, "relearn": 0, "seconds": 1, "memory": 0}
+
+
+class Cell(NamedTuple):
+    """A mean, and its spread if there are several seeds."""
+
+    text: str = ""
+    spread: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ± {self.spread}" if self.spread else self.text
+
+
+class Row(NamedTuple):
+    name: str  # of the stage
+    title: str
+    cells: list[Cell]
+
+
+def cell(column: dict[str, Any], key: str) -> Cell:
+    """Mean and standard deviation of a metric over seeds; empty where it was not measured."""
+    if key not in column:
+        return Cell()
+    value, spread = column[key]["mean"], column[key]["std"]
+    digits = NOT_FROM_ZERO_TO_ONE.get(key, 3)
+    shown = spread is not None and key != "steps"
+    return Cell(f"{value:.{digits}f}", f"{spread:.{digits}f}" if shown else "")
+
+
+def behind(place: Place | None) -> Cell:
+    """Paired difference to the best method and its standard error."""
+    if place is None or place.behind is None:
+        return Cell()
+    error = "" if place.error is None else f"{place.error:.3f}"
+    return (
+        Cell("best")
+        if place.behind == 0 and not place.error
+        else Cell(f"{place.behind:.3f}", error)
+    )
+
+
+def main_table(summary: Summary, fraction: float) -> tuple[list[str], list[Row]]:
+    """Original, Retrain and the methods with a share of the retain set, the closest first."""
+    columns = summary["columns"]
+    places = {place.name: place for place in ranking(summary, fraction)}
+    names = [name for name in TRAINED if name in columns] + list(places)
+    keys = [key for key in MAIN if any(key in columns[name] for name in names)]
+    seeds = len({tuple(seeds_of(summary, name)) for name in names}) > 1
+    compared = len(places) > 1
+    header = [MAIN[key] for key in keys] + ["seconds"] + ["seeds"] * seeds
+    if compared:
+        header.insert(1, "behind")
+    rows = []
+    for name in names:
+        cells = [cell(columns[name], key) for key in (*keys, "seconds")]
+        if seeds:
+            cells.append(Cell(str(len(seeds_of(summary, name)))))
+        if compared:
+            cells.insert(1, behind(places.get(name)))
+        rows.append(Row(name, title(name), cells))
+    return header, rows
+
+
+def full_table(summary: Summary, fraction: float) -> dict[str, list[Row]]:
+    """Every metric of the same columns, in groups; a row a metric, its gap to Retrain beside it."""
+    columns = summary["columns"]
+    names = [*(n for n in TRAINED if n in columns), *methods(summary, fraction)]
+    groups = {}
+    for group, keys in GROUPS.items():
+        shown = [key for key in keys if any(key in columns[name] for name in names)]
+        groups[group] = [
+            Row(key, LABELS[key], [cell(columns[name], key) for name in names]) for key in shown
+        ]
+    return {group: rows for group, rows in groups.items() if rows}
+
+
+def caption(summary: Summary, spread: bool = True) -> str:
+    """What the numbers of the main table are."""
+    seeds = len(summary["seeds"])
+    means = "means ± standard deviation" if spread else "means"
+    over = f"{means} over {seeds} seeds" if seeds > 1 else "one seed"
+    return f"digits, {summary['task']}: mean gap to Retrain, accuracies, attack; {over}"
+
+
+def heading(fraction: float) -> str:
+    share = "all" if fraction == 1 else percent(fraction)
+    return f"With {share} of the retain set"
+
+
+def _shares(summary: Summary) -> list[float]:
+    return fractions(summary) or [1.0]
+
+
+def lines(header: list[str], rows: list[Row], first: str = "") -> list[str]:
+    """Aligned plain text, a line a row."""
+    texts = [[first, *header], *([row.title, *map(str, row.cells)] for row in rows)]
+    widths = [max(len(line[i]) for line in texts) for i in range(len(texts[0]))]
+    return [
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for line in texts
+    ]
+
+
+def print_summary(summary: Summary) -> None:
+    """The verdict and the main tables: drawn on a terminal, aligned plain text otherwise."""
+    if sys.stdout.isatty():
+        try:
+            _draw(summary)
+        except ImportError:
+            pass
+        else:
+            return
+    print()
+    for sentence in sentences(summary):
+        print(sentence)
+    print(f"\n{caption(summary)}")
+    shares = _shares(summary)
+    for fraction in shares:
+        if shares != [1.0]:
+            print(f"\n{heading(fraction)}")
+        for line in lines(*main_table(summary, fraction)):
+            print(line)
+    print(flush=True)
+
+
+def _draw(summary: Summary) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    # names are shown as they are: [red] in one is no color
+    console = Console(highlight=False, markup=False, emoji=False)
+
+    def make(fraction: float, narrow: bool) -> Table:
+        drawn = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        header, rows = main_table(summary, fraction)
+        for index, name in enumerate(["", *header]):
+            drawn.add_column(name, justify="right" if index else "left")
+        for row in rows:
+            cells = [each.text if narrow else str(each) for each in row.cells]
+            drawn.add_row(row.title, *cells, style="dim" if row.name in TRAINED else None)
+        return drawn
+
+    shares = _shares(summary)
+    wide = [make(fraction, narrow=False) for fraction in shares]
+    # measured as if there were room: a table says it needs no more than it is given
+    room = console.options.update(max_width=1000)
+    narrow = max(console.measure(table, options=room).maximum for table in wide) > console.width
+    console.print()
+    for sentence in sentences(summary):
+        console.print(sentence)
+    console.print(f"\n{caption(summary, not narrow)}", style="bold")
+    for fraction, table in zip(shares, wide, strict=True):
+        if shares != [1.0]:
+            console.print(heading(fraction), style="bold")
+        console.print(make(fraction, narrow) if narrow else table)

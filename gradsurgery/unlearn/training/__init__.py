@@ -1,0 +1,1 @@
+"""One protocol for all methods: their data, options, steps, and how a run continues."""

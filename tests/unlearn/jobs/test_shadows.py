@@ -1,0 +1,92 @@
+"""U-LiRA of the digits job: shadow models of the run's own kind."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from gradsurgery.errors import InputError
+from gradsurgery.unlearn.jobs import shadows
+from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
+from gradsurgery.unlearn.jobs.digits.job import make_trainer, reproducible, shadowed
+from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.metrics.ulira import logit_confidence, u_lira
+from gradsurgery.unlearn.report.render import not_measured
+from gradsurgery.unlearn.training.seeds import derived
+from tests.unlearn.tiny import finished, tiny
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    path = tmp_path_factory.mktemp("attacked") / "run"
+    config = tiny("random", ("neggrad",), shadows=2, retain_fraction=[1.0, 0.1])
+    return path, config, finished(path, config)
+
+
+def test_every_unlearned_model_is_attacked_and_no_other(attacked):
+    path, _, summary = attacked
+    columns = summary["columns"]
+    assert [name for name in columns if "ulira" in columns[name]] == ["neggrad", "neggrad@0.1"]
+    for name in ("neggrad", "neggrad@0.1"):
+        assert 0 <= columns[name]["ulira"]["mean"] <= 1
+        assert 0 <= columns[name]["ulira_auc"]["mean"] <= 1
+    page = (path / "report.html").read_text()
+    assert "AUC of U-LiRA" in page and "shadow models, U-LiRA" not in page
+    assert "shadow models, U-LiRA" in not_measured([{"columns": {"neggrad": {}}}])
+
+
+def test_it_is_the_attack_on_models_trained_alike(attacked):
+    """The numbers of a run again, from trainers alone."""
+    _, config, summary = attacked
+    data = load("random", 0)
+
+    def confidences(seed, name):
+        model = DigitsCNN()
+        if name == "neggrad":
+            make_trainer(config, data, seed, "original", model).run()
+        make_trainer(config, data, seed, name, model).run()
+        with torch.no_grad():
+            return logit_confidence(model.eval()(data.forget["image"]), data.forget["label"])
+
+    with reproducible(1):
+        found = {
+            name: [confidences(derived(0, "shadow", k), name) for k in range(2)]
+            for name in ("neggrad", "retrain")
+        }
+        observed = torch.stack([confidences(0, "neggrad"), confidences(0, "retrain")])
+    forgotten = torch.tensor([[True], [False]]).expand(observed.shape)
+    exact = u_lira(
+        torch.stack(found["neggrad"]), torch.stack(found["retrain"]), observed, forgotten
+    )
+    assert {key: summary["columns"]["neggrad"][key]["mean"] for key in exact} == exact
+
+
+def test_a_run_goes_on_with_the_shadows_it_has(attacked, monkeypatch):
+    path, config, _ = attacked
+    kept = {file.name: file.read_bytes() for file in (path / "shadows").iterdir()}
+    assert sorted(name for name in kept if name.endswith(".safetensors")) == [
+        "seed0-original-0.safetensors",
+        "seed0-original-1.safetensors",
+    ]
+    before = json.loads((path / "stages/seed0-neggrad.json").read_text())
+    monkeypatch.setattr(shadows, "_model", None)  # not one is made again
+    with RunDirectory(path) as directory:
+        again = shadows.attack(
+            shadowed(config, load("random", 0)), directory, Silent(), (0, "neggrad")
+        )
+    assert again == {key: before["metrics"][key] for key in again}
+
+
+class Silent:
+    def say(self, text):
+        pass
+
+    def stage(self, label, total, done):
+        return nullcontext(lambda step: None)
+
+
+@pytest.mark.parametrize("count", [-1, 1, 1001])
+def test_a_number_that_makes_no_spread_is_refused(count):
+    with pytest.raises(InputError, match=f"shadows must be 0, or 2 to 1000, got {count}"):
+        tiny(shadows=count).check()
