@@ -65,11 +65,9 @@ class BadTeacher(Trainer[BadTeacherConfig]):
         reset_parameters(self.incompetent, int(seed))
         self.incompetent.eval().requires_grad_(False)
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         forget = self.accumulate(self.draw("forget"), lambda b: self._apart(b, self.incompetent))
         retain = self.accumulate(self.draw("retain"), lambda b: self._apart(b, self.competent))
-        self.optimizer.step()
         return {
             "forget_loss_batch": forget.mean().item(),
             "retain_loss_batch": retain.mean().item(),

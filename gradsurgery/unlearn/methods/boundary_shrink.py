@@ -71,10 +71,8 @@ class BoundaryShrink(Trainer[BoundaryShrinkConfig]):
     def prepare(self) -> None:
         self.original = self.frozen_copy()
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         losses = self.accumulate(self.draw("forget"), self._relabeled)
-        self.optimizer.step()
         return {"forget_loss_batch": losses.mean().item()}
 
     def _relabeled(self, batch: Batch) -> Tensor:

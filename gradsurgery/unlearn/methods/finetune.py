@@ -27,8 +27,6 @@ class Finetune(Trainer[FinetuneConfig]):
     Config = FinetuneConfig
     draws = ("retain",)
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         retain_losses = self.accumulate(self.draw("retain"), self.losses)
-        self.optimizer.step()
         return {"retain_loss_batch": retain_losses.mean().item()}

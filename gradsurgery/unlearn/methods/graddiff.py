@@ -46,12 +46,10 @@ class GradDiff(Trainer[GradDiffConfig]):
     Config = GradDiffConfig
     draws = ("forget", "retain")
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         alpha, gamma = self.config.retain_weight, self.config.forget_weight
         forget = self.accumulate(self.draw("forget"), self.capped_losses, -gamma)
         retain = self.accumulate(self.draw("retain"), self.losses, alpha)
-        self.optimizer.step()
         return {
             "forget_loss_batch": forget.mean().item(),
             "retain_loss_batch": retain.mean().item(),

@@ -50,13 +50,11 @@ class L1Sparse(Trainer[L1SparseConfig]):
     Config = L1SparseConfig
     draws = ("retain",)
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         retain_losses = self.accumulate(self.draw("retain"), self.losses)
         weight = self.config.l1 * (1 - self.step / max(self.total_steps() - 1, 1))
         norm = torch.stack([p.abs().sum() for p in self.parameters]).sum()
         (weight * norm).backward()
-        self.optimizer.step()
         return {
             "retain_loss_batch": retain_losses.mean().item(),
             "l1_weight": weight,

@@ -37,8 +37,6 @@ class NegGrad(Trainer[NegGradConfig]):
     Config = NegGradConfig
     draws = ("forget",)
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         losses = self.accumulate(self.draw("forget"), self.capped_losses, -1.0)
-        self.optimizer.step()
         return {"forget_loss_batch": losses.mean().item()}

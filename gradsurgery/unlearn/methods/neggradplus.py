@@ -46,12 +46,10 @@ class NegGradPlus(Trainer[NegGradPlusConfig]):
     Config = NegGradPlusConfig
     draws = ("forget", "retain")
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         weight = self.config.retain_weight
         forget = self.accumulate(self.draw("forget"), self.capped_losses, weight - 1)
         retain = self.accumulate(self.draw("retain"), self.losses, weight)
-        self.optimizer.step()
         return {
             "forget_loss_batch": forget.mean().item(),
             "retain_loss_batch": retain.mean().item(),

@@ -63,14 +63,8 @@ class RandomLabel(Trainer[R]):
     def labeled_sets(self) -> tuple[str, ...]:
         return ("forget",)
 
-    def update(self) -> Record:
-        numbers = self.gradients()
-        self.optimizer.step()
-        return numbers
-
     def gradients(self) -> Record:
         """Leave the gradient of a step in `.grad`; the losses of its batches."""
-        self.optimizer.zero_grad()
         config = self.config
         forget = self.accumulate(self.draw("forget"), self._relabeled_losses, config.forget_weight)
         retain = self.accumulate(self.draw("retain"), self.losses, config.retain_weight)

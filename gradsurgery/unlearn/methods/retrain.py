@@ -74,8 +74,6 @@ class Retrain(Trainer[RetrainConfig]):
     def prepare(self) -> None:
         reset_parameters(self.model, self.seed)
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         losses = self.accumulate(self.draw("retain"), self.losses)
-        self.optimizer.step()
         return {"retain_loss_batch": losses.mean().item()}

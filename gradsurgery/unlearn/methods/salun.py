@@ -83,19 +83,21 @@ class SalUn(RandomLabel[SalUnConfig]):
         super().check_extra_state(state)
         same_tensors(self.masks, state["masks"], "extra.masks")
 
-    def update(self) -> Record:
+    def gradients(self) -> Record:
         masks = self._masks()
-        numbers = self.gradients()
-        before = [p.detach().clone() for p in self.parameters]
+        numbers = super().gradients()
         for p, mask in zip(self.parameters, masks, strict=True):
             if p.grad is not None:
                 p.grad.mul_(mask)
-        self.optimizer.step()
+        self.before = [p.detach().clone() for p in self.parameters]
+        return numbers
+
+    def after_step(self) -> None:
         # weight decay and what an optimizer remembers move weights of gradient zero as well
         with torch.no_grad():
-            for p, mask, old in zip(self.parameters, masks, before, strict=True):
+            for p, mask, old in zip(self.parameters, self._masks(), self.before, strict=True):
                 p.copy_(torch.where(mask, p, old))
-        return numbers
+        self.before = []
 
     def _masks(self) -> list[Tensor]:
         """Of the parameters that train now."""

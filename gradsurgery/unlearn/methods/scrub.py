@@ -100,12 +100,10 @@ class SCRUB(Trainer[SCRUBConfig]):
         epoch, position = divmod(self.step, forget + retain)  # of epochs that have both passes
         return "forget" if epoch < self.config.msteps and position < forget else "retain"
 
-    def update(self) -> Record:
-        self.optimizer.zero_grad()
+    def gradients(self) -> Record:
         kind = self.phase()
         values, weight = (self._apart, -1.0) if kind == "forget" else (self._kept, 1.0)
         found = self.accumulate(self.draw(kind), values, weight)
-        self.optimizer.step()
         return {f"{kind}_loss_batch": found.mean().item()}
 
     def _apart(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Methods that are one rule of gradient surgery: both batches drawn, a `Surgeon` takes the step."""
+"""Methods that are one rule of gradient surgery: a `Surgeon` makes the update of both batches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SurgicalTrainer(Trainer[S]):
         self.rule = self.make_rule()
         self.surgeon: Surgeon | None = None  # needs the optimizer, which is made after this
 
-    def update(self) -> Record:
+    def gradients(self) -> Record:
         info = self.operate(self.draw("forget"), self.draw("retain"))
         seen = {
             "forget_loss_batch": info.forget_loss,
@@ -69,13 +69,13 @@ class SurgicalTrainer(Trainer[S]):
         return {name: value for name, value in seen.items() if value is not None}
 
     def operate(self, forget: Batch, retain: Batch) -> StepInfo:
-        """One step of the surgeon on two batches."""
+        """The surgeon's update of two batches, in `.grad`."""
         if self.surgeon is None:
             self.surgeon = Surgeon(
                 self.model, self.optimizer, self.rule, micro_batch=self.config.micro_batch
             )
         try:
-            return self.surgeon.step(**self._limited(forget, retain), loss=self._capped_loss)
+            return self.surgeon.backward(**self._limited(forget, retain), loss=self._capped_loss)
         except CoupledSamplesError as error:
             if not error.modules:  # no batch norm: the config cannot help
                 raise

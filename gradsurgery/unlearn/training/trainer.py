@@ -1,7 +1,7 @@
 """The protocol every unlearning method follows: one step at a time, resumable bit for bit.
 
-A method is a `Trainer` with an `update`: it draws batches, changes the model once and says what it
-saw. Order of data, schedule, probes, stopping and checkpoints are the same for all of them.
+A method is a `Trainer` with `gradients`: it draws batches, fills `.grad` and says what it saw. The
+optimizer's step, order of data, schedule, probes, stopping and checkpoints are the same for all.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from gradsurgery.batch import DETACHED, per_sample_losses
 from gradsurgery.errors import InputError, NonFiniteError, TrainingError
 from gradsurgery.ranks import check_one_rank
+from gradsurgery.surgery import Rule
 from gradsurgery.undo import Undo
 from gradsurgery.unlearn.objectives import classification
 from gradsurgery.unlearn.objectives.base import (
@@ -63,7 +64,7 @@ class Trainer(Described, ABC, Generic[C]):
     """One unlearning method on one model.
 
     Subclasses set `Config` and `draws` (the sets they draw batches from; the config has a
-    `<set>_batch` for each) and write `update`. A loss given here is per sample and is one that
+    `<set>_batch` for each) and write `gradients`. A loss given here is per sample and is one that
     training would lower; a method that climbs it does so itself.
 
     Model and loss may be given by position, all else by name: a set in the place of another would
@@ -103,6 +104,7 @@ class Trainer(Described, ABC, Generic[C]):
     instead_of_loss: ClassVar[str] = ""  # what it computes where it never calls `loss`
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
+    rule: Rule | None = None  # of gradient surgery, whose memory an error puts back
 
     @given.by_name("self", "model", "loss", others=("forget", "retain", "config"))
     def __init__(
@@ -193,12 +195,26 @@ class Trainer(Described, ABC, Generic[C]):
     def prepare(self) -> None:
         """What is done once, before the optimizer is made; it counts as time of the method."""
 
-    @abstractmethod
-    def update(self) -> Record:
-        """Take one step and return its numbers (batch losses, diagnostics).
+    def gradients(self) -> Record:
+        """Leave a step's gradients in `.grad`, which is None before, and return its numbers.
 
-        `.grad` is None before it. What can raise comes before the parameters change.
+        Numbers are batch losses and diagnostics.
         """
+        raise InputError(f"{type(self).__name__} takes no step of an optimizer: call fit()")
+
+    def after_step(self) -> None:
+        """What follows the optimizer's step. It does not raise: the parameters have moved."""
+
+    def update(self) -> Record:
+        """One step: gradients, the optimizer's step along them, what follows it; its numbers.
+
+        A method that takes no optimizer's step has `uses_optimizer = False` and an `update` of its
+        own, in which what can raise comes before the parameters change.
+        """
+        record = self.gradients()
+        self.optimizer.step()
+        self.after_step()
+        return record
 
     def labeled_sets(self) -> tuple[str, ...]:
         """Sets whose labels the method looks at itself, whatever the loss."""
@@ -311,7 +327,7 @@ class Trainer(Described, ABC, Generic[C]):
         model, its optimizer and what the method remembers as they were before it too; a batch that
         a loader has given is gone, as are draws from torch's generators. A copy of parameters and
         of the optimizer's state is held for that only where code that is neither torch's nor ours
-        may run once they have changed: hooks of an optimizer, a step or an `update` of one's own.
+        may run once they have changed: hooks of an optimizer, a step or a method of one's own.
         Not undone: an interrupt once parameters have begun to move.
 
         Parameters are looked up in every step: those that train and that the optimizer holds move,
@@ -365,8 +381,10 @@ class Trainer(Described, ABC, Generic[C]):
         positions = {k: b.drawn for k, b in self.batches.items() if isinstance(b, Batches)}
         rates = [group["lr"] for group in self._groups()]
         kept = {name: getattr(self, name) for name in self.keeps}  # replaced, never changed
-        ours = type(self).update.__module__.partition(".")[0] == __name__.partition(".")[0]
-        undo = Undo(self.model, self.optimizer)
+        written = (type(self).update, type(self).gradients, type(self).after_step)
+        package = __name__.partition(".")[0]
+        ours = all(each.__module__.partition(".")[0] == package for each in written)
+        undo = Undo(self.model, self.optimizer, self.rule)
         try:
             with modes_kept(self.model), grads_kept(self.model), undo, undo:
                 for parameter in undo.held:  # those outside of the model too

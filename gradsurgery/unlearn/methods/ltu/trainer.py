@@ -174,7 +174,7 @@ class LTUTrainer(Trainer[LTUConfig]):
             )
         self._train_auditors()
 
-    def update(self) -> Record:
+    def gradients(self) -> Record:
         refresh = self.config.refresh
         if self.auditors is not None and refresh and self.step and self.step % refresh == 0:
             self._train_auditors()
@@ -201,7 +201,6 @@ class LTUTrainer(Trainer[LTUConfig]):
         parts = update.split([parameter.numel() for parameter in self.parameters])
         for parameter, grad, used in zip(self.parameters, parts, reached, strict=True):
             parameter.grad = grad.view_as(parameter).to(parameter.dtype) if used else None
-        self.optimizer.step()
         return {
             "forget_loss_batch": values[0],
             "forget_loss_tuned": values[1],
