@@ -104,7 +104,6 @@ class Trainer(Described, ABC, Generic[C]):
     instead_of_loss: ClassVar[str] = ""  # what it computes where it never calls `loss`
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
-    rule: Rule | None = None  # of gradient surgery, whose memory an error puts back
 
     @given.by_name("self", "model", "loss", others=("forget", "retain", "config"))
     def __init__(
@@ -384,7 +383,8 @@ class Trainer(Described, ABC, Generic[C]):
         written = (type(self).update, type(self).gradients, type(self).after_step)
         package = __name__.partition(".")[0]
         ours = all(each.__module__.partition(".")[0] == package for each in written)
-        undo = Undo(self.model, self.optimizer, self.rule)
+        rule: Rule | None = getattr(self, "rule", None)  # of surgery, whose memory is put back
+        undo = Undo(self.model, self.optimizer, rule)
         try:
             with modes_kept(self.model), grads_kept(self.model), undo, undo:
                 for parameter in undo.held:  # those outside of the model too

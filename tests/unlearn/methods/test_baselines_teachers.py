@@ -557,9 +557,8 @@ def test_rules_take_a_model_with_batch_norm(kind, normalized):
     assert not torch.equal(norm.weight, weight)
 
 
-@pytest.mark.parametrize("kind", [OrthoGradTrainer, *SURGICAL])
-def test_batch_norm_in_training_is_named(kind, normalized):
-    trainer = make(kind, normalized, batch_norm="train")
+def test_batch_norm_in_training_is_named_where_samples_have_rows(normalized):
+    trainer = make(OrthoGradTrainer, normalized, batch_norm="train")
     with pytest.raises(InputError, match=r"batch_norm = train: .* \(1 \(BatchNorm1d\) in training"):
         trainer.run()
 
@@ -569,6 +568,22 @@ def test_batch_norm_is_named_for_no_other_coupling(problem):
     trainer = make(OrthoGradTrainer, problem)
     with pytest.raises(CoupledSamplesError, match=r"^SoftmaxBackward0 computes across samples"):
         trainer.run()
+
+
+@pytest.mark.parametrize("kind", SURGICAL)
+def test_batch_norm_in_training_sees_each_batch_alone(kind, normalized):
+    # both rows are means: those of ordinary backward passes, a batch each
+    model = copy.deepcopy(normalized.model).train()
+    rows = []
+    for batch in (normalized.forget, normalized.retain):
+        loss = normalized.loss(model, batch).mean()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    gram = torch.stack(rows) @ torch.stack(rows).mT
+    trainer = make(kind, normalized, batch_norm="train", steps=1)
+    seen = next(iter(trainer.fit()))
+    expected = float(gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt())
+    assert seen["cosine_mean"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_timing_a_step_knows_batch_norm_and_loaders(normalized):
