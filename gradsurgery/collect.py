@@ -47,7 +47,8 @@ class Added:
         self.overflowed = False  # whether a pass was scaled up too far: its rows are not there
         self.torn = False  # whether something stopped in the middle of a change
         self._columns: dict[str, nn.Parameter] = {}
-        self._values: list[tuple[int, Tensor]] = []  # of the columns, what tells that they moved
+        # of the columns, what tells that they moved; None where rows are used at once
+        self._values: list[tuple[int, Tensor]] | None = None
         self._last: list[Pass] = []
         self._samples: list[Pass] = []  # of one part each
         self._sums: dict[str, Sums | DenseSums] = {}
@@ -80,6 +81,8 @@ class Added:
             f"rows were added before {', '.join(other[:3])} was frozen, unfrozen or replaced"
             + again,
         )
+        if self._values is None:
+            return
         pairs = zip(self._columns, self._values, _values(named.values()), strict=True)
         moved = [name for name, before, now in pairs if not _are_same(before, now)]
         check(
@@ -112,7 +115,7 @@ class Added:
         else:
             self._join(new)
         self._columns = {**passes.named, **passes.outside}
-        self._values = _values(self._columns.values())
+        self._values = _values(self._columns.values()) if passes.adds else None
 
     def settle(self) -> None:
         """What was taken is whole, and so is what goes with it."""
