@@ -284,6 +284,7 @@ def product(node: Any, outs: dict, shapes: Sequence, ins: Sequence, first: int) 
         return [None] * len(ins)
     a, b = ins[first], ins[first + 1]
     batch = 1 if "bmm" in base_name(node).lower() else 0
+    # what is added comes before the factors
     answers: list[Answer] = [None if s is None else broadcast(layout, out, s) for s in ins[:first]]
     if axis.dim < batch:
         sides = [None if s is None else move(layout, axis, out, s, 0) for s in (a, b)]
@@ -350,6 +351,7 @@ def split(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer
         if home != dim:
             home = move(first, axis, out, shape, home)
             return [home if all(o.same(first) for o in outs.values()) else None]
+    # samples lie in the dimension that is split: each output has the rows of its part
     parts, none = [], torch.tensor([-1], device="cpu")
     for k, out in enumerate(shapes):
         size = 1 if unbinds else out[dim]
@@ -378,7 +380,7 @@ def join(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]
         home = axis.dim - (stacks and axis.dim > dim)
         return [None if s is None else move(layout, axis, out, s, home) for s in ins]
     rows = layout.along(out)
-    if stacks:
+    if stacks:  # each input is one index of the new dimension
         return [constant(int(row)) for row in rows]
     if any(s is None or len(s) != len(out) for s in ins):
         return [None] * len(ins)

@@ -78,7 +78,7 @@ class ConvolutionUse(Use):
         patches = unfold(wide.flatten(0, 1), kernel, g, narrow.shape[3:])
         patches = patches.reshape(n, count, g.groups, channels // g.groups * _numel(kernel), -1)
         narrow = narrow.reshape(n, count, g.groups, narrow.shape[2] // g.groups, -1)
-        # [n, groups, tokens, .]
+        # [n, groups, tokens, .]: the samples of a block are tokens of one product
         left = narrow.permute(0, 2, 1, 4, 3).flatten(2, 3)
         right = patches.permute(0, 2, 1, 4, 3).flatten(2, 3)
         if g.groups == 1:

@@ -50,6 +50,7 @@ class Live(TorchDispatchMode):
             if key in self._known:
                 continue
             self._known.add(key)
+            # what an operation is given is older than this: known, but not counted
             size = storage.nbytes() if made else 0
             self.now += size
             self.peak = max(self.peak, self.now)

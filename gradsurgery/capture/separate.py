@@ -27,6 +27,7 @@ def separate(losses: Tensor, rows: RowNumbers) -> list[RowNumbers]:
         sizes = [0 if c is None else shape_of((c, nr))[0] for c, nr in node.next_functions]
         if sum(sizes) != len(rows):
             return []
+    # losses lie as they were put together: one tensor's after another's
     parts, start = [], 0
     for size in sizes:
         part = torch.full_like(tensor, -1)

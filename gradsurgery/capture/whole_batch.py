@@ -39,6 +39,7 @@ def _scaled(use: Use, rows: Tensor, known: dict[tuple[int, int], RowNumbers]) ->
     counts = int((use.rows.tensor == 0).sum()), int((use.rows.tensor == 1).sum())
     if counts not in known:
         samples = (rows >= 0).nonzero().flatten()
+        # every other sample is like the first of the two, and has as many blocks
         blocks = torch.tensor(counts, device="cpu")[samples % 2]  # of each sample
         known[counts] = RowNumbers(rows[samples].repeat_interleave(blocks))
     part = copy.copy(use)
