@@ -60,7 +60,9 @@ class FactoredJacobian:
         self._column = {id(p): k for k, p in enumerate(parameters)}
         self._uses, self._derived = uses, list(derived)
         # uses hold tensors of the forward pass: whoever writes to one would change the rows unseen
-        self._versions = [(t, t._version) for mine in uses for use in mine for t in use.values]
+        leaves = [mine for part in derived for _, mine in part.leaves]
+        every = [use for mine in (*uses, *leaves) for use in mine]
+        self._versions = [(t, t._version) for use in every for t in use.values]
         self._gramians: list[Tensor | None] | None = None  # of each parameter
         self._gramian: Tensor | None = None  # of the model
         self._graph, self._released = graph, False

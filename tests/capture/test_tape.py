@@ -153,9 +153,12 @@ def test_no_grad():
             tape.jacobian(losses)
 
 
-def test_modified_afterwards():
+@pytest.mark.parametrize("derived", [False, True])
+def test_modified_afterwards(derived):
     """What the Jacobian has kept of the forward pass is checked before it is used."""
     model = mlp()
+    if derived:  # the leaf that meets the tensor is computed from parameters
+        nn.utils.parametrizations.weight_norm(model[2])
     kept = []
 
     def forward(model):
