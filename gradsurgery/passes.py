@@ -162,7 +162,7 @@ class Passes:
             tape(self.model, parameters=parameters, outside=self.outside) as recorder,
         ):
             # of a sample alone nothing is seen of sums, but other pieces have several
-            recorder.summed = self.adds or (cut and self.micro_batch != 1)
+            recorder.summed = (self.adds or cut) and max(sizes.values()) > 1
             if self.adds:  # a buffer of batches may be filled anew before the rows are used
                 whole = map_batch(torch.clone, whole)
             losses, weights = self._losses(parts, whole, sizes, cut)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gradsurgery.errors import InputError, PositionError
-from gradsurgery.optimizers import steppable
+from gradsurgery.optimizers import check_needs_no_closure, steppable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -144,7 +144,9 @@ def checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer
     sparse = any(getattr(module, "sparse", False) for module in model.modules())
     if isinstance(optimizer, torch.optim.SparseAdam) and sparse:
         return optimizer
-    return steppable(optimizer)
+    found = steppable(optimizer)
+    check_needs_no_closure(found)
+    return found
 
 
 def check_schedule(schedule: Any) -> None:

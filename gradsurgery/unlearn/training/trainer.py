@@ -260,10 +260,7 @@ class Trainer(Described, ABC, Generic[C]):
                 found = classification.label_losses(logits, classification.labels(batch))
             else:
                 found = self.loss(model, batch)
-        found = per_sample_losses(found, batch_size(batch))
-        if not found.is_floating_point():
-            raise InputError(f"loss must return real numbers, got {found.dtype}")
-        return found
+        return per_sample_losses(found, batch_size(batch))
 
     def capped_losses(self, batch: Batch) -> Tensor:
         """Per-sample losses [B], no larger than the config's `forget_ceiling`."""

@@ -430,7 +430,7 @@ def test_what_is_no_network_is_named(method, kind):
         ("loss", lambda model, batch: None, "must return a Tensor, got NoneType"),
         ("loss", lambda model, batch: 1.0, "must return a Tensor, got float"),
         ("loss", lambda model, batch: model(batch[0])[:, :1], "must return one value per sample"),
-        ("loss", lambda model, batch: batch[1], "must return real numbers, got torch.int64"),
+        ("loss", lambda model, batch: batch[1], "must be floating point, got torch.int64"),
         ("loss", lambda model, batch: batch[0].sum(1), "does not depend on the model's param"),
         ("probe", 3, "must be a function or None, got int"),
         ("probe", lambda model: None, "must return a dict of numbers, got NoneType"),
