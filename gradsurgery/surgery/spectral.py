@@ -14,13 +14,14 @@ class PseudoInverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gram: Tensor, rtol: float, rank: Tensor | None = None) -> Tensor:
-        values, vectors = eigen(gram)
+        lifted, live = _lifted(gram)
+        values, vectors = eigen(lifted)
         if rank is None:
-            counts = nonzero(gram, values, vectors, rtol)
-        else:
-            counts = foremost(gram, values, vectors, rank)
+            counts = nonzero(lifted, values, vectors, rtol)
+        else:  # beside those of rows of zeros, which are the largest
+            counts = foremost(lifted, values, vectors, rank + (~live).sum(-1))
         inverse = torch.where(counts, 1 / torch.where(counts, values, 1), 0)
-        out = vectors.mT @ (inverse.unsqueeze(-1) * vectors)
+        out = vectors.mT @ (inverse.unsqueeze(-1) * vectors) * _both(live)
         ctx.save_for_backward(gram, out)
         return out
 
@@ -39,21 +40,22 @@ class InverseRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gram: Tensor, rtol: float) -> Tensor:
-        values, vectors = eigen(gram)
-        counts = nonzero(gram, values, vectors, rtol)
+        lifted, live = _lifted(gram)
+        values, vectors = eigen(lifted)
+        counts = nonzero(lifted, values, vectors, rtol)
         safe = torch.where(counts, values, 1)
         least = torch.where(counts, values, torch.inf).amin(-1, keepdim=True)
         least = torch.where(counts.any(-1, keepdim=True), least, 0)
         root = torch.where(counts, (least / safe).sqrt(), 0)
-        ctx.save_for_backward(values, vectors, counts, least, root)
-        return vectors.mT @ (root.unsqueeze(-1) * vectors)
+        ctx.save_for_backward(values, vectors, counts, least, root, live)
+        return vectors.mT @ (root.unsqueeze(-1) * vectors) * _both(live)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         # f(λ) = sqrt(λ_min / λ): divided differences, which are f' where two λ are equal
-        values, vectors, counts, least, root = ctx.saved_tensors
-        inner = vectors @ grads[0] @ vectors.mT
+        values, vectors, counts, least, root, live = ctx.saved_tensors
+        inner = vectors @ (grads[0] * _both(live)) @ vectors.mT
         both = counts[..., :, None] & counts[..., None, :]
         one = counts[..., :, None] | counts[..., None, :]
         a = torch.where(counts, values, 0).clamp_min(0).sqrt()
@@ -69,6 +71,22 @@ class InverseRoot(torch.autograd.Function):
         gain = (inner.diagonal(dim1=-2, dim2=-1) * root).sum(-1, keepdim=True)
         move = gain / (2 * torch.where(least > 0, least, 1)) * shares
         return vectors.mT @ (slopes * inner + torch.diag_embed(move)) @ vectors, None
+
+
+def _lifted(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """K with twice its trace as the square of rows of zeros, and which rows are none, [..., m].
+
+    Such a row has no scale that rounding could be judged by, and vectors of eigenvalue zero would
+    mix with its own. Above all others it is alone, and it is left out of what is made.
+    """
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    live = squares > 0
+    above = torch.where(live, 0, 2 * squares.sum(-1, keepdim=True))
+    return gram + torch.diag_embed(above), live
+
+
+def _both(live: Tensor) -> Tensor:
+    return live.unsqueeze(-1) & live.unsqueeze(-2)
 
 
 def nonzero(gram: Tensor, values: Tensor, vectors: Tensor, rtol: float) -> Tensor:

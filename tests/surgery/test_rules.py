@@ -786,3 +786,21 @@ def test_the_registry_knows_every_rule():
         assert name == rule.__name__.lower()
         assert rule.formula
         assert rule.__doc__
+
+
+@pytest.mark.parametrize("rule", [gs.AlignedMTL, gs.ConFIG, gs.IMTLG])
+@pytest.mark.parametrize("twice", [False, True])
+def test_rows_of_zeros_change_nothing_but_the_mean(rule, twice):
+    # their own eigenvalue is zero but for rounding, as is that of a row that is there twice
+    torch.manual_seed(0)
+    for zero in range(5):
+        rows = torch.randn(5, 30, dtype=torch.float64)
+        if twice:
+            rows[(zero + 1) % 5] = rows[(zero + 2) % 5]
+        rows[zero] = 0
+        gram = rows @ rows.mT
+        update = rule().weights(gram) @ rows
+        order = torch.randperm(5)
+        again = rule().weights(gram[order][:, order]) @ rows[order]
+        torch.testing.assert_close(again, update, rtol=1e-9, atol=1e-12)
+        assert update.norm() > 1e-3
