@@ -113,7 +113,8 @@ def identity(loss: Any, depth: int = 3) -> Hashable:
         own = getattr(loss, "__self__", loss if code is None else None)
         cells = getattr(loss, "__closure__", None) or ()
         inside = [*map(_content, cells), *(getattr(loss, "__defaults__", None) or ())]
-    options = tuple(each for each in inside if isinstance(each, (bool, int, float, str)))
+    # flags and names; a number may be another at each step, as a weight that is scheduled
+    options = tuple(each for each in inside if isinstance(each, (bool, str)))
     known = tuple(identity(each, depth - 1) for each in inside if callable(each))
     return code, None if own is None else id(own), options, known
 
