@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -228,7 +229,7 @@ class Passes:
                 names = [n for n, g in zip(self.outside, grads, strict=True) if g is not None]
                 if names:
                     check_outside(self.rule, self.rows, names)
-            alone = lambda batch=batch: in_parts(self.model, self.loss, batch, 1)  # noqa: E731
+            alone = partial(in_parts, self.model, self.loss, batch, 1)
             what = f"{part}, one sample" if batch_size(batch) == 1 else part
             found = DenseJacobian._of(
                 self.model,
@@ -237,7 +238,7 @@ class Passes:
                 rows="mean" if self._merges(part) else "samples",
                 parameters=list(self.named.values()),
                 chunk_size=self.chunk_size,
-                trial=lambda what=what, alone=alone: self._trial(what, alone),
+                trial=partial(self._trial, what, alone),
             )
             losses = cast(Tensor, found.losses).expand(batch_size(batch))
             yield Pass(found, {part: Part(found.m, losses, None, self._merges(part))})
