@@ -243,7 +243,7 @@ def _values(parameters: Iterable[nn.Parameter]) -> list[tuple[int, Tensor]]:
     """Versions and norms, for fused optimizers and `.data` change no version."""
     each = list(parameters)
     with torch.no_grad():
-        norms = torch._foreach_norm([p.detach() for p in each])  # type: ignore[attr-defined]
+        norms = torch.ops.aten._foreach_norm([p.detach() for p in each])
     return [(p._version, norm) for p, norm in zip(each, norms, strict=True)]
 
 

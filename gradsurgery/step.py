@@ -33,6 +33,9 @@ from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
 from gradsurgery.update import add_update, fits, solve
 
+# the model's parameters that have rows, and others that the optimizer holds
+Columns = tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]
+
 
 class Surgeon:
     """Edits gradients: rows of batches, a rule, its update in `.grad`, and the optimizer's step.
@@ -181,9 +184,10 @@ class Surgeon:
         """
         parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
         check(len(parts) > 0, f"add: no batch was given; {self._takes()}")
+        columns = self._looked_up()
         undo = Undo(self.model, self.optimizer, self.rule)
         with undo, undo:
-            self._take(parts, loss, adds=True)
+            self._take(parts, loss, columns, adds=True)
             undo.keep()
         self._added.settle()
 
@@ -222,15 +226,16 @@ class Surgeon:
         )
         parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
         self._check_complete({*parts} | self._added.parts)
+        columns = self._looked_up()
         with self._rows_used_up():
             undo = Undo(self.model, self.optimizer, self.rule)
             with undo, undo:
                 if parts:
-                    self._take(parts, loss, adds=bool(self._added))
+                    self._take(parts, loss, columns, adds=bool(self._added))
                     self._added.settle()
                 for parameter, grad in undo.grads:  # copies, which hooks may see grow
                     parameter.grad = None if grad is None else grad.clone()
-                info = self._update(scale)
+                info = self._update(columns, scale)
                 undo.keep(grads=True)
         return replace(info, seconds=time.perf_counter() - start)
 
@@ -290,15 +295,16 @@ class Surgeon:
             check_stage(self.scaler, self.optimizer)
         parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
         self._check_complete({*parts} | self._added.parts)
+        columns = self._looked_up()
         with self._rows_used_up():
             undo = Undo(self.model, self.optimizer, self.rule)
             with undo, undo:
                 if parts:
-                    self._take(parts, loss, adds=bool(self._added))
+                    self._take(parts, loss, columns, adds=bool(self._added))
                     self._added.settle()
                 for parameter, _ in undo.grads:  # no parameter is moved by an old gradient
                     parameter.grad = None
-                info = self._update(1.0)
+                info = self._update(columns, 1.0)
                 undo.begin(copies=self.project is not None)
                 if self.project is None:
                     undo.step(self.scaler)
@@ -353,11 +359,13 @@ class Surgeon:
         got = [part for part in ROLES if part in parts]
         check(needed <= parts, f"{self._takes()}, got {got}")
 
-    def _take(self, parts: dict[str, Any], loss: AnyLoss | None, adds: bool) -> None:
+    def _take(
+        self, parts: dict[str, Any], loss: AnyLoss | None, columns: Columns, adds: bool
+    ) -> None:
         """Add the rows of batches; where it raises, nothing is added."""
         if loss is None or not callable(loss):
             raise InputError(f"loss must be a function, got {type(loss).__name__}")
-        named, outside = self._looked_up()
+        named, outside = columns
         self._added.check_columns({**named, **outside})
         passes = Passes(
             model=self.model,
@@ -382,9 +390,9 @@ class Surgeon:
         one = torch.ones((), dtype=torch.float32, device=like.device)
         return float(cast(Tensor, self.scaler.scale(one)))
 
-    def _update(self, scale: float) -> StepInfo:
+    def _update(self, columns: Columns, scale: float) -> StepInfo:
         """Add the update of all rows, times `scale`, to `.grad`; the rows are used up."""
-        named, outside = self._looked_up()
+        named, outside = columns
         added, scale = self._added, scale * self._scale(next(iter(named.values())))
         added.check_columns({**named, **outside})
         self.discard()
@@ -412,7 +420,7 @@ class Surgeon:
             return StepInfo.of_none()
         return info
 
-    def _looked_up(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    def _looked_up(self) -> Columns:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""
         held, outside = {}, {}
         own = {id(parameter) for parameter in self.model.parameters()}
