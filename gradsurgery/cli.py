@@ -81,20 +81,24 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def _unlearn(arguments: list[str]) -> None:
-    jobs = "usage: gradsurgery unlearn digits [options]; gradsurgery unlearn digits --help"
+    from gradsurgery.unlearn.jobs import registry
+
     if arguments[:1] in ([], ["-h"], ["--help"]):
-        print(f"{jobs}\n\njobs:")
-        print("  digits   real handwritten digits: mislabeled samples, a class, random samples")
+        print("usage: gradsurgery unlearn JOB [options]; gradsurgery unlearn JOB --help\n\njobs:")
+        for name in registry.names():
+            print(f"  {name:<8} {registry.find(name).about}")
         if not arguments:
             raise SystemExit(2)
         return
-    if arguments[0] != "digits":
+    if arguments[0] not in registry.names():
         known = arguments[0] in COMMANDS
         advice = f"; {arguments[0]} is a command: gradsurgery {arguments[0]}" if known else ""
-        raise InputError(f"unlearn has no job named {arguments[0]}; there is digits{advice}")
-    from gradsurgery.unlearn.command import parse_digits, run_digits
+        there = " and ".join(registry.names())
+        raise InputError(f"unlearn has no job named {arguments[0]}; there are {there}{advice}")
+    from gradsurgery.unlearn.command import parse, run_job
 
-    run_digits(parse_digits(arguments[1:]))
+    job = registry.find(arguments[0])
+    run_job(job, parse(job, arguments[1:]))
 
 
 def _report(path: Path) -> None:

@@ -25,10 +25,12 @@ from typing import Any, get_args
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import TrainingError
-from gradsurgery.unlearn.command import open_directory, parse_digits
+from gradsurgery.unlearn.command import open_directory, parse
+from gradsurgery.unlearn.jobs.base import Variant
 from gradsurgery.unlearn.jobs.digits.data import Task
-from gradsurgery.unlearn.jobs.digits.job import Variant, run
+from gradsurgery.unlearn.jobs.digits.job import DigitsJob
 from gradsurgery.unlearn.jobs.directory import RunDirectory, write_atomic
+from gradsurgery.unlearn.jobs.pipeline import Run
 from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
 from gradsurgery.unlearn.report import compare, tables
 from gradsurgery.unlearn.report.finish import finish
@@ -56,6 +58,7 @@ TITLES = {
     "class": "One digit (a different one each seed)",
     "random": "10 % of the training samples, at random",
 }
+JOB = DigitsJob()
 MARK = "<!-- results -->"  # the tables go between two of these
 
 
@@ -78,7 +81,8 @@ class Lines:
 
 def work(task: str, seed: int, path: Path, options: list[str]) -> None:
     """Do what is left of one task and seed."""
-    config = parse_digits(
+    config = parse(
+        JOB,
         [
             f"--task={task}",
             "--method=all",
@@ -88,7 +92,7 @@ def work(task: str, seed: int, path: Path, options: list[str]) -> None:
             *map(str, FRACTIONS),
             "--threads=1",
             *options,
-        ]
+        ],
     ).job
     # one that changes nothing is the method as it is
     variants = [
@@ -101,7 +105,8 @@ def work(task: str, seed: int, path: Path, options: list[str]) -> None:
             return
         config.check()
         open_directory(directory, config)
-        finish(config, directory, run(config, directory, Lines(task), variants))
+        run = Run(JOB, config, directory, Lines(task))
+        finish(config, directory, run.complete(variants))
 
 
 def markdown(summaries: list[Summary]) -> str:

@@ -20,12 +20,12 @@ import yaml
 import gradsurgery as package
 from gradsurgery.cli import main
 from gradsurgery.unlearn import METHODS
-from gradsurgery.unlearn.command import choose_directory, parse_digits
+from gradsurgery.unlearn.command import choose_directory, parse
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.progress import PlainProgress, RichProgress, make_progress
 from gradsurgery.unlearn.report.tables import print_summary
+from tests.unlearn.tiny import JOB
 
 DIGITS = ("unlearn", "digits")
 # seconds of training for every stage, through the same code as the real job
@@ -179,14 +179,14 @@ def test_resume_finds_the_unfinished_run_with_the_same_options(tmp_path, monkeyp
     for number, seeds in ((1, 1), (2, 1), (3, 2)):
         folder = Path(f"runs/digits-mislabeled-{number}")
         folder.mkdir(parents=True)
-        config = parse_digits([f"--seeds={seeds}"]).job
+        config = parse(JOB, [f"--seeds={seeds}"]).job
         RunDirectory(folder).write_options("config.yaml", config)
-    auto = parse_digits(["--seeds=1", "--resume=auto"])
-    assert choose_directory(auto) == Path("runs/digits-mislabeled-2")
+    auto = parse(JOB, ["--seeds=1", "--resume=auto"])
+    assert choose_directory(JOB, auto) == Path("runs/digits-mislabeled-2")
     for name in ("summary.json", "report.html"):
         (tmp_path / "runs/digits-mislabeled-2" / name).touch()
-    assert choose_directory(auto) == Path("runs/digits-mislabeled-1")
-    assert choose_directory(parse_digits(["--seeds=1"])) == Path("runs/digits-mislabeled-4")
+    assert choose_directory(JOB, auto) == Path("runs/digits-mislabeled-1")
+    assert choose_directory(JOB, parse(JOB, ["--seeds=1"])) == Path("runs/digits-mislabeled-4")
 
 
 def test_an_existing_run_is_not_written_over(finished, capsys):
@@ -206,11 +206,11 @@ def test_resuming_with_other_options_is_refused(finished, capsys):
 def test_the_task_decides_the_other_defaults_and_the_user_over_both(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("task: class\northograd: {alpha: 0.125, lr: 0.25}\n")
-    job = parse_digits(["--config", str(path), "--orthograd.lr", "0.5"]).job
+    job = parse(JOB, ["--config", str(path), "--orthograd.lr", "0.5"]).job
     assert (job.task, job.orthograd.alpha, job.orthograd.lr) == ("class", 0.125, 0.5)
-    assert job.graddiff == DigitsConfig.for_task("class").graddiff
-    assert parse_digits([]).job == DigitsConfig.for_task("mislabeled")
-    sweep = parse_digits(["--method", "all", "--retain-fraction", "1", "0.1", "0.05"]).job
+    assert job.graddiff == JOB.defaults("class").graddiff
+    assert parse(JOB, []).job == JOB.defaults("mislabeled")
+    sweep = parse(JOB, ["--method", "all", "--retain-fraction", "1", "0.1", "0.05"]).job
     assert sweep.fractions == [1.0, 0.1, 0.05]
     assert sweep.methods == list(METHODS)
 
@@ -262,7 +262,7 @@ def test_a_config_that_is_not_one_names_file_and_key(capsys, tmp_path):
 
 
 def test_unknown_jobs_and_options_end_with_code_2(capsys):
-    assert "no job named speech; there is digits" in fails(capsys, "unlearn", "speech")
+    assert "no job named speech; there are digits and images" in fails(capsys, "unlearn", "speech")
     with pytest.raises(SystemExit) as caught:
         main([*DIGITS, "--sedes", "3"])
     assert caught.value.code == 2

@@ -118,12 +118,13 @@ def test_make_targets_exist(page):
 @pages
 def test_unlearn_commands_parse(page):
     pytest.importorskip("tyro")
-    from gradsurgery.unlearn.command import parse_digits
+    from gradsurgery.unlearn.command import parse
+    from tests.unlearn.tiny import JOB
 
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for options in re.findall(r"gradsurgery unlearn digits\b([^`#\n]*)", text):
         if "--config" not in options:
-            parse_digits(shlex.split(options)).job.check()
+            parse(JOB, shlex.split(options)).job.check()
 
 
 @pages

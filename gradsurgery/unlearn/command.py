@@ -1,17 +1,17 @@
-"""`gradsurgery unlearn digits`: options to a run directory, a table and a report."""
+"""`gradsurgery unlearn JOB`: options to a run directory, a table and a report."""
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from gradsurgery.errors import InputError, TrainingError
 from gradsurgery.text import show
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, run
-from gradsurgery.unlearn.jobs.digits.tuned import TUNED
-from gradsurgery.unlearn.jobs.directory import RunDirectory, new_directory, numbered
+from gradsurgery.unlearn.jobs.base import Job, JobConfig
+from gradsurgery.unlearn.jobs.directory import FACTS, RunDirectory, new_directory, numbered
 from gradsurgery.unlearn.jobs.environment import environment
+from gradsurgery.unlearn.jobs.pipeline import Run
 from gradsurgery.unlearn.jobs.progress import make_progress
 from gradsurgery.unlearn.jobs.tune import check, tune
 from gradsurgery.unlearn.jobs.yaml import read_yaml
@@ -26,17 +26,17 @@ RUNS = Path("runs")
 class Invocation:
     """Where a run's files go and whether it continues one; not part of its config.yaml."""
 
-    job: DigitsConfig = field(default_factory=DigitsConfig)
+    job: JobConfig
     out: Path | None = None
-    """Run directory; none: a new one, runs/digits-TASK-N."""
+    """Run directory; none: a new one, runs/JOB-TASK-N."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue --out, or the newest unfinished run with the same options, or start one."""
     config: Path | None = None
     """YAML file of options, such as a run's config.yaml; other options given override it."""
 
 
-def parse_digits(arguments: list[str]) -> Invocation:
-    """Options of `gradsurgery unlearn digits`: the task's, then --config's, then those given."""
+def parse(job: Job[Any, Any], arguments: list[str]) -> Invocation:
+    """Options of `gradsurgery unlearn JOB`: the task's, then --config's, then those given."""
     import tyro
 
     # the task decides the defaults of all other options, so it must be known before they are parsed
@@ -48,54 +48,48 @@ def parse_digits(arguments: list[str]) -> Invocation:
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     given: dict[str, Any] = read_yaml(first.config) if first.config else {}
-    task = first.task or given.get("task", DigitsConfig().task)
-    if not isinstance(task, str) or task not in TUNED:
-        raise InputError(f"--task must be one of {', '.join(TUNED)}, got {show(task, 80)}")
+    defaults = job.defaults(first.task or given.get("task"))
     try:
-        defaults = update(DigitsConfig.for_task(task), given)
+        defaults = update(defaults, given)
     except InputError as error:
         raise InputError(f"--config {show(first.config)}: {error}") from None
 
-    @dataclass
-    class Options(Invocation):
-        # an empty name: --task, not --job.task
-        job: Annotated[DigitsConfig, tyro.conf.arg(name="")] = field(
-            default_factory=lambda: defaults
-        )
-
+    # an empty name: --task, not --job.task
+    options: Any = Annotated[job.Config, tyro.conf.arg(name="")]
+    fields: list[Any] = [("job", options, field(default_factory=lambda: defaults))]
     return tyro.cli(
-        Options,
+        make_dataclass("Options", fields, bases=(Invocation,)),
         args=arguments,
-        prog="gradsurgery unlearn digits",
-        description=DigitsConfig.__doc__,
+        prog=f"gradsurgery unlearn {job.name}",
+        description=job.Config.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
-def run_digits(invocation: Invocation) -> None:
-    """Run the job in its directory, print the table, write the report.
+def run_job(job: Job[Any, Any], invocation: Invocation) -> None:
+    """Run a job in its directory, print the table, write the report.
 
     Raises:
         InputError: options that make no sense, or a directory that cannot be written.
         TrainingError: a run that cannot go on; what to continue from is kept.
         KeyboardInterrupt: saying how to continue.
     """
-
     config = invocation.job
-    config.check()
+    job.check(config)
     check(config)
     progress = make_progress()
-    path = choose_directory(invocation)
-    again = f"gradsurgery unlearn digits --config {path}/config.yaml --out {path} --resume auto"
+    path = choose_directory(job, invocation)
+    again = f"gradsurgery unlearn {job.name} --config {path}/config.yaml --out {path} --resume auto"
     try:
         with RunDirectory(path) as directory:
             progress.say(f"run directory {path}")
-            open_directory(directory, config)
+            open_directory(directory, config, job.facts(config))
+            run = Run(job, config, directory, progress)
             if config.tune:
-                config = tune(config, directory, progress)
-                directory.write_options("config.yaml", config)
-            summary = run(config, directory, progress)
-            finish(config, directory, summary)
+                run = replace(run, config=tune(run))
+                directory.write_options("config.yaml", run.config)
+            summary = run.complete()
+            finish(run.config, directory, summary)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -110,7 +104,7 @@ def run_digits(invocation: Invocation) -> None:
     progress.say(f"report {path / 'report.html'}")
 
 
-def choose_directory(invocation: Invocation) -> Path:
+def choose_directory(job: Job[Any, Any], invocation: Invocation) -> Path:
     """The run directory an invocation means; `InputError` where it would write over a run."""
 
     config, out = invocation.job, invocation.out
@@ -126,7 +120,7 @@ def choose_directory(invocation: Invocation) -> Path:
                 "or name another directory"
             )
         return out
-    name = f"digits-{config.task}"
+    name = f"{job.name}-{config.task}"
     if invocation.resume == "auto":
         for path in numbered(RUNS, name):
             found = RunDirectory(path, "--resume")
@@ -142,7 +136,7 @@ def choose_directory(invocation: Invocation) -> Path:
     return new_directory(RUNS, name)
 
 
-def stored_options(directory: RunDirectory, config: DigitsConfig) -> dict[str, Any] | None:
+def stored_options(directory: RunDirectory, config: JobConfig) -> dict[str, Any] | None:
     """The options a run directory was started with, None if it has none.
 
     A search for options changes them in config.yaml; what it was asked is in tuning.yaml.
@@ -152,8 +146,11 @@ def stored_options(directory: RunDirectory, config: DigitsConfig) -> dict[str, A
     return directory.options(asked) if directory.has(asked) else None
 
 
-def open_directory(directory: RunDirectory, config: DigitsConfig) -> None:
-    """Write the options into a new run directory; in an old one, insist that they are the same."""
+def open_directory(
+    directory: RunDirectory, config: JobConfig, facts: dict[str, str | int] | None = None
+) -> None:
+    """Write the options, and what data and model are, into a new run directory; in an old one,
+    insist that they are the same."""
     if directory.old:
         raise InputError(
             f"--out: {show(directory.path)} is of a version that kept no checksums, so it cannot "
@@ -163,11 +160,15 @@ def open_directory(directory: RunDirectory, config: DigitsConfig) -> None:
     if stored is None:
         if any(directory.path.glob("stages/*.json")):
             raise InputError(f"--out: {show(directory.path)} holds a run without its config.yaml")
+        if facts:
+            directory.write_json(FACTS, facts)
         if config.tune:
             directory.write_options("tuning.yaml", config)
         directory.write_options("config.yaml", config)
     else:
-        changed = differences(stored, to_dict(config))
+        changed = differences(stored, to_dict(config)) or differences(
+            directory.facts(), facts or {}, "data."
+        )
         if changed:
             raise InputError(
                 f"--resume: {show(directory.path)} was started with other options: "

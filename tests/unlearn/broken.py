@@ -11,11 +11,10 @@ import pytest
 
 from gradsurgery.cli import main
 from gradsurgery.unlearn.command import Invocation, open_directory
-from gradsurgery.unlearn.jobs.digits.job import run
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.progress import PlainProgress
 from gradsurgery.unlearn.report.finish import finish
-from tests.unlearn.tiny import tiny
+from tests.unlearn.tiny import run, tiny
 
 LONGEST = 850  # characters of an error line
 TIMED = ("seconds", "seconds_ratio", "memory", "checksum", "step")
@@ -58,8 +57,8 @@ def command(name, path, kinds):
     return [name, str(path)]
 
 
-def parsed(arguments):
-    """What `parse_digits` makes of the resume of `command`, a second sooner."""
+def parsed(job, arguments):
+    """What `parse` makes of the resume of `command`, a second sooner."""
     return Invocation(config(), Path(arguments[3]), "auto")
 
 

@@ -62,4 +62,4 @@ def copied(kinds, tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """The command line of resumes read as `command` writes it, without a parser of all options."""
-    monkeypatch.setattr("gradsurgery.unlearn.command.parse_digits", parsed)
+    monkeypatch.setattr("gradsurgery.unlearn.command.parse", parsed)

@@ -1,12 +1,14 @@
 """Runs of the digits job with hardly any steps: the real code, in seconds."""
 
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, run
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, DigitsJob
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.environment import environment
+from gradsurgery.unlearn.jobs.pipeline import Run
 from gradsurgery.unlearn.jobs.progress import PlainProgress
 from gradsurgery.unlearn.report.finish import finish
 from gradsurgery.unlearn.training.config import update
 
+JOB = DigitsJob()
 FAST = ("neggrad", "finetune")
 
 
@@ -25,6 +27,15 @@ def tiny(task="class", method=FAST, **changes):
         },
     )
     return update(config, changes)
+
+
+def trainer(config, split, seed, name, model):
+    """Of one stage, without a run directory."""
+    return Run(JOB, config, None, None).trainer(split, seed, name, model)
+
+
+def run(config, directory, progress, variants=()):
+    return Run(JOB, config, directory, progress).complete(variants)
 
 
 def finished(path, config, variants=()):

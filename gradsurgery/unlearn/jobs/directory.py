@@ -3,6 +3,7 @@ nothing.
 
 config.yaml       the options, to be given back to --config
 env.json          versions, machine, threads
+data.json         what data and model are, where they are the user's
 tuning.yaml       the options as they were given, where the run first searches for better ones
 tuning.jsonl      one line a draw of that search
 tuning/           models it starts from and compares with
@@ -22,11 +23,12 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.text import show
@@ -42,6 +44,7 @@ Stage = tuple[int, str]  # seed, method
 
 FOLDERS = ("stages", "models")
 METRICS = "metrics.jsonl"
+FACTS = "data.json"
 LISTED = 6  # files that a message names one by one
 
 
@@ -90,6 +93,10 @@ class RunDirectory(CheckedFolder):
     @property
     def complete(self) -> bool:
         return self.has("summary.json") and self.has("report.html")
+
+    def facts(self) -> dict[str, str | int]:
+        """What the run keeps of its data and model; {} where it keeps nothing."""
+        return self.read_json(FACTS, {str: (str, int)}) if self.has(FACTS) else {}
 
     # -- stages
 
@@ -389,9 +396,7 @@ def _numbers(parent: Path, name: str) -> list[int]:
     return [int(tail) for tail in tails if tail.isdecimal()]
 
 
-def fingerprint(indices: Tensor) -> str:
+def fingerprint(indices: Iterable[int]) -> str:
     """SHA-256 of a forget set: its sorted sample indices, as decimal numbers joined by commas."""
-    import hashlib
-
-    text = ",".join(str(i) for i in sorted(indices.tolist()))
+    text = ",".join(str(i) for i in sorted(indices))
     return hashlib.sha256(text.encode()).hexdigest()

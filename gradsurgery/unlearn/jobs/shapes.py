@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from typing import Any
 
 from gradsurgery.text import brief, show
-from gradsurgery.unlearn.jobs.digits.data import Task
+from gradsurgery.unlearn.jobs import registry
 from gradsurgery.unlearn.jobs.files import DamageError
 from gradsurgery.unlearn.jobs.stages import TRAINED, parts
 
@@ -37,8 +37,9 @@ SUMMARY: Shape = {
     "job": str,
     "task": str,
     "seeds": [int],
-    "forget_sets": {str: {"samples": int, "sha256": str, "class": (int, None)}},
+    "forget_sets": {str: {"samples": int, "sha256": str, str: (int, str, None)}},
     "columns": {str: {str: SPREAD}},
+    "data?": {str: (str, int)},
     "step?": {"seconds": {"orthograd": SPREAD, "plain": SPREAD}},
 }
 
@@ -84,8 +85,13 @@ def _name(shape: type | None) -> str:
 def check_summary(summary: Any) -> None:
     """Raise `DamageError` unless tables and pages can be made of a summary.json."""
     expect(summary, SUMMARY)
-    if summary["job"] != "digits" or summary["task"] not in get_args(Task):
+    known = summary["job"] in registry.names()
+    if not known or summary["task"] not in registry.find(summary["job"]).tasks:
         raise DamageError(f"it is of {show(summary['job'])}, {show(summary['task'])}")
+    job = registry.find(summary["job"])
+    missing = [name for name in job.described if name not in summary.get("data", {})]
+    if missing:
+        raise DamageError(f"data has no {', '.join(missing)}")
     seeds, columns = summary["seeds"], summary["columns"]
     if not seeds or list(summary["forget_sets"]) != [str(seed) for seed in dict.fromkeys(seeds)]:
         raise DamageError("its seeds and its forget sets differ")

@@ -19,18 +19,10 @@ from typing import Any
 from torch import nn
 
 from gradsurgery.errors import InputError, TrainingError
-from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, DigitsData
-from gradsurgery.unlearn.jobs.digits.evaluation import evaluate, gaps
-from gradsurgery.unlearn.jobs.digits.job import (
-    DigitsConfig,
-    Variant,
-    load_data,
-    make_trainer,
-    reproducible,
-)
-from gradsurgery.unlearn.jobs.directory import RunDirectory
-from gradsurgery.unlearn.jobs.progress import Progress
+from gradsurgery.unlearn.jobs.base import JobConfig, Measured, Split, Variant
+from gradsurgery.unlearn.jobs.pipeline import Run, reproducible
 from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.jobs.summary import gaps
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.described import BATCHES, Described, LogUniform, Space
@@ -80,10 +72,10 @@ def draws(method: str, task: str, config: TrainerConfig, n: int) -> list[dict[st
 
 
 Trial = dict[str, Any]  # a line of tuning.jsonl
-Ready = dict[int, tuple[DigitsData, dict[str, nn.Module], dict[str, float]]]
+Ready = dict[int, tuple[Split, dict[str, nn.Module], Measured]]
 
 
-def check(config: DigitsConfig) -> None:
+def check(config: JobConfig) -> None:
     """Raise `InputError` where results would be reported for a seed the options are chosen on."""
     chosen_on = SEEDS + FINAL_SEEDS
     both = [seed for seed in chosen_on if seed in config.all_seeds]
@@ -95,8 +87,8 @@ def check(config: DigitsConfig) -> None:
         )
 
 
-def tune(config: DigitsConfig, directory: RunDirectory, progress: Progress) -> DigitsConfig:
-    """`config` with the best of `config.tune` draws for every method asked for, and `tune` 0.
+def tune(run: Run) -> JobConfig:
+    """The options of `run` with the best of `tune` draws for every method asked for, and `tune` 0.
 
     Each draw is a line of tuning.jsonl as soon as it is known, and a second one if it is run on
     further seeds; a search continued in the same directory repeats at most one.
@@ -104,6 +96,7 @@ def tune(config: DigitsConfig, directory: RunDirectory, progress: Progress) -> D
     Raises:
         TrainingError: naming a method whose every draw failed.
     """
+    config, directory = run.config, run.directory
     check(config)
     directory.make_folder("tuning")
     known = directory.rewind_tuning()
@@ -111,16 +104,17 @@ def tune(config: DigitsConfig, directory: RunDirectory, progress: Progress) -> D
 
     def tried(method: str, options: dict[str, Any], seeds: tuple[int, ...]) -> Trial:
         if seeds not in ready:
-            ready[seeds] = prepare(config, directory, progress, seeds)
-        return try_out(config, ready[seeds], method, options)
+            ready[seeds] = prepare(run, seeds)
+        return try_out(run, ready[seeds], method, options)
 
     best: dict[str, Any] = {}
     with reproducible(config.threads):
         for method in config.methods:
-            options = draws(method, config.task, getattr(config, method), config.tune)
+            kind = run.job.kind(config.task)
+            options = draws(method, kind, getattr(config, method), config.tune)
             lines = [line for line in known if line["method"] == method]
             last = config.tune + finalists(config.tune)
-            with progress.stage(f"tune {method}", last, len(lines)) as advance:
+            with run.progress.stage(f"tune {method}", last, len(lines)) as advance:
                 while len(lines) < last:
                     if len(lines) < config.tune:
                         line = tried(method, options[len(lines)], SEEDS)
@@ -136,7 +130,7 @@ def tune(config: DigitsConfig, directory: RunDirectory, progress: Progress) -> D
             if "gap" not in won:
                 raise TrainingError(f"tune: every draw of {method} failed: {won['error']}")
             best[method] = decoded(won)
-            progress.say(f"tuned  {method:<20}  gap {won['gap']:.4f}  {best[method]}")
+            run.progress.say(f"tuned  {method:<20}  gap {won['gap']:.4f}  {best[method]}")
     return replace(update(config, best), tune=0)
 
 
@@ -165,24 +159,24 @@ def final(first: Trial, more: Trial) -> Trial:
     return {**more, "final": True}
 
 
-def prepare(
-    config: DigitsConfig, directory: RunDirectory, progress: Progress, seeds: Sequence[int]
-) -> Ready:
+def prepare(run: Run, seeds: Sequence[int]) -> Ready:
     """Data, original and retrained model, and Retrain's numbers, of every seed."""
+    job, directory = run.job, run.directory
     ready: Ready = {}
     for seed in seeds:
-        data = load_data(config, seed)
+        split = job.split(run.config, seed)
         models: dict[str, nn.Module] = {}
         for name in TRAINED:
             file = f"tuning/seed{seed}-{name}.safetensors"
-            model = models[name] = DigitsCNN()
+            model = models[name] = run.fresh(seed, name)
             if directory.has(file):
                 directory.load_weights(model, file)
-            else:
-                make_trainer(config, data, seed, name, model, probed=False).run()
-                directory.save_model(model, file)
-                progress.say(f"tune   {name} of seed {seed}")
-        ready[seed] = data, models, evaluate(models["retrain"], data, "validation")
+                continue
+            if name == "retrain" or not job.given(run.config):
+                run.trainer(split, seed, name, model, probed=False).run()
+            directory.save_model(model, file)
+            run.progress.say(f"tune   {name} of seed {seed}")
+        ready[seed] = split, models, job.evaluate(models["retrain"], split, "validation")
     return ready
 
 
@@ -192,21 +186,21 @@ def decoded(line: Trial) -> dict[str, Any]:
     return {key: math.inf if value == "inf" else value for key, value in options}
 
 
-def try_out(config: DigitsConfig, ready: Ready, method: str, options: dict[str, Any]) -> Trial:
+def try_out(run: Run, ready: Ready, method: str, options: dict[str, Any]) -> Trial:
     """The line of tuning.jsonl of one draw; one that fails has an error in place of a gap."""
     plain = {key: "inf" if value == math.inf else value for key, value in options.items()}
-    line = {"task": config.task, "method": method, "options": plain}
-    tried = update(config, {method: options})
+    line = {"task": run.config.task, "method": method, "options": plain}
+    tried = replace(run, config=update(run.config, {method: options}))
     scores, measured = [], []
     try:
-        getattr(tried, method).check(method)
-        for fraction in config.fractions:
-            for seed, (data, models, wanted) in ready.items():
-                model = DigitsCNN()
+        getattr(tried.config, method).check(method)
+        for fraction in run.config.fractions:
+            for seed, (split, models, wanted) in ready.items():
+                model = run.job.model(run.config)
                 model.load_state_dict(models["original"].state_dict())
-                make_trainer(tried, data, seed, Variant(method, fraction).name, model).run()
-                measured.append(evaluate(model, data, "validation"))
-                scores.append(gaps(measured[-1], wanted)["mean"])
+                tried.trainer(split, seed, Variant(method, fraction).name, model).run()
+                measured.append(run.job.evaluate(model, split, "validation"))
+                scores.append(gaps(run.job, measured[-1], wanted)["mean"])
     except (TrainingError, ValueError) as error:
         return {**line, "error": str(error)}
     means = {key: round(mean(one[key] for one in measured), 4) for key in measured[0]}

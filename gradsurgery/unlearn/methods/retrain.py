@@ -24,6 +24,8 @@ class RetrainConfig(TrainerConfig):
     optimizer: Literal["sgd", "adam", "adamw"] = "adamw"
     weight_decay: float = 1e-2
     schedule: Literal["constant", "cosine", "onecycle"] = "onecycle"
+    start: Literal["scratch", "given"] = "scratch"
+    """scratch: weights are drawn anew. given: they are those of the model, such as a backbone's."""
 
 
 def reset_parameters(model: nn.Module, seed: int) -> None:
@@ -62,7 +64,10 @@ def reset_parameters(model: nn.Module, seed: int) -> None:
 
 
 class Retrain(Trainer[RetrainConfig]):
-    """Train from scratch on the retain set; with all the data as `retain`, train an original."""
+    """Train from scratch on the retain set; with all the data as `retain`, train an original.
+
+    With `start="given"` from weights that never saw the forget set, which is for you to know.
+    """
 
     name = "retrain"
     title = "Retrain"
@@ -72,7 +77,8 @@ class Retrain(Trainer[RetrainConfig]):
     draws = ("retain",)
 
     def prepare(self) -> None:
-        reset_parameters(self.model, self.seed)
+        if self.config.start == "scratch":
+            reset_parameters(self.model, self.seed)
 
     def gradients(self) -> Record:
         losses = self.accumulate(self.draw("retain"), self.losses)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.batch import map_batch, named_leaves
+from gradsurgery.batch import map_batch, named_leaves, refilled, tensors
 from gradsurgery.errors import InputError
 
 Batch = Any  # tensors that share their leading dimension B, in what `gradsurgery.batch` opens
@@ -68,3 +68,9 @@ def fresh(batch: Batch) -> Batch:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return map_batch(lambda tensor: tensor.to(device), batch)
+
+
+def joined(first: Batch, second: Batch) -> Batch:
+    """The samples of two batches of one form, those of the first before those of the second."""
+    pairs = zip(tensors(first), tensors(second), strict=True)
+    return refilled(first, [torch.cat(pair) for pair in pairs])

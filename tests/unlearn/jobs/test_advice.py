@@ -8,9 +8,10 @@ import threading
 import pytest
 
 from gradsurgery.cli import main
-from gradsurgery.unlearn.command import choose_directory, parse_digits
+from gradsurgery.unlearn.command import choose_directory, parse
 from gradsurgery.unlearn.jobs.directory import CHECKPOINT, RunDirectory
 from tests.unlearn.broken import command, numbers, refused
+from tests.unlearn.tiny import JOB
 
 
 def remade(path, line):
@@ -92,14 +93,14 @@ def test_a_damaged_run_of_others_does_not_stop_a_search(kinds, tmp_path, monkeyp
     damaged.write_bytes(damaged.read_bytes().replace(b"steps: 6", b"steps: 7"))
     (tmp_path / "runs/digits-class-2/config.yaml").unlink()
     (tmp_path / "runs/digits-class-2/config.yaml").mkdir()
-    assert str(choose_directory(parse_digits(wanted))) == "runs/digits-class-1"
+    assert str(choose_directory(JOB, parse(JOB, wanted))) == "runs/digits-class-1"
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     for line, number in zip(lines, (3, 2), strict=True):
         start = "gradsurgery: warning: passed over: --resume: "
         assert line.startswith(start) and f"runs/digits-class-{number}/config.yaml" in line
     (tmp_path / "runs/digits-class-1/env.json").write_text("{}")  # which is not looked at
-    assert str(choose_directory(parse_digits(wanted))) == "runs/digits-class-1"
+    assert str(choose_directory(JOB, parse(JOB, wanted))) == "runs/digits-class-1"
 
 
 @pytest.mark.parametrize("name", ["pages", ".", "..", "link"])
@@ -123,7 +124,7 @@ def test_a_page_in_the_place_of_a_folder_is_refused_first(
 def test_a_command_in_the_place_of_a_job_is_named(capsys):
     line = refused(capsys, ["unlearn", "compare", "a", "--out", "b"])
     assert line == (
-        "unlearn has no job named compare; there is digits; "
+        "unlearn has no job named compare; there are digits and images; "
         "compare is a command: gradsurgery compare"
     )
 
@@ -134,7 +135,7 @@ OPTIONS = "task: class\nseeds: 7\n"
 def test_options_may_come_through_a_link(tmp_path):
     (tmp_path / "options.yaml").write_text(OPTIONS)
     (tmp_path / "link.yaml").symlink_to("options.yaml")
-    assert parse_digits(["--config", str(tmp_path / "link.yaml")]).job.seeds == 7
+    assert parse(JOB, ["--config", str(tmp_path / "link.yaml")]).job.seeds == 7
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["fifo", "/dev/fd"])
@@ -144,13 +145,13 @@ def test_options_may_come_through_a_pipe(named, tmp_path):
         os.mkfifo(path)
         writer = threading.Thread(target=path.write_text, args=(OPTIONS,))
         writer.start()
-        assert parse_digits(["--config", str(path)]).job.seeds == 7
+        assert parse(JOB, ["--config", str(path)]).job.seeds == 7
         writer.join()
         return
     reading, writing = os.pipe()
     os.write(writing, OPTIONS.encode())
     os.close(writing)
-    assert parse_digits([f"--config=/dev/fd/{reading}"]).job.seeds == 7
+    assert parse(JOB, [f"--config=/dev/fd/{reading}"]).job.seeds == 7
     os.close(reading)
 
 

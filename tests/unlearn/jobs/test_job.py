@@ -10,18 +10,14 @@ import torch
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS
+from gradsurgery.unlearn.jobs.base import Variant
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
-from gradsurgery.unlearn.jobs.digits.evaluation import COMPARED, evaluate, make_probe, summarize
-from gradsurgery.unlearn.jobs.digits.job import (
-    DigitsConfig,
-    Variant,
-    make_trainer,
-    reproducible,
-    run,
-)
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.pipeline import reproducible
 from gradsurgery.unlearn.jobs.progress import PlainProgress
 from gradsurgery.unlearn.jobs.stages import parts, stage_name
+from gradsurgery.unlearn.jobs.summary import summarize
 from gradsurgery.unlearn.metrics.accuracy import accuracy
 from gradsurgery.unlearn.report.labels import LABELS, NAMES, title
 from gradsurgery.unlearn.report.plots import COLORS, MARKERS
@@ -29,7 +25,7 @@ from gradsurgery.unlearn.report.tables import behind, cell, full_table, lines, m
 from gradsurgery.unlearn.report.verdict import Place, ranking, sentences
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.seeds import derived
-from tests.unlearn.tiny import finished, tiny
+from tests.unlearn.tiny import JOB, finished, run, tiny, trainer
 
 
 def result(seed, method, forget, test, seconds):
@@ -53,7 +49,7 @@ def summary():
         result(1, "retrain", 0.0, 0.75, 4.0),
         result(1, "neggrad", 0.75, 0.75, 3.0),
     ]
-    return summarize("class", results, {"0": {}, "1": {}}, ["original", "retrain", "neggrad"])
+    return summarize(JOB, "class", results, {"0": {}, "1": {}}, ["original", "retrain", "neggrad"])
 
 
 def ranked(**gaps):
@@ -77,7 +73,7 @@ def test_gap_is_to_retrain_of_the_same_seed(summary):
 
 
 def test_only_accuracies_and_the_attack_on_the_loss_enter_the_mean_gap(summary):
-    assert COMPARED == ("forget", "repaired", "retain", "test", "test_forgotten", "mia")
+    assert JOB.compared == ("forget", "repaired", "retain", "test", "test_forgotten", "mia")
     neggrad = summary["columns"]["neggrad"]
     assert "mia_auc" in neggrad and "gap_mia_auc" not in neggrad
 
@@ -151,15 +147,15 @@ def test_every_method_has_options_a_name_and_a_look():
         assert name in NAMES
         assert name in MARKERS
     assert len(COLORS) == len(set(COLORS.values())) == len(set(MARKERS.values()))
-    assert set(COMPARED) <= set(LABELS)
+    assert set(JOB.compared) <= set(LABELS)
     assert replace(config, method=("all",)).methods == list(METHODS)
     assert config.methods == ["orthograd", "ltu", "graddiff", "finetune"]
 
 
 def test_all_methods_of_a_seed_see_the_same_order_and_training_its_own():
-    data, config = load("random", seed=0), DigitsConfig.for_task("random")
+    data, config = load("random", seed=0), JOB.defaults("random")
     drawn = {
-        name: make_trainer(config, data, 0, name, DigitsCNN()).batches["retain"].seed // 2
+        name: trainer(config, data, 0, name, DigitsCNN()).batches["retain"].seed // 2
         for name in ("original", "retrain", "finetune", "graddiff", "orthograd", "graddiff@0.5")
     }
     unlearned = [drawn[name] for name in ("finetune", "graddiff", "orthograd", "graddiff@0.5")]
@@ -171,7 +167,7 @@ def test_all_methods_of_a_seed_see_the_same_order_and_training_its_own():
 def test_methods_get_a_share_of_the_retain_set_and_training_all_of_it():
     data, config = load("class", seed=0), tiny()
     sizes = {
-        name: len(make_trainer(config, data, 0, name, DigitsCNN()).data["retain"]["label"])
+        name: len(trainer(config, data, 0, name, DigitsCNN()).data["retain"]["label"])
         for name in ("original", "retrain", "finetune", "finetune@0.1")
     }
     everything = len(data.retain["label"])
@@ -193,9 +189,9 @@ def test_retain_accuracy_is_over_all_of_the_retain_set():
             return torch.nn.functional.one_hot(torch.full((len(images),), 3), 10).float()
 
     share = (data.retain["label"] == 3).double().mean().item()
-    assert evaluate(Always(), data)["retain"] == pytest.approx(share)
+    assert JOB.evaluate(Always(), data)["retain"] == pytest.approx(share)
     retain = replace(data, retain={key: value[:1] for key, value in data.retain.items()})
-    assert evaluate(Always(), retain)["retain"] != pytest.approx(share)
+    assert JOB.evaluate(Always(), retain)["retain"] != pytest.approx(share)
 
 
 def test_a_sweep_is_one_run_with_a_column_a_share(tmp_path):
@@ -267,7 +263,7 @@ def test_too_few_forget_samples_for_an_attack_have_none(tmp_path):
 
 def test_the_probe_never_looks_at_test_data():
     data = replace(load("mislabeled", seed=0), test=None)
-    found = make_probe(data)(DigitsCNN())
+    found = JOB.probe(data)(DigitsCNN())
     assert sorted(found) == [
         "forget_accuracy",
         "forget_loss",

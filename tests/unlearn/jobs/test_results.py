@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
-from gradsurgery.unlearn.jobs.digits.tuned import TUNED
 from gradsurgery.unlearn.training.config import update
+from tests.unlearn.tiny import JOB
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts/results.py"
@@ -47,7 +46,7 @@ def test_tables_go_between_the_marks_and_a_second_run_does_nothing_twice(tmp_pat
     places = [text.index(part) for part in order]
     assert places == sorted(places)
     assert "| | gap | behind | forget | retain | test | forgotten | attack | seconds |" in text
-    apart = TUNED["class"]["orthograd"].get("granularity") == "tensor"
+    apart = JOB.tuned["class"]["orthograd"].get("granularity") == "tensor"
     tuned = "off each sample, " + ("each tensor" if apart else "whole model")
     assert f"| OrthoGrad, as it is: {tuned} |" in text
     # one original and one retrained model serve all of a seed
@@ -66,8 +65,8 @@ def test_tables_go_between_the_marks_and_a_second_run_does_nothing_twice(tmp_pat
 
 def test_what_is_ablated_are_options_that_exist(results):
     for label, method, changes in results.ABLATIONS:
-        for task in TUNED:
-            update(DigitsConfig.for_task(task), {method: changes}).check()
+        for task in JOB.tasks:
+            update(JOB.defaults(task), {method: changes}).check()
         assert label and len(changes) == 1
 
 

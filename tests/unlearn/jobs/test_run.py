@@ -93,9 +93,9 @@ def test_numbers_of_new_directories_go_up(tmp_path):
 def test_fingerprint_is_of_the_set():
     """printf '3,7,20' | sha256sum, whatever the order."""
     expected = "426de47cc66410340490d6f0a5156b9d7526536337ea7304fcb598ecb939e02c"
-    assert fingerprint(torch.tensor([20, 3, 7])) == expected
-    assert fingerprint(torch.tensor([3, 7, 20])) == expected
-    assert fingerprint(torch.tensor([3, 7, 21])) != expected
+    assert fingerprint([20, 3, 7]) == expected
+    assert fingerprint([3, 7, 20]) == expected
+    assert fingerprint([3, 7, 21]) != expected
 
 
 def test_numbers_that_are_none_are_refused(tmp_path):

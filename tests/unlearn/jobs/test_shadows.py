@@ -9,12 +9,12 @@ import torch
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs import shadows
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
-from gradsurgery.unlearn.jobs.digits.job import make_trainer, reproducible, shadowed
 from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.pipeline import Run, reproducible
 from gradsurgery.unlearn.metrics.ulira import logit_confidence, u_lira
 from gradsurgery.unlearn.report.render import not_measured
 from gradsurgery.unlearn.training.seeds import derived
-from tests.unlearn.tiny import finished, tiny
+from tests.unlearn.tiny import JOB, finished, tiny, trainer
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_it_is_the_attack_on_models_trained_alike(attacked):
     def confidences(seed, name):
         model = DigitsCNN()
         if name == "neggrad":
-            make_trainer(config, data, seed, "original", model).run()
-        make_trainer(config, data, seed, name, model).run()
+            trainer(config, data, seed, "original", model).run()
+        trainer(config, data, seed, name, model).run()
         with torch.no_grad():
             return logit_confidence(model.eval()(data.forget["image"]), data.forget["label"])
 
@@ -73,7 +73,7 @@ def test_a_run_goes_on_with_the_shadows_it_has(attacked, monkeypatch):
     monkeypatch.setattr(shadows, "_model", None)  # not one is made again
     with RunDirectory(path) as directory:
         again = shadows.attack(
-            shadowed(config, load("random", 0)), directory, Silent(), (0, "neggrad")
+            Run(JOB, config, directory, Silent()), load("random", 0), (0, "neggrad")
         )
     assert again == {key: before["metrics"][key] for key in again}
 

@@ -11,16 +11,17 @@ import yaml
 from gradsurgery.cli import main
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, NegGrad, TrainerConfig, TrainingError
-from gradsurgery.unlearn.command import parse_digits
+from gradsurgery.unlearn.command import parse
 from gradsurgery.unlearn.jobs import tune as search
 from gradsurgery.unlearn.jobs.digits import data as digits
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.pipeline import Run
 from gradsurgery.unlearn.jobs.progress import PlainProgress
 from gradsurgery.unlearn.jobs.tune import FINAL_SEEDS, SEEDS, check, draws, space, tune
 from gradsurgery.unlearn.training.config import to_dict, update
 from gradsurgery.unlearn.training.described import LogUniform
-from tests.unlearn.tiny import tiny
+from tests.unlearn.tiny import JOB, tiny
 
 ROOT = Path(__file__).parents[3]
 ASKED = ("--task=class", "--method", "neggrad", "finetune", "--seeds=1", "--training.steps=12")
@@ -43,7 +44,7 @@ def one_seed(monkeypatch):
 
 def searched(path, config):
     with RunDirectory(path) as directory:
-        return tune(config, directory, PlainProgress()), list(directory.tuning())
+        return tune(Run(JOB, config, directory, PlainProgress())), list(directory.tuning())
 
 
 def test_only_options_there_are_are_drawn():
@@ -116,8 +117,8 @@ def test_the_best_quarter_is_run_on_further_seeds(tmp_path, spaces, one_seed, mo
     further = {0.1: 0.7, 0.2: 0.3}  # on 107: means of 0.4 and 0.25
     seen = []
 
-    def tried(config, ready, method, options):
-        (seed,) = ready
+    def tried(run, ready, method, options):
+        (seed,), config = ready, run.config
         given = draws(method, config.task, getattr(config, method), 9)
         first = scores[given.index(options)]
         seen.append((seed, first))
@@ -142,8 +143,8 @@ def test_the_best_quarter_is_run_on_further_seeds(tmp_path, spaces, one_seed, mo
 
 
 def test_a_finalist_that_fails_does_not_win(tmp_path, spaces, one_seed, monkeypatch):
-    def tried(config, ready, method, options):
-        line = {"task": config.task, "method": method, "options": options}
+    def tried(run, ready, method, options):
+        line = {"task": run.config.task, "method": method, "options": options}
         return {**line, "gap": options["lr"]} if 105 in ready else {**line, "error": "diverged"}
 
     monkeypatch.setattr(search, "try_out", tried)
@@ -262,7 +263,7 @@ def test_a_run_searches_first_and_keeps_what_it_found(tmp_path, spaces, one_seed
 def test_a_run_without_a_search_is_not_continued_with_one(tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
-    RunDirectory(out).write_options("config.yaml", parse_digits(list(ASKED)).job)
+    RunDirectory(out).write_options("config.yaml", parse(JOB, list(ASKED)).job)
     with pytest.raises(SystemExit):
         main(["unlearn", "digits", *ASKED, "--tune=1", f"--out={out}", "--resume=auto"])
     assert "other options: tune was 0, is 1" in capsys.readouterr().err

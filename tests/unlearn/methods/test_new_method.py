@@ -44,16 +44,16 @@ from pathlib import Path
 import gradsurgery
 from gradsurgery.cli import main
 from gradsurgery.unlearn import METHODS, unlearning
-from gradsurgery.unlearn.command import parse_digits
+from gradsurgery.unlearn.command import parse
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.tune import draws
 from gradsurgery.unlearn.report import labels, methods, plots
-from tests.unlearn.tiny import finished, tiny
+from tests.unlearn.tiny import JOB, finished, tiny
 
 text = io.StringIO()
 with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
     main(["unlearn", "digits", "--help"])
-config = parse_digits(["--method", "slowly", "finetune", "--slowly.patience", "3"]).job
+config = parse(JOB, ["--method", "slowly", "finetune", "--slowly.patience", "3"]).job
 summary = finished(Path("run"), tiny(method=("slowly",)))
 print(json.dumps({
     "package": gradsurgery.__file__,

@@ -10,14 +10,17 @@ import torch
 from gradsurgery import OrthoGrad, Surgeon
 from gradsurgery.unlearn import OrthoGradConfig, OrthoGradTrainer, RetrainConfig
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, reproducible, run, summarize
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory
+from gradsurgery.unlearn.jobs.pipeline import reproducible
 from gradsurgery.unlearn.jobs.progress import PlainProgress
+from gradsurgery.unlearn.jobs.summary import summarize
 from gradsurgery.unlearn.objectives.base import take
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.report.render import step_cost
 from gradsurgery.unlearn.training.surgical import with_ceiling
 from tests.unlearn.jobs.test_job import result
+from tests.unlearn.tiny import JOB, run
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -127,7 +130,7 @@ TRAINED = ("original", "retrain")
 
 def summary_of(results, *names):
     forget_sets = {str(seed): {} for seed in sorted({one["seed"] for one in results})}
-    return summarize("class", results, forget_sets, names or (*TRAINED, "orthograd"))
+    return summarize(JOB, "class", results, forget_sets, names or (*TRAINED, "orthograd"))
 
 
 def test_the_summary_has_both_times_of_every_seed(results):

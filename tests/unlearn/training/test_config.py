@@ -7,23 +7,23 @@ import yaml
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
-from gradsurgery.unlearn.jobs.digits.tuned import TUNED
 from gradsurgery.unlearn.jobs.yaml import read_yaml, to_yaml
 from gradsurgery.unlearn.training.config import differences, to_dict, update
+from tests.unlearn.tiny import JOB
 
 
-@pytest.mark.parametrize("task", TUNED)
+@pytest.mark.parametrize("task", JOB.tasks)
 def test_yaml_round_trip(task):
-    config = DigitsConfig.for_task(task)
+    config = JOB.defaults(task)
     config.neggrad.forget_ceiling = math.inf
     config.orthograd.rtol = 1e-7
     config.method = ("orthograd", "neggrad")
     assert update(DigitsConfig(), yaml.safe_load(to_yaml(config))) == config
 
 
-@pytest.mark.parametrize("task", TUNED)
+@pytest.mark.parametrize("task", JOB.tasks)
 def test_chosen_options_are_valid(task):
-    DigitsConfig.for_task(task).check()
+    JOB.defaults(task).check()
 
 
 def test_update_leaves_the_original_alone():

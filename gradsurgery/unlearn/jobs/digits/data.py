@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.objectives.base import Batch, take
+from gradsurgery.unlearn.jobs.classifiers import LabeledSplit, divide
 
 Task = Literal["mislabeled", "class", "random"]
 CLASSES = 10
@@ -50,37 +49,6 @@ class DigitsCNN(nn.Module):
         return self.head(self.features(images))
 
 
-@dataclass(frozen=True)
-class DigitsData:
-    """One seed's split. Every set is {"image": [N, 1, 8, 8] in [0, 1], "label": [N]}.
-
-    `forget` and `retain` are disjoint and make up the training set; `forget` carries the labels the
-    original model was trained on, wrong ones where the task is mislabeled, and `true_labels` the
-    right ones.
-    """
-
-    task: Task
-    forget: dict[str, Tensor]
-    true_labels: Tensor  # [n_forget]
-    retain: dict[str, Tensor]
-    validation: dict[str, Tensor]
-    test: dict[str, Tensor]
-    forget_ids: Tensor  # [n_forget] indices into scikit-learn's data set
-    forget_class: int | None
-
-    @property
-    def train(self) -> dict[str, Tensor]:
-        return {key: torch.cat([self.forget[key], self.retain[key]]) for key in self.forget}
-
-    def split(self, name: Literal["validation", "test"]) -> tuple[Batch, Batch | None]:
-        """A held-out set as (what should stay right, samples of the forgotten class if any)."""
-        held_out = self.validation if name == "validation" else self.test
-        if self.forget_class is None:
-            return held_out, None
-        forgotten = held_out["label"] == self.forget_class
-        return take(held_out, ~forgotten), take(held_out, forgotten)
-
-
 def random_count(percent: float) -> int:
     """How many of the training samples `percent` of them are; at least one must go and one stay."""
     if not 0 < percent < 100:
@@ -94,26 +62,12 @@ def random_count(percent: float) -> int:
     return count
 
 
-def share(data: dict[str, Tensor], fraction: float, seed: int) -> dict[str, Tensor]:
-    """A share in (0, 1] of labeled samples, the same of every class, drawn by `seed`.
-
-    No class loses its last sample. A smaller share is part of a larger one, and the order stays.
-    """
-    labels = data["label"]
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    kept = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        drawn = order[labels[order] == label]
-        kept[drawn[: max(1, round(fraction * len(drawn)))]] = True
-    return take(data, kept)
-
-
 def load(
     task: str,
     seed: int,
     forget_class: int | None = None,
     random_percent: float = RANDOM_PERCENT,
-) -> DigitsData:
+) -> LabeledSplit:
     """Split the digits for one seed.
 
     Test (360) is fixed; validation (180) and training (1,257) are drawn from the rest by `seed`,
@@ -156,18 +110,10 @@ def load(
             count = random_count(random_percent)
         forgotten = torch.zeros(len(train), dtype=torch.bool)
         forgotten[torch.randperm(len(train), generator=generator)[:count]] = True
-    forget, retain = take(data, train[forgotten]), take(data, train[~forgotten])
-    true_labels = forget["label"]
+    wrong = None
     if task == "mislabeled":
+        true_labels = train_labels[forgotten]
         shift = torch.randint(1, CLASSES, true_labels.shape, generator=generator)
-        forget = {"image": forget["image"], "label": (true_labels + shift) % CLASSES}
-    return DigitsData(
-        task=task,  # type: ignore[arg-type]
-        forget=forget,
-        true_labels=true_labels,
-        retain=retain,
-        validation=take(data, torch.as_tensor(validation)),
-        test=take(data, torch.as_tensor(test)),
-        forget_ids=train[forgotten],
-        forget_class=forget_class,
-    )
+        wrong = (true_labels + shift) % CLASSES
+    held_out = {"validation": torch.as_tensor(validation), "test": torch.as_tensor(test)}
+    return divide(data, train, held_out, forgotten, wrong, forget_class)

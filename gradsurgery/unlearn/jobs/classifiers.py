@@ -1,0 +1,250 @@
+"""What jobs with a classifier share: splits of labeled samples, what is measured, probes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradsurgery.unlearn.jobs.base import (
+    COSTS,
+    DISTANCE,
+    GAP,
+    C,
+    HeldOut,
+    Job,
+    Measured,
+    Metric,
+    Split,
+)
+from gradsurgery.unlearn.methods.finetune import FinetuneConfig
+from gradsurgery.unlearn.metrics import attacks, distance
+from gradsurgery.unlearn.metrics.accuracy import share_right, uis
+from gradsurgery.unlearn.metrics.relearn import relearn_steps
+from gradsurgery.unlearn.metrics.ulira import logit_confidence
+from gradsurgery.unlearn.objectives import classification
+from gradsurgery.unlearn.objectives.base import Batch, take
+from gradsurgery.unlearn.training.data import whole
+from gradsurgery.unlearn.training.modes import evaluating
+from gradsurgery.unlearn.training.trainer import Probe
+
+PROBED = 256  # retain samples measured during a run; at its end all of them are
+PIXELS = 2**21  # measured at once, at most: a network's activations are many times as large
+MOST = 2048  # samples measured at once
+# how the forget set is learned again, to see how well it was forgotten
+RELEARN = FinetuneConfig(steps=60, lr=3e-3, retain_batch=128)
+UIS_KIND = {"mislabeled": "class", "class": "class", "random": "random"}
+ACCURACY, MEMBERSHIP = "Accuracy", "Membership"
+
+
+@dataclass(frozen=True)
+class LabeledSplit(Split):
+    """Every set is {"image": [N, C, H, W] in [0, 1], "label": [N]}.
+
+    `forget` carries the labels the original model was trained on, wrong ones where `mislabeled`,
+    and `true_labels` the right ones.
+    """
+
+    true_labels: Tensor  # [n_forget]
+    mislabeled: bool
+    forget_class: int | None  # where a whole class is forgotten
+
+    def held_out(self, name: HeldOut) -> tuple[Batch, Batch | None]:
+        """A held-out set as (what should stay right, samples of the forgotten class if any)."""
+        found = self.validation if name == "validation" else self.test
+        if self.forget_class is None:
+            return found, None
+        forgotten = found["label"] == self.forget_class
+        return take(found, ~forgotten), take(found, forgotten)
+
+
+class ClassifierJob(Job[C, LabeledSplit]):
+    """A job whose model tells classes apart."""
+
+    objective = staticmethod(classification.cross_entropy)
+    metrics = (
+        Metric("forget", "forget set", ACCURACY, short="forget", compared=True),
+        Metric("repaired", "forget set, true labels", ACCURACY, short="true labels", compared=True),
+        Metric("retain", "retain set", ACCURACY, short="retain", compared=True),
+        Metric("test", "test", ACCURACY, short="test", compared=True),
+        Metric(
+            "test_forgotten", "test, forgotten class", ACCURACY, short="forgotten", compared=True
+        ),
+        GAP,
+        Metric("tow", "tug of war", DISTANCE),
+        Metric("uis", "UIS", DISTANCE),
+        Metric("kl_forget", "KL of outputs, forget set", DISTANCE),
+        Metric("kl_test", "KL of outputs, test", DISTANCE),
+        Metric("js_forget", "Jensen-Shannon, forget set", DISTANCE),
+        Metric("js_test", "Jensen-Shannon, test", DISTANCE),
+        Metric("activation_forget", "L2 of outputs, forget set", DISTANCE),
+        Metric("activation_test", "L2 of outputs, test", DISTANCE),
+        Metric("mia", "membership attack", MEMBERSHIP, short="attack", compared=True),
+        Metric("mia_confidence", "confidence attack", MEMBERSHIP),
+        Metric("mia_entropy", "entropy attack", MEMBERSHIP),
+        Metric("mia_modified_entropy", "modified entropy attack", MEMBERSHIP),
+        Metric("mia_correctness", "correctness attack", MEMBERSHIP),
+        Metric("mia_auc", "AUC of the loss", MEMBERSHIP),
+        Metric("mia_tpr", "TPR at 1 % FPR", MEMBERSHIP),
+        Metric("ulira", "U-LiRA", MEMBERSHIP),
+        Metric("ulira_auc", "AUC of U-LiRA", MEMBERSHIP),
+        Metric("relearn", f"steps to relearn, at most {RELEARN.steps}", "Relearning", digits=0),
+        *COSTS,
+    )
+
+    def share(self, retain: Batch, fraction: float, seed: int) -> Batch:
+        return share(retain, fraction, seed)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        split: LabeledSplit,
+        held_out: HeldOut = "test",
+        retrain: nn.Module | None = None,
+    ) -> Measured:
+        """Every metric of one model.
+
+        forget: accuracy on the forget set with the labels it was trained on, in [0, 1]. repaired:
+        the same samples with their true labels, where those differ. retain: on all of the retain
+        set. test: held-out accuracy, without the forgotten class if there is one, whose own
+        accuracy is test_forgotten; a held-out set without one of the two has no such number. mia
+        and its like: attacks on forget against held-out outputs, if there are enough of either.
+        kl, js, activation: distances of the outputs to those of `retrain`.
+        """
+        unseen = split.validation if held_out == "validation" else split.test
+        sides = {"forget": split.forget, "test": unseen}
+        known = {name: classification.labels(side) for name, side in sides.items()}
+        found = {name: outputs(model, side) for name, side in sides.items()}
+        measured = {"forget": share_right(found["forget"], known["forget"])}
+        if split.mislabeled:
+            measured["repaired"] = share_right(found["forget"], split.true_labels)
+        kept = outputs(model, split.retain)
+        measured["retain"] = share_right(kept, classification.labels(split.retain))
+        gone = known["test"] == (-1 if split.forget_class is None else split.forget_class)
+        for name, which in (("test", ~gone), ("test_forgotten", gone)):
+            if bool(which.any()):
+                measured[name] = share_right(found["test"][which], known["test"][which])
+        if min(map(len, known.values())) >= attacks.ATTACK_SPLITS:
+            measured |= attacks.attack_all(
+                found["forget"], known["forget"], found["test"], known["test"]
+            )
+        if retrain is not None:
+            for name, side in sides.items():
+                wanted = outputs(retrain, side)
+                measured[f"kl_{name}"] = distance.kl(found[name], wanted)
+                measured[f"js_{name}"] = distance.js(found[name], wanted)
+                measured[f"activation_{name}"] = distance.activation_distance(found[name], wanted)
+        return measured
+
+    def scores(
+        self, task: str, measured: Measured, original: Measured, retrain: Measured | None
+    ) -> Measured:
+        kind = UIS_KIND[self.kind(task)]
+        found = {"uis": uis(original["test"], measured["test"], measured["forget"], kind=kind)}
+        if retrain is not None:
+            found["tow"] = distance.tow(measured, retrain)
+        return found
+
+    def relearned(self, model: nn.Module, split: LabeledSplit, original: nn.Module) -> int:
+        known = classification.labels(split.forget)
+        bar = share_right(outputs(original, split.forget), known)
+        steps = relearn_steps(model, self.objective, split.forget, bar, RELEARN)
+        return RELEARN.steps if steps is None else steps
+
+    def losses(self, model: nn.Module, split: LabeledSplit) -> dict[str, list[float]]:
+        return {
+            name: classification.label_losses(
+                outputs(model, side), classification.labels(side)
+            ).tolist()
+            for name, side in (("forget", split.forget), ("test", split.test))
+        }
+
+    def confidences(self, model: nn.Module, samples: Batch) -> Tensor:
+        return logit_confidence(outputs(model, samples), classification.labels(samples))
+
+    def probe(self, split: LabeledSplit) -> Probe:
+        """Forget, some retain and validation samples."""
+        validation, _ = split.held_out("validation")
+        # all of the retain set would double the time of a run; its order is random: the first will
+        # do
+        retain = take(split.retain, slice(0, PROBED))
+
+        def measure(model: nn.Module) -> Measured:
+            found = {}
+            for name, samples in {"forget": split.forget, "retain": retain}.items():
+                logits, labels = outputs(model, samples), classification.labels(samples)
+                found[f"{name}_accuracy"] = share_right(logits, labels)
+                found[f"{name}_loss"] = F.cross_entropy(logits, labels).item()
+                if name == "forget" and split.mislabeled:
+                    found["repaired_accuracy"] = share_right(logits, split.true_labels)
+            known = classification.labels(validation)
+            found["validation_accuracy"] = share_right(outputs(model, validation), known)
+            return found
+
+        return measure
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, samples: Batch) -> Tensor:
+    """Logits [N, C] on the CPU of a model in evaluation mode, a part of the samples at a time."""
+    pixels = classification.inputs(samples)[:1].numel()
+    size = max(1, min(MOST, PIXELS // max(1, pixels)))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with evaluating(model):
+        parts = [classification.logits(model, part).cpu() for part in whole(samples, size, device)]
+    return torch.cat(parts)
+
+
+def share(samples: Batch, fraction: float, seed: int) -> Batch:
+    """A share in (0, 1] of labeled samples, the same of every class, drawn by `seed`.
+
+    No class loses its last sample. A smaller share is part of a larger one, and the order stays.
+    """
+    labels = samples["label"]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    kept = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        drawn = order[labels[order] == label]
+        kept[drawn[: max(1, round(fraction * len(drawn)))]] = True
+    return take(samples, kept)
+
+
+def divide(
+    samples: Batch,
+    train: Tensor,
+    held_out: dict[str, Tensor],
+    forgotten: Tensor,
+    wrong: Tensor | None = None,
+    forget_class: int | None = None,
+) -> LabeledSplit:
+    """Samples by their numbers, as the sets of a split.
+
+    Args:
+        samples: all there are.
+        train: numbers of the training samples, [N].
+        held_out: numbers of the "validation" and the "test" samples.
+        forgotten: which training samples are forgotten, [N] bool.
+        wrong: the labels they were trained with, [n_forget]; none: their own.
+        forget_class: the class they are all of.
+    """
+    forget = take(samples, train[forgotten])
+    return LabeledSplit(
+        forget=forget if wrong is None else {**forget, "label": wrong},
+        retain=take(samples, train[~forgotten]),
+        validation=take(samples, held_out["validation"]),
+        test=take(samples, held_out["test"]),
+        ids=train[forgotten].tolist(),
+        about={"class": forget_class},
+        true_labels=forget["label"],
+        mislabeled=wrong is not None,
+        forget_class=forget_class,
+    )
+
+
+def counted(sizes: Iterable[int]) -> str:
+    """How many samples the seeds' forget sets have: "100", or "97 to 104"."""
+    found = sorted(set(sizes))
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
