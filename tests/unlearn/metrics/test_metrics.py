@@ -112,6 +112,18 @@ def test_paired_of_one_pair_has_no_error():
     assert paired([2.0], [0.5]) == {"mean": 1.5, "stderr": None, "interval": None}
 
 
+def test_paired_of_equal_differences():
+    assert paired([0.3] * 3, [0.2] * 3) == {
+        "mean": 0.3 - 0.2,
+        "stderr": 0,
+        "interval": [0.3 - 0.2] * 2,
+    }
+    # equal but for rounding, 1e-17, without a warning
+    found = paired([0.3, 0.4, 0.5], [0.2, 0.3, 0.4])
+    assert found["stderr"] == pytest.approx(0, abs=1e-16)
+    assert found["interval"] == pytest.approx([0.1, 0.1], abs=1e-15)
+
+
 def test_paired_interval_holds_the_truth_as_often_as_it_says():
     hits, rounds = 0, 2000
     draws = 0.3 + torch.randn(rounds, 4, dtype=torch.float64)
