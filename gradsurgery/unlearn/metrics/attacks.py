@@ -151,8 +151,11 @@ def checked_scores(values: Tensor, name: str) -> Tensor:
     return found
 
 
-def _passing(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Members and nonmembers at or above each distinct score, highest first, after a 0: [K + 1]."""
+def _ranks(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranks of either side's scores among all distinct ones, [n_members] and [n_nonmembers].
+
+    Order and ties are those of the scores, infinities among them, which libraries do not take.
+    """
     sides = [
         checked_scores(member_scores, "member_scores"),
         checked_scores(nonmember_scores, "nonmember_scores"),
@@ -160,12 +163,8 @@ def _passing(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, T
     for side, name in zip(sides, ("member_scores", "nonmember_scores"), strict=True):
         if len(side) == 0:
             raise InputError(f"{name}: no samples: an attack needs some of either kind")
-    distinct, level = torch.cat(sides).unique(return_inverse=True)
-    members, others = (
-        F.pad(torch.bincount(part, minlength=len(distinct)).flip(0).cumsum(0), (1, 0))
-        for part in level.split([len(side) for side in sides])
-    )
-    return members, others
+    _, ranks = torch.cat(sides).unique(return_inverse=True)
+    return ranks[: len(sides[0])], ranks[len(sides[0]) :]
 
 
 def roc(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,24 +180,31 @@ def roc(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, Tensor
     Returns:
         fpr [K + 1] and tpr [K + 1], float64, in [0, 1], ascending, K the distinct scores.
     """
-    members, others = _passing(member_scores, nonmember_scores)
-    return others.double() / others[-1], members.double() / members[-1]
+    from sklearn.metrics import roc_curve
+
+    members, others = _ranks(member_scores, nonmember_scores)
+    truth = [1] * len(members) + [0] * len(others)
+    fpr, tpr, _ = roc_curve(truth, torch.cat([members, others]).numpy(), drop_intermediate=False)
+    return torch.from_numpy(fpr), torch.from_numpy(tpr)
 
 
 def auc(member_scores: Tensor, nonmember_scores: Tensor) -> float:
     """Area under `roc`, in [0, 1]: the chance that a member scores above a nonmember, ties half.
 
-    This is the Mann-Whitney statistic over n_members n_nonmembers, counted in integers. 0.5 is
-    guessing; below 0.5 members look less like members than samples never seen, which gives them
-    away as well.
+    This is the Mann-Whitney statistic over n_members n_nonmembers, counted in halves and so without
+    rounding. 0.5 is guessing; below 0.5 members look less like members than samples never seen,
+    which gives them away as well.
 
     Args:
         member_scores: [n_members].
         nonmember_scores: [n_nonmembers].
     """
-    members, others = _passing(member_scores, nonmember_scores)
-    twice = (others.diff() * (members[1:] + members[:-1])).sum()
-    return int(twice) / (2 * int(members[-1]) * int(others[-1]))
+    from scipy.stats import mannwhitneyu
+
+    members, others = _ranks(member_scores, nonmember_scores)
+    # the method is that of the p-value, which is not used: an exact one takes long
+    wins = mannwhitneyu(members.numpy(), others.numpy(), method="asymptotic").statistic
+    return float(wins) / (len(members) * len(others))
 
 
 def tpr_at_fpr(member_scores: Tensor, nonmember_scores: Tensor, fpr: float = LOW_FPR) -> float:
