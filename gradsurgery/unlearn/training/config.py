@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import types
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import reduce
+from operator import or_
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
@@ -63,29 +66,22 @@ def check_types(config: Any, where: str) -> None:
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as the annotation wants it, or an error that names the option."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in choices:
-            return None
-        return _convert(value, next(c for c in choices if c is not type(None)), name)
-    if origin is Literal:
-        if value in choices:
-            return value
-        raise InputError(
-            f"{name} must be one of {', '.join(map(str, choices))}, got {brief(value)}"
-        )
+    origin, parts = get_origin(hint), get_args(hint)
+    if type(None) in parts and value is not None:
+        hint = reduce(or_, (part for part in parts if part is not type(None)))
+        return _convert(value, hint, name)
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_convert(item, choices[0], name) for item in items)
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        # YAML 1.1 reads 1e-3, which has no dot, as a string
-        try:
+        return tuple(_convert(item, parts[0], name) for item in items)
+    try:
+        # YAML 1.1 reads 1e-3, which has no dot, as a string; NumPy's floats are none to msgspec
+        if hint is float and isinstance(value, (float, str)):
             return float(value)
-        except (ValueError, OverflowError):
-            pass
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise InputError(f"{name} must be of type {hint.__name__}, got {brief(value)}")
+        return msgspec.convert(value, hint)
+    except ValueError:  # msgspec.ValidationError is one
+        kind = getattr(hint, "__name__", hint)
+        wanted = f"one of {', '.join(map(str, parts))}" if origin is Literal else f"of type {kind}"
+        raise InputError(f"{name} must be {wanted}, got {brief(value)}") from None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import yaml
 
@@ -60,6 +61,24 @@ def test_numbers_as_people_write_them():
     assert config.method == ("orthograd",)
     assert (config.orthograd.lr, config.orthograd.alpha) == (1e-3, 1.0)
     assert config.orthograd.rtol is None and config.orthograd.forget_ceiling == math.inf
+
+
+def test_numbers_that_only_python_reads():
+    """Neither YAML 1.1 nor JSON has +1e-3, .5e3 or 1_000e-1."""
+    text = "neggrad: {lr: +1e-3}\northograd: {alpha: .5e3}\nretain_fraction: [1_000e-3, .5]"
+    config = update(DigitsConfig(), yaml.safe_load(text))
+    assert (config.neggrad.lr, config.orthograd.alpha) == (1e-3, 500.0)
+    assert config.retain_fraction == (1.0, 0.5)
+
+
+def test_values_of_libraries_become_plain():
+    """NumPy's floats and strings are Python's by inheritance, and YAML cannot write them."""
+    given = {"lr": np.float64(0.25), "rtol": np.float64(1e-7), "optimizer": np.str_("sgd")}
+    changed = update(DigitsConfig(), {"orthograd": given, "retain_fraction": np.float64(0.5)})
+    assert changed == update(DigitsConfig(), yaml.safe_load(to_yaml(changed)))
+    section = changed.orthograd
+    assert (section.lr, section.rtol, section.optimizer) == (0.25, 1e-7, "sgd")
+    assert changed.retain_fraction == (0.5,)
 
 
 @pytest.mark.parametrize(
