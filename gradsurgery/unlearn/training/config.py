@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -28,6 +29,8 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
+        if isinstance(value, Path):
+            value = str(value)
         plain[name] = list(value) if isinstance(value, tuple) else value
     return plain
 
@@ -77,11 +80,18 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         # YAML 1.1 reads 1e-3, which has no dot, as a string; NumPy's floats are none to msgspec
         if hint is float and isinstance(value, (float, str)):
             return float(value)
-        return msgspec.convert(value, hint)
+        return msgspec.convert(value, hint, dec_hook=_path)
     except ValueError:  # msgspec.ValidationError is one
         kind = getattr(hint, "__name__", hint)
         wanted = f"one of {', '.join(map(str, parts))}" if origin is Literal else f"of type {kind}"
         raise InputError(f"{name} must be {wanted}, got {brief(value)}") from None
+
+
+def _path(kind: type, value: Any) -> Any:
+    """A path, which msgspec does not know."""
+    if kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    raise TypeError(f"{value} is no {kind}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs.classifiers import LabeledSplit, divide
+from gradsurgery.unlearn.jobs.networks import SmallCNN
 
 Task = Literal["mislabeled", "class", "random"]
 CLASSES = 10
@@ -20,33 +20,11 @@ TEST_SIZE, VALIDATION_SIZE, TRAIN_SIZE = 360, 180, 1257
 TEST_SEED = 20_260
 
 
-class DigitsCNN(nn.Module):
-    """Three convolutions and two linear layers, 124,426 parameters, [B, 1, 8, 8] -> logits [B, 10].
-
-    Group norm, not batch norm: a sample's loss must depend on that sample alone.
-    """
+class DigitsCNN(SmallCNN):
+    """124,426 parameters, [B, 1, 8, 8] -> logits [B, 10]."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.GroupNorm(4, 32),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.GroupNorm(4, 64),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.GroupNorm(4, 64),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        )
-        self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES)
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.features(images))
+        super().__init__(1, (8, 8), CLASSES)
 
 
 def random_count(percent: float) -> int:
