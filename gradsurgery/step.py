@@ -10,11 +10,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from gradsurgery import given
 from gradsurgery.apart import Trial
-from gradsurgery.batch import AnyLoss, batch_size, trainable
+from gradsurgery.batch import AnyLoss
 from gradsurgery.capture.held import Hold
 from gradsurgery.capture.leaves import without_autocast
-from gradsurgery.collect import ROLES, Added
+from gradsurgery.collect import Added
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import check_held
 from gradsurgery.info import StepInfo, seen
@@ -28,13 +29,10 @@ from gradsurgery.optimizers import (
     steppable,
 )
 from gradsurgery.passes import Passes
-from gradsurgery.ranks import check_alone, check_one_rank
+from gradsurgery.ranks import check_alone
 from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
 from gradsurgery.update import add_update, fits, solve
-
-# the model's parameters that have rows, and others that the optimizer holds
-Columns = tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]
 
 
 class Surgeon:
@@ -113,13 +111,7 @@ class Surgeon:
     ) -> None:
         one_of("rows", rows, ("captured", "stored"))
         one_of("hold", hold, ("auto", "pairs", "rows"))
-        for name, given, kind in (
-            ("model", model, nn.Module),
-            ("optimizer", optimizer, torch.optim.Optimizer),
-            ("rule", rule, Rule),
-        ):
-            got = given.__name__ if isinstance(given, type) else type(given).__name__
-            check(isinstance(given, kind), f"{name} must be a {kind.__name__}, got {got}")
+        given.check_kinds(model, optimizer, rule)
         check(
             together is None or isinstance(together, bool),
             f"together must be True, False or None, got {type(together).__name__}",
@@ -150,14 +142,7 @@ class Surgeon:
         self._trials: dict[Hashable, Trial] = {}
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
         self._looked_up()
-        plain = isinstance(self.optimizer, torch.optim.Adam) and not any(
-            group["amsgrad"] for group in self.optimizer.param_groups
-        )
-        check(
-            plain or rule.weighting is None or rule.weighting.precondition is None,
-            "precondition='optimizer' needs Adam or AdamW without amsgrad, "
-            f"got {type(self.optimizer).__name__}",
-        )
+        given.check_precondition(rule, self.optimizer)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -182,8 +167,8 @@ class Surgeon:
 
         Arguments and errors are those of `step`. What raises leaves the rows added before.
         """
-        parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
-        check(len(parts) > 0, f"add: no batch was given; {self._takes()}")
+        parts = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
+        check(len(parts) > 0, f"add: no batch was given; {given.takes(self.rule)}")
         columns = self._looked_up()
         undo = Undo(self.model, self.optimizer, self.rule)
         with undo, undo:
@@ -224,8 +209,8 @@ class Surgeon:
             "project= is of steps, and backward takes none: leave it out, and step within "
             "`with kept.steps(): optimizer.step()`",
         )
-        parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
-        self._check_complete({*parts} | self._added.parts)
+        parts = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
+        given.check_complete(self.rule, parts, self._added)
         columns = self._looked_up()
         with self._rows_used_up():
             undo = Undo(self.model, self.optimizer, self.rule)
@@ -293,8 +278,8 @@ class Surgeon:
         check_needs_no_closure(self.optimizer)
         if self.scaler is not None:
             check_stage(self.scaler, self.optimizer)
-        parts = self._given(forget=forget, retain=retain, batch=batch, memory=memory)
-        self._check_complete({*parts} | self._added.parts)
+        parts = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
+        given.check_complete(self.rule, parts, self._added)
         columns = self._looked_up()
         with self._rows_used_up():
             undo = Undo(self.model, self.optimizer, self.rule)
@@ -332,35 +317,8 @@ class Surgeon:
                 forget_stage(self.scaler, self.optimizer)
             raise
 
-    def _given(self, **parts: Any) -> dict[str, Any]:
-        """The batches that were given, if the rule has a use for them."""
-        given = {part: batch for part, batch in parts.items() if batch is not None}
-        name, roles = type(self.rule).__name__, self.rule.roles
-        check("memory" in roles or "memory" not in given, f"{name} has no memory rows")
-        if "forget" in roles:
-            check("batch" not in given, f"{self._takes()}, got {list(given)}")
-        else:
-            foreign = "forget" in given or "retain" in given
-            check(not foreign, f"{self._takes()}, got {list(given)}")
-        for part, batch in given.items():
-            batch_size(batch, part)
-        return given
-
-    def _takes(self) -> str:
-        name = type(self.rule).__name__
-        if "forget" in self.rule.roles:
-            return f"{name} takes forget= and retain="
-        return f"{name} lowers every loss it is given: it takes batch="
-
-    def _check_complete(self, parts: set[str]) -> None:
-        if self._added.overflowed:
-            return
-        needed = {"forget", "retain"} if "forget" in self.rule.roles else {"batch"}
-        got = [part for part in ROLES if part in parts]
-        check(needed <= parts, f"{self._takes()}, got {got}")
-
     def _take(
-        self, parts: dict[str, Any], loss: AnyLoss | None, columns: Columns, adds: bool
+        self, parts: dict[str, Any], loss: AnyLoss | None, columns: given.Columns, adds: bool
     ) -> None:
         """Add the rows of batches; where it raises, nothing is added."""
         if loss is None or not callable(loss):
@@ -390,7 +348,7 @@ class Surgeon:
         one = torch.ones((), dtype=torch.float32, device=like.device)
         return float(cast(Tensor, self.scaler.scale(one)))
 
-    def _update(self, columns: Columns, scale: float) -> StepInfo:
+    def _update(self, columns: given.Columns, scale: float) -> StepInfo:
         """Add the update of all rows, times `scale`, to `.grad`; the rows are used up."""
         named, outside = columns
         added, scale = self._added, scale * self._scale(next(iter(named.values())))
@@ -420,27 +378,9 @@ class Surgeon:
             return StepInfo.of_none()
         return info
 
-    def _looked_up(self) -> Columns:
+    def _looked_up(self) -> given.Columns:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""
-        held, outside = {}, {}
-        own = {id(parameter) for parameter in self.model.parameters()}
-        for g, group in enumerate(self.optimizer.param_groups):
-            for k, parameter in enumerate(group["params"]):
-                held[id(parameter)] = parameter
-                if parameter.requires_grad and id(parameter) not in own:
-                    names = group.get("param_names")
-                    name = names[k] if names else f"optimizer.param_groups[{g}]['params'][{k}]"
-                    outside[name] = parameter
-        foreign = held.keys() - own
-        gone = {name for name, known in self._known.items() if id(known) in foreign}
-        for name, parameter in self.model.named_parameters() if gone else ():
-            if name in gone and parameter.requires_grad and id(parameter) not in held:
-                check_one_rank(self.model)  # what spreads a model replaces parameters too
-                raise InputError(
-                    f"model: parameter {name} was replaced, and the optimizer holds the one from "
-                    "before: make an optimizer and a Surgeon of the model as it is"
-                )
-        named = trainable(self.model, list(held.values()))
+        named, outside = given.looked_up(self.model, self.optimizer, self._known)
         check_alone(self.process_group)
         self.rule.check_columns(list(named))
         if self.project is not None:

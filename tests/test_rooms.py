@@ -31,6 +31,7 @@ ORDER = (
     "undo",
     "passes",
     "collect",
+    "given",
     "info",
     "update",
     "step",
