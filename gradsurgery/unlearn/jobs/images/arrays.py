@@ -120,7 +120,7 @@ def assemble(parts: dict[str, Part], most: float, size: int | None, title: str) 
     for part in parts.values():
         for start in range(0, len(part.images), CHUNK):
             some = torch.from_numpy(part.images[start : start + CHUNK].astype(np.float32) / most)
-            if some.shape[2:] != to:
+            if some.shape[2:] != to:  # rounding would make white more than 1
                 some = F.interpolate(some, to, mode="bilinear", antialias=True).clamp_(0, 1)
             images[filled : filled + len(some)] = some
             filled += len(some)

@@ -163,6 +163,6 @@ def _tensor(arrays: list[np.ndarray]) -> torch.Tensor:
     images = torch.empty(len(arrays), channels, *arrays[0].shape[:2])
     for image, array in zip(images, arrays, strict=True):
         pixels = torch.from_numpy(array)
-        pixels = pixels.clamp(0, 1) if pixels.is_floating_point() else pixels.float() / 255
+        pixels = pixels if pixels.is_floating_point() else pixels.float() / 255
         image[:] = pixels if pixels.dim() == 2 else pixels.permute(2, 0, 1)
     return images

@@ -88,11 +88,17 @@ def test_packed_and_plain_are_told_by_their_content(tmp_path):
 
 
 def test_size(tmp_path):
-    put(tmp_path / "images-idx3-ubyte", np.indices((3, 64, 64)).sum(0) % 2 * 255)
+    put(tmp_path / "images-idx3-ubyte", np.indices((3, 60, 60)).sum(0) % 2 * 255)
     put(tmp_path / "labels-idx1-ubyte", [0, 1, 1])
     found = load(tmp_path, 4).images
     assert found.shape == (3, 1, 4, 4)
     torch.testing.assert_close(found, torch.full_like(found, 0.5), atol=0.02, rtol=0)
+
+
+def test_white_stays_1(tmp_path):
+    put(tmp_path / "images-idx3-ubyte", np.full((2, 7, 7), 255))
+    put(tmp_path / "labels-idx1-ubyte", [0, 1])
+    assert load(tmp_path, 3).images.max() == 1
 
 
 def test_size_in_chunks_is_that_of_each(tmp_path, monkeypatch):

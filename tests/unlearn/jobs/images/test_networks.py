@@ -221,7 +221,10 @@ def changed(name, value):
         (lambda s: s.update({"4": s.pop("1.bias")}), "it has no 1.bias, and the model has no 4$"),
         (changed("3.weight", torch.ones(4, 3)), r"3.weight must be \[3, 4\], got \[4, 3\]"),
         (changed("3.bias", torch.tensor([0, 1, torch.nan])), "3.bias holds .* not finite"),
-        (changed("3.bias", torch.tensor([0, 1, 1e300]).double()), "3.bias holds .* not finite"),
+        (
+            changed("3.bias", torch.tensor([0, 1, 1e300], dtype=torch.float64)),
+            "3.bias holds .* not finite",
+        ),
         (changed("3.bias", torch.ones(3).to_sparse()), "into dense float32, it is sparse_coo"),
         (changed("3.bias", torch.ones(3, dtype=torch.int8)), "float32, it is dense int8"),
         (changed("3.bias", torch.ones(3, device="meta")), "3.bias cannot be put into"),
