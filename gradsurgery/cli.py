@@ -16,7 +16,8 @@ from gradsurgery.text import show
 DESCRIPTION = "Gradient surgery and unlearning: jobs, reports, benchmarks."
 LONGEST = 800  # characters of a message
 COMMANDS = ("report", "compare", "bench", "rules", "doctor")  # and unlearn
-EXTRAS = 'pip install "gradsurgery[cli,jobs]"'
+EXTRAS = "cli,jobs"  # what brings the packages that a command needs
+MORE = {"PIL": "pillow", "mlxtend": "mlxtend"}  # of images, by the names they are imported by
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("gradsurgery"):
             raise
-        fail(f"this command needs {error.name}, which is not installed: {EXTRAS}", 2)
+        name = MORE.get(error.name, error.name)
+        extras = f"{EXTRAS},images" if error.name in MORE else EXTRAS
+        advice = f'pip install "gradsurgery[{extras}]"'
+        fail(f"this command needs {name}, which is not installed: {advice}", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:

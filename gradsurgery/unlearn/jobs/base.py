@@ -263,8 +263,9 @@ class Job(ABC, Generic[C, S]):
     def share(self, retain: Batch, fraction: float, seed: int) -> Batch:
         """A share in (0, 1) of the retain set, drawn by `seed`; a smaller one lies in a larger."""
 
-    def given(self, config: C) -> bool:
-        """Whether `model` is the original as it is, and none is trained."""
+    def given(self, config: C, model: nn.Module) -> bool:
+        """Give `model` the original's weights where they are given, so that none is trained;
+        whether they are."""
         return False
 
     def overlap(self, config: C) -> Literal["error", "allow"]:

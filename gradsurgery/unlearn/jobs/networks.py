@@ -147,6 +147,9 @@ class SmallViT(nn.Module):
             layer, depth, nn.LayerNorm(width), enable_nested_tensor=False
         )
         self.head = nn.Linear(width, classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         nn.init.trunc_normal_(self.token, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)
         for parameter in self.encoder.parameters():  # the layers are copies of one
@@ -157,8 +160,3 @@ class SmallViT(nn.Module):
         tokens = self.patches(images).flatten(2).mT  # [B, patches, width]
         tokens = torch.cat([self.token.expand(len(tokens), -1, -1), tokens], 1) + self.positions
         return self.head(self.encoder(tokens)[:, 0])
-
-
-def small_vit(channels: int, size: tuple[int, int], classes: int) -> SmallViT:
-    """A `SmallViT`."""
-    return SmallViT(channels, size, classes)

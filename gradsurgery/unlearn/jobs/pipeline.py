@@ -167,7 +167,7 @@ class StageRun:
             return
         trained = name in TRAINED
         model = run.fresh(seed, name) if trained else run.stored((seed, "original"))
-        if name == "original" and run.job.given(run.config):
+        if name == "original" and run.job.given(run.config, model):
             directory.finish(self.stage, model, {"steps": 0, "seconds": 0.0, "retain_samples": 0})
             return
         trainer = run.trainer(self.split, seed, name, model)

@@ -172,7 +172,7 @@ def prepare(run: Run, seeds: Sequence[int]) -> Ready:
             if directory.has(file):
                 directory.load_weights(model, file)
                 continue
-            if name == "retrain" or not job.given(run.config):
+            if name == "retrain" or not job.given(run.config, model):
                 run.trainer(split, seed, name, model, probed=False).run()
             directory.save_model(model, file)
             run.progress.say(f"tune   {name} of seed {seed}")

@@ -46,9 +46,9 @@ def reset_parameters(model: nn.Module, seed: int) -> None:
                 if parameter.requires_grad and parameter.is_floating_point():
                     parameter.fill_(math.nan)  # whatever keeps it was not drawn
             for module in model.modules():
-                reset = getattr(module, "reset_parameters", None)
-                if reset is not None:
-                    reset()
+                # torch's attention has it under the second name
+                for method in ("reset_parameters", "_reset_parameters"):
+                    getattr(module, method, lambda: None)()
             for name, parameter in named.items():
                 if not parameter.requires_grad:
                     parameter.copy_(before[name])

@@ -7,10 +7,10 @@ from torch import nn
 import gradsurgery as gs
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
-from gradsurgery.unlearn.jobs.networks import SmallCNN, resnet18, small_vit
+from gradsurgery.unlearn.jobs.networks import SmallCNN, SmallViT, resnet18
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 
-MAKERS = (SmallCNN, resnet18, small_vit)
+MAKERS = (SmallCNN, resnet18, SmallViT)
 SIZES = [(1, (28, 28)), (3, (33, 17)), (3, (64, 64)), (1, (1, 1))]
 CASES = [(f, *s) for f in MAKERS for s in SIZES if (f, s) != (SmallCNN, SIZES[-1])]
 
@@ -109,7 +109,7 @@ def test_resnet18_is_that_of_the_paper():
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (28, 28), (33, 17), (7, 500), (224, 224)])
 def test_patches_are_few_and_square(size):
-    model = small_vit(1, size, 10)
+    model = SmallViT(1, size, 10)
     patches = model.patches(torch.rand(1, 1, *size))
     assert patches[0, 0].numel() <= 64
     assert model.positions.shape[1] == patches[0, 0].numel() + 1
@@ -117,5 +117,5 @@ def test_patches_are_few_and_square(size):
 
 
 def test_layers_of_a_transformer_begin_apart():
-    layers = small_vit(1, (8, 8), 10).encoder.layers
+    layers = SmallViT(1, (8, 8), 10).encoder.layers
     assert not torch.equal(layers[0].linear1.weight, layers[1].linear1.weight)

@@ -158,7 +158,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
         super().check(config)
         for seed in config.all_seeds[:1]:
             self.split(config, seed)
-        self.model(config)
+        self.given(config, self.model(config))
 
     def __init__(self) -> None:
         self._read: tuple[object, tuple[Images, dict[str, Tensor]]] | None = None
@@ -185,12 +185,15 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
     def model(self, config: ImagesConfig, seed: int = 0) -> nn.Module:
         with seeded(seed, torch.device("cpu")):
             model = network(config.model, *self._network(config))
-        if config.checkpoint is not None:
+        if config.checkpoint is not None and config.checkpoint_is == "start":
             load_checkpoint(model, config.checkpoint)
         return model.to(config.device)
 
-    def given(self, config: ImagesConfig) -> bool:
-        return config.checkpoint is not None and config.checkpoint_is == "original"
+    def given(self, config: ImagesConfig, model: nn.Module) -> bool:
+        if config.checkpoint is None or config.checkpoint_is == "start":
+            return False
+        load_checkpoint(model, config.checkpoint)
+        return True
 
     def overlap(self, config: ImagesConfig) -> Literal["error", "allow"]:
         return "error" if config.duplicates == "refuse" else "allow"
@@ -214,6 +217,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
         of = f"{height} x {width} pixels, {classes} classes"
         used = "" if config.checkpoint is None else config.checkpoint_is
         model = self.model(config)
+        self.given(config, model)
         return {
             "title": images.title,
             "split": ", ".join(f"{size:,} {name}" for name, size in sizes.items()) + f"; {how}",

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 import gradsurgery
 from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
-from gradsurgery.unlearn.jobs.networks import SmallCNN, resnet18, small_vit
+from gradsurgery.unlearn.jobs.networks import SmallCNN, SmallViT, resnet18
 from gradsurgery.unlearn.objectives.classification import logits
 from gradsurgery.unlearn.training.modes import evaluating
 
-NETWORKS = {"cnn": SmallCNN, "resnet18": resnet18, "vit": small_vit}
+NETWORKS = {"cnn": SmallCNN, "resnet18": resnet18, "vit": SmallViT}
 PICKLES = (".pt", ".pth", ".bin")
 ENTRIES = ("state_dict", "model")  # where a checkpoint of more than weights has them
 # where lines of a traceback are not of the user's own code
