@@ -85,7 +85,11 @@ class AtLine:
     """An interrupt at the k-th line, call or return of what orders a step and what undoes it."""
 
     stride = 1
-    places = ("gradsurgery/step.py", "step"), ("gradsurgery/step.py", "_set_grads")
+    places = (
+        ("gradsurgery/step.py", "step"),
+        ("gradsurgery/step.py", "_update"),
+        ("gradsurgery/update.py", "add_update"),
+    )
 
     def __init__(self, k):
         self.left = k
