@@ -74,7 +74,7 @@ def run_job(job: Job[Any, Any], invocation: Invocation) -> None:
         TrainingError: a run that cannot go on; what to continue from is kept.
         KeyboardInterrupt: saying how to continue.
     """
-    config = invocation.job
+    config = invocation.job = job.resolved(invocation.job)
     job.check(config)
     check(config)
     progress = make_progress()

@@ -244,6 +244,10 @@ class Job(ABC, Generic[C, S]):
         itself, unless `alike` names another."""
         return self.alike.get(task, task)
 
+    def resolved(self, config: C) -> C:
+        """The options as a run keeps them, where some of them depend on the data."""
+        return config
+
     def check(self, config: C) -> None:
         """Raise `InputError` naming the first option that makes no sense, with these data."""
         config.check()

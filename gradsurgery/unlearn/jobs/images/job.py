@@ -19,11 +19,14 @@ from gradsurgery.unlearn.jobs.images.data import load
 from gradsurgery.unlearn.jobs.images.networks import load_checkpoint, network
 from gradsurgery.unlearn.jobs.images.split import Task, Wanted, split
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
+from gradsurgery.unlearn.objectives.base import batch_size
+from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.seeds import seeded
 from gradsurgery.unlearn.training.trainer import require
 
 PERCENT = {"confusion": 50.0}  # of the two classes; of all training samples elsewhere:
 USUAL_PERCENT = 10.0
+EPOCHS = 20
 
 
 @dataclass
@@ -65,7 +68,12 @@ class ImagesConfig(JobConfig):
     """allow: samples to forget may have copies among those that stay."""
     device: str = "cpu"
     """Where models are trained: cpu, cuda, cuda:1, ..."""
-    training: RetrainConfig = field(default_factory=lambda: RetrainConfig(start="given"))
+    epochs: int = EPOCHS
+    """Passes over the training samples that the original and the retrained model are trained for,
+    where --training.steps is 0."""
+    threads: int = field(default_factory=torch.get_num_threads)
+    """CPU threads of torch. Another number can change the last bits of every result."""
+    training: RetrainConfig = field(default_factory=lambda: RetrainConfig(steps=0, start="given"))
     """How the original and the retrained model are trained."""
 
     def check(self) -> None:
@@ -154,10 +162,22 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
     alike: ClassVar = {"confusion": "mislabeled", "ids": "random"}
     described = ("title", "split", "model", "function", "arguments", "parameters", "checkpoint")
 
+    def resolved(self, config: ImagesConfig) -> ImagesConfig:
+        """With the steps that its epochs make."""
+        require(config.epochs >= 1, "epochs", "at least 1", config.epochs)
+        if config.training.steps:
+            wanted = f"{EPOCHS} where --training.steps is given"
+            require(config.epochs == EPOCHS, "epochs", wanted, config.epochs)
+            return config
+        update(config, {"training": {"steps": 1}}).check()  # before the data are read
+        train = batch_size(self.split(config, config.first_seed).train)
+        # as a trainer counts them: a rest smaller than a batch is left out of its epoch
+        per_epoch = max(1, train // config.training.retain_batch)
+        return update(config, {"training": {"steps": config.epochs * per_epoch}, "epochs": EPOCHS})
+
     def check(self, config: ImagesConfig) -> None:
         super().check(config)
-        for seed in config.all_seeds[:1]:
-            self.split(config, seed)
+        self.split(config, config.first_seed)
         self.given(config, self.model(config))
 
     def __init__(self) -> None:

@@ -216,11 +216,24 @@ def test_options_come_from_the_command_line(tmp_path, data):
     assert (config.task, config.confused, config.size) == ("confusion", ("0", "2"), 16)
     assert (config.mean, config.neggrad.steps, config.data) == ((0.5,), 2, data)
     assert config.training.start == "given"
+    config = job.resolved(config)
     job.check(config)
     with RunDirectory(tmp_path / "run") as directory:
         directory.write_options("config.yaml", config)
     again = parse(job, ["--config", str(tmp_path / "run/config.yaml")]).job
     assert again == config
+
+
+def test_epochs_make_steps_unless_those_are_given(data):
+    job = ImagesJob()
+    few = {"training": {"steps": 0, "retain_batch": 32}}
+    assert job.resolved(tiny(data, epochs=3, **few)).training.steps == 6  # 86 samples: 2 batches
+    assert job.resolved(job.resolved(tiny(data, epochs=3, **few))).training.steps == 6
+    assert job.resolved(tiny(data)).training.steps == 12
+    with pytest.raises(InputError, match=r"--epochs must be 20 where --training.steps is given"):
+        job.resolved(tiny(data, epochs=3))
+    with pytest.raises(InputError, match=r"--training.retain-batch must be at least 1, got 0"):
+        job.resolved(tiny(data, training={"steps": 0, "retain_batch": 0}))
 
 
 def test_shadows_and_a_search_run(tmp_path, data, monkeypatch):
