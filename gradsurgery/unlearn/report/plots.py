@@ -10,7 +10,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
 from gradsurgery.unlearn.methods import ALL, METHODS
@@ -91,6 +93,18 @@ def _style(name: str) -> dict[str, Any]:
 def _probes(steps: list[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
     probed = [step for step in steps if x in step and y in step]
     return [step[x] for step in probed], [step[y] for step in probed]
+
+
+class PlainLog(LogFormatter):
+    """Numbers for a logarithmic axis, where powers of ten would be formulas, which are off."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _without_powers(axis: Axis) -> None:
+    axis.set_major_formatter(PlainLog())
+    axis.set_minor_formatter(PlainLog())
 
 
 def _axes(width: float = 4.7, height: float = 3.5) -> tuple[Figure, Axes]:
@@ -177,6 +191,7 @@ def curves(records: Records, names: list[str], best: list[str], y: str, label: s
     for name in _in_turn(names, best):
         _lines(axes, records, name, ("step", y), name in best, title(name))
     axes.set_yscale("log")
+    _without_powers(axes.yaxis)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     _legend(figure)
@@ -241,6 +256,7 @@ def histogram(forget: list[float], test: list[float], name: str) -> Figure:
         weights = np.full(len(clipped), 1 / max(len(clipped), 1))
         axes.hist(clipped, bins, weights=weights, color=shade, alpha=0.65, label=label)
     axes.set_xscale("log")
+    _without_powers(axes.xaxis)
     axes.set_title(title(name), loc="left", fontweight="bold")
     axes.set_xlabel("loss of a sample (nats)")
     axes.set_ylabel("share")
