@@ -421,7 +421,8 @@ def test_bars_and_a_drawn_table_on_a_terminal(monkeypatch, capsys):
     once = {"mean": 0.5, "std": None, "values": [0.5]}
     column = {"forget": once, "gap_mean": once, "seconds": once}
     names = ("original", "retrain", "ltu@0.1")
-    print_summary({"task": "class", "seeds": [0], "columns": dict.fromkeys(names, column)})
+    columns = dict.fromkeys(names, column)
+    print_summary({"job": "digits", "task": "class", "seeds": [0], "columns": columns})
     out = capsys.readouterr().out
     for text in ("With 10 % of the retain set, LTU ends 50.0 points", "Original", "Retrain"):
         assert text in out

@@ -3,64 +3,76 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from gradsurgery import __version__
 from gradsurgery.text import show
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs import registry
+from gradsurgery.unlearn.jobs.base import JobConfig, Summary
 from gradsurgery.unlearn.jobs.stages import parts
-from gradsurgery.unlearn.report.labels import LABELS, percent, title
+from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.training.config import to_dict
 
-WHAT = {
-    "mislabeled": "training samples that had been given wrong labels",
-    "class": "every training sample of one digit",
-    "random": "training samples drawn at random",
-}
+LIMITS = (
+    "Unlearning is approximate: no proof and no certified deletion of the data's influence.",
+    "Privacy was judged by attacks on the model's outputs alone; stronger ones may find more.",
+    "Only the named samples were forgotten, not copies or near copies of them in the retain set.",
+)
 
 
-def plain(value: object) -> str:
+def plain(value: object, limit: int = 200) -> str:
     """Text that Markdown shows as it is: no link, no HTML, no cell of a table."""
-    return re.sub(r"([\\`*\[\]<>|&~$:@])", r"\\\1", show(value))
+    return re.sub(r"([\\`*\[\]<>|&~$:@])", r"\\\1", show(value, limit))
 
 
-def model_card(config: DigitsConfig, summary: dict[str, Any], seed: int, name: str) -> str:
+def fenced(code: str) -> str:
+    """Python as a block that nothing in it can end."""
+    longest = max(map(len, re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}python\n{code}\n{fence}"
+
+
+def model_card(config: JobConfig, summary: Summary, seed: int, name: str) -> str:
     """Markdown: method, forget set, options, numbers beside Original and Retrain, limits."""
+    job = registry.find(summary["job"])
     forgotten = summary["forget_sets"][str(seed)]
+    texts = job.texts({**summary, "seeds": [seed], "forget_sets": {str(seed): forgotten}})
     index = summary["seeds"].index(seed)
     columns = ["original", "retrain"] + ([name] if name != "retrain" else [])
     method, _, fraction = parts(name)
     options = to_dict(config.training if name == "retrain" else getattr(config, method))
-    digit = "" if forgotten["class"] is None else f" (digit {forgotten['class']})"
 
     def value(column: str, key: str) -> str:
         entry = summary["columns"][column].get(key)
         return "" if entry is None else f"{entry['values'][index]:.4g}"
 
-    keys = [key for key in LABELS if any(key in summary["columns"][c] for c in columns)]
     rows = "\n".join(
-        f"| {LABELS[key]} | {' | '.join(value(column, key) for column in columns)} |"
-        for key in keys
+        f"| {metric.title} | {' | '.join(value(column, metric.key) for column in columns)} |"
+        for metric in job.metrics
+        if any(metric.key in summary["columns"][column] for column in columns)
     )
     settings = "\n".join(f"| {key} | {plain(setting)} |" for key, setting in options.items())
-    return f"""# Digits classifier, unlearned by {plain(title(name))}
+    code = "\n".join(
+        [
+            "from safetensors.torch import load_file",
+            texts.loading,
+            'model.load_state_dict(load_file("model.safetensors"))',
+        ]
+    )
+    doubts = [plain(texts.doubts, 2000)] if texts.doubts else []
+    limits = "\n".join(f"- {limit}" for limit in (*LIMITS, *doubts))
+    return f"""# {plain(texts.card_title)}, unlearned by {plain(title(name))}
 
-A convolutional network of 124,426 parameters for 8 x 8 images of handwritten digits, made by
-gradsurgery {__version__}. Load it with
+{plain(texts.model, 2000)}, made by gradsurgery {__version__}. Load it with
 
-```python
-from safetensors.torch import load_file
-from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
-
-model = DigitsCNN()
-model.load_state_dict(load_file("model.safetensors"))
-```
+{fenced(code)}
 
 ## What was forgotten
 
-- {forgotten["samples"]} {WHAT[config.task]}{digit}, of scikit-learn's digits data set, seed {seed}
+- {plain(texts.forgotten, 2000)}, seed {seed}
 - forget set, SHA-256 of its sorted sample indices: `{forgotten["sha256"]}`
 - method: {plain(title(name))}, with {percent(fraction)} of the retain set
+
+{plain(texts.real, 2000)}
 
 ## Numbers of this model (seed {seed})
 
@@ -79,8 +91,5 @@ good, beyond it is not better. summary.json has all seeds and methods.
 
 ## Limits
 
-- Unlearning is approximate: no proof and no certified deletion of the data's influence.
-- Privacy was judged by attacks on the model's outputs alone; stronger ones may find more.
-- Only the named samples were forgotten, not copies or near copies of them in the retain set.
-- The data set is small and clean; nothing here says how the model does on other images.
+{limits}
 """

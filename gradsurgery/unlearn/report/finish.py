@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs.base import JobConfig, Summary
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.shapes import ENVIRONMENT
 from gradsurgery.unlearn.jobs.stages import TRAINED
 from gradsurgery.unlearn.report.card import model_card
 
 
-def finish(config: DigitsConfig, directory: RunDirectory, summary: dict[str, Any]) -> None:
+def finish(config: JobConfig, directory: RunDirectory, summary: Summary) -> None:
     """Write everything that needs all stages; report.html last, so that it means complete."""
     directory.write_json("summary.json", summary)
     seed = summary["seeds"][0]
@@ -22,7 +21,7 @@ def finish(config: DigitsConfig, directory: RunDirectory, summary: dict[str, Any
     write_report(directory)
 
 
-def write_report(directory: RunDirectory) -> dict[str, Any]:
+def write_report(directory: RunDirectory) -> Summary:
     """Write report.html from the other files of a finished run; its summary."""
     from gradsurgery.unlearn.report.render import render
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
+from gradsurgery.unlearn.jobs import registry
+from gradsurgery.unlearn.jobs.base import COSTS, GAP, Metric
 from gradsurgery.unlearn.jobs.stages import TRAINED
-from gradsurgery.unlearn.report.labels import GROUPS, LABELS, percent, title
+from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.verdict import (
     Place,
     Summary,
@@ -17,17 +19,7 @@ from gradsurgery.unlearn.report.verdict import (
     sentences,
 )
 
-# columns of the main table, with headings short enough for one
-MAIN = {
-    "gap_mean": "gap",
-    "forget": "forget",
-    "repaired": "true labels",
-    "retain": "retain",
-    "test": "test",
-    "test_forgotten": "forgotten",
-    "mia": "attack",
-}
-NOT_FROM_ZERO_TO_ONE = {"steps": 0, "retain_samples": 0, "relearn": 0, "seconds": 1, "memory": 0}
+SECONDS = next(metric for metric in COSTS if metric.key == "seconds")
 
 
 class Cell(NamedTuple):
@@ -41,19 +33,18 @@ class Cell(NamedTuple):
 
 
 class Row(NamedTuple):
-    name: str  # of the stage
+    name: str  # of the stage or the metric
     title: str
     cells: list[Cell]
 
 
-def cell(column: dict[str, Any], key: str) -> Cell:
+def cell(column: dict[str, Any], metric: Metric) -> Cell:
     """Mean and standard deviation of a metric over seeds; empty where it was not measured."""
-    if key not in column:
+    if metric.key not in column:
         return Cell()
-    value, spread = column[key]["mean"], column[key]["std"]
-    digits = NOT_FROM_ZERO_TO_ONE.get(key, 3)
-    shown = spread is not None and key != "steps"
-    return Cell(f"{value:.{digits}f}", f"{spread:.{digits}f}" if shown else "")
+    value, spread = column[metric.key]["mean"], column[metric.key]["std"]
+    shown = spread is not None and metric.key != "steps"
+    return Cell(f"{value:.{metric.digits}f}", f"{spread:.{metric.digits}f}" if shown else "")
 
 
 def behind(place: Place | None) -> Cell:
@@ -73,15 +64,17 @@ def main_table(summary: Summary, fraction: float) -> tuple[list[str], list[Row]]
     columns = summary["columns"]
     places = {place.name: place for place in ranking(summary, fraction)}
     names = [name for name in TRAINED if name in columns] + list(places)
-    keys = [key for key in MAIN if any(key in columns[name] for name in names)]
+    measured = {key for name in names for key in columns[name]}
+    metrics = [m for m in registry.find(summary["job"]).metrics if m.short and m.key in measured]
+    metrics = [GAP, *(metric for metric in metrics if metric is not GAP), SECONDS]
     seeds = len({tuple(seeds_of(summary, name)) for name in names}) > 1
     compared = len(places) > 1
-    header = [MAIN[key] for key in keys] + ["seconds"] + ["seeds"] * seeds
+    header = [metric.short or metric.title for metric in metrics] + ["seeds"] * seeds
     if compared:
         header.insert(1, "behind")
     rows = []
     for name in names:
-        cells = [cell(columns[name], key) for key in (*keys, "seconds")]
+        cells = [cell(columns[name], metric) for metric in metrics]
         if seeds:
             cells.append(Cell(str(len(seeds_of(summary, name)))))
         if compared:
@@ -90,17 +83,20 @@ def main_table(summary: Summary, fraction: float) -> tuple[list[str], list[Row]]
     return header, rows
 
 
+def stages(summary: Summary, fraction: float) -> list[str]:
+    """Original, Retrain and the methods with a share of the retain set, as they ran."""
+    return [*(n for n in TRAINED if n in summary["columns"]), *methods(summary, fraction)]
+
+
 def full_table(summary: Summary, fraction: float) -> dict[str, list[Row]]:
-    """Every metric of the same columns, in groups; a row a metric, its gap to Retrain beside it."""
-    columns = summary["columns"]
-    names = [*(n for n in TRAINED if n in columns), *methods(summary, fraction)]
-    groups = {}
-    for group, keys in GROUPS.items():
-        shown = [key for key in keys if any(key in columns[name] for name in names)]
-        groups[group] = [
-            Row(key, LABELS[key], [cell(columns[name], key) for name in names]) for key in shown
-        ]
-    return {group: rows for group, rows in groups.items() if rows}
+    """Every metric of the same stages, in groups; a row a metric, a cell a stage."""
+    columns = [summary["columns"][name] for name in stages(summary, fraction)]
+    groups: dict[str, list[Row]] = {}
+    for metric in registry.find(summary["job"]).metrics:
+        if any(metric.key in column for column in columns):
+            row = Row(metric.key, metric.title, [cell(column, metric) for column in columns])
+            groups.setdefault(metric.group, []).append(row)
+    return groups
 
 
 def caption(summary: Summary, spread: bool = True) -> str:
@@ -108,7 +104,7 @@ def caption(summary: Summary, spread: bool = True) -> str:
     seeds = len(summary["seeds"])
     means = "means ± standard deviation" if spread else "means"
     over = f"{means} over {seeds} seeds" if seeds > 1 else "one seed"
-    return f"digits, {summary['task']}: mean gap to Retrain, accuracies, attack; {over}"
+    return f"{summary['job']}, {summary['task']}: mean gap to Retrain, accuracies, attack; {over}"
 
 
 def heading(fraction: float) -> str:

@@ -19,7 +19,7 @@ from gradsurgery.unlearn.jobs.progress import PlainProgress
 from gradsurgery.unlearn.jobs.stages import parts, stage_name
 from gradsurgery.unlearn.jobs.summary import summarize
 from gradsurgery.unlearn.metrics.accuracy import accuracy
-from gradsurgery.unlearn.report.labels import LABELS, NAMES, title
+from gradsurgery.unlearn.report.labels import NAMES, title
 from gradsurgery.unlearn.report.plots import COLORS, MARKERS
 from gradsurgery.unlearn.report.tables import behind, cell, full_table, lines, main_table
 from gradsurgery.unlearn.report.verdict import Place, ranking, sentences
@@ -90,10 +90,11 @@ def test_tug_of_war_is_against_retrain_of_the_same_seed(summary):
 
 def test_tables_have_methods_down_and_every_metric_in_groups(summary):
     neggrad = summary["columns"]["neggrad"]
-    assert str(cell(neggrad, "forget")) == "0.500 ± 0.354"
-    assert str(cell(neggrad, "seconds")) == "2.0 ± 1.4"
-    assert str(cell(neggrad, "steps")) == "10"
-    assert str(cell(neggrad, "repaired")) == ""
+    metrics = {metric.key: metric for metric in JOB.metrics}
+    assert str(cell(neggrad, metrics["forget"])) == "0.500 ± 0.354"
+    assert str(cell(neggrad, metrics["seconds"])) == "2.0 ± 1.4"
+    assert str(cell(neggrad, metrics["steps"])) == "10"
+    assert str(cell(neggrad, metrics["repaired"])) == ""
     header, rows = main_table(summary, 1.0)
     assert header == ["gap", "forget", "retain", "test", "attack", "seconds"]
     assert [row.title for row in rows] == ["Original", "Retrain", "NegGrad"]
@@ -147,7 +148,6 @@ def test_every_method_has_options_a_name_and_a_look():
         assert name in NAMES
         assert name in MARKERS
     assert len(COLORS) == len(set(COLORS.values())) == len(set(MARKERS.values()))
-    assert set(JOB.compared) <= set(LABELS)
     assert replace(config, method=("all",)).methods == list(METHODS)
     assert config.methods == ["orthograd", "ltu", "graddiff", "finetune"]
 
