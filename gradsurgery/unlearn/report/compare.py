@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from gradsurgery.errors import InputError
 from gradsurgery.text import show
-from gradsurgery.unlearn.jobs.digits.data import Task
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs import registry
+from gradsurgery.unlearn.jobs.base import JobConfig, Summary
 from gradsurgery.unlearn.jobs.directory import RunDirectory, write_atomic
 from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
 from gradsurgery.unlearn.metrics.statistics import spread
-from gradsurgery.unlearn.report.verdict import Summary
 from gradsurgery.unlearn.training.config import differences, to_dict, update
 
-# options that decide what is measured against what
-SHARED = ("forget_class", "random_percent", "training")
+# besides paths, options that say where things are: what is found there counts, not where it was
+WHERE = ("device",)
 
 
 class Run:
@@ -29,16 +28,31 @@ class Run:
         directory = RunDirectory(path, "RUN")
         directory.require_finished()
         self.summary: Summary = directory.summary()
+        self.job = registry.find(self.summary["job"])
+        self.facts: dict[str, Any] = self.summary.get("data", {})
         options = directory.options()
         try:
             # an option that is younger than the run has its default
-            self.config = to_dict(update(DigitsConfig(), options))
+            self.config = to_dict(update(self.job.Config(), options))
         except InputError as error:
             raise InputError(f"RUN: {show(path / 'config.yaml')}: {error}") from None
 
     def options(self, name: str) -> dict[str, Any]:
         """What a column was made with, besides its seed."""
         return self.config.get("training" if name in TRAINED else parts(name).method, {})
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """Options that decide what is measured against what: of this job alone, and of training."""
+        common = {field.name for field in fields(JobConfig)}
+        hints = get_type_hints(self.job.Config)
+        own = [
+            field.name
+            for field in fields(self.job.Config)
+            if field.name not in (*common, *WHERE)
+            and Path not in (hints[field.name], *get_args(hints[field.name]))
+        ]
+        return {key: self.config[key] for key in (*own, "training")}
 
 
 def load(paths: Sequence[Path]) -> list[Run]:
@@ -63,34 +77,36 @@ def load(paths: Sequence[Path]) -> list[Run]:
 
 def _conflicts(run: Run, others: Sequence[Run]) -> list[str]:
     """Why a run cannot be compared with those before it; the first reason of each pair."""
+    if others and run.job.name != others[0].job.name:
+        first = others[0]
+        return [f"{run.path} is a run of {run.job.name}, {first.path} is one of {first.job.name}"]
     found = []
-    if run.summary["job"] != "digits":
-        return [f"{run.path} is of the job {run.summary['job']}"]
     for other in others:
         if run.summary["task"] != other.summary["task"]:
             continue
         mine, theirs = run.summary["forget_sets"], other.summary["forget_sets"]
         split = [s for s in mine if s in theirs and mine[s]["sha256"] != theirs[s]["sha256"]]
-        theirs, mine = ({key: each.config[key] for key in SHARED} for each in (other, run))
+        changed = differences(other.facts, run.facts, "data: ")
+        changed += differences(other.decisive, run.decisive)
         if split:
             found.append(
                 f"{run.path} and {other.path} have different data splits: with task "
                 f"{run.summary['task']} and seed {split[0]} they forget other samples"
             )
-        elif changed := differences(theirs, mine):
+        elif changed:
             found.append(f"{run.path} differs from {other.path}: {', '.join(changed)}")
     return found
 
 
 def merge(runs: Sequence[Run]) -> list[Summary]:
-    """One summary a task; a column's seeds are all those that a run has it for.
+    """One summary a task of the runs' job; a column's seeds are all those that a run has it for.
 
     A column that two runs made with different options becomes two, named by their directories.
     """
     by_task: dict[str, list[Run]] = {}
     for run in runs:
         by_task.setdefault(run.summary["task"], []).append(run)
-    return [_merged(task, by_task[task]) for task in get_args(Task) if task in by_task]
+    return [_merged(task, by_task[task]) for task in runs[0].job.tasks if task in by_task]
 
 
 def _merged(task: str, runs: list[Run]) -> Summary:
@@ -119,7 +135,7 @@ def _merged(task: str, runs: list[Run]) -> Summary:
         keys = [key for key in next(iter(seeds.values())) if all(key in r for r in seeds.values())]
         columns[name] = {key: spread([row[key] for row in seeds.values()]) for key in keys}
     return {
-        "job": "digits",
+        "job": runs[0].job.name,
         "task": task,
         "seeds": sorted({seed for run in runs for seed in run.summary["seeds"]}),
         "column_seeds": {name: list(seeds) for name, seeds in values.items()},
@@ -127,26 +143,22 @@ def _merged(task: str, runs: list[Run]) -> Summary:
             seed: entry for run in runs for seed, entry in run.summary["forget_sets"].items()
         },
         "columns": columns,
+        "data": runs[0].facts,
     }
 
 
 def render(summaries: Sequence[Summary], runs: Sequence[Run]) -> str:
     """One page: a verdict for every task first, then its tables and pictures."""
-    from gradsurgery.unlearn.report.page import numbers, page, sweep, verdict
-    from gradsurgery.unlearn.report.render import REAL, TITLES, asked, cost, not_measured
+    from gradsurgery.unlearn.report.page import page
+    from gradsurgery.unlearn.report.render import found, not_measured
 
-    title = "Unlearning digits: runs compared"
-    body = f"<h1>{title}</h1>"
-    for summary in summaries:
-        body += f"<h3>{TITLES[summary['task']]}</h3>{verdict(summary)}"
-    for summary in summaries:
-        heading = TITLES[summary["task"]]
-        body += f'<h2>{heading}</h2><p class="soft">{escape(asked(summary))}</p>'
-        body += numbers(summary) + sweep(summary) + cost(summary)
-    body += f"<h2>What is real, and what these numbers cannot say</h2><p>{REAL}</p>"
-    body += f"<p>{not_measured(summaries)}</p><h2>Runs</h2><ul>"
-    body += "".join(f"<li>{escape(show(run.path))}</li>" for run in runs)
-    return page(title, f"{body}</ul>")
+    return page(
+        "compare",
+        f"Unlearning {runs[0].job.name}: runs compared",
+        tasks=[found(summary) for summary in summaries],
+        not_measured=not_measured(summaries),
+        paths=[show(run.path) for run in runs],
+    )
 
 
 def write(path: Path, summaries: Sequence[Summary], runs: Sequence[Run]) -> None:

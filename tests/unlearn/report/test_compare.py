@@ -2,11 +2,15 @@
 
 import json
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from gradsurgery.cli import main
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn.jobs import registry
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, DigitsJob
 from gradsurgery.unlearn.jobs.yaml import to_yaml
 from gradsurgery.unlearn.report.compare import load, merge, render
 from gradsurgery.unlearn.training.config import update
@@ -44,20 +48,29 @@ def test_seeds_are_merged_and_methods_put_side_by_side(runs):
     assert list(merged["forget_sets"]) == ["0", "1"]
 
 
-def test_every_seed_keeps_its_own_numbers(tmp_path):
-    def written(name, seeds, gaps):
-        folder = tmp_path / name
-        folder.mkdir()
-        entry = {"mean": 0.5, "std": None, "values": gaps}
-        names = ("original", "retrain", "neggrad")
-        columns = {name: dict.fromkeys(("gap_mean", "seconds"), entry) for name in names}
-        sets = {str(s): {"sha256": f"{s:064x}", "samples": 9, "class": s} for s in seeds}
-        summary = {"job": "digits", "task": "class", "seeds": seeds, "forget_sets": sets}
-        (folder / "summary.json").write_text(json.dumps({**summary, "columns": columns}))
-        (folder / "config.yaml").write_text(to_yaml(tiny()))
-        return folder
+def written(folder, seeds, gaps, options="", **changes):
+    """A finished run by its summary and options alone."""
+    folder.mkdir()
+    entry = {"mean": 0.5, "std": None, "values": gaps}
+    names = ("original", "retrain", "neggrad")
+    summary = {
+        "job": "digits",
+        "task": "class",
+        "seeds": seeds,
+        "forget_sets": {str(s): {"sha256": f"{s:064x}", "samples": 9, "class": s} for s in seeds},
+        "columns": {name: dict.fromkeys(("gap_mean", "seconds"), entry) for name in names},
+        **changes,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(to_yaml(tiny()) + options)
+    return folder
 
-    runs = [written("a", [4, 3], [0.4, 0.3]), written("b", [1, 3], [0.1, 0.9])]
+
+def test_every_seed_keeps_its_own_numbers(tmp_path):
+    runs = [
+        written(tmp_path / "a", [4, 3], [0.4, 0.3]),
+        written(tmp_path / "b", [1, 3], [0.1, 0.9]),
+    ]
     (merged,) = merge(load(runs))
     assert merged["seeds"] == [1, 3, 4]
     gaps = values(merged, "neggrad", "gap_mean")
@@ -137,6 +150,75 @@ def test_originals_trained_otherwise_are_refused(runs, tmp_path):
     finished(tmp_path / "longer", config)
     with pytest.raises(InputError, match=r"longer differs from .*training.steps was 12, is 13"):
         load([runs / "first", tmp_path / "longer"])
+
+
+@dataclass
+class OtherConfig(DigitsConfig):
+    folder: Path | None = None
+    device: str = "cpu"
+    size: int = 8
+
+
+class OtherJob(DigitsJob):
+    name = "other"
+    Config = OtherConfig
+
+
+@pytest.fixture
+def two_jobs(monkeypatch):
+    jobs = {"digits": DigitsJob, "other": OtherJob}
+    monkeypatch.setattr(registry, "names", lambda: list(jobs))
+    monkeypatch.setattr(registry, "find", lambda name: jobs[name]())
+
+
+def test_runs_of_two_jobs_are_refused(two_jobs, tmp_path):
+    runs = [
+        written(tmp_path / "a", [0], [0.1]),
+        written(tmp_path / "b", [0], [0.1]),
+        written(tmp_path / "c", [0], [0.1], job="other"),
+        written(tmp_path / "d", [0], [0.1], job="other", task="random"),
+    ]
+    wrong = (
+        r"compare: .*/c is a run of other, .*/a is one of digits; .*/d is a run of other, [^;]*$"
+    )
+    with pytest.raises(InputError, match=wrong):
+        load(runs)
+    merged = merge(load(runs[2:]))
+    assert [(summary["job"], summary["task"]) for summary in merged] == [
+        ("other", "class"),
+        ("other", "random"),
+    ]
+    assert "<h1>Unlearning other: runs compared</h1>" in render(merged, load(runs[2:]))
+
+
+def test_runs_on_other_data_are_refused(tmp_path):
+    one = {"title": "cats", "images": 100}
+    runs = [
+        written(tmp_path / "a", [0], [0.1], data=one),
+        written(tmp_path / "b", [1], [0.1], data=one),
+        written(tmp_path / "c", [2], [0.1], data={**one, "images": 99}),
+        written(tmp_path / "d", [3], [0.1]),
+    ]
+    (merged,) = merge(load(runs[:2]))
+    assert merged["data"] == one
+    with pytest.raises(InputError, match=r"c differs from .*a: data: images was 100, is 99$"):
+        load([runs[0], runs[2]])
+    with pytest.raises(InputError, match=r"d differs from .*a: data: title was cats, is None, "):
+        load([runs[0], runs[3]])
+
+
+def test_what_a_job_alone_asks_for_must_be_the_same_and_where_things_are_need_not(
+    two_jobs, tmp_path
+):
+    runs = [
+        written(tmp_path / "a", [0], [0.1], job="other"),
+        written(tmp_path / "b", [1], [0.1], "device: cuda\n", job="other"),
+        written(tmp_path / "c", [2], [0.1], "size: 9\n", job="other"),
+    ]
+    (first, _) = load(runs[:2])
+    assert list(first.decisive) == ["forget_class", "random_percent", "size", "training"]
+    with pytest.raises(InputError, match=r"c differs from .*a: size was 8, is 9$"):
+        load([runs[0], runs[2]])
 
 
 def test_a_page_that_cannot_be_written_is_one_line(runs, capsys):
