@@ -1,0 +1,108 @@
+"""What a method uses: batches of its sets, the losses and outputs of its task, gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.batch import DETACHED, per_sample_losses
+from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.unlearn.objectives import classification
+from gradsurgery.unlearn.objectives.base import Batch, PerSampleLoss, batch_size, fresh, take
+from gradsurgery.unlearn.training.options import TrainerConfig
+from gradsurgery.unlearn.training.sets import Sets
+
+C = TypeVar("C", bound=TrainerConfig)
+
+
+class Asking(Generic[C]):
+    """The part of a `Trainer` that its method calls in a step."""
+
+    model: nn.Module
+    loss: PerSampleLoss
+    config: C
+    sets: Sets
+    device: torch.device
+    parameters: list[nn.Parameter]  # those that train
+
+    def draw(self, kind: str) -> Batch:
+        """The next batch of a set, on the model's device."""
+        return self.sets.draw(kind, self.device)
+
+    def whole(self, kind: str, size: int = 256) -> Iterator[Batch]:
+        """One pass over a set, in batches of at most `size`, in order."""
+        return self.sets.whole(kind, size, self.device)
+
+    def losses(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """Per-sample losses [B], in the precision asked for."""
+        model = self.model if model is None else model
+        with self.precision():
+            if self.loss is classification.cross_entropy:
+                logits = classification.logits(model, batch)
+                self.sets.check_labels(logits.shape[1])
+                found = classification.label_losses(logits, classification.labels(batch))
+            else:
+                found = self.loss(model, batch)
+        return per_sample_losses(found, batch_size(batch))
+
+    def capped_losses(self, batch: Batch) -> Tensor:
+        """Per-sample losses [B], no larger than the config's `forget_ceiling`."""
+        return self.losses(batch).clamp(max=getattr(self.config, "forget_ceiling", math.inf))
+
+    def logits(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """Outputs [B, C] of a classifier, in the precision asked for."""
+        with self.precision():
+            # several models may look at one batch
+            found = classification.logits(self.model if model is None else model, fresh(batch))
+        self.sets.check_labels(found.shape[1])
+        return found.float() if found.dtype == torch.bfloat16 else found
+
+    def precision(self) -> AbstractContextManager:
+        mixed = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
+
+    def accumulate(
+        self, batch: Batch, values: Callable[[Batch], Tensor], weight: float = 1.0
+    ) -> Tensor:
+        """Add the gradient of weight times the mean of values(batch) [B] to `.grad`; the values.
+
+        A batch larger than `config.micro_batch` goes in parts, with the same result.
+        """
+        size = batch_size(batch)
+        part = self.config.micro_batch or size
+        found = []
+        for at in range(0, size, part):
+            piece = take(batch, slice(at, at + part)) if part < size else batch
+            each = differentiable(values(piece))
+            (weight / size * each.sum()).backward()
+            found.append(each.detach())
+        seen = torch.cat(found)
+        if not bool(seen.isfinite().all()):  # before they reach the weights
+            raise NonFiniteError(f"{self.sets.latest()}: a loss of the batch is not finite")
+        return seen
+
+    def frozen_copy(self) -> nn.Module:
+        """The model as it is now, in evaluation mode, never to be trained."""
+        return self.copied().eval().requires_grad_(False)
+
+    def copied(self) -> nn.Module:
+        try:
+            return copy.deepcopy(self.model)
+        except (RuntimeError, TypeError) as error:  # as of activations that a module has kept
+            reason = str(error).split(". ")[0].splitlines()[0]
+            raise InputError(
+                f"model cannot be copied, which {type(self).__name__} needs: {reason}"
+            ) from error
+
+
+def differentiable(losses: Tensor) -> Tensor:
+    """`losses`, if a backward pass from them would reach something."""
+    if not losses.requires_grad:
+        raise InputError(DETACHED)
+    return losses
