@@ -23,7 +23,8 @@ from gradsurgery.unlearn.methods.scrub import SCRUB, SCRUBConfig
 from gradsurgery.unlearn.methods.ssd import SSD, SSDConfig
 from gradsurgery.unlearn.metrics import attacks
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.classification import cross_entropy
+from gradsurgery.unlearn.objectives.base import Objective, Outputs
+from gradsurgery.unlearn.objectives.classification import Classification, cross_entropy
 from gradsurgery.unlearn.training.data import Batches
 from gradsurgery.unlearn.training.trainer import Trainer, TrainerConfig
 
@@ -39,6 +40,7 @@ __all__ = [
     "Batches",
     "BoundaryShrink",
     "BoundaryShrinkConfig",
+    "Classification",
     "Finetune",
     "FinetuneConfig",
     "GDRGMAConfig",
@@ -55,8 +57,10 @@ __all__ = [
     "NegGradConfig",
     "NegGradPlus",
     "NegGradPlusConfig",
+    "Objective",
     "OrthoGradConfig",
     "OrthoGradTrainer",
+    "Outputs",
     "RandomLabel",
     "RandomLabelConfig",
     "Retrain",

@@ -1,9 +1,9 @@
-"""What every task says of batches: their size, parts and losses."""
+"""What a task is to methods and metrics, and what every task says of batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,101 @@ from gradsurgery.errors import InputError
 
 Batch = Any  # tensors that share their leading dimension B, in what `gradsurgery.batch` opens
 PerSampleLoss = Callable[[nn.Module, Batch], Tensor]  # -> losses [B]
+
+
+class Outputs(NamedTuple):
+    """What a model predicts for a batch of B samples: N predictions, of images, tokens or frames.
+
+    Attributes:
+        logits: [N, C], floating point.
+        labels: [N], integers in [0, C), what each prediction should be.
+        sample: [N], integers in [0, B), which sample of the batch each prediction is of. A sample
+            may have one, several or none.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    sample: Tensor
+
+
+class Objective(Protocol):
+    """All that methods and metrics may ask of a task.
+
+    A task is a subclass, or any object with methods of these names. Only `losses` must be there: a
+    method or metric that needs another is refused by name before anything changes. A batch has B
+    samples, and none of these changes the batch it is given.
+    """
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Per-sample losses [B], not reduced, those that training lowers."""
+        ...
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """What the model predicts, with the labels; only the predictions that count."""
+        raise _unwritten(self, "outputs")
+
+    def relabel(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The same B samples with something else to learn: a wrong label, "I don't know", another
+        transcript. It may be longer or shorter. What is drawn comes from the generator, which is on
+        the CPU."""
+        raise _unwritten(self, "relabel")
+
+    def classes(self, batch: Batch) -> Tensor:
+        """The class of each sample, integers [B]."""
+        raise _unwritten(self, "classes")
+
+    def inputs(self, batch: Batch) -> Any:
+        """What the model is given: where it can be moved, a tensor of real numbers [B, ...]."""
+        raise _unwritten(self, "inputs")
+
+    def with_inputs(self, batch: Batch, new: Any) -> Batch:
+        """Other inputs with the same labels."""
+        raise _unwritten(self, "with_inputs")
+
+    def with_labels(self, batch: Batch, new: Tensor) -> Batch:
+        """The same inputs with other labels, [N], in the order of `outputs`."""
+        raise _unwritten(self, "with_labels")
+
+
+def _unwritten(objective: Objective, name: str) -> InputError:
+    return InputError(f"{type(objective).__name__} has no {name}")
+
+
+def is_objective(given: Any) -> bool:
+    """Whether something is a task, not a loss function."""
+    return callable(getattr(given, "losses", None)) and not isinstance(given, type)
+
+
+def check_has(objective: Objective, asked: Collection[str], who: str) -> None:
+    """Raise `InputError` naming the methods `asked` that a task has not."""
+
+    def has(name: str) -> bool:
+        found = getattr(objective, name, None)
+        # a subclass inherits those that it does not write
+        return callable(found) and getattr(found, "__func__", None) is not getattr(Objective, name)
+
+    missing = " and ".join(sorted(name for name in asked if not has(name)))
+    if missing:
+        raise InputError(f"loss: {who} needs {missing}, which {type(objective).__name__} has not")
+
+
+def per_sample(values: Tensor, sample: Tensor, size: int) -> Tensor:
+    """Mean [B, ...] over each sample's predictions, of values [N, ...]; 0 of a sample without any.
+
+    Where each sample has one prediction, in order, these are the values themselves.
+
+    Args:
+        values: one for each prediction.
+        sample: as in `Outputs`.
+        size: B.
+    """
+    totals = values.new_zeros(size, *values.shape[1:])
+    if values.is_cpu:
+        totals = totals.index_add(0, sample, values)
+    else:  # where index_add sums in any order
+        totals = totals.index_put((sample,), values, accumulate=True)
+    counts = torch.bincount(sample, minlength=size).clamp(min=1)
+    return totals / counts.to(values).view(-1, *[1] * (values.dim() - 1))
 
 
 def batch_size(batch: Batch, name: str = "batch") -> int:

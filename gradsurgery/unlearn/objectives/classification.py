@@ -1,4 +1,4 @@
-"""A classifier's batches: inputs and labels, as a pair or under the names "image" and "label"."""
+"""Classification, and its batches: inputs and labels, a pair or named "image" and "label"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.objectives.base import Batch, batch_size
+from gradsurgery.unlearn.objectives.base import (
+    Batch,
+    Objective,
+    Outputs,
+    PerSampleLoss,
+    batch_size,
+    is_objective,
+)
 
 KEYS = ("image", "label")
 NONE = torch.iinfo(torch.int64).min
@@ -63,10 +70,8 @@ def labels(batch: Batch) -> Tensor:
 def integers(known: Any, size: int, name: str = "labels", of: str = "sample") -> Tensor:
     """`known` as int64 [size]; `InputError` naming them where they are not integers, one for each
     sample."""
-    if isinstance(known, Tensor) and known.shape == (size,):
-        kind = known.dtype
-        if not (kind.is_floating_point or kind.is_complex or kind == torch.bool):
-            return known.long()
+    if isinstance(known, Tensor) and known.shape == (size,) and _counts(known):
+        return known.long()
     got, advice = type(known).__name__, ""
     if isinstance(known, Tensor):
         got = f"{str(known.dtype).removeprefix('torch.')} {list(known.shape)}"
@@ -75,6 +80,12 @@ def integers(known: Any, size: int, name: str = "labels", of: str = "sample") ->
         elif known.dim() == 2:
             advice = "; argmax(1) makes one-hot labels so"
     raise InputError(f"{name} must be integers [{size}], one for each {of}, got {got}{advice}")
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether its dtype is an integer one."""
+    kind = tensor.dtype
+    return not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
 
 
 def relabeled(batch: Batch, new: Tensor) -> Batch:
@@ -137,3 +148,60 @@ def check_range(least: int, most: int, classes: int, name: str = "labels") -> No
         raise InputError(
             f"{name} must be in [0, {classes}), the model's classes, got {least} to {most}"
         )
+
+
+class Classification:
+    """One label for each sample, the index of a class.
+
+    Args:
+        loss: a function (model, batch) -> losses [B].
+        n_classes: of the model. Without it they are counted in its logits, and `relabel` must wait
+            for some; a trainer sees to that.
+    """
+
+    def __init__(self, loss: PerSampleLoss = cross_entropy, n_classes: int | None = None) -> None:
+        self.loss, self.n_classes = loss, n_classes
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        if self.loss is not cross_entropy:
+            return self.loss(model, batch)
+        return label_losses(self._logits(model, batch), labels(batch))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """Labels are int64 of any integer dtype. Others, of a loss of one's own, stay as they are:
+        what looks at them refuses them."""
+        found, known = self._logits(model, batch), _parts(batch)[1]
+        if isinstance(known, Tensor) and _counts(known):
+            known = known.long()
+        return Outputs(found, known, torch.arange(len(found), device=found.device))
+
+    def relabel(self, batch: Batch, generator: torch.Generator) -> Batch:
+        if self.n_classes is None:
+            raise InputError(
+                "n_classes must be given, or a model's outputs asked for before: wrong labels are "
+                "drawn among its classes"
+            )
+        return relabeled(batch, wrong_labels(labels(batch), self.n_classes, generator))
+
+    def classes(self, batch: Batch) -> Tensor:
+        return labels(batch)
+
+    def inputs(self, batch: Batch) -> Any:
+        return inputs(batch)
+
+    def with_inputs(self, batch: Batch, new: Any) -> Batch:
+        return with_inputs(batch, new)
+
+    def with_labels(self, batch: Batch, new: Tensor) -> Batch:
+        return relabeled(batch, new)
+
+    def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        found = logits(model, batch)
+        self.n_classes = found.shape[1]
+        return found
+
+
+def as_objective(loss: PerSampleLoss | Objective) -> Objective:
+    """A task as it is; of a loss function the classifier's task with that loss."""
+    given: Any = loss
+    return given if is_objective(given) else Classification(given)

@@ -1,4 +1,4 @@
-"""What a method uses: batches of its sets, the losses and outputs of its task, gradients."""
+"""What a method uses: batches of its sets, what it asks of the task, gradients."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from torch import Tensor, nn
 
 from gradsurgery.batch import DETACHED, per_sample_losses
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import Batch, PerSampleLoss, batch_size, fresh, take
+from gradsurgery.unlearn.objectives.base import Batch, Objective, Outputs, batch_size, fresh, take
+from gradsurgery.unlearn.objectives.classification import Classification
+from gradsurgery.unlearn.training.given import checked_outputs
+from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.options import TrainerConfig
 from gradsurgery.unlearn.training.sets import Sets
 
 C = TypeVar("C", bound=TrainerConfig)
+R = TypeVar("R")
 
 
 class Asking(Generic[C]):
     """The part of a `Trainer` that its method calls in a step."""
 
     model: nn.Module
-    loss: PerSampleLoss
+    objective: Objective
     config: C
     sets: Sets
     device: torch.device
+    generator: torch.Generator  # of the method's draws
     parameters: list[nn.Parameter]  # those that train
 
     def draw(self, kind: str) -> Batch:
@@ -41,27 +45,53 @@ class Asking(Generic[C]):
 
     def losses(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """Per-sample losses [B], in the precision asked for."""
-        model = self.model if model is None else model
-        with self.precision():
-            if self.loss is classification.cross_entropy:
-                logits = classification.logits(model, batch)
-                self.sets.check_labels(logits.shape[1])
-                found = classification.label_losses(logits, classification.labels(batch))
-            else:
-                found = self.loss(model, batch)
+        found = self._answer(self.objective.losses, batch, model)
         return per_sample_losses(found, batch_size(batch))
 
     def capped_losses(self, batch: Batch) -> Tensor:
         """Per-sample losses [B], no larger than the config's `forget_ceiling`."""
         return self.losses(batch).clamp(max=getattr(self.config, "forget_ceiling", math.inf))
 
+    def outputs(self, batch: Batch, model: nn.Module | None = None) -> Outputs:
+        """The model's predictions [N, C] with their labels, in the precision asked for."""
+        # several models may look at one batch
+        found = self._answer(self.objective.outputs, fresh(batch), model)
+        found = checked_outputs(self.objective, found, batch_size(batch))
+        narrow = found.logits.dtype == torch.bfloat16
+        return found._replace(logits=found.logits.float()) if narrow else found
+
     def logits(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
-        """Outputs [B, C] of a classifier, in the precision asked for."""
-        with self.precision():
-            # several models may look at one batch
-            found = classification.logits(self.model if model is None else model, fresh(batch))
-        self.sets.check_labels(found.shape[1])
-        return found.float() if found.dtype == torch.bfloat16 else found
+        """Those of `outputs`, [N, C]."""
+        return self.outputs(batch, model).logits
+
+    def relabel(self, batch: Batch) -> Batch:
+        """The same samples with something else to learn, drawn now."""
+        objective = self.objective
+        if isinstance(objective, Classification) and objective.n_classes is None:
+            cuda = [self.device] if self.device.type == "cuda" else []
+            with torch.no_grad(), evaluating(self.model), torch.random.fork_rng(cuda):
+                self.outputs(batch)  # to count the classes
+        self._check_labels()
+        found, size = objective.relabel(batch, self.generator), batch_size(batch)
+        if batch_size(found) != size:
+            task, got = type(objective).__name__, batch_size(found)
+            raise InputError(f"{task}.relabel must keep a batch's {size} samples, got {got}")
+        return found
+
+    def _answer(
+        self, question: Callable[[nn.Module, Batch], R], batch: Batch, model: nn.Module | None
+    ) -> R:
+        try:
+            with self.precision():
+                return question(self.model if model is None else model, batch)
+        finally:
+            self._check_labels()
+
+    def _check_labels(self) -> None:
+        """Raise `InputError` naming a set of which a label is none of a classifier's classes."""
+        known = self.objective.n_classes if isinstance(self.objective, Classification) else None
+        if known is not None:
+            self.sets.check_labels(known)
 
     def precision(self) -> AbstractContextManager:
         mixed = self.config.precision == "bfloat16"

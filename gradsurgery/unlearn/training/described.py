@@ -26,7 +26,8 @@ class LogUniform:
 
 
 Space = Mapping[str, Sequence[Any] | LogUniform]  # by option, what it is drawn from
-Asked = Literal["losses", "outputs", "relabel"]
+# the methods of an `Objective`
+Asked = Literal["losses", "outputs", "relabel", "classes", "inputs", "with_inputs", "with_labels"]
 
 CEILINGS = (1.2, 2.3, 4.0, 8.0, math.inf)  # nats; 2.3 = ln 10: no better than chance
 BATCHES = (32, 64, 128)
@@ -58,8 +59,7 @@ class Described:
     about: ClassVar[str] = ""  # what a step does, or all of it, in a line
     paper: ClassVar[str] = ""  # "Authors et al. year (arXiv:number)"
     color: ClassVar[str] = ""  # "#rrggbb", that no other method has
-    # what it must be able to ask of a task: per-sample losses, outputs with their labels, other
-    # labels for the same samples
+    # the methods of an `Objective` that it calls: a task that lacks one is refused
     asks: ClassVar[frozenset[Asked]] = frozenset({"losses"})
     space: ClassVar[Space] = MappingProxyType({})  # none: drawn around the config's defaults
     # for tasks of one name, options that are set by the task and not searched for

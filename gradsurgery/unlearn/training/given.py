@@ -9,11 +9,13 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradsurgery.errors import InputError, PositionError
 from gradsurgery.optimizers import check_needs_no_closure, steppable
+from gradsurgery.unlearn.objectives.base import Objective, Outputs, is_objective
+from gradsurgery.unlearn.objectives.classification import Classification, integers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,6 +70,8 @@ def check_instance(name: str, value: Any, kind: type) -> None:
 
 
 def check_loss(loss: Any) -> None:
+    if is_objective(loss):
+        return
     if isinstance(loss, nn.Module) or getattr(loss, "__module__", "") == "torch.nn.functional":
         got = getattr(loss, "__name__", type(loss).__name__)
     elif callable(loss) and not isinstance(loss, type):
@@ -75,9 +79,34 @@ def check_loss(loss: Any) -> None:
     else:
         got = _named(loss)
     raise InputError(
-        f"loss must be a function (model, batch) -> losses [B], got {got}: "
+        f"loss must be a function (model, batch) -> losses [B] or an Objective, got {got}: "
         "gradsurgery.unlearn.cross_entropy is one for (inputs, labels)"
     )
+
+
+def checked_outputs(objective: Objective, found: Any, size: int) -> Outputs:
+    """What a task said of B = `size` samples, if it is `Outputs`, on the device of its logits."""
+    if type(objective) is Classification:  # which has looked itself
+        return found
+    task = type(objective).__name__
+    if not (isinstance(found, tuple) and len(found) == 3):
+        wanted = "Outputs(logits, labels, sample)"
+        raise InputError(f"{task}.outputs must return {wanted}, got {_named(found)}")
+    logits, *rest = found
+    real = isinstance(logits, Tensor) and logits.dim() == 2 and logits.is_floating_point()
+    if not real:
+        got = list(logits.shape) if isinstance(logits, Tensor) else _named(logits)
+        raise InputError(f"{task}.outputs: logits must be real numbers [N, C], got {got}")
+    ends = {"labels": logits.shape[1], "sample": size}
+    kept = []
+    for (name, end), known in zip(ends.items(), rest, strict=True):
+        where = f"{task}.outputs: {name}"
+        known = integers(known, len(logits), where, of="row of logits")
+        if len(known) and not 0 <= int(known.min()) <= int(known.max()) < end:
+            least, most = int(known.min()), int(known.max())
+            raise InputError(f"{where} must be in [0, {end}), got {least} to {most}")
+        kept.append(known.to(logits.device))
+    return Outputs(logits, *kept)
 
 
 def warn_of_unused_loss(name: str, instead: str) -> None:

@@ -35,7 +35,6 @@ class Loop(Asking[C]):
     uses_optimizer: ClassVar[bool]
     samples: dict[str, int]
     batches: dict[str, Batches | LoaderBatches]
-    generator: torch.Generator
     optimizer: torch.optim.Optimizer
     schedule: Any
     probe: Probe | None

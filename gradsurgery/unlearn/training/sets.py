@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from gradsurgery.batch import map_batch
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import Batch, batch_size, to_device
+from gradsurgery.unlearn.objectives.base import Batch, Objective, batch_size, to_device
 from gradsurgery.unlearn.training.data import (
     Batches,
     Data,
@@ -40,6 +40,7 @@ class Sets:
         needed: the sets that must be there.
         overlapping: "error" or "allow", as in `Trainer`.
         owner: who asks, for the errors.
+        objective: says the labels.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Sets:
         needed: Collection[str],
         overlapping: Literal["error", "allow"],
         owner: str,
+        objective: Objective,
     ) -> None:
-        self.data, self.labeled = data, labeled
+        self.data, self.labeled, self.objective = data, labeled, objective
         self.samples = dict.fromkeys(data, 0)  # seen of each set, with repetitions
         self.batches: dict[str, Batches | LoaderBatches] = {}
         self.drawn: dict[str, Batch] = {}  # of each set the last batch of this step, latest last
@@ -103,7 +105,7 @@ class Sets:
         if kind not in self.labeled:
             return
         try:
-            known = classification.labels(batch)
+            known = self.objective.classes(batch)
         except InputError as error:
             raise InputError(f"{kind}: {error}") from None
         least, most = int(known.min()), int(known.max())

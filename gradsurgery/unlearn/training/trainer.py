@@ -6,6 +6,7 @@ optimizer's step, order of data, schedule, probes, stopping and checkpoints are 
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +18,22 @@ from torch.utils.data import DataLoader
 
 from gradsurgery.errors import InputError
 from gradsurgery.ranks import check_one_rank
-from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import PerSampleLoss, to_device
+from gradsurgery.unlearn.objectives.base import (
+    Objective,
+    PerSampleLoss,
+    check_has,
+    to_device,
+)
+from gradsurgery.unlearn.objectives.classification import (
+    Classification,
+    as_objective,
+    cross_entropy,
+)
 from gradsurgery.unlearn.training import given, resume
 from gradsurgery.unlearn.training.asking import C as C
 from gradsurgery.unlearn.training.asking import differentiable as differentiable
 from gradsurgery.unlearn.training.data import Data
-from gradsurgery.unlearn.training.described import Described
+from gradsurgery.unlearn.training.described import Asked, Described
 from gradsurgery.unlearn.training.loop import Callback as Callback
 from gradsurgery.unlearn.training.loop import Loop
 from gradsurgery.unlearn.training.loop import Probe as Probe
@@ -51,10 +61,10 @@ class Trainer(Described, Loop[C], ABC):
 
     Args:
         model: changed in place.
-        loss: `loss(model, batch)` -> [B], not reduced. With `classification.cross_entropy`, and in
-            sets whose labels a method looks at itself, labels must be integers [B]. SCRUB and
-            BadTeacher work on a classifier's outputs and warn of any other loss, which they never
-            call.
+        loss: `loss(model, batch)` -> [B], not reduced, of a classifier; or an `Objective`, a task
+            of another kind. With `classification.cross_entropy`, and in sets whose labels a method
+            looks at itself, a classifier's labels must be integers [B]. SCRUB and BadTeacher work
+            on outputs and warn of any other loss function, which they never call.
         forget: samples to forget, tensors with leading dimension N in tuples, mappings or
             dataclasses, or a DataLoader of such batches. May be None for methods that never look
             at them.
@@ -87,7 +97,7 @@ class Trainer(Described, Loop[C], ABC):
     def __init__(
         self,
         model: nn.Module,
-        loss: PerSampleLoss,
+        loss: PerSampleLoss | Objective,
         *,
         forget: Data,
         retain: Data,
@@ -120,13 +130,19 @@ class Trainer(Described, Loop[C], ABC):
         self.trained = given.trained(model)
         self.parameters = list(self.trained.values())
         self.device = self.parameters[0].device
-        self.model, self.loss, self.config, self.seed = model, loss, config, seed
+        self.model, self.config, self.seed = model, config, seed
+        self.objective = as_objective(loss)
+        check_has(self.objective, self.asked(), name)
         self.probe, self.probe_every = probe, probe_every
         self.callbacks = tuple(callbacks)
         self.data = {"forget": forget, "retain": retain, "validation": validation}
-        every = loss is classification.cross_entropy
-        labeled = tuple(self.data) if every else self.labeled_sets()
-        self.sets = Sets(self.data, labeled, (*self.draws, *self.needs), overlap, name)
+        labeled, own_loss = (), False
+        if isinstance(self.objective, Classification):
+            self.objective = copy.copy(self.objective)  # it counts the classes of this model
+            own_loss = self.objective.loss is not cross_entropy
+            labeled = self.labeled_sets() if own_loss else tuple(self.data)
+        needed = (*self.draws, *self.needs)
+        self.sets = Sets(self.data, labeled, needed, overlap, name, self.objective)
         self.samples, self.batches = self.sets.samples, self.sets.batches
         for kind in self.draws:
             self.sets.draw_from(kind, getattr(config, f"{kind}_batch"), derived(seed, kind))
@@ -147,7 +163,7 @@ class Trainer(Described, Loop[C], ABC):
         self._left_out = self.trained.keys() - self.held().keys()
         self._peaks: list[float] = []
         self._note_peaks()
-        if self.instead_of_loss and not every:
+        if self.instead_of_loss and own_loss:
             given.warn_of_unused_loss(name, self.instead_of_loss)
 
     def _check_batch_norm(self) -> None:
@@ -165,15 +181,19 @@ class Trainer(Described, Loop[C], ABC):
                 "batch_norm = eval, or take whole batches"
             )
         used = [kind for kind in self.draws if kind not in self.passes_over]
-        self.sets.check_lone(used, self.model, self.loss, self.device)
+        self.sets.check_lone(used, self.model, self.objective.losses, self.device)
 
     # -- what a method writes
 
     def prepare(self) -> None:
         """What is done once, before the optimizer is made; it counts as time of the method."""
 
+    def asked(self) -> frozenset[Asked]:
+        """What this run asks of the task: `asks`, unless an option asks more or less."""
+        return self.asks
+
     def labeled_sets(self) -> tuple[str, ...]:
-        """Sets whose labels the method looks at itself, whatever the loss."""
+        """Sets whose class labels the method looks at itself, whatever the loss function."""
         return ()
 
     def extra_state(self) -> dict[str, Any]:

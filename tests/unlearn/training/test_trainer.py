@@ -149,14 +149,14 @@ def test_divergence_is_an_error_that_names_the_step(problem):
 
 def test_divergence_of_a_gradient_is_the_same_error(problem):
     """The loss is finite and its gradient is not: the surgeon finds it before the model moves."""
-    start = problem.model[0].weight.clone()
+    start, loss = problem.model[0].weight.clone(), problem.loss
 
     def broken(model, batch):
-        losses = problem.loss(model, batch)
+        losses = loss(model, batch)
         return losses + (losses - losses.detach()).abs().sqrt()
 
+    problem.loss = broken
     trainer = make(METHODS["orthograd"], problem)
-    trainer.loss = broken
     with pytest.raises(TrainingError, match=r"at step 1 of OrthoGradTrainer: lower the learning"):
         trainer.run()
     assert torch.equal(problem.model[0].weight, start)
