@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradsurgery.unlearn.methods.retrain import reset_parameters
 from gradsurgery.unlearn.methods.scrub import divergence
-from gradsurgery.unlearn.objectives.base import Batch
+from gradsurgery.unlearn.objectives.base import Batch, batch_size, per_sample
 from gradsurgery.unlearn.training.described import PAIRED, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
@@ -34,8 +34,8 @@ class BadTeacherConfig(TrainerConfig):
 
 
 class BadTeacher(Trainer[BadTeacherConfig]):
-    """Both sets are learned from outputs. No label is looked at; `loss` is never called, and one of
-    your own is a warning.
+    """Both sets are learned from outputs. No label is looked at; `loss` is never called, and a
+    function of your own is a warning.
 
     The incompetent teacher is the original's architecture with weights drawn afresh. The paper has
     one batch of both sets mixed and its mean; here a step takes the sum of two means, one of each
@@ -74,5 +74,6 @@ class BadTeacher(Trainer[BadTeacherConfig]):
         }
 
     def _apart(self, batch: Batch, teacher: nn.Module) -> Tensor:
-        wanted = self.logits(batch, teacher)
-        return divergence(self.logits(batch), wanted, self.config.temperature)
+        wanted, found = self.outputs(batch, teacher), self.outputs(batch)
+        apart = divergence(found.logits, wanted.logits, self.config.temperature)
+        return per_sample(apart, found.sample, batch_size(batch))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import Batch
+from gradsurgery.unlearn.objectives.base import Batch, Outputs
+from gradsurgery.unlearn.objectives.classification import label_losses
 from gradsurgery.unlearn.training.described import BATCHES, LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
@@ -54,7 +54,7 @@ class BoundaryShrink(Trainer[BoundaryShrinkConfig]):
     about = "learns the nearest wrong class on forget"
     paper = "Chen et al. 2023 (arXiv:2303.11570)"
     color = "#1a8a9a"
-    asks = frozenset({"losses", "outputs"})
+    asks = frozenset({"losses", "outputs", "inputs", "with_inputs", "with_labels"})
     space: ClassVar[Space] = {
         "forget_batch": BATCHES,
         "steps": (10, 20, 50),
@@ -76,17 +76,21 @@ class BoundaryShrink(Trainer[BoundaryShrinkConfig]):
         return {"forget_loss_batch": losses.mean().item()}
 
     def _relabeled(self, batch: Batch) -> Tensor:
-        return self.losses(classification.relabeled(batch, self.nearest(batch)))
+        return self.losses(self.objective.with_labels(batch, self.nearest(batch)))
 
     def nearest(self, batch: Batch) -> Tensor:
-        """Of each sample the wrong class that the original takes it for most once moved, [B]."""
-        given, true = classification.inputs(batch), classification.labels(batch)
+        """For each prediction the wrong class most likely to the original once moved, [N]."""
+        given = self.objective.inputs(batch)
         if not (isinstance(given, Tensor) and given.is_floating_point()):
             got = given.dtype if isinstance(given, Tensor) else type(given).__name__
             raise InputError(f"forget: inputs must be a tensor of real numbers to move, got {got}")
         moved = given.detach().clone().requires_grad_()
-        losses = classification.label_losses(self.logits((moved, true), self.original), true)
+        found = self._of_original(batch, moved)
+        losses = label_losses(found.logits, found.labels)
         (slope,) = torch.autograd.grad(losses.sum(), moved)
         with torch.no_grad():
-            found = self.logits((given + self.config.bound * slope.sign(), true), self.original)
-        return found.scatter(1, true[:, None], -math.inf).argmax(1)
+            found = self._of_original(batch, given + self.config.bound * slope.sign())
+        return found.logits.scatter(1, found.labels[:, None], -math.inf).argmax(1)
+
+    def _of_original(self, batch: Batch, inputs: Tensor) -> Outputs:
+        return self.outputs(self.objective.with_inputs(batch, inputs), self.original)

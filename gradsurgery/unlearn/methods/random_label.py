@@ -1,6 +1,7 @@
 """Random label: teach the forget set labels drawn at random among the wrong ones.
 
-Descend forget_weight CE(x_f, y') + retain_weight L_r, with y' uniform over the classes but y.
+Descend forget_weight CE(x_f, y') + retain_weight L_r, with y' uniform over the classes but y, or
+whatever else a task relabels a sample with.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import ClassVar, TypeVar
 from torch import Tensor
 
 from gradsurgery.unlearn.objectives.base import Batch
-from gradsurgery.unlearn.objectives.classification import label_losses, labels, wrong_labels
+from gradsurgery.unlearn.objectives.classification import Classification, label_losses
 from gradsurgery.unlearn.training.described import PAIRED, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
@@ -39,7 +40,8 @@ R = TypeVar("R", bound=RandomLabelConfig)
 
 
 class RandomLabel(Trainer[R]):
-    """Cross-entropy to wrong labels on the forget set, the loss itself on the retain set.
+    """Cross-entropy to wrong labels on the forget set, the loss itself on the retain set. A task
+    that is no classifier has its own loss on both.
 
     A sample gets a new label each time it is drawn, so in the mean all wrong classes pull equally.
     Public code differs: some draws once per sample and for good, some once per epoch, and some
@@ -74,6 +76,10 @@ class RandomLabel(Trainer[R]):
         }
 
     def _relabeled_losses(self, batch: Batch) -> Tensor:
-        """Cross-entropy [B] to labels drawn for these samples now."""
-        logits = self.logits(batch)
-        return label_losses(logits, wrong_labels(labels(batch), logits.shape[1], self.generator))
+        """Losses [B] of these samples with labels drawn now."""
+        drawn = self.relabel(batch)
+        if not isinstance(self.objective, Classification):
+            return self.losses(drawn)
+        # a loss function of one's own may look at other targets than the label
+        found = self.outputs(drawn)
+        return label_losses(found.logits, found.labels)

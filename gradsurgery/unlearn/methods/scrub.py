@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import Batch
+from gradsurgery.unlearn.objectives.base import Batch, batch_size, per_sample
+from gradsurgery.unlearn.objectives.classification import label_losses
 from gradsurgery.unlearn.training.described import LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
@@ -57,9 +57,9 @@ class SCRUB(Trainer[SCRUBConfig]):
     pass over forget moves little but for what dropout, batch norm or rounding brings in, and it is
     the retain pass after it that parts the two. Nothing bounds D: `msteps` is what ends its climb.
     CE is cross-entropy with the batch's labels, from the same forward pass as D: `loss` is never
-    called, and one of your own is a warning. The authors' code also lowers the learning rate at
-    fixed epochs (here: `schedule`), and their variant that rewinds to an earlier checkpoint is not
-    here.
+    called, and a function of your own is a warning. The authors' code also lowers the learning rate
+    at fixed epochs (here: `schedule`), and their variant that rewinds to an earlier checkpoint is
+    not here.
 
     Towards Unbounded Machine Unlearning, Kurmanji et al. 2023 (arXiv:2302.09880).
     """
@@ -107,14 +107,16 @@ class SCRUB(Trainer[SCRUBConfig]):
         return {f"{kind}_loss_batch": found.mean().item()}
 
     def _apart(self, batch: Batch) -> Tensor:
-        teacher = self.logits(batch, self.teacher)
-        return divergence(self.logits(batch), teacher, self.config.temperature)
+        teacher, student = self.outputs(batch, self.teacher), self.outputs(batch)
+        apart = divergence(student.logits, teacher.logits, self.config.temperature)
+        return per_sample(apart, student.sample, batch_size(batch))
 
     def _kept(self, batch: Batch) -> Tensor:
-        student, teacher = self.logits(batch), self.logits(batch, self.teacher)
-        right = classification.label_losses(student, classification.labels(batch))
-        apart = divergence(student, teacher, self.config.temperature)
-        return self.config.retain_weight * right + self.config.distill_weight * apart
+        student, teacher = self.outputs(batch), self.outputs(batch, self.teacher)
+        right = label_losses(student.logits, student.labels)
+        apart = divergence(student.logits, teacher.logits, self.config.temperature)
+        both = self.config.retain_weight * right + self.config.distill_weight * apart
+        return per_sample(both, student.sample, batch_size(batch))
 
 
 NEVER = -1e4  # log of a probability that is zero in any dtype

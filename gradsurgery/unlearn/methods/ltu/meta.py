@@ -15,13 +15,13 @@ from torch.overrides import TorchFunctionMode
 from gradsurgery.errors import InputError
 from gradsurgery.ops.group_norm import group_norm
 
-Objective = Callable[[nn.Module], Tensor]  # -> a scalar
+Scalar = Callable[[nn.Module], Tensor]  # a function of a model -> []
 
 
 def meta_gradient(
     model: nn.Module,
-    tune: Sequence[Objective],
-    test: Sequence[Objective],
+    tune: Sequence[Scalar],
+    test: Sequence[Scalar],
     rate: float,
     *,
     order: Literal["first", "second"] = "second",
@@ -33,7 +33,7 @@ def meta_gradient(
 
     Args:
         model: its parameters that require gradients are t, and are left alone.
-        tune: L as a sum of objectives, model -> scalar, one or more.
+        tune: L as a sum of functions, model -> scalar, one or more.
         test: M, likewise. Where there are several, each graph is let go before the next is made.
         rate: a, 0 or more.
 
@@ -120,21 +120,21 @@ def _moved(
 
 
 class _Draws:
-    """torch's generators before an objective, so that it can be computed again, draws and all."""
+    """torch's generators before a function, so that it can be computed again, draws and all."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = [device] if device.type == "cuda" else []
 
-    def kept(self, objective: Objective, model: nn.Module) -> Tensor:
+    def kept(self, function: Scalar, model: nn.Module) -> Tensor:
         self.states = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self.cuda]
-        return objective(model)
+        return function(model)
 
-    def again(self, objective: Objective, model: nn.Module) -> Tensor:
+    def again(self, function: Scalar, model: nn.Module) -> Tensor:
         with torch.random.fork_rng(self.cuda):
             torch.set_rng_state(self.states[0])
             for device, state in zip(self.cuda, self.states[1], strict=True):
                 torch.cuda.set_rng_state(state, device)
-            return objective(model)
+            return function(model)
 
 
 def _gradient(

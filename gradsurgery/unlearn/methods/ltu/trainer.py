@@ -19,10 +19,18 @@ from torch.nn.utils import parameters_to_vector
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops import harmonize
 from gradsurgery.unlearn.methods.ltu.membership import Features, MembershipModels, features, halves
-from gradsurgery.unlearn.methods.ltu.meta import Objective, meta_gradient
-from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import Batch, batch_size, fresh, take
-from gradsurgery.unlearn.training.described import PAIRED, LogUniform, Space
+from gradsurgery.unlearn.methods.ltu.meta import Scalar, meta_gradient
+from gradsurgery.unlearn.objectives.base import (
+    Batch,
+    Objective,
+    Outputs,
+    batch_size,
+    fresh,
+    per_sample,
+    take,
+)
+from gradsurgery.unlearn.objectives.classification import Classification, integers
+from gradsurgery.unlearn.training.described import PAIRED, Asked, LogUniform, Space
 from gradsurgery.unlearn.training.given import check_functions
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.trainer import (
@@ -122,7 +130,7 @@ class LTUTrainer(Trainer[LTUConfig]):
     about = "tuning steps tested ahead, membership models' verdicts, harmonized"
     paper = "Huang et al. 2024 (arXiv:2407.10494)"
     color = "#d55e00"
-    asks = frozenset({"losses", "outputs"})
+    asks = frozenset({"losses", "outputs", "classes"})  # with the default options
     space: ClassVar[Space] = {
         **PAIRED,
         "steps": (80, 160),
@@ -146,8 +154,17 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     def __init__(self, *args: Any, augment: Augment | None = None, **options: Any) -> None:
         check_functions(augment=augment)
-        self.augment = augment or shifted
+        self.augment = augment
         super().__init__(*args, **options)
+
+    def asked(self) -> frozenset[Asked]:
+        found: set[Asked] = {"losses"}
+        found |= {"outputs"} if self.config.feedback == "membership" else {"relabel"}
+        if self.config.split == "class":
+            found |= {"classes"}
+        elif self.augment is None:
+            found |= {"inputs", "with_inputs"}
+        return frozenset(found)
 
     def labeled_sets(self) -> tuple[str, ...]:
         held_out = ("validation",) if self.config.feedback == "membership" else ()
@@ -164,8 +181,6 @@ class LTUTrainer(Trainer[LTUConfig]):
         if self.config.meta and self.config.order == "second":
             _refuse_weight_norm(self.model)
         if self.config.feedback == "random_label":
-            with torch.no_grad(), evaluating(self.model):
-                self.classes = self.logits(next(self.whole("forget", 1))).shape[1]
             return
         if self.data["validation"] is None:
             raise InputError(
@@ -221,7 +236,7 @@ class LTUTrainer(Trainer[LTUConfig]):
     # -- the two kinds of feedback
 
     def _feedback(
-        self, tune: list[Objective], test: list[Objective]
+        self, tune: list[Scalar], test: list[Scalar]
     ) -> tuple[list[Tensor | None], Tensor, Tensor]:
         rate = self.config.tune_lr if self.config.meta else 0.0
         return meta_gradient(self.model, tune, test, rate, order=self.config.order)
@@ -236,13 +251,13 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     def _objectives(
         self, batch: Batch, values: Callable[[nn.Module, Batch], Tensor]
-    ) -> list[Objective]:
+    ) -> list[Scalar]:
         """The mean of values(model, batch) [B] as a sum over parts that fit a forward pass."""
         size = batch_size(batch)
         length = self.config.micro_batch or size
         parts = [take(batch, slice(at, at + length)) for at in range(0, size, length)]
 
-        def share(part: Batch) -> Objective:
+        def share(part: Batch) -> Scalar:
             return lambda model: differentiable(values(model, part)).sum() / size
 
         return [share(part) for part in parts]
@@ -250,18 +265,17 @@ class LTUTrainer(Trainer[LTUConfig]):
     def _retain_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.losses(fresh(batch), model)  # a step looks at a batch several times
 
-    def _forgetting(self, batch: Batch) -> tuple[list[Objective], list[Objective]]:
+    def _forgetting(self, batch: Batch) -> tuple[list[Scalar], list[Scalar]]:
         """Support and query: membership models, or wrong labels, drawn for this step."""
         auditors = self.auditors
         if auditors is None:
-            known = classification.labels(batch)
-            parts = [classification.relabeled(batch, self._wrong_labels(known)) for _ in range(2)]
+            parts = [self.relabel(batch) for _ in range(2)]
             support, query = (self._objectives(part, self._retain_losses) for part in parts)
             return support, query
 
         def verdicts(which: Tensor) -> Callable[[nn.Module, Batch], Tensor]:
             def values(model: nn.Module, part: Batch) -> Tensor:
-                seen = self._seen(self.logits(part, model), classification.labels(part))
+                seen = self._seen(self.outputs(part, model), batch_size(part))
                 return F.softplus(auditors(seen, which)).mean(0)  # cross-entropy with "no"
 
             return values
@@ -271,15 +285,14 @@ class LTUTrainer(Trainer[LTUConfig]):
         support, query = (self._objectives(batch, verdicts(side)) for side in sides)
         return support, query
 
-    def _wrong_labels(self, known: Tensor) -> Tensor:
-        return classification.wrong_labels(known, self.classes, self.generator)
-
     def _split(self, batch: Batch) -> tuple[Batch, Batch]:
         """Support and query of retain samples."""
         if self.config.split == "augmentation":
+            if self.augment is None:
+                return batch, shifted(batch, self.generator, self.objective)
             return batch, self.augment(batch, self.generator)
         size = batch_size(batch)
-        known = classification.labels(batch)
+        known = integers(self.objective.classes(batch), size, "classes")
         classes, counts = known.unique(return_counts=True)
         order = torch.randperm(len(classes), generator=self.generator).to(self.device)
         # as many classes as make about half of the samples
@@ -292,35 +305,45 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     # -- membership models
 
-    def _seen(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return features(logits, labels, self.config.model_features)
+    def _seen(self, found: Outputs, size: int) -> Tensor:
+        """Features [B, ...] of B = `size` samples, of several predictions their mean."""
+        seen = features(found.logits, found.labels, self.config.model_features)
+        return per_sample(seen, found.sample, size)
+
+    def _predicted(self, kind: str) -> Outputs:
+        """What the model predicts for a whole set, whose samples are numbered through."""
+        found, before = [], 0
+        for part in self.whole(kind):
+            outputs = self.outputs(part)
+            found.append(outputs._replace(sample=outputs.sample + before))
+            before += batch_size(part)
+        logits, labels, sample = map(torch.cat, zip(*found, strict=True))
+        if not bool(logits.isfinite().all()):
+            raise NonFiniteError(f"{kind}: an output of the model is not finite")
+        return Outputs(logits, labels, sample)
 
     @torch.no_grad()
     def _train_auditors(self) -> None:
-        kinds = ("forget", "validation")
-        outputs, known = {}, {}
         with evaluating(self.model):
-            for kind in kinds:
-                found = [
-                    (self.logits(part), classification.labels(part)) for part in self.whole(kind)
-                ]
-                outputs[kind], known[kind] = map(torch.cat, zip(*found, strict=True))
-                if not bool(outputs[kind].isfinite().all()):
-                    raise NonFiniteError(f"{kind}: an output of the model is not finite")
-        if self.config.audit_labels == "forget":
-            labels = known["forget"].cpu()
-            drawn = torch.randint(len(labels), known["validation"].shape, generator=self.generator)
+            forget, unseen = (self._predicted(kind) for kind in ("forget", "validation"))
+        if self.config.audit_labels == "forget" and len(forget.labels):
+            labels = forget.labels.cpu()
+            drawn = torch.randint(len(labels), unseen.labels.shape, generator=self.generator)
             given = labels[drawn].to(self.device)
-            unlike = given != known["validation"]  # a sample's own label would tell nothing
-            outputs["validation"] = outputs["validation"][unlike]
-            known["validation"] = given[unlike]
-        sizes = [len(known[kind]) for kind in kinds]
+            unlike = given != unseen.labels  # a sample's own label would tell nothing
+            unseen = Outputs(unseen.logits[unlike], given[unlike], unseen.sample[unlike])
+        sides, sizes = [], []
+        for found in (forget, unseen):
+            left, sample = found.sample.unique(return_inverse=True)  # of some none may be left
+            sides.append(found._replace(sample=sample))
+            sizes.append(len(left))
         if min(sizes) < 2:
             raise InputError(
                 "validation: membership models need 2 forget samples and 2 held-out ones, "
                 f"got {sizes[0]} and {sizes[1]}"
             )
-        seen = torch.cat([self._seen(outputs[kind], known[kind]) for kind in kinds]).double()
+        seen = [self._seen(found, size) for found, size in zip(sides, sizes, strict=True)]
+        seen = torch.cat(seen).double()
         member = torch.tensor([1, 0]).repeat_interleave(torch.tensor(sizes))
         models = self.config.models
         shown = halves(member, models, self.generator).to(self.device)
@@ -332,9 +355,10 @@ class LTUTrainer(Trainer[LTUConfig]):
         )
 
 
-def shifted(batch: Batch, generator: torch.Generator) -> Batch:
+def shifted(batch: Batch, generator: torch.Generator, objective: Objective | None = None) -> Batch:
     """Images [B, C, H, W] moved by up to an eighth of their height and width, zeros moving in."""
-    images = classification.inputs(batch)
+    task = objective or Classification()
+    images = task.inputs(batch)
     if not isinstance(images, Tensor) or images.dim() != 4:
         got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise InputError(f"split='augmentation' moves images [B, C, H, W], got {got}: give augment")
@@ -348,7 +372,7 @@ def shifted(batch: Batch, generator: torch.Generator) -> Batch:
         image[:, top : top + height, left : left + width]
         for image, top, left in zip(padded, tops, lefts, strict=True)
     ]
-    return classification.with_inputs(batch, torch.stack(moved))
+    return task.with_inputs(batch, torch.stack(moved))
 
 
 def _refuse_weight_norm(model: nn.Module) -> None:
