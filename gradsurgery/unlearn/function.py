@@ -10,7 +10,7 @@ from torch import nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.methods import ALL, METHODS, REFERENCE
-from gradsurgery.unlearn.objectives.base import PerSampleLoss
+from gradsurgery.unlearn.objectives.base import Objective, PerSampleLoss
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.training import given
 from gradsurgery.unlearn.training.config import update
@@ -27,7 +27,7 @@ def unlearning(
     forget_loader: Data,
     val_loader: Data = None,
     method: str = "orthograd",
-    loss: PerSampleLoss = cross_entropy,
+    loss: PerSampleLoss | Objective = cross_entropy,
     epochs: int | None = None,
     seed: int = 0,
     probe: Probe | None = None,
@@ -48,9 +48,10 @@ def unlearning(
         val_loader: held-out samples, for methods that need some (LTU), with the transforms of the
             forget loader; what is later measured on them has been seen.
         method: a name of `METHODS`, or "retrain".
-        loss: (net, batch) -> per-sample losses [B]. By default cross-entropy, whose labels are
-            integers [B] of any integer dtype, in every set given. "scrub" and "bad_teacher" never
-            call it, and warn of one that is not cross-entropy.
+        loss: (net, batch) -> per-sample losses [B], or an `Objective`, a task that is no
+            classification. By default cross-entropy, whose labels are integers [B] of any integer
+            dtype, in every set given. "scrub" and "bad_teacher" never call a loss function, and
+            warn of one that is not cross-entropy.
         epochs: in place of the option `steps`: a method's own epochs where it has some (SCRUB), or
             passes over the retain loader, or over the forget loader where only that is drawn from.
             In memory one is as many whole batches as there are. Without either, the option's
@@ -67,7 +68,8 @@ def unlearning(
     leaves net as it was before the step that failed.
 
     Raises:
-        InputError: an unknown method or option, sets that overlap, labels out of range, ...
+        InputError: an unknown method or option, sets that overlap, labels out of range, a task
+            that lacks what the method asks, ...
         PositionError: an InputError and a TypeError, where a set was given by position.
         TrainingError: what was not finite, and when.
     """

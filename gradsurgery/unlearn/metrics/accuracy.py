@@ -8,36 +8,65 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import Batch, PerSampleLoss
+from gradsurgery.unlearn.objectives.base import (
+    Batch,
+    Objective,
+    Outputs,
+    PerSampleLoss,
+    batch_size,
+    check_has,
+)
+from gradsurgery.unlearn.objectives.classification import Classification, as_objective, integers
+from gradsurgery.unlearn.training.given import checked_outputs
 from gradsurgery.unlearn.training.modes import evaluating
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Batch, labels: Tensor | None = None) -> float:
-    """Share of `data` whose largest logit is at `labels` ([N], default: the data's own), in [0, 1].
+def accuracy(
+    model: nn.Module,
+    data: Batch,
+    labels: Tensor | None = None,
+    *,
+    objective: Objective | None = None,
+) -> float:
+    """Share of the predictions for `data` whose largest logit is at the label, in [0, 1].
 
-    `data` is a classifier's batch, as `classification` says. NaN for an empty set: no sample, no
-    accuracy.
+    NaN for an empty set: no prediction, no accuracy.
+
+    Args:
+        model: in any mode, which stays.
+        data: a batch of the objective.
+        labels: [N], in the place of the data's own.
+        objective: None: classification.
     """
     with evaluating(model):
-        known = classification.labels(data) if labels is None else labels
-        return share_right(classification.logits(model, data), known)
+        found = outputs(model, objective or Classification(), data)
+    return share_right(found.logits, found.labels if labels is None else labels)
+
+
+def outputs(model: nn.Module, objective: Objective, data: Batch) -> Outputs:
+    """What a model predicts; `InputError` where the task cannot say it."""
+    check_has(objective, ("outputs",), "accuracy")
+    return checked_outputs(objective, objective.outputs(model, data), batch_size(data))
 
 
 def share_right(logits: Tensor, labels: Tensor) -> float:
     """Share of rows of `logits` [N, C] that are largest at `labels` [N]; NaN for none."""
-    known = classification.integers(labels, len(logits), of="row of logits").to(logits.device)
-    if len(known) == 0:
-        return math.nan
-    return (logits.argmax(dim=1) == known).double().mean().item()
+    found = right(logits, labels)
+    return found.double().mean().item() if len(found) else math.nan
+
+
+def right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which rows of `logits` [N, C] are largest at `labels` [N], a mask [N]."""
+    known = integers(labels, len(logits), of="row of logits").to(logits.device)
+    return logits.argmax(dim=1) == known
 
 
 @torch.no_grad()
-def losses(model: nn.Module, loss: PerSampleLoss, data: Batch) -> Tensor:
-    """Per-sample losses, [N]."""
+def losses(model: nn.Module, loss: PerSampleLoss | Objective, data: Batch) -> Tensor:
+    """Per-sample losses, [B], of a function (model, batch) -> [B] or an `Objective`."""
     with evaluating(model):
-        return loss(model, data)
+        return as_objective(loss).losses(model, data)
 
 
 def uis(original_test: float, test: float, unlearned: float, *, kind: str) -> float:

@@ -14,8 +14,9 @@ from torch import nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.methods.finetune import Finetune, FinetuneConfig
-from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import Batch, PerSampleLoss
+from gradsurgery.unlearn.metrics.accuracy import outputs, right
+from gradsurgery.unlearn.objectives.base import Batch, Objective, PerSampleLoss
+from gradsurgery.unlearn.objectives.classification import as_objective
 from gradsurgery.unlearn.training.data import Data, count, whole
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.seeds import seeded
@@ -26,34 +27,40 @@ ROUNDING = 1e-9  # 0.8 - 0.1 is above 0.7 in floating point, and 7 of 10 right m
 
 @torch.no_grad()
 def forget_measure(
-    model: nn.Module, loss: PerSampleLoss, forget: Data, measure: Measure = "accuracy"
+    model: nn.Module,
+    loss: PerSampleLoss | Objective,
+    forget: Data,
+    measure: Measure = "accuracy",
 ) -> float:
     """Accuracy in [0, 1], or mean loss, of a model in evaluation mode on the forget set.
 
+    Accuracy is over predictions, of which a sample may have several; the loss is over samples.
+
     Args:
-        model: for accuracy a classifier. Its mode is as before afterwards.
-        loss: `loss(model, batch)` -> [B].
+        model: its mode is as before afterwards.
+        loss: a classifier's loss function or an `Objective`, as in `Trainer`.
         forget: as in `Trainer`.
-        measure: which of the two.
+        measure: which of the two. Accuracy needs the objective's outputs.
     """
+    task = as_objective(loss)
     device = next(model.parameters()).device
     total, n = 0.0, 0
 
-    def right(model: nn.Module, batch: Batch) -> torch.Tensor:
-        found = classification.logits(model, batch)
-        return found.argmax(dim=1) == classification.labels(batch)
+    def judged(model: nn.Module, batch: Batch) -> torch.Tensor:
+        found = outputs(model, task, batch)
+        return right(found.logits, found.labels)
 
-    each = right if measure == "accuracy" else loss
+    each = judged if measure == "accuracy" else task.losses
     with evaluating(model):
         for batch in whole(forget, 256, device):
             values = each(model, batch)
             total, n = total + values.double().sum().item(), n + len(values)
-    return total / n
+    return total / n if n else math.nan
 
 
 def relearn_steps(
     model: nn.Module,
-    loss: PerSampleLoss,
+    loss: PerSampleLoss | Objective,
     forget: Data,
     original: float,
     config: FinetuneConfig,
@@ -71,7 +78,7 @@ def relearn_steps(
 
     Args:
         model: unlearned or retrained.
-        loss: `loss(model, batch)` -> [B], as it was trained with.
+        loss: as in `Trainer`, and as it was trained with.
         forget: as in `Trainer`.
         original: `forget_measure` of the original model.
         config: of the training; `config.steps` is the most that are taken, and a schedule other
