@@ -455,7 +455,8 @@ class Noisy(nn.Sequential):
     """A classifier that draws from torch's generator in evaluation mode too."""
 
     def __init__(self, classes=3):
-        super().__init__(nn.Linear(6, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, classes))
+        layers = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Tanh()
+        super().__init__(*layers, nn.Linear(8, classes))
 
     def forward(self, input):
         return super().forward(input) + 1e-3 * torch.rand(())
