@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import (
@@ -362,6 +363,17 @@ def test_a_membership_model_sees_a_samples_mean(which):
         torch.testing.assert_close(row, each.mean(0))
     assert trainer.auditors.mean.numel() == seen.shape[1]
     assert trainer.audit.shape == (config.models,)
+
+
+def test_samples_of_a_whole_set_are_numbered_through():
+    _, net, sets = made("answers")
+    data = {"retain": sets["retain_loader"], "validation": sets["val_loader"]}
+    data["forget"] = DataLoader(TensorDataset(*sets["forget_loader"]), batch_size=5)
+    config = LTUTrainer.Config(split="augmentation", model_steps=1)
+    trainer = LTUTrainer(net, Answers(), **data, config=config, augment=swapped)
+    found, whole = trainer._predicted("forget"), trainer.outputs(sets["forget_loader"])
+    assert torch.equal(found.sample, whole.sample) and torch.equal(found.labels, whole.labels)
+    torch.testing.assert_close(found.logits, whole.logits)
 
 
 def test_held_out_samples_that_drew_their_own_words_are_no_members(monkeypatch):
