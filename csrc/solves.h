@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cone.h"
+#include "conflict_averse.h"
 #include "dense.h"
 
 #ifdef GRADSURGERY_ISA
