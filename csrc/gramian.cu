@@ -2,7 +2,10 @@
 // kernel adds the shares in their order.
 #include <type_traits>
 
-#include "gramian.cuh"
+#include "gramian_border.cuh"
+#include "gramian_small.cuh"
+#include "gramian_sums.cuh"
+#include "gramian_tiled.cuh"
 
 namespace gradsurgery::cuda {
 
