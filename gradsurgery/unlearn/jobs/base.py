@@ -20,7 +20,7 @@ from gradsurgery.unlearn.jobs.stages import stage_name
 from gradsurgery.unlearn.jobs.yaml import read_yaml
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
-from gradsurgery.unlearn.objectives.base import Batch, PerSampleLoss, joined
+from gradsurgery.unlearn.objectives.base import Batch, Objective, check_has, joined
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.trainer import Probe, require
 
@@ -57,7 +57,7 @@ class Variant:
 class JobConfig(MethodOptions):
     """Options of every job."""
 
-    task: str = ""
+    task: Any = ""  # each job's own choices
     """What to forget."""
     method: tuple[Method, ...] = ("orthograd", "ltu", "graddiff", "finetune")
     """One or more methods, or all; the original and the retrained model are always made."""
@@ -219,8 +219,6 @@ class Job(ABC, Generic[C, S]):
     metrics: ClassVar[tuple[Metric, ...]]
     described: ClassVar[tuple[str, ...]] = ()
     """Names of its `facts`, without which `texts` cannot be written."""
-    objective: PerSampleLoss
-    """What is trained on: per-sample losses, and what else methods ask for."""
 
     # -- options
 
@@ -251,6 +249,8 @@ class Job(ABC, Generic[C, S]):
     def check(self, config: C) -> None:
         """Raise `InputError` naming the first option that makes no sense, with these data."""
         config.check()
+        for name in config.methods:
+            check_has(self.objective, METHODS[name].asks, METHODS[name].title)
 
     # -- data and model
 
@@ -275,6 +275,11 @@ class Job(ABC, Generic[C, S]):
     def overlap(self, config: C) -> Literal["error", "allow"]:
         """What is done about copies of a sample to forget, as in `Trainer`."""
         return "error"
+
+    @property
+    @abstractmethod
+    def objective(self) -> Objective:
+        """What methods and metrics may ask of the task."""
 
     # -- what is measured
 

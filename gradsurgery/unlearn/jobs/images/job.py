@@ -286,5 +286,5 @@ def _digest(*tensors: Tensor) -> str:
     """SHA-256 of the values of tensors, in their order."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()

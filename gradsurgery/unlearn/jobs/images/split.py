@@ -53,15 +53,15 @@ def split(images: Images, samples: dict[str, Tensor], wanted: Wanted, seed: int)
     labels = images.labels[train]
     generator = torch.Generator().manual_seed(seed)
     wrong = None
-    chosen: tuple[int, ...] = ()
+    chosen: list[int] = []
     if wanted.task == "ids":
         forgotten = torch.isin(train, named)
     elif wanted.task == "class":
-        chosen = (_class(images, "forget-class", wanted.forget_class, seed),)
+        chosen = [_class(images, "forget-class", wanted.forget_class, seed)]
         forgotten = labels == chosen[0]
     elif wanted.task == "confusion":
         pair = wanted.confused or (None, None)
-        chosen = tuple(_class(images, "confused", name, seed + k) for k, name in enumerate(pair))
+        chosen = [_class(images, "confused", name, seed + k) for k, name in enumerate(pair)]
         forgotten = _drawn((labels == chosen[0]) | (labels == chosen[1]), wanted.percent, generator)
         wrong = sum(chosen) - labels[forgotten]
     else:

@@ -102,7 +102,7 @@ def test_a_checkpoint_is_the_original_as_it_is(tmp_path, data):
     RunDirectory(tmp_path / "run").load_model(model, (0, "original"))
     assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
     RunDirectory(tmp_path / "run").load_model(model, (0, "retrain"))
-    assert not torch.equal(model.head[3].weight, found["head.3.weight"])
+    assert not torch.equal(model.get_parameter("head.3.weight"), found["head.3.weight"])
     assert "The original is a checkpoint" in (tmp_path / "run/report.html").read_text()
 
 
@@ -114,7 +114,7 @@ def test_retrain_does_not_begin_at_a_checkpoint_that_is_the_original(tmp_path, d
         run = Run(ImagesJob(), config, directory, PlainProgress())
         fresh = run.fresh(0, "retrain")
     found = load_file(tmp_path / "given.safetensors")
-    assert not torch.equal(fresh.head[3].weight, found["head.3.weight"])
+    assert not torch.equal(fresh.get_parameter("head.3.weight"), found["head.3.weight"])
 
 
 def test_training_starts_at_a_checkpoint_where_that_is_asked_for(tmp_path, data):

@@ -93,6 +93,7 @@ def test_a_class_is_named_or_the_seeds(data, named):
     assert bool((split.forget["label"] == 1).all()) and bool((split.retain["label"] != 1).all())
     assert split.about == {"class": "1"}
     kept, forgotten = split.held_out("test")
+    assert forgotten is not None
     assert bool((kept["label"] != 1).all()) and bool((forgotten["label"] == 1).all())
     assert made(data, "class", named, seed=5).forget_class == 2
 
