@@ -98,6 +98,10 @@ def check_summary(summary: Any) -> None:
     for entry in summary["forget_sets"].values():
         if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
             raise DamageError(f"sha256 must have 64 digits, got {brief(entry['sha256'])}")
+    try:
+        job.texts(summary)
+    except (KeyError, TypeError, ValueError):
+        raise DamageError("forget_sets or data are not those of its job") from None
     for name in (*TRAINED, *columns):
         needed = {"seconds"} | ({"gap_mean"} if name != "retrain" else set())
         missing = needed - set(columns.get(name, ()))

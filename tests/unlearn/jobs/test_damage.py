@@ -226,6 +226,7 @@ WRONG = [
     (("forget_sets", "0", "sha256"), "<script>alert(1)</script>"),
     (("forget_sets", "0", "samples"), "many"),
     (("forget_sets",), {}),
+    (("forget_sets", "0"), {"samples": 3, "sha256": "0" * 64}),
     (("columns",), {}),
     (("columns", "retrain"), {}),
     (("columns", "neggrad", "gap_mean"), 0.5),

@@ -148,7 +148,7 @@ TITLES = {
     "confusion": "Unlearning two classes' confusion",
     "ids": "Unlearning named images",
 }
-MADE_UP = {
+MADE_UP = dict.fromkeys(get_args(Task), "") | {
     "mislabeled": "The wrong labels are made up: each of these samples got another, at random.",
     "confusion": "The wrong labels are made up: each of these samples got the other class's.",
 }
@@ -272,7 +272,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
         return Texts(
             title=TITLES[task],
             forgotten=forgotten,
-            real=f"The images: {data['title']}. Samples: {data['split']}. {MADE_UP.get(task, '')}",
+            real=f"The images: {data['title']}. Samples: {data['split']}. {MADE_UP[task]}".strip(),
             doubts=doubts,
             price="A bar that ends left of it took less time than training again.",
             model=f"An image classifier of {data['parameters']:,} parameters: {data['model']}",

@@ -93,6 +93,16 @@ def test_a_run_is_not_continued_with_other_data(tmp_path):
             open_directory(directory, config, ImagesJob().facts(config))
 
 
+def test_a_summary_without_its_data_is_damaged(tmp_path, data, capsys):
+    finished(tmp_path / "run", tiny(data))
+    content = json.loads((tmp_path / "run/summary.json").read_text())
+    del content["data"]["parameters"], content["checksum"]
+    RunDirectory(tmp_path / "run").write_json("summary.json", content)
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "run")])
+    assert "summary.json is damaged: data has no parameters" in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_the_original_as_it_is(tmp_path, data):
     found = weights(tmp_path / "given.safetensors")
     config = tiny(data, checkpoint=str(tmp_path / "given.safetensors"))
