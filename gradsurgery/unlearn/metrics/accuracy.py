@@ -78,7 +78,7 @@ def uis(original_test: float, test: float, unlearned: float, *, kind: str) -> fl
     class should never be predicted.
 
     For one class to forget, A_o and A_t are meant over the other classes; for mislabelled samples
-    the digits job uses "class" with the wrong labels. The paper defines the two kinds; these two
+    jobs use "class" with the wrong labels. The paper defines the two kinds; these two
     readings are inferred.
 
     Go Beyond Your Means: Unlearning with Per-Sample Gradient Orthogonalization, Shamsian et al.

@@ -162,6 +162,9 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
     alike: ClassVar = {"confusion": "mislabeled", "ids": "random"}
     described = ("title", "split", "model", "function", "arguments", "parameters", "checkpoint")
 
+    def __init__(self) -> None:
+        self._read: tuple[object, tuple[Images, dict[str, Tensor]]] | None = None
+
     def resolved(self, config: ImagesConfig) -> ImagesConfig:
         """With the steps that its epochs make."""
         require(config.epochs >= 1, "epochs", "at least 1", config.epochs)
@@ -179,9 +182,6 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
         super().check(config)
         self.split(config, config.first_seed)
         self.given(config, self.model(config))
-
-    def __init__(self) -> None:
-        self._read: tuple[object, tuple[Images, dict[str, Tensor]]] | None = None
 
     def _data(self, config: ImagesConfig) -> tuple[Images, dict[str, Tensor]]:
         """The data set, read once."""
@@ -234,7 +234,10 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             ("validation",): "validation drawn by the seed",
             ("test", "validation"): "test drawn once for all seeds, validation by the seed",
         }[tuple(drawn)]
-        of = f"{height} x {width} pixels, {classes} classes"
+        of = f"{height} x {width} pixels in [0, 1]"
+        of += f" less {show(config.mean)}" if config.mean else ""
+        of += f", over {show(config.std)}" if config.std else ""
+        of += f", {classes} classes"
         used = "" if config.checkpoint is None else config.checkpoint_is
         model = self.model(config)
         self.given(config, model)
@@ -253,7 +256,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
     def texts(self, summary: Summary) -> Texts:
         task, data, sets = summary["task"], summary["data"], list(summary["forget_sets"].values())
         size, of = counted(s["samples"] for s in sets), sorted({str(s["class"]) for s in sets})
-        name, several = ", ".join(of), f", another {'class' if task == 'class' else 'pair'} a seed"
+        name, several = "; ".join(of), f", another {'class' if task == 'class' else 'pair'} a seed"
         more = several if len(of) > 1 else ""
         forgotten = {
             "random": f"{size} training samples drawn at random",
