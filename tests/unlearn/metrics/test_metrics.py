@@ -108,6 +108,16 @@ def test_paired_by_hand():
     assert found["interval"] == pytest.approx([2 - reach, 2 + reach], rel=1e-9)
 
 
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**1000])
+def test_paired_is_exact_at_any_scale(scale):
+    plain = paired([1.0, 2.0, 4.0], [0.0] * 3)
+    found = paired([scale, 2 * scale, 4 * scale], [0.0] * 3)
+    for name in ("mean", "stderr"):
+        assert found[name] == pytest.approx(scale * plain[name], rel=1e-14, abs=0)
+    ends = [scale * end for end in plain["interval"]]
+    assert found["interval"] == pytest.approx(ends, rel=1e-14, abs=0)
+
+
 def test_paired_of_one_pair_has_no_error():
     assert paired([2.0], [0.5]) == {"mean": 1.5, "stderr": None, "interval": None}
 
