@@ -276,7 +276,7 @@ def mia(forget_losses: Tensor, unseen_losses: Tensor, seed: int = 0) -> float:
         raise InputError(f"an attack needs at least {ATTACK_SPLITS} samples a side, got {n}")
     generator = torch.Generator().manual_seed(seed)
     sides = [
-        side[torch.randperm(len(side), generator=generator)[:n]].clamp(max=LARGEST_LOSS)
+        side[torch.randperm(len(side), generator=generator)[:n]].clamp(-LARGEST_LOSS, LARGEST_LOSS)
         for side in (forget, unseen)
     ]
     features = torch.cat(sides).reshape(-1, 1).numpy()

@@ -306,3 +306,9 @@ def test_attack_all_names_the_side():
 def test_mia_names_a_loss_that_is_not_a_number():
     with pytest.raises(InputError, match="unseen_losses must not be NaN, got NaN at sample 2"):
         mia(torch.rand(9), torch.tensor([0.0, 1.0, math.nan, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("low", [-math.inf, -1e308])
+def test_mia_takes_the_least_losses_too(low):
+    lowest = torch.full((9,), low, dtype=torch.float64)
+    assert mia(lowest, torch.rand(9, generator=torch.Generator().manual_seed(0))) == 1.0
