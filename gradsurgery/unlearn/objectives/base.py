@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.batch import map_batch, named_leaves, refilled, tensors
+from gradsurgery.batch import map_batch, named_leaves, refilled
 from gradsurgery.errors import InputError
 
 Batch = Any  # tensors that share their leading dimension B, in what `gradsurgery.batch` opens
@@ -101,13 +101,16 @@ def per_sample(values: Tensor, sample: Tensor, size: int) -> Tensor:
         sample: as in `Outputs`.
         size: B.
     """
-    totals = values.new_zeros(size, *values.shape[1:])
+    # bfloat16 counts no further than 256 in ones, and float16 overflows
+    wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    totals = wide.new_zeros(size, *values.shape[1:])
     if values.is_cpu:
-        totals = totals.index_add(0, sample, values)
+        totals = totals.index_add(0, sample, wide)
     else:  # where index_add sums in any order
-        totals = totals.index_put((sample,), values, accumulate=True)
+        totals = totals.index_put((sample,), wide, accumulate=True)
     counts = torch.bincount(sample, minlength=size).clamp(min=1)
-    return totals / counts.to(values).view(-1, *[1] * (values.dim() - 1))
+    means = totals / counts.to(wide).view(-1, *[1] * (values.dim() - 1))
+    return means.to(values.dtype) if values.is_floating_point() else means
 
 
 def batch_size(batch: Batch, name: str = "batch") -> int:
@@ -166,6 +169,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def joined(first: Batch, second: Batch) -> Batch:
-    """The samples of two batches of one form, those of the first before those of the second."""
-    pairs = zip(tensors(first), tensors(second), strict=True)
-    return refilled(first, [torch.cat(pair) for pair in pairs])
+    """The samples of two batches of one form, those of the first before those of the second.
+
+    Tensors are matched by their names, in whatever order a mapping has them.
+    """
+    before, after = (
+        {k: v for k, v in named_leaves(b) if isinstance(v, Tensor)} for b in (first, second)
+    )
+    if before.keys() != after.keys():
+        apart = sorted(before.keys() ^ after.keys())[0]
+        raise InputError(f"batches to be joined must have the same tensors: one alone has {apart}")
+    return refilled(first, [torch.cat((tensor, after[name])) for name, tensor in before.items()])

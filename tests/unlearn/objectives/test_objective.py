@@ -10,7 +10,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, BadTeacher, Classification, LTUTrainer, RandomLabel
 from gradsurgery.unlearn.methods.ltu.membership import MembershipModels, features
 from gradsurgery.unlearn.metrics.accuracy import accuracy
-from gradsurgery.unlearn.objectives.base import check_has, per_sample
+from gradsurgery.unlearn.objectives.base import check_has, joined, per_sample
 from tests.unlearn.objectives.tasks import (
     ALL,
     TASKS,
@@ -128,6 +128,22 @@ def test_means_over_predictions_by_hand():
     assert grad.tolist() == [3.0, 3.0, 3.0, 3.0, 3.0]
     rows = torch.arange(6.0).view(3, 2)
     assert per_sample(rows, torch.tensor([1, 1, 0]), 2).tolist() == [[4.0, 5.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_of_many_narrow_values_are_right(dtype):
+    values = torch.full((3000,), 100.0, dtype=dtype)
+    found = per_sample(values, torch.zeros(3000, dtype=torch.int64), 2)
+    assert found.dtype == dtype
+    assert found.tolist() == [100.0, 0.0]
+
+
+def test_batches_are_joined_by_name():
+    first = {"a": torch.tensor([1]), "b": torch.tensor([2])}
+    found = joined(first, {"b": torch.tensor([4]), "a": torch.tensor([3])})
+    assert {name: value.tolist() for name, value in found.items()} == {"a": [1, 3], "b": [2, 4]}
+    with pytest.raises(InputError, match=r"must have the same tensors: one alone has \['b'\]"):
+        joined(first, {"a": torch.tensor([3])})
 
 
 def test_of_one_prediction_each_they_are_the_values():
