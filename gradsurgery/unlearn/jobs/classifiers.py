@@ -146,8 +146,10 @@ class ClassifierJob(Job[C, LabeledSplit]):
     def scores(
         self, task: str, measured: Measured, original: Measured, retrain: Measured | None
     ) -> Measured:
-        kind = UIS_KIND[self.kind(task)]
-        found = {"uis": uis(original["test"], measured["test"], measured["forget"], kind=kind)}
+        kind, right = UIS_KIND[self.kind(task)], original["test"]
+        found = {}
+        if right > 0:  # it is a share of that: of an original that is never right there is none
+            found["uis"] = uis(right, measured["test"], measured["forget"], kind=kind)
         if retrain is not None:
             found["tow"] = distance.tow(measured, retrain)
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from gradsurgery.unlearn.jobs.base import COSTS, Job, Measured, Summary
@@ -10,9 +10,19 @@ from gradsurgery.unlearn.jobs.stages import TRAINED, parts
 from gradsurgery.unlearn.metrics.statistics import gap, spread
 
 
-def gaps(job: Job[Any, Any], measured: Measured, retrain: Measured) -> Measured:
-    """Distance to Retrain of every metric that counts, and their mean under "mean"."""
-    return gap({key: measured[key] for key in job.compared if key in measured}, retrain)
+def common(each: Iterable[Measured]) -> frozenset[str]:
+    """The metrics that all of them have; a held-out set may lack the class that a seed forgets."""
+    return frozenset.intersection(*map(frozenset, each))
+
+
+def gaps(
+    job: Job[Any, Any], measured: Measured, retrain: Measured, among: Collection[str]
+) -> Measured:
+    """Distance to Retrain of every metric `among` those that counts, and their mean under "mean".
+
+    Means over seeds are means of the same metrics only where `among` is what all seeds have.
+    """
+    return gap({key: measured[key] for key in job.compared if key in among}, retrain)
 
 
 def summarize(
@@ -28,11 +38,12 @@ def summarize(
     """
     by_stage = {(result["seed"], result["method"]): result for result in results}
     seeds = [int(seed) for seed in forget_sets]
+    among = common(by_stage[seed, name]["metrics"] for seed in seeds for name in names)
     columns: dict[str, Any] = {}
     for name in names:
         rows: dict[str, list[float]] = {}
         for seed in seeds:
-            for key, value in _numbers(job, task, by_stage, seed, name).items():
+            for key, value in _numbers(job, task, by_stage, seed, name, among).items():
                 rows.setdefault(key, []).append(value)
         # a number that some seed has not is none over all of them
         columns[name] = {k: spread(v) for k, v in rows.items() if len(v) == len(seeds)}
@@ -52,9 +63,14 @@ def summarize(
 
 
 def _numbers(
-    job: Job[Any, Any], task: str, by_stage: dict[tuple[int, str], Any], seed: int, name: str
+    job: Job[Any, Any],
+    task: str,
+    by_stage: dict[tuple[int, str], Any],
+    seed: int,
+    name: str,
+    among: Collection[str],
 ) -> Measured:
-    """All there are of one stage."""
+    """All there are of one stage, gaps of metrics `among` those."""
     result = by_stage[seed, name]
     measured: Measured = result["metrics"]
     original, retrain = (by_stage[seed, other]["metrics"] for other in TRAINED)
@@ -62,7 +78,7 @@ def _numbers(
     found["seconds_ratio"] = result["seconds"] / by_stage[seed, "retrain"]["seconds"]
     if name == "retrain":
         return {**found, **job.scores(task, measured, original, None)}
-    found |= {f"gap_{key}": value for key, value in gaps(job, measured, retrain).items()}
+    found |= {f"gap_{key}": value for key, value in gaps(job, measured, retrain, among).items()}
     return {**found, **job.scores(task, measured, original, retrain)}
 
 

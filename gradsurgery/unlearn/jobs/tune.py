@@ -22,7 +22,7 @@ from gradsurgery.errors import InputError, TrainingError
 from gradsurgery.unlearn.jobs.base import JobConfig, Measured, Split, Variant
 from gradsurgery.unlearn.jobs.pipeline import Run, reproducible
 from gradsurgery.unlearn.jobs.stages import TRAINED
-from gradsurgery.unlearn.jobs.summary import gaps
+from gradsurgery.unlearn.jobs.summary import common, gaps
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.described import BATCHES, Described, LogUniform, Space
@@ -191,7 +191,8 @@ def try_out(run: Run, ready: Ready, method: str, options: dict[str, Any]) -> Tri
     plain = {key: "inf" if value == math.inf else value for key, value in options.items()}
     line = {"task": run.config.task, "method": method, "options": plain}
     tried = replace(run, config=update(run.config, {method: options}))
-    scores, measured = [], []
+    measured: list[Measured] = []
+    retrained: list[Measured] = []
     try:
         getattr(tried.config, method).check(method)
         for fraction in run.config.fractions:
@@ -200,8 +201,13 @@ def try_out(run: Run, ready: Ready, method: str, options: dict[str, Any]) -> Tri
                 model.load_state_dict(models["original"].state_dict())
                 tried.trainer(split, seed, Variant(method, fraction).name, model).run()
                 measured.append(run.job.evaluate(model, split, "validation"))
-                scores.append(gaps(run.job, measured[-1], wanted)["mean"])
+                retrained.append(wanted)
     except (TrainingError, ValueError) as error:
         return {**line, "error": str(error)}
-    means = {key: round(mean(one[key] for one in measured), 4) for key in measured[0]}
-    return {**line, "gap": round(mean(scores), 5), "measured": means}
+    among = common(measured)
+    pairs = zip(measured, retrained, strict=True)
+    gap = mean(gaps(run.job, one, wanted, among)["mean"] for one, wanted in pairs)
+    means = {
+        key: round(mean(one[key] for one in measured), 4) for key in measured[0] if key in among
+    }
+    return {**line, "gap": round(gap, 5), "measured": means}
