@@ -180,6 +180,13 @@ def test_methods_get_a_share_of_the_retain_set_and_training_all_of_it():
     assert sizes["finetune@0.1"] == pytest.approx(everything / 10, abs=5)
 
 
+def test_weights_that_are_given_are_drawn_by_the_seed():
+    """With --training.start given no method draws them anew."""
+    one, again, other = (JOB.model(DigitsConfig(), seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(value, again[name]) for name, value in one.items())
+    assert not torch.equal(one["head.1.weight"], other["head.1.weight"])
+
+
 def test_retain_accuracy_is_over_all_of_the_retain_set():
     """A model that knows only the samples it was given is wrong on the others."""
     data = load("random", seed=0)

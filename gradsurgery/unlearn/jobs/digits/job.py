@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
+import torch
 from torch import nn
 
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts
 from gradsurgery.unlearn.jobs.classifiers import ClassifierJob, LabeledSplit, counted
 from gradsurgery.unlearn.jobs.digits import data
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
+from gradsurgery.unlearn.training.seeds import seeded
 from gradsurgery.unlearn.training.trainer import require
 
 
@@ -59,7 +61,8 @@ class DigitsJob(ClassifierJob[DigitsConfig]):
         return data.load(config.task, seed, config.forget_class, config.random_percent)
 
     def model(self, config: DigitsConfig, seed: int = 0) -> nn.Module:
-        return DigitsCNN()
+        with seeded(seed, torch.device("cpu")):
+            return DigitsCNN()
 
     def texts(self, summary: Summary) -> Texts:
         task, sets = summary["task"], list(summary["forget_sets"].values())
