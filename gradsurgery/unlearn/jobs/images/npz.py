@@ -18,6 +18,8 @@ NAMES_OF_PARTS = (("{}_images", "{}_labels"), ("x_{}", "y_{}"))
 WANTED = (
     f"{', '.join(map(' and '.join, NAMES))}, train_images and train_labels, or x_train and y_train"
 )
+# resizing can leave values a little above 1: divided by 255 such images would all be black
+LEAST_WHITE = 2.0
 Shape = tuple[int, ...]
 
 
@@ -25,7 +27,7 @@ def read(path: Path, size: int | None) -> Images:
     """The images and labels of a file, whole or in parts for training, validation and test.
 
     Images are [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3. White is 255 in uint8, 65535
-    in uint16; in floats it is 1 if no value of the training part is larger, and 255 otherwise.
+    in uint16; in floats it is 1 or 255, as the largest value of the training part says.
     Labels are integers [N] or [N, 1], whichever: a class is named by its integer.
 
     Raises:
@@ -142,16 +144,17 @@ def _most(found: dict[str, np.ndarray], where: str) -> float:
         raise InputError(f"{where}: images must be of one dtype, got {' and '.join(sorted(kinds))}")
     if kinds != {"float"}:
         return float(np.iinfo(next(iter(found.values())).dtype).max)
-    most = None
+    most, first = None, ""
     for name, array in found.items():
         low, high = float(array.min(initial=0)), float(array.max(initial=0))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise InputError(f"{where}: {show(name, 80)} holds values that are not finite")
         if most is None:
-            most = 1.0 if high <= 1 else 255.0
+            most, first = (1.0 if high < LEAST_WHITE else 255.0), name
         if low < 0 or high > most:
-            wanted = "[0, 1] or [0, 255]" if most > 1 or low < 0 else "[0, 1] as those of training"
-            got = f"{low:g} to {high:g}"
+            known = most == 1 and name != first and low >= 0
+            wanted = "[0, 1] as those of training" if known else "[0, 1] or [0, 255]"
+            got = f"{low:g} to {high:.8g}"
             raise InputError(f"{where}: {show(name, 80)} must be in {wanted}, got {got}")
     assert most is not None
     return most

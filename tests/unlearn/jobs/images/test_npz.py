@@ -154,6 +154,7 @@ FLOATS = GREY / 255
         ({"x": GREY, "y": LABELS * 0}, "y of .* has one class alone, 0"),
         ({"x": GREY[:0], "y": LABELS[:0]}, "x of .* holds no images"),
         ({"x": FLOATS - 0.5, "y": LABELS}, r"x must be in \[0, 1\] or \[0, 255\], got -0.5 to 0.4"),
+        ({"x": FLOATS * 1.12, "y": LABELS}, r"x must be in \[0, 1\] or \[0, 255\], got 0 to 1.0"),
         ({"x": FLOATS * 300, "y": LABELS}, r"x must be in \[0, 1\] or \[0, 255\], got 0 to 270"),
         ({"x": FLOATS * np.nan, "y": LABELS}, "x holds values that are not finite"),
         ({"x": FLOATS + np.inf, "y": LABELS}, "x holds values that are not finite"),
