@@ -115,6 +115,8 @@ def _arrays(files: Sequence[Path], size: int | None) -> list[np.ndarray]:
 
     arrays: list[np.ndarray] = []
     channels = 0
+    if size:  # before the first is made so large
+        require_room(len(files), 1, size, size, size, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for file in files:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs.images import arrays
+from gradsurgery.unlearn.jobs.images import folder as folders
 from gradsurgery.unlearn.jobs.images.data import load
 
 RED, GREY = (255, 0, 51), 102
@@ -277,4 +278,5 @@ def test_images_beyond_the_memory_are_refused_before_they_are_read(tmp_path, mon
     refused(
         tmp_path, "4 images of 2 x 3 pixels take .* GiB, more than .* --size N makes them N x N"
     )
+    monkeypatch.setattr(folders, "_array", None)  # none is made large to find it out
     refused(tmp_path, "4 images of 3 x 3 pixels made 3 x 3 take", size=3)
