@@ -134,6 +134,11 @@ def tune(run: Run) -> JobConfig:
     return replace(update(config, best), tune=0)
 
 
+def seeds(n: int) -> tuple[int, ...]:
+    """The seeds that a search of `n` draws looks at."""
+    return (SEEDS if n else ()) + (FINAL_SEEDS if finalists(n) else ())
+
+
 def finalists(n: int) -> int:
     """How many of `n` draws are run on further seeds; one alone has won already."""
     return n // 4 if n >= 8 else 0

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.text import show
+from gradsurgery.unlearn.jobs import tune
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts
 from gradsurgery.unlearn.jobs.classifiers import ClassifierJob, LabeledSplit, counted
+from gradsurgery.unlearn.jobs.directory import fingerprint
 from gradsurgery.unlearn.jobs.images.arrays import Images
 from gradsurgery.unlearn.jobs.images.data import load
 from gradsurgery.unlearn.jobs.images.networks import load_checkpoint, network
@@ -21,6 +23,7 @@ from gradsurgery.unlearn.jobs.images.split import Task, Wanted, split
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
 from gradsurgery.unlearn.objectives.base import batch_size
 from gradsurgery.unlearn.training.config import update
+from gradsurgery.unlearn.training.data import overlap
 from gradsurgery.unlearn.training.seeds import seeded
 from gradsurgery.unlearn.training.trainer import require
 
@@ -104,6 +107,13 @@ class ImagesConfig(JobConfig):
         self._check_device()
 
     def _check_checkpoint(self) -> None:
+        if self.checkpoint_is == "start":
+            require(self.checkpoint is not None, "checkpoint", "given to be the start", "none")
+            if self.training.start == "scratch":
+                raise InputError(
+                    "--training.start: scratch draws weights anew and would leave --checkpoint "
+                    "unused; given starts from it"
+                )
         if self.checkpoint is None or self.checkpoint_is == "start":
             return
         if self.task in ("mislabeled", "confusion"):
@@ -120,7 +130,7 @@ class ImagesConfig(JobConfig):
     def _check_device(self) -> None:
         try:
             torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             reason = show(str(error).splitlines()[0], 200)
             raise InputError(f"--device: {show(self.device, 80)} is not here: {reason}") from None
         if torch.device(self.device).type == "meta":
@@ -138,6 +148,8 @@ def read(config: ImagesConfig) -> tuple[Images, dict[str, Tensor]]:
         pixels = pixels - torch.tensor(config.mean)[:, None, None]
     if config.std:
         pixels = pixels / torch.tensor(config.std)[:, None, None]
+        fine = bool(pixels.isfinite().all())
+        require(fine, "std", "so large that images divided by it are finite", list(config.std))
     return images, {"image": pixels, "label": images.labels}
 
 
@@ -180,8 +192,31 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
 
     def check(self, config: ImagesConfig) -> None:
         super().check(config)
-        self.split(config, config.first_seed)
-        self.given(config, self.model(config))
+        for seed in (*config.all_seeds, *tune.seeds(config.tune)):
+            self._check_seed(config, seed)
+        model, other = self.model(config), self.model(config)
+        held = {tensor.data_ptr() for tensor in other.state_dict().values() if tensor.numel()}
+        for name, tensor in model.state_dict().items():
+            if tensor.data_ptr() in held:
+                raise InputError(
+                    f"--model {show(config.model, 80)}: {show(name, 80)} is the same tensor in two "
+                    "models made one after the other, so training one would change the other: make "
+                    "new ones each time"
+                )
+        self.given(config, model)
+
+    def _check_seed(self, config: ImagesConfig, seed: int) -> None:
+        """Raise `InputError` where a seed's data are of no use, before any model is trained."""
+        found = self.split(config, seed)
+        if config.duplicates == "allow":
+            return
+        for name, part in {"retain": found.retain, "validation": found.validation}.items():
+            both = overlap(found.forget, part)
+            if both:
+                raise InputError(
+                    f"--duplicates: with seed {seed}, {both} of {len(found.ids)} samples to forget "
+                    f"have copies in the {name} set; allow goes on with them"
+                )
 
     def _data(self, config: ImagesConfig) -> tuple[Images, dict[str, Tensor]]:
         """The data set, read once."""
@@ -250,6 +285,8 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             "parameters": sum(p.numel() for p in model.parameters()),
             "checkpoint": used,
             "data_sha256": _digest(images.images, images.labels),
+            "forget_sha256": fingerprint(found.ids),
+            "duplicates": config.duplicates,
             "weights_sha256": _digest(*model.state_dict().values()) if used else "",
         }
 
@@ -272,6 +309,9 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             "start": "Original and Retrain were trained from a checkpoint: what it knew of the "
             "forget set, Retrain may know too.",
         }.get(str(data["checkpoint"]), "")
+        if data.get("duplicates") == "allow":
+            copies = "Copies of forgotten samples were let stay: Retrain may have seen them."
+            doubts = f"{doubts} {copies}".strip()
         return Texts(
             title=TITLES[task],
             forgotten=forgotten,
@@ -289,5 +329,6 @@ def _digest(*tensors: Tensor) -> str:
     """SHA-256 of the values of tensors, in their order."""
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)  # a count has no dimension to view
+        found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()

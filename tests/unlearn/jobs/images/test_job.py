@@ -93,6 +93,18 @@ def test_a_run_is_not_continued_with_other_data(tmp_path):
             open_directory(directory, config, ImagesJob().facts(config))
 
 
+def test_a_run_is_not_continued_with_other_samples_to_forget(tmp_path, data):
+    ids = tmp_path / "ids.txt"
+    ids.write_text("3\n7\n")
+    config = tiny(data, "ids", ids=str(ids))
+    finished(tmp_path / "run", config)
+    ids.write_text("7\n# the same\n3\n")
+    finished(tmp_path / "run", config)
+    ids.write_text("3\n8\n")
+    with pytest.raises(InputError, match=r"started with other options: data\.forget_sha256 was"):
+        finished(tmp_path / "run", config)
+
+
 def test_a_summary_without_its_data_is_damaged(tmp_path, data, capsys):
     finished(tmp_path / "run", tiny(data))
     content = json.loads((tmp_path / "run/summary.json").read_text())
@@ -164,6 +176,49 @@ def test_a_model_of_ones_own_needs_no_reset_parameters(tmp_path, data, monkeypat
     assert not torch.allclose(first, stored.w, atol=0.05)  # drawn apart
 
 
+SHARING = {
+    "shares_all": "made = old",
+    "shares_weights": "made[2].weight = old[2].weight",
+    "shares_statistics": "made[1].running_mean = old[1].running_mean",
+}
+
+
+@pytest.mark.parametrize("module", SHARING)
+def test_a_model_that_is_not_new_each_time_is_refused(tmp_path, data, monkeypatch, module):
+    """Original and Retrain would be one model, or share a part of it."""
+    (tmp_path / f"{module}.py").write_text(
+        "from torch import nn\n"
+        "def new():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 3))\n"
+        "old = new()\n"
+        "def make():\n"
+        "    made = new()\n"
+        f"    {SHARING[module]}\n"
+        "    return made\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--model {module}:make: .* is the same tensor in two"):
+        ImagesJob().check(tiny(data, model=f"{module}:make"))
+
+
+def test_a_checkpoint_of_batch_norm_has_a_count(tmp_path, data, monkeypatch):
+    """A tensor without dimensions, in the checksum of the weights."""
+    (tmp_path / "normed.py").write_text(
+        "from torch import nn\n"
+        "def make(classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    weights = network("normed:make", 1, (8, 8), 3).state_dict()
+    torch.save(weights, tmp_path / "normed.pt")
+    given = {"model": "normed:make", "checkpoint": str(tmp_path / "normed.pt")}
+    config, job = tiny(data, **given), ImagesJob()
+    first = job.facts(config)["weights_sha256"]
+    weights["1.num_batches_tracked"] += 1
+    torch.save(weights, tmp_path / "normed.pt")
+    assert job.facts(config)["weights_sha256"] != first
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
@@ -184,6 +239,14 @@ def test_a_model_of_ones_own_needs_no_reset_parameters(tmp_path, data, monkeypat
         ("mislabeled", {"checkpoint": "x.pt"}, "--checkpoint: with --task mislabeled the original"),
         ("random", {"checkpoint": "x.pt", "shadows": 2}, "--shadows are trained as the original"),
         ("random", {"checkpoint": "x.pt"}, "--checkpoint: x.pt is not there"),
+        ("random", {"checkpoint_is": "start"}, "--checkpoint must be given to be the start, got "),
+        (
+            "random",
+            {"checkpoint": "x", "checkpoint_is": "start", "training": {"start": "scratch"}},
+            "--training.start: scratch draws weights anew and would leave --checkpoint unused",
+        ),
+        ("random", {"std": [1e-40]}, "--std must be so large that images divided by it are finite"),
+        ("random", {"device": "privateuseone"}, "--device: privateuseone is not here"),
     ],
 )
 def test_nonsense_names_its_option(data, task, changes, message):
@@ -213,10 +276,15 @@ def test_copies_of_a_sample_to_forget_are_refused_or_allowed(tmp_path):
     np.savez(tmp_path / "twice.npz", images=images, labels=labels)
     (tmp_path / "ids.txt").write_text("1\n")
     config = tiny(tmp_path / "twice.npz", "ids", ids=str(tmp_path / "ids.txt"))
-    with pytest.raises(InputError, match="forget"):
+    with pytest.raises(InputError, match="--duplicates: with seed 0, 1 of 1 samples to forget hav"):
         finished(tmp_path / "run", config)
+    assert not (tmp_path / "run").exists()
     allowed = tiny(tmp_path / "twice.npz", "ids", ids=str(tmp_path / "ids.txt"), duplicates="allow")
     finished(tmp_path / "allowed", allowed)
+    assert (
+        "Copies of forgotten samples were let stay"
+        in (tmp_path / "allowed/report.html").read_text()
+    )
 
 
 def test_options_come_from_the_command_line(tmp_path, data):

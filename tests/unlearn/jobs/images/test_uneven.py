@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs import tune as search
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.images.job import ImagesJob
@@ -59,3 +60,12 @@ def test_an_original_that_is_never_right_has_no_impact_score(tmp_path):
     summary = finished(tmp_path / "run", tiny(data, checkpoint=str(tmp_path / "zero.safetensors")))
     assert summary["columns"]["original"]["test"]["mean"] == 0
     assert "uis" not in summary["columns"]["neggrad"]
+
+
+def test_data_that_a_later_seed_cannot_use_are_refused_at_once(tmp_path):
+    data = in_parts(tmp_path, validation=(2,))
+    with pytest.raises(InputError, match="--data: validation has samples of 2 alone"):
+        ImagesJob().check(tiny(data, "class", seeds=3))
+    ImagesJob().check(tiny(data, "class", seeds=2))
+    with pytest.raises(InputError, match="--data: validation has samples of 2 alone"):
+        ImagesJob().check(tiny(data, "class", seeds=2, tune=8))  # 107 of the search
