@@ -94,6 +94,20 @@ def test_with_alpha_zero_forgetting_rises_and_no_retain_loss_moves(way, impl):
     assert (after[1] - before[1]).abs().max() <= 1e-3 * rise
 
 
+def test_a_loss_made_to_forget_falls_and_no_retain_loss_moves(way, impl):
+    model, forget, retain = mlp(), batch(6), batch(5)
+    before = losses_of(model, forget, retain)
+    rule = gs.OrthoGrad(alpha=0, objective="lower")
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=1e-4), rule, **way)
+    info = surgeon.step(forget=forget, retain=retain, loss=classification)
+    after = losses_of(model, forget, retain)
+    fall = (before[0].mean() - after[0].mean()).item()
+    assert fall > 0
+    assert (after[1] - before[1]).abs().max() <= 1e-3 * fall
+    # a conflict is a retain loss that the descent would raise
+    assert info.conflict_rate == (info.cosines < 0).double().mean().item()
+
+
 def test_with_alpha_one_it_is_plain_descent_on_the_retain_loss(way, impl):
     model, forget, retain = mlp(), batch(6), batch(5)
     other = copy.deepcopy(model)

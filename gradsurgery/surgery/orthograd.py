@@ -1,4 +1,4 @@
-"""OrthoGrad: climb the forget loss along what is orthogonal to every retain gradient."""
+"""OrthoGrad: forget along what is orthogonal to every retain gradient."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +33,9 @@ class OrthoGrad(Weighting):
     losses and RAISES the forget loss; with α = 0 no retain loss changes to first order.
     Equal to weights of the rows, a function of their Gramian alone.
 
+    A forget loss made to forget (NPO, SimNPO, DPO) is to be lowered. With `objective="lower"` the
+    update is α mean_i g_i + (1 - α) g⊥, which descends that loss too.
+
     `forget` names the forget rows, by default row 0, g_u is their mean; all others retain, but
     those named in `memory`, past directions: g⊥ is orthogonal to these too, and they are not
     descended.
@@ -41,6 +44,8 @@ class OrthoGrad(Weighting):
         alpha: α in [0, 1], the share of ordinary descent on the retain loss.
         granularity: "model" projects whole gradients; "tensor" each parameter tensor apart, as
             the authors' code does; "module" all tensors of one module together.
+        objective: what the forget rows are gradients of: "raise", an ordinary loss, as in the
+            paper; "lower", a loss made to forget, as in `ForgetRetain`.
         retain: "samples" protects each retain sample; "mean" only their mean, the paper's
             ablation.
         rtol: relative distance to the span below which a retain row counts as dependent on the
@@ -61,11 +66,12 @@ class OrthoGrad(Weighting):
     Shamsian et al. 2025 (arXiv:2503.02312).
     """
 
-    formula: ClassVar[str] = "a mean_i g_i - (1 - a) (g_u - proj(g_u on span g_i)), a = alpha"
+    formula: ClassVar[str] = "a r + (1 - a) (f - proj(f on span g_i)), a = alpha"
     paper: ClassVar[str] = "Shamsian et al. 2025 (arXiv:2503.02312)"
     roles: ClassVar[tuple[str, ...]] = ("forget", "memory")
 
     alpha: float = 0.5
+    objective: Literal["raise", "lower"] = "raise"
     retain: Literal["samples", "mean"] = "samples"
     rtol: float | None = None
     refine: int = 0
@@ -76,6 +82,7 @@ class OrthoGrad(Weighting):
         check(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         check(self.refine >= 0, f"refine must be 0 or more, got {self.refine}")
         check(self.rtol is None or 0 <= self.rtol < 1, f"rtol must be in [0, 1), got {self.rtol}")
+        one_of("objective", self.objective, ("raise", "lower"))
         one_of("retain", self.retain, ("samples", "mean"))
         one_of("small_tensors", self.small_tensors, ("project", "leave"))
 
@@ -85,7 +92,8 @@ class OrthoGrad(Weighting):
         return ("retain",) if self.retain == "mean" else ()
 
     def _weights(self, gram: Tensor, rtol: float, forget: Index = 0, memory: Index = ()) -> Tensor:
-        # α/k + (1-α) c_i for retain rows, (1-α) c_i for the memory's, -(1-α) for the forget row
+        # α/k + (1-α) c_i for retain rows, (1-α) c_i for the memory's, -(1-α) for the forget row;
+        # where the forget loss is to be lowered, α - 1 in the place of 1 - α
         select, k = self._select(gram.shape[-1], forget, memory)
         select = to_device(select, gram.device)
         coefficients, *_ = self._project(gram, select, rtol)
@@ -152,9 +160,10 @@ class OrthoGrad(Weighting):
         return c, rank, gram
 
     def _mix(self, coefficients: Tensor, select: Tensor, k: int) -> Tensor:
-        kept = (1 - self.alpha) * coefficients
+        up = 1 - self.alpha if self.objective == "raise" else self.alpha - 1
+        kept = up * coefficients
         retain = kept[..., :k] + self.alpha / k
-        forget = torch.full_like(coefficients[..., :1], self.alpha - 1)
+        forget = torch.full_like(coefficients[..., :1], -up)
         return torch.cat([forget, retain, kept[..., k:]], dim=-1) @ select
 
     def _refined(

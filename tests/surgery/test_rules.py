@@ -58,6 +58,7 @@ F, R = torch.tensor([3.0, 4.0]).double(), torch.tensor([0.0, -2.0]).double()
     [
         # f = (3, 4), r = (0, -2), both lowered: <f, r> = -8, |f| = 5, |r| = 2
         ("ngdiff", {}, (0.6, -0.2)),
+        ("orthograd", {"alpha": 0.25}, (2.25, -0.5)),  # (0, -2) / 4 + 3 (3, 0) / 4
         ("munba", {}, (0.6 / 0.2**0.5, -0.2 / 0.2**0.5)),
         ("gru", {}, (3, 0)),  # f + 2 r
         ("blur", {"gamma": 0.5}, (2.46, 1.28)),  # r + (0.5 + 8/25) f
@@ -730,6 +731,7 @@ def test_names_the_row_that_is_not_finite(name, impl):
         ("gru", {"momentum": 0.5, "granularity": "tensor"}, "momentum needs granularity='model'"),
         ("blur", {"gamma": -1.0}, "gamma must be 0 or more"),
         ("munba", {"objective": "up"}, "objective must be one of .* got 'up'"),
+        ("orthograd", {"objective": "up"}, "objective must be one of .* got 'up'"),
         ("ltuharmonize", {"mode": "none"}, "mode must be one of .* got 'none'"),
         ("graddrop", {"leak": 2.0}, r"leak must be in \[0, 1\], got 2.0"),
         ("signagreement", {"threshold": 2.0}, r"threshold must be in \[0, 1\]"),
