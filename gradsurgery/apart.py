@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gradsurgery.batch import (
-    AnyLoss,
-    WeightedLosses,
-    batch_size,
-    map_batch,
-    tensors,
-)
+from gradsurgery.batch import AnyLoss, WeightedLosses, batch_size, take, tensors
 from gradsurgery.buffers import Buffers
 from gradsurgery.capture.graph import ordered, roots
 
@@ -51,10 +45,7 @@ def in_parts(model: nn.Module, loss: AnyLoss, batch: Any, most: int) -> Trial:
     """Some samples of a batch together, and in parts of no more than `most`: of one or of two."""
     step = min(most, 2)
     together = few(batch, 2 + step)
-    parts = [
-        map_batch(lambda leaf, k=k: leaf[k : k + step], together)
-        for k in range(0, batch_size(together), step)
-    ]
+    parts = [take(together, slice(k, k + step)) for k in range(0, batch_size(together), step)]
     return tried(model, loss, together, parts if len(parts) > 1 else [])
 
 
@@ -74,7 +65,7 @@ def few(batch: Any, count: int) -> Any:
     order = sorted(range(size), key=padding.__getitem__)
     count = min(count, size)
     chosen = [order[round(k * (size - 1) / max(count - 1, 1))] for k in range(count)]
-    return map_batch(lambda leaf: leaf[torch.tensor(chosen, device=leaf.device)], batch)
+    return take(batch, chosen)
 
 
 def tried(model: nn.Module, loss: AnyLoss, together: Any, parts: Sequence[Any]) -> Trial:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check
 from gradsurgery.ranks import check_one_rank
+from gradsurgery.text import show
 
 # (model, batch) -> per-sample losses [B], where it is asked for them also [B, tasks] or weighted
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -21,6 +22,7 @@ DETACHED = (
     "loss does not depend on the model's parameters: it was detached, computed under "
     "torch.no_grad, from comparisons (as an accuracy is), or by another model, such as a copy"
 )
+WHOLE = (type(None), str, bytes)  # what is of no sample
 
 
 class WeightedLosses(NamedTuple):
@@ -83,38 +85,54 @@ def named_leaves(batch: Any) -> list[tuple[str, Any]]:
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    """The tensors of a batch, in the order in which `map_batch` meets them."""
-    return [leaf for _, leaf in _walk(batch, "") if isinstance(leaf, Tensor)]
+    """The tensors of a batch that have samples, in the order in which `map_batch` meets them."""
+    return [leaf for _, leaf in _walk(batch, "") if _has_samples(leaf)]
 
 
 def refilled(batch: Any, values: Sequence[Tensor]) -> Any:
-    """`batch` with other tensors, given in the order of `tensors`."""
+    """`batch` with other samples, given in the order of `tensors`."""
     following = iter(values)
-    return map_batch(lambda _: next(following), batch)
+    return map_batch(lambda leaf: next(following) if _has_samples(leaf) else leaf, batch)
+
+
+def take(batch: Any, index: slice | Sequence[int]) -> Any:
+    """Those samples of a batch, with all that is of no sample (see `batch_size`)."""
+    if isinstance(index, slice):
+        return refilled(batch, [leaf[index] for leaf in tensors(batch)])
+    return refilled(
+        batch, [leaf[torch.tensor(index, device=leaf.device)] for leaf in tensors(batch)]
+    )
 
 
 def batch_size(batch: Any, name: str = "batch") -> int:
-    """B, the leading dimension that all tensors of a batch share.
+    """B, the leading dimension that all tensors of a batch share, but those without dimensions.
 
-    Fields of dataclasses and attrs classes may be None.
+    The latter, None and strings are of no sample: they go whole to the loss, and to that of each
+    part where a batch is taken in parts. So do lists of these, of any length.
 
     Raises:
-        InputError: an entry, which is named, that is no tensor with a batch dimension; no tensor at
-            all; different sizes; no samples.
+        InputError: an entry, which is named, that is neither; no tensor with samples at all;
+            different sizes; no samples.
     """
-    sizes: dict[int, None] = {}
+    sizes: dict[int, str] = {}
     for label, leaf in _walk(batch, name):
-        if isinstance(leaf, Tensor) and leaf.dim() > 0:
-            sizes[leaf.shape[0]] = None
-        elif not isinstance(leaf, _Opened):
+        if _has_samples(leaf):
+            sizes.setdefault(leaf.shape[0], show(label, 40))
+        elif not isinstance(leaf, (*WHOLE, Tensor, _Opened)) or leaf is batch:
             where = "" if label == name else f" in {label}"
             advice = "" if where or leaf is None else "; pass a dict, tuple or dataclass of tensors"
+            if where and isinstance(leaf, (bool, int, float)):
+                advice = "; make it a tensor"
             raise InputError(
                 f"{name} must hold tensors with a leading batch dimension, "
                 f"got {_described(leaf)}{where}{advice}"
             )
-    check(len(sizes) > 0, f"{name} holds no tensor")
-    check(len(sizes) == 1, f"{name} holds tensors of different batch sizes: {sorted(sizes)}")
+    check(len(sizes) > 0, f"{name} holds no tensor with a leading batch dimension")
+    check(
+        len(sizes) == 1,
+        f"{name} holds tensors of different batch sizes: {sorted(sizes)[:9]}, as "
+        + " and ".join([*sizes.values()][:2]),
+    )
     size = next(iter(sizes))
     check(size > 0, f"{name} is empty")
     return size
@@ -123,7 +141,7 @@ def batch_size(batch: Any, name: str = "batch") -> int:
 def joined(first: Any, second: Any) -> Any | None:
     """Two batches as one, samples of the first before those of the second.
 
-    None where they differ in structure, in what they hold beside their tensors, or a pair of
+    None where they differ in structure, in what they hold beside their samples, or a pair of
     tensors in dtype, device or sample shape.
     """
     sides = [list(_walk(batch, "")) for batch in (first, second)]
@@ -131,13 +149,13 @@ def joined(first: Any, second: Any) -> Any | None:
         return None
     pairs = []
     for (label, a), (other, b) in zip(*sides, strict=True):
-        if label != other or isinstance(a, Tensor) != isinstance(b, Tensor):
+        if label != other:
             return None
-        if isinstance(a, Tensor):
+        if _has_samples(a) and _has_samples(b):
             if (a.dtype, a.device, a.shape[1:]) != (b.dtype, b.device, b.shape[1:]):
                 return None
             pairs.append((a, b))
-        elif not _same(a, b):
+        elif a is not b and not _same(a, b):
             return None
     return refilled(first, [torch.cat(pair) for pair in pairs])
 
@@ -192,6 +210,10 @@ def check_floating(losses: Tensor) -> None:
     )
 
 
+def _has_samples(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
 class _Opened(NamedTuple):
     """Stands for a container in a walk: like another with the same type and the same beside."""
 
@@ -219,7 +241,10 @@ def _beside(node: Any, entries: Sequence[Any]) -> dict[str, Any]:
     held = {
         name: value
         for name, value in getattr(node, "__dict__", {}).items()
-        if name != "_encodings" and id(value) not in own and not _stores(value, own)
+        if name != "_encodings"
+        # None and strings may be the same objects as entries, by chance
+        and (id(value) not in own or isinstance(value, WHOLE))
+        and not _stores(value, own)
     }
     if isinstance(node, defaultdict):
         held["default_factory"] = node.default_factory
@@ -250,12 +275,8 @@ def _walk(batch: Any, label: str) -> Iterator[tuple[str, Any]]:
         yield label, batch
         return
     yield label, _Opened(type(batch), _beside(batch, container.entries))
-    optional = bool(_fields(batch))
     for part, entry in zip(container.labels, container.entries, strict=True):
-        if entry is None and optional:
-            yield label + part, _Opened(type(None))
-        else:
-            yield from _walk(entry, label + part)
+        yield from _walk(entry, label + part)
 
 
 def _opened(node: Any) -> _Container | None:

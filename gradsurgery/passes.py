@@ -19,6 +19,7 @@ from gradsurgery.batch import (
     joined,
     map_batch,
     per_sample_losses,
+    take,
     tokens,
 )
 from gradsurgery.capture import FactoredJacobian, tape
@@ -91,7 +92,7 @@ class Passes:
         if largest > most:
             for part, batch in parts.items():
                 for at in range(0, sizes[part], most):
-                    piece = map_batch(lambda leaf, at=at: leaf[at : at + most], batch)
+                    piece = take(batch, slice(at, at + most))
                     yield self._pass({part: piece}, piece, most < sizes[part])
         else:
             together = self._joined(parts)

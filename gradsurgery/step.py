@@ -250,9 +250,10 @@ class Surgeon:
         the forget loss and keep the retain losses; or `batch`, for all others (PCGrad, UPGrad,
         ...): lower the losses of all rows. Batches are containers of tensors of the same leading
         dimension B, in any nesting: tuples, lists, dicts and other mappings (what a tokenizer
-        gives), named tuples, dataclasses, attrs classes. `loss` gets them in the same types. Rows
-        added before are stepped along, too; batches may then be left out. `.grad` has no part in
-        the step, and is afterwards what it was.
+        gives), named tuples, dataclasses, attrs classes. `loss` gets them in the same types. None,
+        strings and tensors without dimensions are of no sample: they go whole to `loss`, and so do
+        lists of them. Rows added before are stepped along, too; batches may then be left out.
+        `.grad` has no part in the step, and is afterwards what it was.
 
         Args:
             loss: (model, batch) -> per-sample losses [B], those that training lowers, or

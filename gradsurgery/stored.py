@@ -13,9 +13,9 @@ from gradsurgery.batch import (
     DETACHED,
     Loss,
     batch_size,
-    map_batch,
     per_sample_losses,
     refilled,
+    take,
     tensors,
 )
 from gradsurgery.capture.graph import roots
@@ -160,7 +160,7 @@ def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tens
 def first_loss(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
     """The loss of the first sample, with its graph, a scalar; buffers stay as they are."""
     buffers = {f"model.{name}": buffer.clone() for name, buffer in model.named_buffers()}
-    first = map_batch(lambda leaf: leaf[:1], batch)
+    first = take(batch, slice(1))
     with torch.enable_grad():
         losses = functional_call(Holder(model, loss), ({}, buffers), (first,))
     return per_sample_losses(losses, 1)[0]

@@ -307,18 +307,23 @@ LARGE = torch.arange(1000)
 @pytest.mark.parametrize(
     "data,message",
     [
-        (lambda x: {"x": x, "text": ["a", "b"]}, r"got a str in batch\['text'\]\[0\]"),
-        (lambda x: Encoding({"x": x, "k": 3}), r"got 3 in batch\['k'\]"),
-        (lambda x: Plain(x, torch.tensor(1)), r"got a tensor of shape \[\] in batch\.y"),
+        (lambda x: {"x": x, "rows": [x.numpy()]}, r"got a ndarray in batch\['rows'\]\[0\]"),
+        (lambda x: Encoding({"x": x, "k": 3}), r"got 3 in batch\['k'\]; make it a tensor"),
+        (lambda x: {"x": x, "y": [0, 1]}, r"got 0 in batch\['y'\]\[0\]; make it a tensor"),
         (lambda x: Plain(x, types.SimpleNamespace(a=LARGE)), r"got a SimpleNamespace in batch\.y"),
-        (lambda x: (x, [None]), r"got None in batch\[1\]\[0\]"),
         (lambda x: Pair(x, x.numpy()), r"got a ndarray in batch\.y"),
         (lambda x: types.SimpleNamespace(x=x), "got a SimpleNamespace; pass a dict"),
         (lambda x: "text", "got a str; pass a dict"),
         (lambda x: Plain, "got a type; pass a dict"),
         (lambda x: None, "got None"),
+        (lambda x: 3, "got 3; pass a dict"),
+        (lambda x: torch.tensor(1), r"got a tensor of shape \[\]"),
+        (lambda x: {"x": torch.tensor(1), "text": ["a", "b"]}, "batch holds no tensor with a"),
         (lambda x: iter([x]), "got a list_iterator; pass a dict"),
-        (lambda x: {"a": {"b": (x, x[:1])}}, r"batch sizes: \[1, 2\]"),
+        (
+            lambda x: {"a": {"b": (x, x[:1])}},
+            r"batch sizes: \[1, 2\], as batch\['a'\]\['b'\]\[0\] and batch\['a'\]\['b'\]\[1\]",
+        ),
         (lambda x: Encoding({}), "batch holds no tensor"),
     ],
 )

@@ -13,8 +13,8 @@ from gradsurgery.batch import (
     DETACHED,
     Loss,
     batch_size,
-    map_batch,
     per_sample_losses,
+    take,
     tensors,
     trainable,
 )
@@ -183,7 +183,7 @@ def _rows(groups: Tensor | None, size: int) -> Tensor:
 
 def _some(batch: Any, count: int) -> Any:
     """`count` samples from the batch's beginning, again from there if it has fewer."""
-    return map_batch(lambda leaf: leaf[torch.arange(count, device=leaf.device) % len(leaf)], batch)
+    return take(batch, [k % batch_size(batch) for k in range(count)])
 
 
 def _losses(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
