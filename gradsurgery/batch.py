@@ -138,6 +138,17 @@ def batch_size(batch: Any, name: str = "batch") -> int:
     return size
 
 
+def micro_batches(batch: Any) -> list[Any]:
+    """The entries of a list of batches; of any other batch itself alone.
+
+    A list is one of batches where its entries are containers of one type, as a loader's are: dicts,
+    tuples, lists, instances of a dataclass. A list of tensors is one batch, and so is a tuple of
+    anything.
+    """
+    alike = type(batch) is list and len({type(entry) for entry in batch}) == 1
+    return batch if alike and _opened(batch[0]) is not None else [batch]
+
+
 def joined(first: Any, second: Any) -> Any | None:
     """Two batches as one, samples of the first before those of the second.
 

@@ -91,7 +91,9 @@ class Added:
             f"was{again}",
         )
 
-    def take(self, passes: Passes, parts: dict[str, Any], overflows: bool = False) -> None:
+    def take(
+        self, passes: Passes, batches: Sequence[dict[str, Any]], overflows: bool = False
+    ) -> None:
         """Make and add the rows of batches, which are `torn` until `settle`.
 
         An error leaves what was added before.
@@ -104,10 +106,13 @@ class Added:
         self.torn = False
         new = Added(self.hold)
         try:
-            for each in passes.of(parts):
-                new._add(each)
-                if each.cut:
+            for k, parts in enumerate(batches):
+                if k > 0:
                     new._fold()
+                for each in passes.of(parts):
+                    new._add(each)
+                    if each.cut:
+                        new._fold()
         except NonFiniteError:
             if not overflows:
                 raise

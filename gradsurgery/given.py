@@ -1,12 +1,13 @@
 """What `Surgeon` is given: its parts, the parameters that have rows, batches for its rule."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradsurgery.batch import batch_size, trainable
+from gradsurgery.batch import batch_size, micro_batches, trainable
 from gradsurgery.collect import ROLES, Added
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check
@@ -75,9 +76,13 @@ def looked_up(
     return trainable(model, list(held.values())), outside
 
 
-def batches(rule: Rule, **parts: Any) -> dict[str, Any]:
-    """The batches that were given, if the rule has a use for them."""
-    given = {part: batch for part, batch in parts.items() if batch is not None}
+def batches(rule: Rule, **parts: Any) -> list[dict[str, Any]]:
+    """The batches that were given, by name, if the rule has a use for them.
+
+    Of lists of micro-batches the first of each come first, and so on; where one list is shorter,
+    there are none of it at the end.
+    """
+    given = {part: micro_batches(batch) for part, batch in parts.items() if batch is not None}
     name, roles = type(rule).__name__, rule.roles
     check("memory" in roles or "memory" not in given, f"{name} has no memory rows")
     if "forget" in roles:
@@ -85,9 +90,13 @@ def batches(rule: Rule, **parts: Any) -> dict[str, Any]:
     else:
         foreign = "forget" in given or "retain" in given
         check(not foreign, f"{takes(rule)}, got {list(given)}")
-    for part, batch in given.items():
-        batch_size(batch, part)
-    return given
+    for part, several in given.items():
+        for k, batch in enumerate(several):
+            batch_size(batch, part if len(several) == 1 else f"{part}[{k}]")
+    return [
+        {part: batch for part, batch in zip(given, each, strict=True) if batch is not None}
+        for each in zip_longest(*given.values())
+    ]
 
 
 def takes(rule: Rule) -> str:
@@ -98,11 +107,11 @@ def takes(rule: Rule) -> str:
     return f"{name} lowers every loss it is given: it takes batch="
 
 
-def check_complete(rule: Rule, parts: Collection[str], added: Added) -> None:
-    """Raise `InputError` unless all that a rule needs is among `parts` or was added before."""
+def check_complete(rule: Rule, given: list[dict[str, Any]], added: Added) -> None:
+    """Raise `InputError` unless all that a rule needs is `given` or was added before."""
     if added.overflowed:
         return
-    parts = {*parts} | added.parts
+    parts = added.parts.union(*given)
     needed = {"forget", "retain"} if "forget" in rule.roles else {"batch"}
     got = [part for part in ROLES if part in parts]
     check(needed <= parts, f"{takes(rule)}, got {got}")

@@ -167,12 +167,12 @@ class Surgeon:
 
         Arguments and errors are those of `step`. What raises leaves the rows added before.
         """
-        parts = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
-        check(len(parts) > 0, f"add: no batch was given; {given.takes(self.rule)}")
+        batches = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
+        check(len(batches) > 0, f"add: no batch was given; {given.takes(self.rule)}")
         columns = self._looked_up()
         undo = Undo(self.model, self.optimizer, self.rule)
         with undo, undo:
-            self._take(parts, loss, columns, adds=True)
+            self._take(batches, loss, columns, adds=True)
             undo.keep()
         self._added.settle()
 
@@ -209,14 +209,14 @@ class Surgeon:
             "project= is of steps, and backward takes none: leave it out, and step within "
             "`with kept.steps(): optimizer.step()`",
         )
-        parts = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
-        given.check_complete(self.rule, parts, self._added)
+        batches = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
+        given.check_complete(self.rule, batches, self._added)
         columns = self._looked_up()
         with self._rows_used_up():
             undo = Undo(self.model, self.optimizer, self.rule)
             with undo, undo:
-                if parts:
-                    self._take(parts, loss, columns, adds=bool(self._added))
+                if batches:
+                    self._take(batches, loss, columns, adds=bool(self._added))
                     self._added.settle()
                 for parameter, grad in undo.grads:  # copies, which hooks may see grow
                     parameter.grad = None if grad is None else grad.clone()
@@ -252,8 +252,10 @@ class Surgeon:
         dimension B, in any nesting: tuples, lists, dicts and other mappings (what a tokenizer
         gives), named tuples, dataclasses, attrs classes. `loss` gets them in the same types. None,
         strings and tensors without dimensions are of no sample: they go whole to `loss`, and so do
-        lists of them. Rows added before are stepped along, too; batches may then be left out.
-        `.grad` has no part in the step, and is afterwards what it was.
+        lists of them. A list of batches, containers of one type as a loader gives, is one of
+        micro-batches, each taken as by `add`; a tuple of them is one batch. Rows added before are
+        stepped along, too; batches may then be left out. `.grad` has no part in the step, and is
+        afterwards what it was.
 
         Args:
             loss: (model, batch) -> per-sample losses [B], those that training lowers, or
@@ -279,14 +281,14 @@ class Surgeon:
         check_needs_no_closure(self.optimizer)
         if self.scaler is not None:
             check_stage(self.scaler, self.optimizer)
-        parts = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
-        given.check_complete(self.rule, parts, self._added)
+        batches = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
+        given.check_complete(self.rule, batches, self._added)
         columns = self._looked_up()
         with self._rows_used_up():
             undo = Undo(self.model, self.optimizer, self.rule)
             with undo, undo:
-                if parts:
-                    self._take(parts, loss, columns, adds=bool(self._added))
+                if batches:
+                    self._take(batches, loss, columns, adds=bool(self._added))
                     self._added.settle()
                 for parameter, _ in undo.grads:  # no parameter is moved by an old gradient
                     parameter.grad = None
@@ -319,7 +321,11 @@ class Surgeon:
             raise
 
     def _take(
-        self, parts: dict[str, Any], loss: AnyLoss | None, columns: given.Columns, adds: bool
+        self,
+        batches: list[dict[str, Any]],
+        loss: AnyLoss | None,
+        columns: given.Columns,
+        adds: bool,
     ) -> None:
         """Add the rows of batches; where it raises, nothing is added."""
         if loss is None or not callable(loss):
@@ -336,11 +342,11 @@ class Surgeon:
             together=self.together,
             chunk_size=self.chunk_size,
             micro_batch=self.micro_batch,
-            adds=adds,
+            adds=adds or len(batches) > 1,
             scale=self._scale(next(iter(named.values()))),
             trials=self._trials,
         )
-        self._added.take(passes, parts, overflows=self.scaler is not None)
+        self._added.take(passes, batches, overflows=self.scaler is not None)
 
     def _scale(self, like: Tensor) -> float:
         """What the scaler multiplies losses by; asked in this way, for it is made when it is."""
