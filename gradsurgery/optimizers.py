@@ -1,6 +1,7 @@
 """Which optimizers can be stepped on given gradients, and what runs in their steps."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -88,8 +89,13 @@ def check_needs_no_closure(optimizer: torch.optim.Optimizer) -> None:
     )
 
 
-def check_not_accumulating(given: torch.optim.Optimizer) -> None:
-    """Raise where accelerate's wrapper would leave this step out."""
+def check_steps_now(given: torch.optim.Optimizer) -> None:
+    """Raise where accelerate's wrapper would leave this step out, or a Trainer add another."""
+    check(
+        not _in_training_step(),
+        "step: a Trainer clips gradients and steps itself after its training_step; call add for "
+        "each micro-batch, and backward where self.accelerator.sync_gradients is True",
+    )
     state = getattr(given, "gradient_state", None)
     check(
         getattr(state, "sync_gradients", True),
@@ -97,6 +103,24 @@ def check_not_accumulating(given: torch.optim.Optimizer) -> None:
         "and each step of a Surgeon is a whole one; call add for each micro-batch, backward after "
         "the last, and the optimizer's own step",
     )
+
+
+def _in_training_step() -> bool:
+    """Whether a transformers.Trainer has called its training_step, or that of a subclass."""
+    path = getattr(sys.modules.get("transformers.trainer"), "__file__", None)
+    frame = None if path is None else sys._getframe()
+    while frame is not None and frame.f_back is not None:
+        above = frame.f_back
+        if frame.f_code.co_name == "training_step" and above.f_code.co_filename == path:
+            return True
+        frame = above
+    return False
+
+
+def note_skipped(given: torch.optim.Optimizer, skipped: bool) -> None:
+    """Tell accelerate's wrapper whether its scaler left a step out, which its schedulers ask."""
+    if hasattr(given, "_is_overflow"):
+        cast(Any, given)._is_overflow = skipped
 
 
 def metric(

@@ -22,9 +22,10 @@ from gradsurgery.info import StepInfo, seen
 from gradsurgery.ops._inputs import check, check_count, check_number, one_of
 from gradsurgery.optimizers import (
     check_needs_no_closure,
-    check_not_accumulating,
     check_stage,
+    check_steps_now,
     forget_stage,
+    note_skipped,
     scaler_of,
     steppable,
 )
@@ -269,15 +270,15 @@ class Surgeon:
                 memory rows (OrthoGrad, UPGrad, DualProj, GEM, AGEM).
 
         Raises:
-            InputError: a step that accelerate's `accumulate` would leave out; an optimizer that
-                needs a closure; batches the rule has no use for; an entry of one that is no tensor
-                of samples; losses that are no rows, do not depend on the model, or do on other
-                samples where these are taken apart; parameters of the loss that get no weights from
-                the rule. The message names it, nothing has changed.
+            InputError: a step that accelerate's `accumulate` would leave out, or that a Trainer
+                takes itself; an optimizer that needs a closure; batches the rule has no use for; an
+                entry of one that is no tensor of samples; losses that are no rows, do not depend on
+                the model, or do on other samples where these are taken apart; parameters of the
+                loss that get no weights from the rule. The message names it, nothing has changed.
             NonFiniteError: a row that is not finite, or an update that overflows its dtype.
         """
         start = time.perf_counter()
-        check_not_accumulating(self._wrapped)
+        check_steps_now(self._wrapped)
         check_needs_no_closure(self.optimizer)
         if self.scaler is not None:
             check_stage(self.scaler, self.optimizer)
@@ -305,6 +306,7 @@ class Surgeon:
                     undo.keep()
                 if self.scaler is not None:
                     self.scaler.update()
+                    note_skipped(self._wrapped, info.skipped)
         return replace(info, seconds=time.perf_counter() - start)
 
     @contextmanager
