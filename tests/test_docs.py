@@ -161,3 +161,10 @@ def test_the_table_of_methods_is_the_registry():
 
     page = (ROOT / "docs" / "unlearning.md").read_text(encoding="utf-8")
     assert page.split("<!-- methods -->")[1].strip() == methods.markdown()
+
+
+def test_the_table_of_language_losses_is_the_registry():
+    from gradsurgery.language import registry
+
+    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+    assert page.split("<!-- losses -->")[1].strip() == registry.markdown()

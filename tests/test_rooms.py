@@ -35,6 +35,7 @@ ORDER = (
     "info",
     "update",
     "step",
+    "language",  # losses of language models
     "integrations",
     "gradsurgery",  # the public names
     "unlearn.objectives",  # what methods ask of a task
