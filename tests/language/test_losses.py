@@ -182,7 +182,7 @@ def test_directions():
 
 
 def test_an_opposite_is_raised_where_the_loss_is_lowered():
-    model, loss = made(), language.forget_loss("simnpo")
+    model, loss = made(), language.forget_loss("raul")
     opposite = language.raised(loss)
     assert (loss.objective, opposite.objective) == ("lower", "raise")
     torch.testing.assert_close(opposite(model, given()), -loss(model, given()))

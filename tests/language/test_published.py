@@ -60,10 +60,14 @@ BY_TOKEN = {
 }
 
 
+TEXTS = [([], prompt + answer) for prompt, answer in LONGER]  # raw: all of it has labels
+
+
+@pytest.mark.parametrize("samples", [LONGER, TEXTS], ids=["answers", "texts"])
 @pytest.mark.parametrize("name", BY_TOKEN)
-def test_means_over_the_tokens_of_a_batch(name):
+def test_means_over_the_tokens_of_a_batch(name, samples):
     kind, definition = BY_TOKEN[name]
-    model, given = made(), batch(LONGER)
+    model, given = made(), batch(samples)
     found = kind(as_published=True)(model, given)
     assert isinstance(found, gs.WeightedLosses)
     weighted = (found.losses * found.weights).sum() / found.weights.sum()
