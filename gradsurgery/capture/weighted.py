@@ -103,7 +103,9 @@ def expect_linear(
     """
     # a hook that clips shows where losses are large, one that rounds where they are small. Where
     # nothing is weighted, only sums matter: one half of the losses and the other must add up
-    scale = scale_of(dtypes_under(losses))
+    parameters = [p for _, p, _, _ in parts]
+    dtypes, dtype = dtypes_under(losses), None
+    scale = scale_of(dtypes)
     half = torch.zeros_like(outputs).flatten()
     half[::2] = 1
     half = outputs * half.view_as(outputs)
@@ -111,7 +113,8 @@ def expect_linear(
         passes = [([outputs * factor], factor) for factor in (1.0, -scale, 1 / scale)]
     else:
         passes = [([half, outputs - half], 1.0)]
-    parameters = [p for _, p, _, _ in parts]
+        # a sum over samples is rounded to what it is computed in, as under autocast to 16 bits
+        dtype = max({*dtypes, *(p.dtype for p in parameters)}, key=lambda d: torch.finfo(d).eps)
     with as_before(functions([roots(losses)[0]])):
         for starts, factor in passes:
             found: list[Tensor | None] = [None] * len(parts)
@@ -121,7 +124,7 @@ def expect_linear(
                 snapshot.note_changes()
                 found = [_add(a, b) for a, b in zip(found, grads, strict=True)]
             for (name, _, total, size), grad in zip(parts, found, strict=True):
-                if grad is not None and not near(grad, total * factor, size * abs(factor)):
+                if grad is not None and not near(grad, total * factor, size * abs(factor), dtype):
                     raise InputError(not_linear(f"what {name} passes through", weighted))
 
 
