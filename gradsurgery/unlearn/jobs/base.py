@@ -116,6 +116,8 @@ class JobConfig(MethodOptions):
         require(self.shadows in (0, *range(2, 1001)), "shadows", "0, or 2 to 1000", self.shadows)
         require(1 <= self.threads <= 1024, "threads", "from 1 to 1024", self.threads)
         require(self.probe_every >= 1, "probe-every", "at least 1", self.probe_every)
+        few = self.probe_every <= 2**31
+        require(few, "probe-every", "at most 2^31", brief(self.probe_every))
         require(self.checkpoint_every >= 1, "checkpoint-every", "at least 1", self.checkpoint_every)
         for name in ("training", *METHODS):
             getattr(self, name).check(name.replace("_", "-"))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.text import brief
 from gradsurgery.unlearn.training.config import check_types
 from gradsurgery.unlearn.training.given import check_plain
 
@@ -48,6 +49,7 @@ class TrainerConfig:
             check_plain(f"--{name}.{option}", getattr(self, field.name))
         check_types(self, f"--{name}.")
         require(self.steps >= 0, f"{name}.steps", "at least 0", self.steps)
+        require(self.steps < 2**63, f"{name}.steps", "less than 2^63", brief(self.steps))
         require(finite(self.lr) and self.lr > 0, f"{name}.lr", "positive and finite", self.lr)
         require(0 <= self.momentum < 1, f"{name}.momentum", "in [0, 1)", self.momentum)
         decay = self.weight_decay
@@ -69,7 +71,8 @@ def require(condition: bool, option: str, wanted: str, got: object) -> None:
 
 
 def finite(value: float) -> bool:
-    return math.isfinite(value)
+    """Whether float32 holds it: torch fails in mid-run where a larger one meets a parameter."""
+    return abs(value) <= torch.finfo(torch.float32).max
 
 
 def rate_share(config: TrainerConfig, step: int, steps: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
-from gradsurgery.text import show
+from gradsurgery.text import brief, show
 from gradsurgery.unlearn.jobs import files
 from gradsurgery.unlearn.jobs.images import folder, idx, npz
 from gradsurgery.unlearn.jobs.images.arrays import Images, Part, assemble
@@ -36,6 +36,8 @@ def load(data: Path | None, size: int | None) -> Images:
     """
     if size is not None and size < 1:
         raise InputError(f"--size must be at least 1 pixel, got {size}")
+    if size is not None and size > 2**16:
+        raise InputError(f"--size must be at most 65,536 pixels, got {brief(size)}")
     if data is None:
         return _digits(size)
     if not (os.path.isdir(data) or os.path.isfile(data)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.text import show
+from gradsurgery.text import brief, show
 from gradsurgery.unlearn.jobs import tune
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts
 from gradsurgery.unlearn.jobs.classifiers import ClassifierJob, LabeledSplit, counted
@@ -180,6 +180,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
     def resolved(self, config: ImagesConfig) -> ImagesConfig:
         """With the steps that its epochs make."""
         require(config.epochs >= 1, "epochs", "at least 1", config.epochs)
+        require(config.epochs <= 2**31, "epochs", "at most 2^31", brief(config.epochs))
         if config.training.steps:
             wanted = f"{EPOCHS} where --training.steps is given"
             require(config.epochs == EPOCHS, "epochs", wanted, config.epochs)

@@ -79,7 +79,8 @@ def split(images: Images, samples: dict[str, Tensor], wanted: Wanted, seed: int)
     for name in ("validation", "test"):
         if wanted.task == "class" and len(found.held_out(name)[0]["label"]) == 0:
             raise InputError(f"--data: {name} has samples of {images.classes[chosen[0]]} alone")
-    of = " and ".join(images.classes[each] for each in chosen)
+    # a folder's name may be no text that a JSON file can hold
+    of = " and ".join(show(images.classes[each], 80) for each in chosen)
     return replace(found, about={"class": of or None})
 
 

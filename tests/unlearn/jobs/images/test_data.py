@@ -38,6 +38,11 @@ def test_sizes_that_no_image_has(size):
         load(None, size)
 
 
+def test_a_size_beyond_all_bounds():
+    with pytest.raises(InputError, match=r"^--size must be at most 65,536 pixels, got 1000.*000$"):
+        load(None, 10**400)
+
+
 @pytest.mark.parametrize("name", ["none", "a" * 5000, "a\0b", "\udcff" * 300])
 def test_what_is_not_there(tmp_path, name):
     with pytest.raises(InputError, match=r"^--data: .* is not there$"):

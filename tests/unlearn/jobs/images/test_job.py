@@ -310,6 +310,8 @@ def test_epochs_make_steps_unless_those_are_given(data):
     assert job.resolved(tiny(data)).training.steps == 12
     with pytest.raises(InputError, match=r"--epochs must be 20 where --training.steps is given"):
         job.resolved(tiny(data, epochs=3))
+    with pytest.raises(InputError, match=r"--epochs must be at most 2\^31, got 1000"):
+        job.resolved(tiny(data, epochs=10**30, training={"steps": 0}))
     with pytest.raises(InputError, match=r"--training.retain-batch must be at least 1, got 0"):
         job.resolved(tiny(data, training={"steps": 0, "retain_batch": 0}))
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import save_file
 
 from gradsurgery.errors import InputError
@@ -48,6 +49,19 @@ def test_a_search_takes_what_all_its_seeds_have(tmp_path, monkeypatch):
         (line,) = directory.tuning()
     assert "test_forgotten" not in line["measured"]
     assert 0 <= line["gap"] <= 1
+
+
+def test_a_class_whose_name_is_no_text_can_be_forgotten(tmp_path):
+    images, labels = arrays()
+    for number, name in enumerate(("a", "b", "c\udcff")):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for at, image in enumerate(images[labels == number]):
+            Image.fromarray(image).save(folder / f"{at}.png")
+    config = tiny(tmp_path / "data", "class", forget_class="c\udcff")
+    summary = finished(tmp_path / "run", config)
+    assert summary["forget_sets"]["0"]["class"] == r"c\udcff"
+    assert r"c\udcff" in (tmp_path / "run/report.html").read_text()
 
 
 def test_an_original_that_is_never_right_has_no_impact_score(tmp_path):
