@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.buffers import Buffers
+from gradsurgery.capture.hooks import register
 from gradsurgery.optimizers import Note, runs_foreign_code
 from gradsurgery.surgery import Rule
 
@@ -68,7 +69,7 @@ class Undo:
             yield
             return
         note = Note(lambda: self.begin() if self._versions is None else None)
-        handle = self.optimizer.register_step_pre_hook(note)
+        handle = register(self.optimizer.register_step_pre_hook, note)
         try:
             yield
         finally:

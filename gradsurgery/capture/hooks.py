@@ -37,7 +37,7 @@ _counting = Lock()
 
 
 def register(method: Callable, hook: Callable) -> RemovableHandle:
-    """A hook of the library's own on a node, which no `Clock` counts."""
+    """A hook of the library's own on a node or an optimizer, which no `Clock` counts."""
     global _own
     with _counting:
         _own += 1

@@ -92,7 +92,9 @@ class Loop(Asking[C]):
         and one that trains since without being held is an `InputError` that names it.
         """
         if self.step == 0 and self.probe is not None:
-            yield self._told(self._measured({"step": 0, "seconds": self.seconds}))
+            record = self._measured({"step": 0, "seconds": self.seconds})
+            self._check_finite(record)
+            yield self._told(record)
         total = self.total_steps()
         while self.step < total and not self.stopped:
             start = time.perf_counter()
@@ -236,6 +238,8 @@ class Loop(Asking[C]):
     def _diverged(self, what: str, step: int) -> TrainingError:
         broken = self.sets.not_finite()
         advice = "lower the learning rate or set a forget ceiling"
+        if not step:
+            advice = "the model or its samples gave that before anything was trained"
         if broken:
             advice = f"values of the {' and '.join(broken)} batch are not finite either"
         return TrainingError(f"{what} at step {step} of {type(self).__name__}: {advice}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
+from gradsurgery.capture import older
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import (
     METHODS,
@@ -559,3 +560,22 @@ def test_an_infinite_loss_of_finite_inputs_names_its_set():
         unlearning(
             net(), retain_loader=data["retain"], forget_loader=None, method="finetune", loss=steep
         )
+
+
+def test_a_first_measurement_that_is_not_finite_ends_the_run():
+    measure = {"probe": lambda model: {"retain_loss": float("nan")}}
+    trainer = made("finetune", net(), sets(), **measure)
+    with pytest.raises(TrainingError, match=r"retain_loss became nan at step 0 .* before anything"):
+        trainer.run()
+
+
+def test_a_step_makes_no_later_one_look_for_hooks_in_the_whole_process(monkeypatch):
+    """That takes longer than a step of a small model."""
+    looks, found = [], older._found
+    monkeypatch.setattr(older, "_found", lambda: looks.append(None) or found())
+    steps = made("orthograd", net(), sets()).fit()
+    next(steps)
+    looks.clear()
+    for _ in steps:
+        pass
+    assert not looks
