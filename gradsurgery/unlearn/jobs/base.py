@@ -226,10 +226,12 @@ class Job(ABC, Generic[C, S]):
 
     @cached_property
     def tuned(self) -> dict[str, dict[str, Any]]:
-        """Options chosen for each task on validation data, from tuned.yaml beside the job."""
+        """Options chosen for each task on validation data, from tuned.yaml beside the job, if there
+        is one."""
         import inspect
 
-        return read_yaml(Path(inspect.getfile(type(self))).parent / "tuned.yaml")
+        path = Path(inspect.getfile(type(self))).parent / "tuned.yaml"
+        return read_yaml(path, "tuned.yaml") if path.exists() else {}
 
     def defaults(self, task: str | None = None) -> Any:
         """The options a task begins with, those of its own chosen on validation data."""

@@ -146,7 +146,7 @@ class ClassifierJob(Job[C, LabeledSplit]):
     def scores(
         self, task: str, measured: Measured, original: Measured, retrain: Measured | None
     ) -> Measured:
-        kind, right = UIS_KIND[self.kind(task)], original["test"]
+        kind, right = UIS_KIND[self.kind(task)], original.get("test", 0)
         found = {}
         if right > 0:  # it is a share of that: of an original that is never right there is none
             found["uis"] = uis(right, measured["test"], measured["forget"], kind=kind)

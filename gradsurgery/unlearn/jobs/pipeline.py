@@ -201,6 +201,11 @@ class StageRun:
                     advance(record["step"])
             except TrainingError as error:
                 raise TrainingError(f"seed {seed}, {name}: {error}") from None
+        if trainer.stopped and not trainer.step:
+            self.run.progress.say(
+                f"{self.label}  takes no step: forget accuracy is as low as "
+                f"--{parts(name).method.replace('_', '-')}.stop {trainer.config.stop} asks for"
+            )
 
     def measure(self) -> None:
         """Add to the stage's result what its model is like, unless that is known."""

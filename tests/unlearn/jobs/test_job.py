@@ -12,7 +12,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS
 from gradsurgery.unlearn.jobs.base import Variant
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
-from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
+from gradsurgery.unlearn.jobs.digits.job import DigitsConfig, DigitsJob
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.pipeline import reproducible
 from gradsurgery.unlearn.jobs.progress import PlainProgress
@@ -81,6 +81,32 @@ def test_only_accuracies_and_the_attack_on_the_loss_enter_the_mean_gap(summary):
 def test_uis_is_against_the_original_of_the_same_seed(summary):
     # (|1 - 0.75| / 1 + 0.25 / 1) / 2 and (|0.5 - 0.75| / 0.5 + 0.75 / 0.5) / 2
     assert summary["columns"]["neggrad"]["uis"]["values"] == [0.25, 1.0]
+
+
+def test_a_job_without_tuned_options_has_those_of_its_methods():
+    class Elsewhere(DigitsJob):
+        """No tuned.yaml lies beside this file."""
+
+    assert Elsewhere().defaults("class") == update(DigitsConfig(), {"task": "class"})
+    assert JOB.defaults("class") != update(DigitsConfig(), {"task": "class"})
+
+
+def test_a_method_that_takes_no_step_says_why(tmp_path, capsys):
+    stop = {"steps": 3, "stop": "target", "target": 1.0}
+    with RunDirectory(tmp_path / "run") as directory:
+        config = tiny(method=("finetune",), training={"steps": 1}, finetune=stop)
+        run(config, directory, PlainProgress())
+    said = [line for line in capsys.readouterr().out.splitlines() if "takes no step" in line]
+    assert len(said) == 1 and said[0].startswith("seed 0  finetune")
+    assert said[0].endswith("as low as --finetune.stop target asks for")
+
+
+def test_there_is_no_uis_of_an_original_that_is_never_right():
+    """It is relative to that accuracy; all else is told."""
+    results = [result(0, name, 1.0, 0.0, 1.0) for name in ("original", "retrain", "neggrad")]
+    found = summarize(JOB, "class", results, {"0": {}}, ["original", "retrain", "neggrad"])
+    assert not any("uis" in column for column in found["columns"].values())
+    assert found["columns"]["neggrad"]["gap_mean"]["values"] == [0.0]
 
 
 def test_tug_of_war_is_against_retrain_of_the_same_seed(summary):
