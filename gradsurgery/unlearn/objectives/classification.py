@@ -78,7 +78,7 @@ def integers(known: Any, size: int, name: str = "labels", of: str = "sample") ->
         if known.shape == (size, 1):
             advice = "; squeeze(1) makes them so"
         elif known.dim() == 2:
-            advice = "; argmax(1) makes one-hot labels so"
+            advice = "; argmax(1) makes them of one-hot labels"
     raise InputError(f"{name} must be integers [{size}], one for each {of}, got {got}{advice}")
 
 

@@ -18,8 +18,9 @@ PATHS = (
     (
         "retain_accuracy",
         "accuracy on retained samples",
-        "Paths of the methods from Original (square) towards Retrain (star). A path that sinks "
-        "before it has gone left forgets at the price of what should stay.",
+        "Paths of the methods from Original (square) towards Retrain (star), on a part of the "
+        "retain set. A path that sinks before it has gone left forgets at the price of what should "
+        "stay.",
     ),
     (
         "validation_accuracy",

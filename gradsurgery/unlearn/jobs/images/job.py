@@ -100,9 +100,10 @@ class ImagesConfig(JobConfig):
         require(self.task != "ids" or self.ids is not None, "ids", "a file with --task ids", "none")
         for name in ("mean", "std"):
             values = torch.tensor(getattr(self, name))
-            fine = bool(values.isfinite().all()) and (name == "mean" or bool((values > 0).all()))
-            wanted = "finite numbers" if name == "mean" else "positive numbers"
-            require(fine, name, wanted, values.tolist())
+            inside = (values >= 0) & (values <= 1) if name == "mean" else values > 0
+            fine = bool((inside & values.isfinite()).all())
+            wanted = "in [0, 1], as pixels are" if name == "mean" else "positive numbers"
+            require(fine, name, wanted, _text(getattr(self, name)))
         self._check_checkpoint()
         self._check_device()
 
@@ -168,7 +169,7 @@ MADE_UP = dict.fromkeys(get_args(Task), "") | {
 
 class ImagesJob(ClassifierJob[ImagesConfig]):
     name = "images"
-    about = "your own images, or MNIST's: random, mislabeled or named samples, a class"
+    about = "your own images, or MNIST's: random, mislabeled, confused or named samples, a class"
     Config = ImagesConfig
     tasks = get_args(Task)
     alike: ClassVar = {"confusion": "mislabeled", "ids": "random"}
@@ -270,10 +271,9 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             ("validation",): "validation drawn by the seed",
             ("test", "validation"): "test drawn once for all seeds, validation by the seed",
         }[tuple(drawn)]
-        of = f"{height} x {width} pixels in [0, 1]"
-        of += f" less {show(config.mean)}" if config.mean else ""
-        of += f", over {show(config.std)}" if config.std else ""
-        of += f", {classes} classes"
+        of = f"{height} x {width} pixels, {classes} classes; pixels in [0, 1]"
+        of += f", less {_text(config.mean)}" if config.mean else ""
+        of += f", over {_text(config.std)}" if config.std else ""
         used = "" if config.checkpoint is None else config.checkpoint_is
         model = self.model(config)
         self.given(config, model)
@@ -324,6 +324,11 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             loading="from gradsurgery.unlearn.jobs.images.networks import network\n\n"
             f"model = network({str(data['function'])!r}, {data['arguments']})",
         )
+
+
+def _text(values: tuple[float, ...]) -> str:
+    """(0.5, 0.25, 0.1), say"""
+    return f"({', '.join(f'{value:g}' for value in values)})"
 
 
 def _digest(*tensors: Tensor) -> str:

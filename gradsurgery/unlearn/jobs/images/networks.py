@@ -97,6 +97,8 @@ def _try_out(model: nn.Module, given: dict[str, Any], option: str) -> None:
     if found.shape[1] != given["classes"]:
         wanted = [2, given["classes"]]
         raise InputError(f"{where} must return logits {wanted}, got {list(found.shape)}")
+    if not found.isfinite().all():
+        raise InputError(f"{where} must return finite logits")
 
 
 @contextmanager

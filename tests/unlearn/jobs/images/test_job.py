@@ -219,6 +219,27 @@ def test_a_checkpoint_of_batch_norm_has_a_count(tmp_path, data, monkeypatch):
     assert job.facts(config)["weights_sha256"] != first
 
 
+def test_a_checkpoint_with_batch_norm_is_the_original(tmp_path, data, monkeypatch):
+    """Its count of batches is a number alone, an integer."""
+    (tmp_path / "normed.py").write_text(
+        "from torch import nn\n"
+        "def make(classes):\n"
+        "    return nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.save(network("normed:make", 1, (8, 8), 3).state_dict(), tmp_path / "given.pt")
+    config = tiny(data, model="normed:make", checkpoint=str(tmp_path / "given.pt"))
+    summary = finished(tmp_path / "run", config)
+    assert summary["columns"]["original"]["steps"]["mean"] == 0
+    assert len(summary["data"]["weights_sha256"]) == 64
+
+
+def test_the_card_says_what_pixels_the_model_takes(tmp_path, data):
+    finished(tmp_path / "run", tiny(data, mean=[0.25], std=[0.5]))
+    card = (tmp_path / "run/model_card.md").read_text()
+    assert "pixels in \\[0, 1\\], less (0.25), over (0.5)" in card
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
@@ -229,8 +250,10 @@ def test_a_checkpoint_of_batch_norm_has_a_count(tmp_path, data, monkeypatch):
         ("confusion", {"confused": ["1", "1"]}, "--confused must be two classes, got 1, 1"),
         ("random", {"percent": 0.0}, r"--percent must be in \(0, 100\), got 0"),
         ("class", {"percent": 5.0}, "--task must be random, mislabeled or confusion where --perc"),
-        ("random", {"std": [0.0]}, r"--std must be positive numbers, got \[0.0\]"),
-        ("random", {"mean": [float("nan")]}, r"--mean must be finite numbers, got \[nan\]"),
+        ("random", {"std": [0.0]}, r"--std must be positive numbers, got \(0\)"),
+        ("random", {"mean": [float("nan")]}, r"--mean must be in \[0, 1\], .* got \(nan\)"),
+        ("random", {"mean": [124.0]}, r"--mean must be in \[0, 1\], as pixels are, got \(124\)"),
+        ("random", {"std": [float("inf")]}, r"--std must be positive numbers, got \(inf\)"),
         ("random", {"mean": [0.1, 0.2]}, "--mean must be one number for each of 1 channels, got 2"),
         ("random", {"device": "tpu:7"}, "--device: tpu:7 is not here"),
         ("random", {"device": "meta"}, "--device: meta has no values to train"),

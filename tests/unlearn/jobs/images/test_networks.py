@@ -57,6 +57,14 @@ def wrong():
 def without_parameters():
     return nn.Flatten()
 
+class Infinite(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.inner = some(classes=classes)
+
+    def forward(self, images):
+        return self.inner(images) / 0
+
 def quits():
     sys.exit("no such thing")
 
@@ -127,7 +135,8 @@ def test_trying_a_network_out_leaves_no_trace(nets):
         ("own_nets:features", r"images \[2, 1, 4, 6\], must return logits \[2, 5\], got \[2, 3\]"),
         ("own_nets:planes", r"model must return logits, .* got float32 \[2, 5, 4, 6\]"),
         ("own_nets:wrong", "given images .* failed: RuntimeError: mat1 and mat2 shapes"),
-        ("own_nets:Inside", r"failed: AttributeError: .*'outer' \(.*own_nets.py, line 55\)"),
+        ("own_nets:Inside", r"failed: AttributeError: .*'outer' \(.*own_nets.py, line 63\)"),
+        ("own_nets:Infinite", r"given images \[2, 1, 4, 6\], must return finite logits$"),
         ("own_nets:without_parameters", "the model has no parameters to train"),
     ],
 )
