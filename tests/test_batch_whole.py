@@ -100,7 +100,7 @@ def test_batches_are_joined_where_what_is_beside_is_the_same():
     scale = torch.tensor(1.0)
     for same in (None, "a", TEXTS, scale):
         whole = joined({**values(3), "beside": same}, {**values(2), "beside": same})
-        assert batch_size(whole) == 5
+        assert whole is not None and batch_size(whole) == 5
         assert whole["beside"] is same or whole["beside"] == same
     for a, b in ((None, "a"), (TEXTS, TEXTS[:4]), (scale, scale + 1), (scale, None)):
         assert joined({**values(3), "beside": a}, {**values(2), "beside": b}) is None

@@ -44,6 +44,7 @@ def test_the_metric_is_that_of_the_optimizer_in_accelerates_wrapper(kind):
         gs.Surgeon(model, optimizer, rules[0]),
         gs.Surgeon(models[1], kind(models[1].parameters(), lr=0.01), rules[1]),
     ]
+    data, infos = {}, []
     for _ in range(4):
         data = {"forget": batch(3), "retain": batch(4)}
         infos = [surgeon.step(**data, loss=classification) for surgeon in surgeons]

@@ -117,9 +117,9 @@ class Opposite(LanguageLoss):
 
 
 def raised(loss: LanguageLoss) -> LanguageLoss:
-    """A forget loss for rules that raise it, as OrthoGrad does: itself, or its negative.
+    """A forget loss for rules that always raise it: itself, or its negative.
 
-    Rules with an option `objective` (GRU, BLUR, MUNBa, ...) take any loss as it is, with
+    Rules with an option `objective` (OrthoGrad, GRU, BLUR, MUNBa, ...) take any loss as it is, with
     `objective=loss.objective`.
     """
     got = type(loss).__name__

@@ -68,7 +68,6 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
     Config = OrthoGradConfig
 
     def make_rule(self) -> OrthoGrad:
-        tolerance = {} if self.config.rtol is None else {"rtol": self.config.rtol}
         return OrthoGrad(
             alpha=self.config.alpha,
             granularity=self.config.granularity,
@@ -76,7 +75,7 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
             refine=self.config.refine,
             small_tensors=self.config.small_tensors,
             precondition=None if self.config.precondition == "none" else self.config.precondition,
-            **tolerance,
+            rtol=self.config.rtol,
         )
 
     def step_seconds(self) -> dict[str, float]:

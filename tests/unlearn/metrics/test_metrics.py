@@ -114,7 +114,7 @@ def test_paired_is_exact_at_any_scale(scale):
     found = paired([scale, 2 * scale, 4 * scale], [0.0] * 3)
     for name in ("mean", "stderr"):
         assert found[name] == pytest.approx(scale * plain[name], rel=1e-14, abs=0)
-    ends = [scale * end for end in plain["interval"]]
+    ends = [scale * end for end in plain["interval"] or ()]
     assert found["interval"] == pytest.approx(ends, rel=1e-14, abs=0)
 
 
