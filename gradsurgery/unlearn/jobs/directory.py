@@ -355,8 +355,7 @@ class Records:
     """Checksums of a stage's lines of metrics.jsonl, up to every step."""
 
     def __init__(self) -> None:
-        self._sum = hashlib.sha256()
-        self._steps: dict[int, str] = {}
+        self._sum, self._steps = hashlib.sha256(), dict[int, str]()
 
     def add(self, step: int, line: bytes) -> None:
         self._sum.update(line)
@@ -398,5 +397,4 @@ def _numbers(parent: Path, name: str) -> list[int]:
 
 def fingerprint(indices: Iterable[int]) -> str:
     """SHA-256 of a forget set: its sorted sample indices, as decimal numbers joined by commas."""
-    text = ",".join(str(i) for i in sorted(indices))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(",".join(map(str, sorted(indices))).encode()).hexdigest()
