@@ -248,15 +248,15 @@ class Surgeon:
         """One optimizer step along the rule's update: `add`, `backward` and `optimizer.step()`.
 
         Either `forget` and `retain`, for rules that tell them apart (OrthoGrad, GRU, ...): raise
-        the forget loss and keep the retain losses; or `batch`, for all others (PCGrad, UPGrad,
-        ...): lower the losses of all rows. Batches are containers of tensors of the same leading
-        dimension B, in any nesting: tuples, lists, dicts and other mappings (what a tokenizer
-        gives), named tuples, dataclasses, attrs classes. `loss` gets them in the same types. None,
-        strings and tensors without dimensions are of no sample: they go whole to `loss`, and so do
-        lists of them. A list of batches, containers of one type as a loader gives, is one of
-        micro-batches, each taken as by `add`; a tuple of them is one batch. Rows added before are
-        stepped along, too; batches may then be left out. `.grad` has no part in the step, and is
-        afterwards what it was.
+        the forget loss, or lower one made to forget (their `objective`), and keep the retain
+        losses; or `batch`, for all others (PCGrad, UPGrad, ...): lower the losses of all rows.
+        Batches are containers of tensors of the same leading dimension B, in any nesting: tuples,
+        lists, dicts and other mappings (what a tokenizer gives), named tuples, dataclasses, attrs
+        classes. `loss` gets them in the same types. None, strings and tensors without dimensions
+        are of no sample: they go whole to `loss`, and so do lists of them. A list of batches,
+        containers of one type as a loader gives, is one of micro-batches, each taken as by `add`;
+        a tuple of them is one batch. Rows added before are stepped along, too; batches may then be
+        left out. `.grad` has no part in the step, and is afterwards what it was.
 
         Args:
             loss: (model, batch) -> per-sample losses [B], those that training lowers, or
