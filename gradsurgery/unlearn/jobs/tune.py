@@ -150,9 +150,11 @@ def ranked(lines: Sequence[Trial]) -> list[Trial]:
 
 
 def winner(lines: Sequence[Trial]) -> Trial:
-    """The best of those on all seeds, if there are any."""
+    """The best of those on all seeds, if there are any, else of those that did not fail there."""
     finals = [line for line in lines if "final" in line and "gap" in line]
-    return ranked(finals or lines)[0]
+    failed = [line["options"] for line in lines if "final" in line and "gap" not in line]
+    others = [line for line in lines if line["options"] not in failed]
+    return ranked(finals or others or lines)[0]
 
 
 def final(first: Trial, more: Trial) -> Trial:

@@ -151,7 +151,8 @@ def test_a_finalist_that_fails_does_not_win(tmp_path, spaces, one_seed, monkeypa
     monkeypatch.setattr(search, "prepare", lambda *arguments: dict.fromkeys(arguments[-1]))
     best, lines = searched(tmp_path, tiny(method=("neggrad",), tune=8))
     assert [line["error"] for line in lines if "final" in line] == ["diverged"] * 2
-    assert best.neggrad.lr == min(line["options"]["lr"] for line in lines)
+    # the two with the smallest gaps did
+    assert best.neggrad.lr == sorted(line["options"]["lr"] for line in lines[:8])[2]
 
 
 def test_test_data_are_never_looked_at(tmp_path, spaces, one_seed, monkeypatch):
