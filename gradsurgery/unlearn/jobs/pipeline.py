@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,8 @@ from gradsurgery.unlearn.training.trainer import Trainer
 def reproducible(threads: int) -> Iterator[None]:
     """Fixed threads and deterministic algorithms; torch's global settings come back afterwards."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    if torch.cuda.is_available():  # without it cuBLAS may refuse to be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     try:
