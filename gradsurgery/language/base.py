@@ -61,6 +61,7 @@ class LanguageLoss:
 
     def _original(self, model: nn.Module, batch: Batch) -> Tensor:
         """The original's logits for a batch, [B, T or more, V], without gradients."""
+        # a field of the losses that call this, checked when they are made
         with self.reference.running(model) as original:  # type: ignore[attr-defined]
             return model_logits(original, batch)
 
@@ -101,6 +102,7 @@ class Opposite(LanguageLoss):
 
     loss: LanguageLoss
 
+    # read-only where other losses have a constant of their class
     @property
     def objective(self) -> Objective:  # type: ignore[override]
         return "lower" if self.loss.objective == "raise" else "raise"

@@ -99,6 +99,7 @@ class RMURetain(_StateLoss):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         tokens = text_tokens(batch)
+        # it is there: checked when the loss was made
         with self.reference.running(model) as original:  # type: ignore[union-attr]
             wanted = hidden_states(original, batch, self.layer, tokens.shape)
         states = hidden_states(model, batch, self.layer, tokens.shape)

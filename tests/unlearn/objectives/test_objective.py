@@ -249,7 +249,11 @@ def test_held_out_samples_that_drew_their_own_words_are_no_members(monkeypatch):
     question, answer = sets["val_loader"]
     answer[:4], answer[4:] = torch.tensor([3, -1]), torch.tensor([3, 4])
     learn, seen = MembershipModels.learn, []
-    watched = lambda self, rows, *rest: seen.append(rows) or learn(self, rows, *rest)  # noqa: E731
+
+    def watched(self, rows, *rest):
+        seen.append(rows)
+        return learn(self, rows, *rest)
+
     monkeypatch.setattr(MembershipModels, "learn", watched)
     config = LTUTrainer.Config(split="augmentation", audit_labels="forget", model_steps=1)
     data = {"forget": sets["forget_loader"], "retain": sets["retain_loader"]}
