@@ -16,6 +16,7 @@ from gradsurgery.language.losses import (
     GradAscent,
     IdkNLL,
     SatImp,
+    lm_losses,
 )
 from gradsurgery.language.preference import DPO, NPO, SimNPO
 from gradsurgery.language.reference import Frozen, LogProbs, WithoutAdapter
@@ -47,6 +48,7 @@ __all__ = [
     "SimNPO",
     "WithoutAdapter",
     "forget_loss",
+    "lm_losses",
     "log_probs",
     "raised",
     "retain_loss",

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from gradsurgery.batch import WeightedLosses
 from gradsurgery.errors import InputError
 from gradsurgery.language.reference import Frozen, LogProbs, WithoutAdapter
-from gradsurgery.language.tokens import Batch, Predictions, model_logits, predictions
+from gradsurgery.language.tokens import (
+    Batch,
+    Predictions,
+    label_tokens,
+    model_logits,
+    predicted,
+    predictions,
+)
 from gradsurgery.ops._inputs import check, check_number, shown
 
 Objective = Literal["raise", "lower"]
@@ -64,6 +71,13 @@ class LanguageLoss:
         # a field of the losses that call this, checked when they are made
         with self.reference.running(model) as original:  # type: ignore[attr-defined]
             return model_logits(original, batch)
+
+    def _both(self, model: nn.Module, batch: Batch) -> tuple[Predictions, Predictions]:
+        """What the original and what the model predict for the label tokens of a batch."""
+        tokens = label_tokens(batch)
+        with self.reference.running(model) as original:  # type: ignore[attr-defined]
+            theirs = predicted(original, batch, tokens)
+        return theirs, predicted(model, batch, tokens)
 
     def _at_least(self, least: float, *options: str, whole: bool = False) -> None:
         """Raise `InputError` naming the first option that is no number from `least` on."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ from gradsurgery.language.tokens import (
     predictions,
     text_tokens,
 )
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, one_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,25 @@ class NLL(TokenLoss):
 
     def _each(self, found: Predictions) -> Tensor:
         return -found.log_probs()
+
+
+def lm_losses(
+    model: nn.Module, batch: Batch, mean: Literal["sequence", "token"] = "sequence"
+) -> Tensor | WeightedLosses:
+    """Negative log-likelihood of each sample's label tokens, [B], in nats: what models train on.
+
+    The head of a model of transformers runs only where labels are; of another, everywhere.
+
+    Args:
+        model, batch: as for every loss here (`LanguageLoss`).
+        mean: "sequence" weights samples alike; "token" returns `gs.WeightedLosses`, whose mean is
+            that over the tokens of all batches of a step.
+
+    Raises:
+        InputError: another mean; as `LanguageLoss`.
+    """
+    one_of("mean", mean, ("sequence", "token"))
+    return NLL(as_published=mean == "token")(model, batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,11 +243,13 @@ class UNDIAL(LanguageLoss):
         self._at_least(0, "beta")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        tokens = label_tokens(batch)
-        original = self._original(model, batch)
         if self.as_published:
+            label_tokens(batch)  # to be refused before the original is asked
+            original = self._original(model, batch)
             tokens = _every_token(batch, original.shape[-1])
-        target, found = aligned(original, tokens), aligned(model_logits(model, batch), tokens)
+            target, found = aligned(original, tokens), aligned(model_logits(model, batch), tokens)
+        else:
+            target, found = self._both(model, batch)
         at = found.labels.unsqueeze(-1)
         theirs = target.logits.to(found.logits)
         theirs = theirs.scatter_add(-1, at, torch.full_like(at, -self.beta, dtype=theirs.dtype))
@@ -255,12 +276,12 @@ class KL(LanguageLoss):
     as_published: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        tokens = label_tokens(batch)
-        original = self._original(model, batch)
         if self.as_published:
+            label_tokens(batch)
+            original = self._original(model, batch)
             return _divergence(original, model_logits(model, batch)).mean(1)
-        found = aligned(model_logits(model, batch), tokens)
-        return found.means(_divergence(aligned(original, tokens).logits, found.logits))
+        theirs, found = self._both(model, batch)
+        return found.means(_divergence(theirs.logits, found.logits))
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -281,4 +302,5 @@ def _every_token(batch: Batch, words: int) -> Tokens:
         words > -IGNORED,
         f"as_published of UNDIAL takes label -100 for token V - 100: V is {words}",
     )
-    return Tokens(torch.where(labels < 0, labels + words, labels), torch.ones_like(labels).bool())
+    every = torch.ones_like(labels).bool()
+    return Tokens(torch.where(labels < 0, labels + words, labels), every, words - 1, every.shape[1])

@@ -163,7 +163,7 @@ def alternate(batch: Batch) -> Batch:
 
 def _keys(batch: Batch) -> list[tuple[int, int]]:
     """Of each sample its id, and what its label tokens hash to, wherever padding stands."""
-    labels, counted, _ = label_tokens(batch)
+    labels, counted, *_ = label_tokens(batch)
     ids = batch.get("id")
     if not isinstance(ids, Tensor) or ids.shape != labels.shape[:1] or ids.is_floating_point():
         got = type(ids).__name__

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.capture.hooks import register
 from gradsurgery.errors import InputError
 from gradsurgery.language.base import LanguageLoss
 from gradsurgery.language.reference import Frozen, WithoutAdapter
@@ -118,7 +119,7 @@ def hidden_states(model: nn.Module, batch: Batch, layer: str, shape: Sequence[in
     def keep(module: nn.Module, given: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    handle = _module(model, layer).register_forward_hook(keep)
+    handle = register(_module(model, layer).register_forward_hook, keep)
     try:
         called(model, batch)
     finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsurgery.errors import InputError
+from gradsurgery.language.head import at, logits_at
 from gradsurgery.ops._inputs import check
 
 Batch = Mapping[str, Any]
@@ -26,11 +27,22 @@ class Tokens(NamedTuple):
         labels: [B, P] int64, 0 where the token does not count.
         counted: [B, P] bool.
         largest: of the labels.
+        most: how many of a sample's tokens count at most; P where that is not known.
     """
 
     labels: Tensor
     counted: Tensor
-    largest: int = 0
+    largest: int
+    most: int
+
+    def narrowed(self) -> tuple[Tokens, Tensor]:
+        """The first `most` of each sample, those that count before others, and where they stand.
+
+        Tokens [B, K] and places [B, K] int64 of the logits that predict them, in order.
+        """
+        first = self.counted.long().argsort(dim=1, descending=True, stable=True)[:, : self.most]
+        labels, counted = self.labels.gather(1, first), self.counted.gather(1, first)
+        return self._replace(labels=labels, counted=counted), first
 
 
 class Predictions(NamedTuple):
@@ -84,8 +96,19 @@ def predictions(model: nn.Module, batch: Batch, skip: int = 0) -> Predictions:
             the model's, a sample without a label token that counts, logits of another shape. The
             message names the entry or the sample.
     """
-    tokens = label_tokens(batch, skip)
-    return aligned(model_logits(model, batch), tokens)
+    return predicted(model, batch, label_tokens(batch, skip))
+
+
+def predicted(model: nn.Module, batch: Batch, tokens: Tokens) -> Predictions:
+    """What a model predicts for tokens of a batch; its head runs where these are, if it can."""
+    few, places = tokens.narrowed()
+    size, length = few.labels.shape[0], tokens.labels.shape[1] + 1
+    if few.most == length - 1:
+        return aligned(model_logits(model, batch), tokens)
+    logits = logits_at(model, lambda: model_logits(model, batch), places, length)
+    if logits.shape[:2] != places.shape:
+        logits = at(last(logits, (size, length)), places, length)
+    return _beside(logits, few)
 
 
 def log_probs(
@@ -117,8 +140,9 @@ def label_tokens(batch: Batch, skip: int = 0) -> Tokens:
         counted = counted & attended[:, :-1]
     if skip:
         counted = counted & (own.cumsum(1)[:, 1:] > skip)
-    largest = _checked(labels, counted, batch, f" after the first {skip}" if skip else "")
-    return Tokens(torch.where(counted, labels[:, 1:], 0), counted, largest)
+    after = f" after the first {skip}" if skip else ""
+    largest, most = _checked(labels, counted, batch, after)
+    return Tokens(torch.where(counted, labels[:, 1:], 0), counted, largest, most)
 
 
 def text_tokens(batch: Batch) -> Tensor:
@@ -166,23 +190,23 @@ def _attended(batch: Batch, labels: Tensor) -> Tensor | None:
     return mask.to(labels.device) != 0
 
 
-def _checked(labels: Tensor, counted: Tensor, batch: Batch, which: str = "") -> int:
-    """The largest label, after a look at all of them: one wait for the device, before the model.
+def _checked(labels: Tensor, counted: Tensor, batch: Batch, which: str = "") -> tuple[int, int]:
+    """The largest label, and how many count of a sample at most: one wait, before the model.
 
     Raises:
         InputError: naming a sample of which no token counts.
     """
     if is_functorch_wrapped_tensor(labels):  # under vmap no value decides
-        return 0
+        return 0, counted.shape[1]
     counts = counted.sum(1)
     known = torch.where(labels == IGNORED, 0, labels)
-    looked = torch.stack([counts.min(), counts.argmin(), known.min(), known.max()])
-    fewest, sample, low, high = looked.tolist()
+    looked = [counts.min(), counts.argmin(), counts.max(), known.min(), known.max()]
+    fewest, sample, most, low, high = torch.stack(looked).tolist()
     if fewest == 0:
         who = named(batch, sample)
         raise InputError(f"labels of {who} are all masked: no token of it counts{which}")
     check(low >= 0, f"labels must be tokens or {IGNORED}, got {low}")
-    return high
+    return high, most
 
 
 def named(batch: Batch, sample: int) -> str:
@@ -197,7 +221,11 @@ def aligned(logits: Tensor, tokens: Tokens) -> Predictions:
     """Logits [B, T or more, V] beside the tokens [B, T - 1] that they predict."""
     size, length = tokens.labels.shape
     # the last of all predicts what comes after the text
-    logits = last(logits, (size, length + 1))[:, :-1]
+    return _beside(last(logits, (size, length + 1))[:, :-1], tokens)
+
+
+def _beside(logits: Tensor, tokens: Tokens) -> Predictions:
+    """Logits [B, P, V] and the tokens [B, P] that they predict."""
     words = logits.shape[2]
     got = tokens.largest
     check(got < words, f"labels must be in [0, {words}), the model's tokens, got {got}")

@@ -1,0 +1,72 @@
+"""A language model's head, run only where tokens are to be predicted.
+
+Of a question and its answer only the answer counts, and the logits of a large vocabulary are the
+widest tensor of a step. What enters the head is narrowed to the positions asked for, by a hook that
+is there for one call: the logits are [B, K, V] then, and the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from gradsurgery.capture.hooks import register
+
+whole: WeakSet[nn.Module] = WeakSet()  # models whose head was seen not to work on some positions
+
+
+def logits_at(model: nn.Module, run: Callable[[], Tensor], places: Tensor, length: int) -> Tensor:
+    """Logits [B, K, V] of K positions of each sample, or [B, T or more, V] where all were computed.
+
+    Args:
+        model: its head is what `get_output_embeddings` returns, as models of transformers have it.
+        run: calls the model, and returns its logits.
+        places: [B, K] int64, each in [0, T): the positions asked for.
+        length: T, how many positions the labels have. Of more, as with prompt tuning, the last T
+            are meant.
+    """
+    head = output_head(model)
+    if head is None or model in whole:
+        return run()
+    calls: list[bool] = []
+
+    def narrow(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        states = next(iter(given), None)  # none where it came by name
+        fits = _is_of(states, places.shape[0], length)
+        calls.append(fits)
+        return (at(states, places, length), *given[1:]) if fits else None
+
+    handle = register(head.register_forward_pre_hook, narrow)
+    try:
+        logits = run()
+    finally:
+        handle.remove()
+    if any(calls) and (calls != [True] or logits.shape[:2] != places.shape):
+        whole.add(model)  # a head called in pieces, or whose outputs are put together again
+        return run()
+    return logits
+
+
+def at(values: Tensor, places: Tensor, length: int) -> Tensor:
+    """Values [B, T or more, d] at places [B, K] of the last T, [B, K, d]."""
+    index = (places + (values.shape[1] - length)).to(values.device).unsqueeze(-1)
+    return values.gather(1, index.expand(-1, -1, values.shape[2]))
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits of hidden states, or None where a model names none."""
+    named = getattr(model, "get_output_embeddings", None)
+    found = named() if callable(named) else None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _is_of(states: Any, size: int, length: int) -> bool:
+    return (
+        isinstance(states, Tensor)
+        and states.dim() == 3
+        and states.shape[0] == size
+        and states.shape[1] >= length
+    )
