@@ -34,7 +34,7 @@ def logits_at(model: nn.Module, run: Callable[[], Tensor], places: Tensor, lengt
     calls: list[bool] = []
 
     def narrow(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        states = next(iter(given), None)  # none where it came by name
+        states: Any = next(iter(given), None)  # none where it came by name
         fits = _is_of(states, places.shape[0], length)
         calls.append(fits)
         return (at(states, places, length), *given[1:]) if fits else None
