@@ -40,6 +40,7 @@ from gradsurgery.surgery import (
     SignAgreement,
     Sum,
     TrimmedMean,
+    TwoDirections,
     UPGrad,
 )
 
@@ -81,6 +82,7 @@ __all__ = [
     "Sum",
     "Surgeon",
     "TrimmedMean",
+    "TwoDirections",
     "UPGrad",
     "WeightedLosses",
     "check",

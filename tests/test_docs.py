@@ -168,3 +168,10 @@ def test_the_table_of_language_losses_is_the_registry():
 
     page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
     assert page.split("<!-- losses -->")[1].strip() == registry.markdown()
+
+
+def test_the_table_of_pairs_is_what_rules_take():
+    from gradsurgery.language import pairs
+
+    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+    assert page.split("<!-- pairs -->")[1].strip() == pairs.markdown()

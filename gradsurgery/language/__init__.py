@@ -18,6 +18,7 @@ from gradsurgery.language.losses import (
     SatImp,
     lm_losses,
 )
+from gradsurgery.language.pairs import rule_for
 from gradsurgery.language.preference import DPO, NPO, SimNPO
 from gradsurgery.language.reference import Frozen, LogProbs, WithoutAdapter
 from gradsurgery.language.registry import FORGET, RETAIN, forget_loss, retain_loss
@@ -52,4 +53,5 @@ __all__ = [
     "log_probs",
     "raised",
     "retain_loss",
+    "rule_for",
 ]

@@ -32,6 +32,7 @@ from gradsurgery.surgery.ngdiff import NGDiff
 from gradsurgery.surgery.orthograd import OrthoGrad
 from gradsurgery.surgery.pcgrad import PCGrad
 from gradsurgery.surgery.rule import Rule, Solution, Weighting
+from gradsurgery.surgery.two import TwoDirections
 from gradsurgery.surgery.upgrad import DualProj, UPGrad
 
 RULES: dict[str, type[Rule]] = {
@@ -80,6 +81,7 @@ __all__ = [
     "Solution",
     "Sum",
     "TrimmedMean",
+    "TwoDirections",
     "UPGrad",
     "Weighting",
 ]  # fmt: skip
