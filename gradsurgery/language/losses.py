@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,11 @@ class NLL(TokenLoss):
         return -found.log_probs()
 
 
-def lm_losses(
-    model: nn.Module, batch: Batch, mean: Literal["sequence", "token"] = "sequence"
-) -> Tensor | WeightedLosses:
+@overload
+def lm_losses(model: nn.Module, batch: Batch, mean: Literal["sequence"] = "sequence") -> Tensor: ...
+@overload
+def lm_losses(model: nn.Module, batch: Batch, mean: Literal["token"]) -> WeightedLosses: ...
+def lm_losses(model: nn.Module, batch: Batch, mean: str = "sequence") -> Tensor | WeightedLosses:
     """Negative log-likelihood of each sample's label tokens, [B], in nats: what models train on.
 
     The head of a model of transformers runs only where labels are; of another, everywhere.

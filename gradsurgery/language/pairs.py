@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from gradsurgery.errors import InputError
-from gradsurgery.language.base import LanguageLoss
-from gradsurgery.ops._inputs import check
+from gradsurgery.language.base import LanguageLoss, Objective
+from gradsurgery.ops._inputs import check, shown
 from gradsurgery.surgery import RULES, OrthoGrad, Rule, TwoDirections, Weighting
 from gradsurgery.text import brief, show
 
@@ -15,7 +15,7 @@ SHARED = tuple(field.name for field in fields(Weighting) if field.init)
 HEAD = ("rule", "takes")
 
 
-def rule_for(rule: str | Rule, loss: LanguageLoss, **options: Any) -> Rule:
+def rule_for(rule: str | Rule, loss: LanguageLoss | Objective, **options: Any) -> Rule:
     """A rule for a forget loss, which raises or lowers that loss as the loss asks for.
 
         rule_for("orthograd", npo, alpha=0.5)  # OrthoGrad(alpha=0.5, objective="lower")
@@ -23,18 +23,21 @@ def rule_for(rule: str | Rule, loss: LanguageLoss, **options: Any) -> Rule:
 
     Args:
         rule: a name of `gs.RULES`, or a rule as it is, which is checked.
-        loss: of what is to be forgotten, as `forget_loss` makes it.
+        loss: of what is to be forgotten, as `forget_loss` makes it, or its direction alone.
         options: of the rule, by name.
 
     Raises:
         InputError: a name or options that there are not, with those that there are; a rule that
             takes no forget loss, with the reason; a rule of the other direction.
     """
-    got = type(loss).__name__
-    check(isinstance(loss, LanguageLoss), f"loss must be a LanguageLoss, got {got}")
+    if isinstance(loss, LanguageLoss):
+        what, objective = type(loss).__name__, loss.objective
+    else:
+        check(loss in get_args(Objective), f"loss must be a LanguageLoss, got {shown(loss)}")
+        what, objective = "the forget loss", loss
     if isinstance(rule, Rule):
         check(not options, f"options {sorted(options)} are for a name; the rule is made already")
-        return _checked(rule, loss)
+        return _checked(rule, what, objective)
     kind = RULES.get(rule) if isinstance(rule, str) else None
     if kind is None:
         raise InputError(f"there is no rule {brief(rule)}; there are {', '.join(RULES)}")
@@ -48,10 +51,10 @@ def rule_for(rule: str | Rule, loss: LanguageLoss, **options: Any) -> Rule:
             + "; its objective is the loss's" * ("objective" in options)
         )
     if "objective" in kind.options():
-        return kind(objective=loss.objective, **options)  # type: ignore[call-arg]
+        return kind(objective=objective, **options)  # type: ignore[call-arg]
     shared = {name: value for name, value in options.items() if name in SHARED}
     own: Any = kind(**{name: value for name, value in options.items() if name not in SHARED})
-    return TwoDirections(rule=own, objective=loss.objective, **shared)
+    return TwoDirections(rule=own, objective=objective, **shared)
 
 
 def refused(kind: type[Rule]) -> str:
@@ -65,20 +68,20 @@ def refused(kind: type[Rule]) -> str:
     return ""
 
 
-def _checked(rule: Rule, loss: LanguageLoss) -> Rule:
-    name, objective = type(rule).__name__, getattr(rule, "objective", None)
-    if objective is None:
+def _checked(rule: Rule, what: str, objective: Objective) -> Rule:
+    name, has = type(rule).__name__, getattr(rule, "objective", None)
+    if has is None:
         if why := refused(type(rule)):
             raise InputError(f"rule: {name} takes no forget loss: {why}")
         raise InputError(
             f"rule: {name} lowers all its rows: take TwoDirections(rule={name}(...), "
-            f"objective={loss.objective!r}), or its name"
+            f"objective={objective!r}), or its name"
         )
-    if objective != loss.objective:
+    if has != objective:
         which = {"raise": "raised", "lower": "lowered"}
         raise InputError(
-            f"rule: {name} has objective={objective!r}, and {type(loss).__name__} is to be "
-            f"{which[loss.objective]}: give objective={loss.objective!r}"
+            f"rule: {name} has objective={has!r}, and {what} is to be {which[objective]}: give "
+            f"objective={objective!r}"
         )
     return rule
 

@@ -151,5 +151,5 @@ def test_bad_rules_of_two_tasks_are_named():
     ]:
         with pytest.raises(gs.InputError, match=message):
             gs.TwoDirections(rule=rule)
-    with pytest.raises(gs.InputError, match="loss must be a LanguageLoss, got str"):
+    with pytest.raises(gs.InputError, match="loss must be a LanguageLoss, got 'npo'"):
         rule_for("gru", "npo")

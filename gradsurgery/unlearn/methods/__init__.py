@@ -27,6 +27,7 @@ ORDER = (
     "boundary_shrink",
     "gdr_gma",
     "gru",
+    "surgery",
     "graddiff",
     "neggradplus",
     "neggrad",

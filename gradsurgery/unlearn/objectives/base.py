@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,18 @@ class Outputs(NamedTuple):
     logits: Tensor
     labels: Tensor
     sample: Tensor
+
+
+class Named(NamedTuple):
+    """A loss by its name.
+
+    Attributes:
+        values: (model, batch) -> losses [B].
+        objective: what forgetting does to it, "raise" or "lower".
+    """
+
+    values: Callable[[nn.Module, Batch], Any]
+    objective: Literal["raise", "lower"]
 
 
 class Objective(Protocol):
@@ -67,6 +79,23 @@ class Objective(Protocol):
     def with_labels(self, batch: Batch, new: Tensor) -> Batch:
         """The same inputs with other labels, [N], in the order of `outputs`."""
         raise _unwritten(self, "with_labels")
+
+    def forget_loss(
+        self, name: str, model: nn.Module, samples: Iterable[Batch], **options: Any
+    ) -> Named:
+        """A loss of what is to be forgotten, with what it needs of the original.
+
+        Args:
+            name: one that the task knows.
+            model: the original, before it moves.
+            samples: the whole forget set, in batches; gone through where the loss needs that.
+            options: the loss's own.
+        """
+        raise _unwritten(self, "forget_loss")
+
+    def retain_loss(self, name: str, model: nn.Module, **options: Any) -> Named:
+        """A loss of what is to be kept, likewise; it is always lowered."""
+        raise _unwritten(self, "retain_loss")
 
 
 def _unwritten(objective: Objective, name: str) -> InputError:

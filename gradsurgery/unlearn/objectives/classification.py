@@ -150,7 +150,7 @@ def check_range(least: int, most: int, classes: int, name: str = "labels") -> No
         )
 
 
-class Classification:
+class Classification(Objective):
     """One label for each sample, the index of a class.
 
     Args:

@@ -27,7 +27,17 @@ class LogUniform:
 
 Space = Mapping[str, Sequence[Any] | LogUniform]  # by option, what it is drawn from
 # the methods of an `Objective`
-Asked = Literal["losses", "outputs", "relabel", "classes", "inputs", "with_inputs", "with_labels"]
+Asked = Literal[
+    "losses",
+    "outputs",
+    "relabel",
+    "classes",
+    "inputs",
+    "with_inputs",
+    "with_labels",
+    "forget_loss",
+    "retain_loss",
+]
 
 CEILINGS = (1.2, 2.3, 4.0, 8.0, math.inf)  # nats; 2.3 = ln 10: no better than chance
 BATCHES = (32, 64, 128)

@@ -1,0 +1,129 @@
+"""Any forget loss with any rule of surgery, by their names."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery import Surgeon
+from gradsurgery.errors import InputError
+from gradsurgery.language import rule_for
+from gradsurgery.step import StepInfo
+from gradsurgery.surgery import Rule
+from gradsurgery.text import show
+from gradsurgery.unlearn.objectives.base import Batch, Named
+from gradsurgery.unlearn.training.described import SURGERY, Asked, Space
+from gradsurgery.unlearn.training.surgical import SurgicalConfig, SurgicalTrainer
+
+OWN = "own"  # the task's own loss
+
+
+@dataclass
+class SurgeryConfig(SurgicalConfig):
+    """Options of any loss with any rule."""
+
+    rule: str = "pcgrad"
+    """A rule of gradsurgery.RULES by its lower-case name; rules that know no forget rows are given
+    two tasks, to forget and to retain."""
+    rule_options: tuple[str, ...] = ()
+    """The rule's own, each NAME=VALUE, such as alpha=0.5 of orthograd."""
+    loss: str = OWN
+    """What moves on the forget set: own, the task's own loss, raised; of language models a name of
+    gradsurgery.language.FORGET, which is raised or lowered as it says."""
+    loss_options: tuple[str, ...] = ()
+    """The forget loss's own, each NAME=VALUE, such as beta=0.1 of npo."""
+    retain_loss: str = OWN
+    """What is lowered on the retain set: own, or of language models a name of RETAIN."""
+
+    def check(self, name: str) -> None:
+        super().check(name)
+        known = values(self.rule_options, f"--{name}.rule-options")
+        values(self.loss_options, f"--{name}.loss-options")
+        try:
+            rule_for(self.rule, "lower", **known)
+        except InputError as error:
+            raise InputError(f"--{name}.rule: {error}") from None
+
+
+def values(options: Sequence[str], where: str = "options") -> dict[str, Any]:
+    """Options from lines NAME=VALUE; values that are numbers, true or false are so."""
+    found: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            raise InputError(f"{where} must be NAME=VALUE, each name once, got {show(option, 80)}")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, (bool, int, float)) else text
+
+
+class SurgeryTrainer(SurgicalTrainer[SurgeryConfig]):
+    """Moves a forget loss and lowers a retain loss, by an update that a rule makes of both.
+
+    The ceiling is for losses that are raised: those that are lowered let go by themselves.
+    """
+
+    name = "surgery"
+    title = "Surgery"
+    about = "any forget loss with any rule of surgery"
+    paper = ""
+    color = "#7a5195"
+    space: ClassVar[Space] = {**SURGERY, "rule": ("pcgrad", "upgrad", "munba", "ngdiff", "blur")}
+    Config = SurgeryConfig
+
+    def asked(self) -> frozenset[Asked]:
+        named: list[tuple[Asked, str]] = [
+            ("forget_loss", self.config.loss),
+            ("retain_loss", self.config.retain_loss),
+        ]
+        return self.asks.union(name for name, given in named if given != OWN)
+
+    def prepare(self) -> None:
+        config, task = self.config, self.objective
+        self.forget, self.retain = Named(task.losses, "raise"), Named(task.losses, "lower")
+        if config.loss != OWN:
+            samples = self.whole("forget")
+            self.forget = task.forget_loss(
+                config.loss, self.model, samples, **values(config.loss_options)
+            )
+        if config.retain_loss != OWN:
+            self.retain = task.retain_loss(config.retain_loss, self.model)
+        if self.forget.objective == "lower" and config.forget_ceiling < math.inf:
+            raise InputError(
+                f"forget_ceiling is for losses that are raised; {config.loss} is lowered"
+            )
+        super().prepare()
+
+    def make_rule(self) -> Rule:
+        return rule_for(self.config.rule, self.forget.objective, **values(self.config.rule_options))
+
+    def operate(self, forget: Batch, retain: Batch) -> StepInfo:
+        if self.surgeon is None:
+            self.surgeon = Surgeon(
+                self.model, self.optimizer, self.rule, micro_batch=self.config.micro_batch
+            )
+        self.surgeon.discard()
+        self.surgeon.add(forget=forget, loss=self._forget_loss)
+        self.surgeon.add(retain=retain, loss=self._retain_loss)
+        return self.surgeon.backward()
+
+    def _forget_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        found = self._answer(self.forget.values, batch, model)
+        ceiling = self.config.forget_ceiling
+        return found if ceiling == math.inf else torch.clamp(found, max=ceiling)
+
+    def _retain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._answer(self.retain.values, batch, model)

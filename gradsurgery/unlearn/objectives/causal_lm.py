@@ -1,0 +1,85 @@
+"""Causal language models: batches of padded texts, whose label tokens are what is predicted."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery import language
+from gradsurgery.language import Frozen, LanguageLoss, LogProbs, WithoutAdapter
+from gradsurgery.language.reference import alternate
+from gradsurgery.language.tokens import predictions
+from gradsurgery.unlearn.objectives.base import Batch, Named, Objective, Outputs
+
+
+class CausalLM(Objective):
+    """A causal language model, as `gradsurgery.language` knows it.
+
+    A batch is a mapping of `input_ids`, `attention_mask`, `labels` [B, T], `id` [B] and, where
+    there are other answers to learn, `alternate`. Positions that no sample of a batch needs are cut
+    off, so that sets padded to one length cost no more.
+    """
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Negative log-likelihood, the mean over each sample's label tokens, [B], in nats."""
+        return language.lm_losses(model, trimmed(batch))
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Outputs:
+        """One prediction for each label token that counts."""
+        found = predictions(model, trimmed(batch))
+        sample, _ = found.counted.nonzero(as_tuple=True)
+        return Outputs(found.logits[found.counted], found.labels[found.counted], sample)
+
+    def relabel(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch's `alternate`: refusals, for instance; nothing is drawn."""
+        return alternate(batch)
+
+    def forget_loss(
+        self, name: str, model: nn.Module, samples: Iterable[Batch], **options: Any
+    ) -> Named:
+        kind = language.FORGET.get(name)
+        needs = "" if kind is None else kind.needs
+        if needs == "log-probabilities":
+            options["reference"] = LogProbs.of(model, map(trimmed, samples))
+        elif needs:
+            options["reference"] = _original(model)
+        return _named(language.forget_loss(name, **options))
+
+    def retain_loss(self, name: str, model: nn.Module, **options: Any) -> Named:
+        kind = language.RETAIN.get(name)
+        if kind is not None and kind.needs:
+            options["reference"] = _original(model)
+        return _named(language.retain_loss(name, **options))
+
+
+def trimmed(batch: Batch) -> Batch:
+    """A batch without the positions that are padding in each of its samples, at either end."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    at = mask.any(0).nonzero()
+    if len(at) == 0 or len(at) == mask.shape[1]:
+        return batch
+    needed = slice(int(at[0]), int(at[-1]) + 1)
+    return {name: _cut(entry, needed, mask.shape) for name, entry in batch.items()}
+
+
+def _cut(entry: Any, needed: slice, shape: torch.Size) -> Any:
+    if isinstance(entry, Mapping):  # an alternate, which has a length of its own
+        return trimmed(entry)
+    same = isinstance(entry, Tensor) and entry.shape[:2] == shape
+    return entry[:, needed] if same else entry
+
+
+def _named(loss: LanguageLoss) -> Named:
+    return Named(lambda model, batch: loss(model, trimmed(batch)), loss.objective)
+
+
+def _original(model: nn.Module) -> Frozen | WithoutAdapter:
+    if hasattr(model, "disable_adapter"):
+        return WithoutAdapter()
+    return Frozen(copy.deepcopy(model))
