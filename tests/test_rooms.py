@@ -15,6 +15,7 @@ ROOT = Path(gradsurgery.__file__).parent
 ORDER = (
     "errors",
     "text",
+    "ranking",
     "grads",
     "buffers",
     "ranks",

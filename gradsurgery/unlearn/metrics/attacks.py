@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradsurgery.errors import InputError
+from gradsurgery.ranking import auc, checked_scores, ranked
 from gradsurgery.unlearn.objectives.classification import integers
 
 # a loss is clipped here before a regression sees it: one sample forgotten to an enormous loss would
@@ -140,33 +141,6 @@ def correctness_attack(logits: Tensor, labels: Tensor) -> Tensor:
 # -- how far two sets of scores lie apart
 
 
-def checked_scores(values: Tensor, name: str) -> Tensor:
-    """`values` [N] in float64 on the CPU; infinities have an order and may stay, NaN may not."""
-    if values.dim() != 1:
-        raise InputError(f"{name} must be [N], got {list(values.shape)}")
-    found = values.detach().cpu().double()
-    bad = found.isnan().nonzero()
-    if len(bad):
-        raise InputError(f"{name} must not be NaN, got NaN at sample {int(bad[0])}")
-    return found
-
-
-def _ranks(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks of either side's scores among all distinct ones, [n_members] and [n_nonmembers].
-
-    Order and ties are those of the scores, infinities among them, which libraries do not take.
-    """
-    sides = [
-        checked_scores(member_scores, "member_scores"),
-        checked_scores(nonmember_scores, "nonmember_scores"),
-    ]
-    for side, name in zip(sides, ("member_scores", "nonmember_scores"), strict=True):
-        if len(side) == 0:
-            raise InputError(f"{name}: no samples: an attack needs some of either kind")
-    _, ranks = torch.cat(sides).unique(return_inverse=True)
-    return ranks[: len(sides[0])], ranks[len(sides[0]) :]
-
-
 def roc(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, Tensor]:
     """False and true positive rate of every threshold there is, from (0, 0) to (1, 1).
 
@@ -182,29 +156,10 @@ def roc(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, Tensor
     """
     from sklearn.metrics import roc_curve
 
-    members, others = _ranks(member_scores, nonmember_scores)
+    members, others = ranked(member_scores, nonmember_scores)
     truth = [1] * len(members) + [0] * len(others)
     fpr, tpr, _ = roc_curve(truth, torch.cat([members, others]).numpy(), drop_intermediate=False)
     return torch.from_numpy(fpr), torch.from_numpy(tpr)
-
-
-def auc(member_scores: Tensor, nonmember_scores: Tensor) -> float:
-    """Area under `roc`, in [0, 1]: the chance that a member scores above a nonmember, ties half.
-
-    This is the Mann-Whitney statistic over n_members n_nonmembers, counted in halves and so without
-    rounding. 0.5 is guessing; below 0.5 members look less like members than samples never seen,
-    which gives them away as well.
-
-    Args:
-        member_scores: [n_members].
-        nonmember_scores: [n_nonmembers].
-    """
-    from scipy.stats import mannwhitneyu
-
-    members, others = _ranks(member_scores, nonmember_scores)
-    # the method is that of the p-value, which is not used: an exact one takes long
-    wins = mannwhitneyu(members.numpy(), others.numpy(), method="asymptotic").statistic
-    return float(wins) / (len(members) * len(others))
 
 
 def tpr_at_fpr(member_scores: Tensor, nonmember_scores: Tensor, fpr: float = LOW_FPR) -> float:
