@@ -131,7 +131,7 @@ $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/native
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(pip) 'gradsurgery[dev,hf,images]'
+	$(pip) 'gradsurgery[dev,hf,images,language]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/dev

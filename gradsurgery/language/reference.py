@@ -45,7 +45,7 @@ class LogProbs:
             InputError: a batch without ids; as `tokens.predictions`.
         """
         parts = [batch, alternate(batch)] if "alternate" in batch else [batch]
-        with _still(model):
+        with still(model):
             found = [(_keys(part), summed(model, part).tolist()) for part in parts]
         for keys, values in found:
             for (sample, labels), value in zip(keys, values, strict=True):
@@ -113,7 +113,7 @@ class Frozen(_Original):
                 "reference: Frozen holds the model that trains, which moves; give it a copy, "
                 "copy.deepcopy(model)"
             )
-        with _still(self.original):
+        with still(self.original):
             yield self.original
 
 
@@ -133,7 +133,7 @@ class WithoutAdapter(_Original):
             )
         trains = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            with _still(model), disable():
+            with still(model), disable():
                 yield model
         finally:
             for parameter, flag in trains:  # switched on again, all of an adapter would train
@@ -179,7 +179,7 @@ def _keys(batch: Batch) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
+def still(model: nn.Module) -> Iterator[None]:
     """No gradients and eval mode inside, each module in the mode it had afterwards."""
     before = [(module, module.training) for module in model.modules()]
     try:
