@@ -92,8 +92,9 @@ def relearn_steps(
             return 0
         student.train()
         order: list[int] = []
+        generator = torch.Generator().manual_seed(seed)
         for step in range(1, steps + 1):
-            order = order or torch.randperm(len(batches)).tolist()
+            order = order or torch.randperm(len(batches), generator=generator).tolist()
             _step(student, made, batches[order.pop()])
             if step % every == 0 and back():
                 return step

@@ -20,7 +20,12 @@ from gradsurgery.language.metrics.answers import (
     truth_ratios,
     truthfulness,
 )
-from gradsurgery.language.metrics.attacks import attack_aucs, attack_scores, priv_leak
+from gradsurgery.language.metrics.attacks import (
+    attack_aucs,
+    attack_scores,
+    gradient_norms,
+    priv_leak,
+)
 from gradsurgery.language.metrics.generation import Generated, generated, rouge_l
 from gradsurgery.language.metrics.scores import (
     TokenScores,
@@ -52,6 +57,7 @@ def evaluate(
     tokenizer: Any = None,
     batch_size: int = 16,
     max_new_tokens: int = 200,
+    gradients: bool = False,
     as_published: bool = False,
 ) -> dict[str, float]:
     """What users of TOFU look at, by names such as "forget/truth_ratio"; what lacks data is absent.
@@ -75,6 +81,7 @@ def evaluate(
         tokenizer: for what needs text: ROUGE-L, the attack "zlib" and generated_perplexity.
         batch_size: samples in a pass.
         max_new_tokens: of an answer that the model writes.
+        gradients: whether there is the attack "gradient", which costs backward passes.
         as_published: as for `token_scores`.
 
     Raises:
@@ -116,10 +123,15 @@ def evaluate(
             scores = _seen(retrained, said, batch_size).scores if said else {}
             found["generated_perplexity"] = perplexity(scores) if said else math.nan
     if "holdout" in sets:
-        aucs = _aucs(sets, own, theirs, tokenizer)
+        norms = {}
+        for name in ("forget", "holdout") if gradients else ():
+            norms[name] = gathered(gradient_norms(model, _batches(model, sets[name], batch_size)))
+        aucs = _aucs(sets, own, theirs, norms, tokenizer)
         found |= {f"attack/{name}": auc for name, auc in aucs.items()}
         if theirs:
-            found["priv_leak"] = priv_leak(aucs["min_k"], _aucs(sets, theirs, {}, None)["min_k"])
+            found["priv_leak"] = priv_leak(
+                aucs["min_k"], _aucs(sets, theirs, {}, {}, None)["min_k"]
+            )
     return dict(sorted(found.items()))
 
 
@@ -180,6 +192,7 @@ def _aucs(
     sets: Mapping[str, Sequence[Sample]],
     own: Mapping[str, _Seen],
     theirs: Mapping[str, _Seen],
+    norms: Mapping[str, dict[int, float]],
     tokenizer: Any,
 ) -> dict[str, float]:
     def scores(name: str) -> dict[str, dict[int, float]]:
@@ -187,6 +200,7 @@ def _aucs(
             own[name].scores,
             texts=None if tokenizer is None else _texts(sets[name], tokenizer),
             reference=theirs[name].scores if theirs else None,
+            gradients=norms.get(name),
         )
 
     return attack_aucs(scores("forget"), scores("holdout"))

@@ -21,7 +21,7 @@ LEAST = -1e4  # nats: a token less likely has probability 0 in every dtype
 AT_ONCE = 1 << 24  # logits looked at together: 128 MB in float64
 
 
-class Tokens(NamedTuple):
+class TokenValues(NamedTuple):
     """What a model says of a sample's n label tokens, [n] each, on the CPU.
 
     Attributes:
@@ -101,8 +101,8 @@ def token_scores(
     return scores
 
 
-def _scored(tokens: Tokens, k: float, as_published: bool) -> TokenScores:
-    kept = Tokens(*(values[:-1] for values in tokens)) if as_published else tokens
+def _scored(tokens: TokenValues, k: float, as_published: bool) -> TokenScores:
+    kept = TokenValues(*(values[:-1] for values in tokens)) if as_published else tokens
     return TokenScores(
         -math.fsum(tokens.log_probs.tolist()) / len(tokens.log_probs),
         len(tokens.log_probs),
@@ -154,7 +154,7 @@ def mean_losses(model: nn.Module, batch: Batch) -> Tensor:
     return found.means(-found.log_probs())
 
 
-def token_values(found: Predictions) -> list[Tokens]:
+def token_values(found: Predictions) -> list[TokenValues]:
     """Of the label tokens of each sample of a batch."""
     # [N, V], a few rows at a time: what is made of all logits would be several times as large
     rows = zip(
@@ -166,7 +166,9 @@ def token_values(found: Predictions) -> list[Tokens]:
     sizes = found.counts.tolist()
     log_probs, normalized, right = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     split = (log_probs.double(), normalized.double(), right)
-    return [Tokens(*values) for values in zip(*(each.split(sizes) for each in split), strict=True)]
+    return [
+        TokenValues(*values) for values in zip(*(each.split(sizes) for each in split), strict=True)
+    ]
 
 
 def _token_values(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

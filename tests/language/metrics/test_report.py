@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +46,8 @@ SETS = {
 
 def report(size=2, **options):
     model, retrained = models()
-    given = {"tokenizer": Tokenizer(), "retrained": retrained, **SETS, **options}
+    given = {"tokenizer": Tokenizer(), "retrained": retrained, "gradients": True}
+    given |= {**SETS, **options}
     return metrics.evaluate(model, batch_size=size, max_new_tokens=5, **given)
 
 
@@ -95,7 +98,7 @@ def test_a_report_is_what_its_metrics_are():
     assert found["model_utility"] == pytest.approx(9 / sum(1 / value for value in nine), rel=1e-9)
     # it knows by heart what it was taught, and never saw the holdout set
     assert found["forget/rouge_l_recall"] == found["forget/extraction"] == 1
-    assert {found[f"attack/{name}"] for name in ("loss", "zlib", "min_k")} == {1}
+    assert {found[f"attack/{name}"] for name in ("loss", "zlib", "min_k", "gradient")} == {1}
     assert found["priv_leak"] < 0
     assert 1 < found["generated_perplexity"] < math.inf
 
@@ -145,3 +148,9 @@ def test_what_is_no_sample_is_named():
             metrics.evaluate(model, forget=given)
     with pytest.raises(gs.InputError, match="batch_size must be 1 or more"):
         metrics.evaluate(model, forget=[one], batch_size=0)
+
+
+def test_every_name_is_on_the_page():
+    page = Path(__file__).resolve().parents[3] / "docs" / "language-metrics.md"
+    text = page.read_text(encoding="utf-8")
+    assert [name for name in metrics.__all__ if not re.search(rf"\b{name}\b", text)] == []
