@@ -41,7 +41,8 @@ class Sums:
 
     @property
     def mean(self) -> float:
-        """
+        """Total over number.
+
         Raises:
             InputError: nothing was added.
         """

@@ -1,10 +1,10 @@
 """Truth ratio, options, forget quality, utility: by hand, in logarithms, and what is refused."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
-from scipy.stats import kstwo
 
 import gradsurgery as gs
 from gradsurgery.language import metrics
@@ -56,14 +56,28 @@ def test_forget_quality_by_hand():
     assert metrics.forget_quality(*inverse) == pytest.approx(2 / 70, rel=1e-9)
 
 
-def test_forget_quality_of_many_samples():
-    # of 300 and 300, D by definition, and its p-value by the one-sample law at n m / (n + m)
-    one, other = torch.randn(300).double(), torch.randn(300).double() * 1.3
-    both = torch.cat([one, other])
-    gaps = [abs((one <= x).double().mean() - (other <= x).double().mean()) for x in both]
-    expected = kstwo.sf(float(max(gaps)), 150)
-    found = metrics.forget_quality(*({k: v.item() for k, v in enumerate(s)} for s in (one, other)))
-    assert found == pytest.approx(expected, rel=0.2)
+def orders_closer_than(gap, n, m):
+    """In how many orders of n and m samples the distributions are everywhere closer than a gap."""
+    ways = {0: 1}  # by how many of the n came
+    for came in range(1, n + m + 1):
+        ways = {
+            i: ways.get(i, 0) + ways.get(i - 1, 0)
+            for i in range(max(0, came - m), min(n, came) + 1)
+            if abs(Fraction(i, n) - Fraction(came - i, m)) < gap
+        }
+    return ways.get(n, 0)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 40), (40, 27), (1, 9)])
+def test_forget_quality_counts_orders(n, m):
+    one, other = torch.randn(n).tolist(), (1.5 * torch.randn(m) + 0.3).tolist()
+    gap = max(
+        abs(Fraction(sum(a <= x for a in one), n) - Fraction(sum(b <= x for b in other), m))
+        for x in one + other
+    )
+    expected = 1 - Fraction(orders_closer_than(gap, n, m), math.comb(n + m, n))
+    found = metrics.forget_quality(dict(enumerate(one)), dict(enumerate(other)))
+    assert found == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_utility_by_hand():

@@ -199,9 +199,10 @@ def test_samples_that_come_twice_count_once():
     twice = metrics.token_scores(MODEL, batches("twice"))
     mean = metrics.Sums.of(metrics.losses(whole)).mean
     assert metrics.Sums.of(metrics.losses(twice)).mean == pytest.approx(mean, rel=1e-12)
-    other = {**batch(SAMPLES[:2]), "id": torch.tensor([7, 7])}
-    with pytest.raises(gs.InputError, match="id 7 is of two samples"):
-        metrics.token_scores(MODEL, other)
+    asked = [([5, 9], [7]), ([4, 9], [7])]  # one answer to two questions
+    for samples in (SAMPLES[:2], asked):
+        with pytest.raises(gs.InputError, match="id 7 is of two samples"):
+            metrics.token_scores(MODEL, {**batch(samples), "id": torch.tensor([7, 7])})
 
 
 def test_samples_without_ids_are_numbered():
