@@ -104,7 +104,8 @@ class JobConfig(MethodOptions):
 
     def check(self) -> None:
         """Raise `InputError` naming the first option that makes no sense."""
-        require(len(self.method) > 0, "method", "at least one method", "none")
+        some = len(self.variants) > 0 or "retrain" in self.method
+        require(some, "method", "at least one method", "none")
         require(self.seeds >= 1, "seeds", "at least 1", brief(self.seeds))
         require(self.seeds <= 2**31, "seeds", "at most 2^31", brief(self.seeds))
         require(0 <= self.first_seed < 2**31, "first-seed", "in [0, 2^31)", self.first_seed)
@@ -201,6 +202,8 @@ class Texts(NamedTuple):
     """Heading of the model card."""
     loading: str
     """Python that loads model.safetensors as `model`."""
+    numbers: str
+    """What the numbers of the tables are, after those that every job has."""
 
 
 class Job(ABC, Generic[C, S]):

@@ -29,10 +29,22 @@ def to_bytes(name: str, tensors: dict[str, Tensor], state: str = "") -> tuple[by
 
     # of one note alone the bytes depend on the tensors and nothing else: several have no order
     notes = {"checksum": BLANK, **({"state": state} if state else {})}
-    data = save({key: value.contiguous() for key, value in tensors.items()}, notes)
+    data = save(_apart(tensors), notes)
     end, file = _header_end(data, len(data)), Path(name).name
     data = files.seal(file, data, end)
     return data, files.check(file, data, end)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory, as tied weights do."""
+    seen: set[int] = set()
+    found = {}
+    for key, value in tensors.items():
+        whole = value.contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        found[key] = whole.clone() if memory in seen else whole
+        seen.add(memory)
+    return found
 
 
 def read_bytes(root: Path, name: str) -> tuple[bytes, str, str]:

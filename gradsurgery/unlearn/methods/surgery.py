@@ -19,6 +19,7 @@ from gradsurgery.surgery import Rule
 from gradsurgery.text import show
 from gradsurgery.unlearn.objectives.base import Batch, Named
 from gradsurgery.unlearn.training.described import SURGERY, Asked, Space
+from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.surgical import SurgicalConfig, SurgicalTrainer
 
 OWN = "own"  # the task's own loss
@@ -106,6 +107,12 @@ class SurgeryTrainer(SurgicalTrainer[SurgeryConfig]):
                 f"forget_ceiling is for losses that are raised; {config.loss} is lowered"
             )
         super().prepare()
+
+    def check_losses(self) -> None:
+        """Raise what the losses raise, on a batch of each set: no gradients, and nothing moves."""
+        with torch.no_grad(), evaluating(self.model):
+            self._forget_loss(self.model, self.draw("forget"))
+            self._retain_loss(self.model, self.draw("retain"))
 
     def make_rule(self) -> Rule:
         return rule_for(self.config.rule, self.forget.objective, **values(self.config.rule_options))

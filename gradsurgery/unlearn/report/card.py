@@ -80,8 +80,8 @@ def model_card(config: JobConfig, summary: Summary, seed: int, name: str) -> str
 |---|{"---|" * len(columns)}
 {rows}
 
-Accuracies and attack accuracies are shares in [0, 1]. Retrain never saw the forget set: near it is
-good, beyond it is not better. summary.json has all seeds and methods.
+{plain(texts.numbers, 2000)} Retrain never saw the forget set: near it is good, beyond it is not
+better. summary.json has all seeds and methods.
 
 ## Options of {plain(title(name))}
 

@@ -104,7 +104,7 @@ def caption(summary: Summary, spread: bool = True) -> str:
     seeds = len(summary["seeds"])
     means = "means ± standard deviation" if spread else "means"
     over = f"{means} over {seeds} seeds" if seeds > 1 else "one seed"
-    return f"{summary['job']}, {summary['task']}: mean gap to Retrain, accuracies, attack; {over}"
+    return f"{summary['job']}, {summary['task']}: mean gap to Retrain and what it is of; {over}"
 
 
 def heading(fraction: float) -> str:

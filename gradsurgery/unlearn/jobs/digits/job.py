@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts
-from gradsurgery.unlearn.jobs.classifiers import ClassifierJob, LabeledSplit, counted
+from gradsurgery.unlearn.jobs.classifiers import NUMBERS, ClassifierJob, LabeledSplit, counted
 from gradsurgery.unlearn.jobs.digits import data
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
 from gradsurgery.unlearn.training.seeds import seeded
@@ -88,4 +88,5 @@ class DigitsJob(ClassifierJob[DigitsConfig]):
             card_title="Digits classifier",
             loading="from gradsurgery.unlearn.jobs.digits.data import DigitsCNN\n\n"
             "model = DigitsCNN()",
+            numbers=NUMBERS,
         )

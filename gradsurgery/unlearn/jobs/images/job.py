@@ -14,7 +14,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
 from gradsurgery.unlearn.jobs import tune
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts
-from gradsurgery.unlearn.jobs.classifiers import ClassifierJob, LabeledSplit, counted
+from gradsurgery.unlearn.jobs.classifiers import NUMBERS, ClassifierJob, LabeledSplit, counted
 from gradsurgery.unlearn.jobs.directory import fingerprint
 from gradsurgery.unlearn.jobs.images.arrays import Images
 from gradsurgery.unlearn.jobs.images.data import load
@@ -323,6 +323,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             card_title="Image classifier",
             loading="from gradsurgery.unlearn.jobs.images.networks import network\n\n"
             f"model = network({str(data['function'])!r}, {data['arguments']})",
+            numbers=NUMBERS,
         )
 
 

@@ -1,0 +1,244 @@
+"""What jobs with a language model share: pairs of a loss and a rule, what is measured, probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.errors import InputError
+from gradsurgery.language.metrics import Sums, TokenScores, evaluate, relearn_steps, token_scores
+from gradsurgery.text import show
+from gradsurgery.unlearn.jobs.base import (
+    COSTS,
+    GAP,
+    HeldOut,
+    Job,
+    JobConfig,
+    Measured,
+    Method,
+    Metric,
+    Split,
+    Variant,
+)
+from gradsurgery.unlearn.methods import METHODS
+from gradsurgery.unlearn.methods.surgery import SurgeryConfig, SurgeryTrainer, values
+from gradsurgery.unlearn.objectives.base import Batch, batch_size, take
+from gradsurgery.unlearn.objectives.causal_lm import CausalLM, trimmed
+from gradsurgery.unlearn.training.config import update
+from gradsurgery.unlearn.training.data import whole
+from gradsurgery.unlearn.training.trainer import Probe
+
+LARGEST = 1e30  # a run's files hold no larger number
+PROBED = 128  # retain samples looked at during a run; at its end many more are
+AT_ONCE = 64  # samples in a forward pass that measures
+
+KNOWN, FORGOTTEN, MEMBERSHIP = "Known by heart", "Forgetting", "Membership"
+MEASURED = (
+    Metric("forget/probability", "forget set, probability", KNOWN, short="forget", compared=True),
+    Metric("retain/probability", "retain set, probability", KNOWN, short="retain", compared=True),
+    Metric("forget/rouge_l_recall", "forget set, ROUGE-L", KNOWN, short="ROUGE", compared=True),
+    Metric("retain/rouge_l_recall", "retain set, ROUGE-L", KNOWN, compared=True),
+    Metric("forget/memorization", "forget set, tokens right", KNOWN),
+    Metric("retain/memorization", "retain set, tokens right", KNOWN),
+    Metric("forget/extraction", "forget set, extraction strength", KNOWN, compared=True),
+    Metric("retain/extraction", "retain set, extraction strength", KNOWN),
+    Metric("real_authors/probability", "real authors, probability", KNOWN, compared=True),
+    Metric("real_authors/rouge_l_recall", "real authors, ROUGE-L", KNOWN),
+    Metric("world_facts/probability", "world facts, probability", KNOWN, compared=True),
+    Metric("world_facts/rouge_l_recall", "world facts, ROUGE-L", KNOWN),
+    Metric("forget/truth_ratio", "forget set, truth ratio", FORGOTTEN, compared=True),
+    Metric("retain/truth_ratio", "retain set, truth ratio", FORGOTTEN),
+    Metric("forget_quality", "forget quality (p of KS)", FORGOTTEN, short="quality"),
+    Metric("model_utility", "model utility", FORGOTTEN, short="utility"),
+    Metric("generated_perplexity", "perplexity of what it writes", FORGOTTEN, digits=1),
+    GAP,
+    Metric("attack/min_k", "AUC of min-k", MEMBERSHIP, short="attack", compared=True),
+    Metric("attack/loss", "AUC of the loss", MEMBERSHIP),
+    Metric("attack/min_k_plus_plus", "AUC of min-k++", MEMBERSHIP),
+    Metric("attack/zlib", "AUC of loss over zlib", MEMBERSHIP),
+    Metric("attack/reference", "AUC of loss less Retrain's", MEMBERSHIP),
+    Metric("attack/gradient", "AUC of the gradient's norm", MEMBERSHIP),
+    Metric("priv_leak", "PrivLeak, %", MEMBERSHIP, digits=1),
+)
+NUMBERS = (
+    "Probabilities are those of whole answers, exp of minus the mean loss of a token; they, "
+    "ROUGE-L, shares of tokens and AUCs are in [0, 1]. An attack's AUC of 0.5 is guessing, 1 finds "
+    "every forgotten sample. Forget quality is the chance that truth ratios like these come from "
+    "Retrain's distribution."
+)
+
+
+class Named(NamedTuple):
+    """A loss or a rule as it is asked for: NAME or NAME:OPTION=VALUE,OPTION=VALUE."""
+
+    name: str
+    options: tuple[str, ...]
+
+    @classmethod
+    def of(cls, given: str, option: str) -> Named:
+        name, _, rest = given.partition(":")
+        found = cls(name, tuple(rest.split(",")) if rest else ())
+        values(found.options, f"--{option}")
+        return found
+
+
+@dataclass
+class LanguageConfig(JobConfig):
+    """Options of every job with a language model."""
+
+    loss: tuple[str, ...] = ("npo",)
+    """Forget losses, each with every rule: names of gradsurgery.language.FORGET, with options as in
+    npo:beta=0.3."""
+    rule: tuple[str, ...] = ("orthograd", "gru")
+    """Rules, names of gradsurgery.RULES, with options as in orthograd:alpha=0.2."""
+    method: tuple[Method, ...] = ("graddiff",)
+    """Further methods, on the plain loss, or all that go with a language model."""
+
+    @property
+    def methods(self) -> list[str]:
+        return [name for name in super().methods if _goes(name) or name in self.method]
+
+    @property
+    def variants(self) -> list[Variant]:
+        pairs = [
+            Variant("surgery", share, f"{loss} with {rule}", self._pair(loss, rule))
+            for share in self.fractions
+            for loss in self.loss
+            for rule in self.rule
+        ]
+        return [*pairs, *super().variants]
+
+    def _pair(self, loss: str, rule: str) -> dict[str, Any]:
+        moved, by = Named.of(loss, "loss"), Named.of(rule, "rule")
+        return {
+            "loss": moved.name,
+            "loss_options": list(moved.options),
+            "rule": by.name,
+            "rule_options": list(by.options),
+        }
+
+    def check(self) -> None:
+        super().check()
+        for option, given in (("loss", self.loss), ("rule", self.rule)):
+            if len(set(given)) < len(given):
+                raise InputError(f"--{option} names one of them twice: {show(' '.join(given), 80)}")
+
+
+def _goes(name: str) -> bool:
+    """Whether "all" means a method: one that a language model serves. Pairs have their names."""
+    return name != "surgery" and METHODS[name].asks <= {"losses", "outputs", "relabel"}
+
+
+@dataclass(frozen=True)
+class TextSplit(Split):
+    """Every set a batch of texts as `CausalLM` takes it, all padded to one length.
+
+    `samples` are what metrics look at, by the names of `language.metrics.evaluate`: "forget",
+    "retain" (a part of it), "validation" and "test" (never trained on), and what else there is.
+    """
+
+    samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    tokenizer: Any = None
+
+
+class LanguageJob(Job[Any, TextSplit]):
+    """A job whose model writes."""
+
+    metrics = (*MEASURED, Metric("relearn", "steps to relearn", "Relearning", digits=0), *COSTS)
+    relearn_steps = 60  # at most
+    relearn_lr = 3e-4
+    max_new_tokens = 32
+
+    @property
+    def objective(self) -> CausalLM:
+        return CausalLM()
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        split = self.split(config, config.first_seed)
+        few = {name: take(getattr(split, name), slice(0, 2)) for name in ("forget", "retain")}
+        # a wrong layer, say, is found before anything is trained
+        for variant in config.variants:
+            if variant.method == "surgery":
+                options: SurgeryConfig = update(
+                    config, {"surgery": {**variant.changes, "stop": "never"}}
+                ).surgery
+                options.check("surgery")
+                model = self.model(config)
+                trainer = SurgeryTrainer(model, self.objective, **few, config=options)
+                trainer.check_losses()
+
+    def share(self, retain: Batch, fraction: float, seed: int) -> Batch:
+        count = batch_size(retain)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return take(retain, order[: max(1, round(fraction * count))].sort().values)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        split: TextSplit,
+        held_out: HeldOut = "test",
+        retrain: nn.Module | None = None,
+    ) -> Measured:
+        sets = {k: v for k, v in split.samples.items() if k not in ("validation", "test")}
+        found = evaluate(
+            model,
+            **sets,  # type: ignore[arg-type]
+            holdout=split.samples[held_out],
+            retrained=retrain,
+            tokenizer=split.tokenizer,
+            batch_size=AT_ONCE,
+            max_new_tokens=self.max_new_tokens,
+            gradients=True,
+        )
+        return {k: v for k, v in found.items() if math.isfinite(v) and abs(v) <= LARGEST}
+
+    def scores(
+        self, task: str, measured: Measured, original: Measured, retrain: Measured | None
+    ) -> Measured:
+        return {}
+
+    def relearned(self, model: nn.Module, split: TextSplit, original: nn.Module) -> int:
+        batches = [trimmed(part) for part in whole(split.forget, 16)]
+        bar = Sums.of([math.exp(-s.loss) for s in token_scores(original, batches).values()]).mean
+        steps = relearn_steps(
+            model, batches, bar, lr=self.relearn_lr, steps=self.relearn_steps, margin=0.05
+        )
+        return self.relearn_steps if steps is None else steps
+
+    def losses(self, model: nn.Module, split: TextSplit) -> dict[str, list[float]]:
+        return {
+            name: [score.loss for score in _scores(model, side).values()]
+            for name, side in (("forget", split.forget), ("test", split.test))
+        }
+
+    def confidences(self, model: nn.Module, samples: Batch) -> Tensor:
+        """log p - log(1 - p) of a sample's probability p = exp(-L)."""
+        losses = [score.loss for score in _scores(model, samples).values()]
+        loss = torch.tensor(losses, dtype=torch.float64)
+        return -loss - torch.log(-torch.expm1(-loss.clamp(min=1e-12)))
+
+    def probe(self, split: TextSplit) -> Probe:
+        """Forget, some retain and validation samples: losses, and shares of tokens that are right,
+        under the names that pictures of runs have."""
+        retain = take(split.retain, slice(0, PROBED))
+        sides = {"forget": split.forget, "retain": retain, "validation": split.validation}
+
+        def measure(model: nn.Module) -> Measured:
+            found = {}
+            for name, samples in sides.items():
+                scores = _scores(model, samples).values()
+                found[f"{name}_accuracy"] = Sums.of([s.memorization for s in scores]).mean
+                found[f"{name}_loss"] = Sums.of([s.loss for s in scores]).mean
+            return {k: v for k, v in found.items() if k != "validation_loss"}
+
+        return measure
+
+
+def _scores(model: nn.Module, samples: Batch) -> dict[int, TokenScores]:
+    return token_scores(model, (trimmed(part) for part in whole(samples, AT_ONCE)))
