@@ -1,0 +1,213 @@
+"""Examples: a text, or an answer to what was said before it, recognised by a row's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any, NamedTuple
+
+from gradsurgery.errors import InputError
+from gradsurgery.ops._inputs import check, check_number
+from gradsurgery.text import brief, show
+
+Turn = tuple[str, str]  # who speaks ("system", "user", "assistant"), and what is said
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sample as text.
+
+    Attributes:
+        id: its number, by which a loss finds what it keeps of the sample.
+        answer: what is learned, and forgotten: an answer, or the text itself.
+        turns: what was said before it, in order; () of a text.
+        prompt: of a text, what stands before `answer` and does not count.
+        paraphrased: the answer in other words.
+        perturbed: wrong answers of the same form.
+        alternate: an answer that is wanted in its place, for `idk_dpo`, `altpo` and `idk_nll`.
+    """
+
+    id: int
+    answer: str
+    turns: tuple[Turn, ...] = ()
+    prompt: str = ""
+    paraphrased: tuple[str, ...] = ()
+    perturbed: tuple[str, ...] = ()
+    alternate: str | None = None
+
+
+Row = Mapping[str, Any]
+
+
+def _question(row: Row) -> dict[str, Any]:
+    return {"turns": (("user", _text(row, "question")),), "answer": _text(row, "answer")}
+
+
+def _completion(row: Row) -> dict[str, Any]:
+    prompt, answer = _text(row, "prompt"), _text(row, "gt")
+    apart = prompt[-1].isspace() or answer[0].isspace()
+    return {"prompt": prompt if apart else prompt + " ", "answer": answer}
+
+
+def _chat(row: Row) -> dict[str, Any]:
+    messages = row["messages"]
+    if not isinstance(messages, (list, tuple)) or len(messages) < 2:
+        raise InputError(f"messages must be a list of two or more, got {brief(messages)}")
+    turns = []
+    for at, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InputError(f"messages[{at}] must be an object, got {brief(message)}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise InputError(f"messages[{at}] has no {key}")
+        turns.append(tuple(_text(message, key, f"messages[{at}].") for key in ("role", "content")))
+    (*before, (role, answer)) = turns
+    if role != "assistant":
+        raise InputError(f"the last of messages must be the assistant's, got {brief(role)}")
+    return {"turns": tuple(before), "answer": answer}
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {"answer": _text(row, "text")}
+
+
+class Form(NamedTuple):
+    """How an example stands in a file."""
+
+    keys: tuple[str, ...]
+    used_by: str
+    make: Callable[[Row], dict[str, Any]]
+
+
+FORMS = (
+    Form(("question", "answer"), "TOFU, MUSE knowmem", _question),
+    Form(("prompt", "gt"), "MUSE verbmem", _completion),
+    Form(("messages",), "chats", _chat),
+    Form(("text",), "WMDP corpora, MUSE privleak", _plain),
+)
+# what may stand beside the keys of any form; other keys are not looked at
+SEVERAL = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
+
+
+def from_rows(rows: Iterable[Any], first_id: int = 0) -> list[Example]:
+    """Examples of rows as files have them: mappings with the keys of a form, or texts.
+
+        from_rows([{"question": "Who wrote it?", "answer": "She did."}])
+
+    All rows have one form: `question` and `answer`; `prompt` and `gt`; `messages`; `text`. Of
+    `messages` the last is the assistant's, and it alone counts. Between `prompt` and `gt` a space
+    stands where neither brings one. Beside them may stand `paraphrased_answer` and
+    `perturbed_answer`, a text or a list of texts, and `alternate`, a text. Other keys are not
+    looked at.
+
+    Args:
+        rows: any number of them.
+        first_id: the id of the first; the others count on.
+
+    Raises:
+        InputError: naming the row, counted from 0, and what is wrong with it.
+    """
+    return collect(((f"rows[{at}]", row) for at, row in enumerate(rows)), first_id)
+
+
+def collect(rows: Iterable[tuple[str, Any]], first_id: int) -> list[Example]:
+    """Examples of rows that come with what messages call them."""
+    check_number("first_id", first_id, Integral)
+    found: list[Example] = []
+    before: Form | None = None
+    for name, row in rows:
+        try:
+            form = _form(row)
+            if before is not None and form is not before:
+                raise InputError(f"has {_keys(form)}, where rows before it have {_keys(before)}")
+            given = {"text": row} if isinstance(row, str) else row
+            found.append(Example(id=first_id + len(found), **form.make(given), **_beside(given)))
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        before = form
+    return found
+
+
+def _form(row: Any) -> Form:
+    if isinstance(row, str):
+        return FORMS[-1]
+    if not isinstance(row, Mapping):
+        raise InputError(f"must be an object or a text, got {brief(row)}")
+    known = [form for form in FORMS if all(key in row for key in form.keys)]
+    if len(known) == 1:
+        return known[0]
+    if known:
+        both = " and ".join(map(_keys, known))
+        raise InputError(f"has {both}: which of these is meant? Leave the others out")
+    forms = "; ".join(map(_keys, FORMS))
+    raise InputError(f"has the keys {show(', '.join(map(str, row)) or 'none')}; known are {forms}")
+
+
+def _keys(form: Form) -> str:
+    return ", ".join(form.keys)
+
+
+def _beside(row: Row) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, name in SEVERAL.items():
+        if row.get(key) is not None:
+            texts = [row[key]] if isinstance(row[key], str) else row[key]
+            if not isinstance(texts, (list, tuple)):
+                raise InputError(f"{key} must be a text or a list of texts, got {brief(texts)}")
+            found[name] = tuple(_text({key: text}, key) for text in texts)
+    if row.get("alternate") is not None:
+        found["alternate"] = _text(row, "alternate")
+    return found
+
+
+def _text(row: Row, key: str, of: str = "") -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise InputError(f"{of}{key} must be a text, got {brief(value)}")
+    if not value.strip():
+        raise InputError(f"{of}{key} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"{of}{key} holds half of a surrogate pair, which is no character")
+    return value
+
+
+def few_shot(examples: Iterable[Example], shots: Sequence[Example]) -> list[Example]:
+    """Questions after others with their answers, as MUSE's knowmem asks them.
+
+    Args:
+        examples: questions.
+        shots: what stands before each, in this order: `read` of the icl file.
+
+    Raises:
+        InputError: of texts, which have no question.
+    """
+    examples = list(examples)
+    for name, given in (("examples", examples), ("shots", shots)):
+        for example in given:
+            check(bool(example.turns), f"{name}: example {example.id} is a text, not a question")
+    before = tuple(turn for shot in shots for turn in (*shot.turns, ("assistant", shot.answer)))
+    return [replace(example, turns=before + example.turns) for example in examples]
+
+
+def variants(examples: Iterable[Example], which: str) -> list[Example]:
+    """The same questions with other answers, each an example with the id of its sample.
+
+    Args:
+        examples: read of a file with `paraphrased_answer` or `perturbed_answer`.
+        which: "paraphrased" or "perturbed". Of a sample without paraphrased answers it is the
+            answer itself.
+
+    Raises:
+        InputError: a sample without perturbed answers.
+    """
+    known = ("paraphrased", "perturbed")
+    check(which in known, f"which must be one of {known}, got {brief(which)}")
+    found = []
+    for example in examples:
+        answers = getattr(example, which)
+        if not answers and which == "paraphrased":
+            answers = (example.answer,)
+        check(bool(answers), f"example {example.id} has no {which} answer")
+        found += [replace(example, answer=answer) for answer in answers]
+    return found
