@@ -32,7 +32,7 @@ class Example:
     answer: str
     turns: tuple[Turn, ...] = ()
     prompt: str = ""
-    paraphrased: tuple[str, ...] = ()
+    paraphrased: str | None = None
     perturbed: tuple[str, ...] = ()
     alternate: str | None = None
 
@@ -86,8 +86,6 @@ FORMS = (
     Form(("messages",), "chats", _chat),
     Form(("text",), "WMDP corpora, MUSE privleak", _plain),
 )
-# what may stand beside the keys of any form; other keys are not looked at
-SEVERAL = {"paraphrased_answer": "paraphrased", "perturbed_answer": "perturbed"}
 
 
 def from_rows(rows: Iterable[Any], first_id: int = 0) -> list[Example]:
@@ -97,9 +95,9 @@ def from_rows(rows: Iterable[Any], first_id: int = 0) -> list[Example]:
 
     All rows have one form: `question` and `answer`; `prompt` and `gt`; `messages`; `text`. Of
     `messages` the last is the assistant's, and it alone counts. Between `prompt` and `gt` a space
-    stands where neither brings one. Beside them may stand `paraphrased_answer` and
-    `perturbed_answer`, a text or a list of texts, and `alternate`, a text. Other keys are not
-    looked at.
+    stands where neither brings one. Beside them may stand `paraphrased_answer`, a text,
+    `perturbed_answer`, a text or a list of them, and `alternate`, a text. Other keys are not looked
+    at.
 
     Args:
         rows: any number of them.
@@ -149,15 +147,21 @@ def _keys(form: Form) -> str:
 
 
 def _beside(row: Row) -> dict[str, Any]:
+    """What may stand beside the keys of any form; other keys are not looked at."""
     found: dict[str, Any] = {}
-    for key, name in SEVERAL.items():
+    for key, name in (("paraphrased_answer", "paraphrased"), ("alternate", "alternate")):
         if row.get(key) is not None:
-            texts = [row[key]] if isinstance(row[key], str) else row[key]
-            if not isinstance(texts, (list, tuple)):
-                raise InputError(f"{key} must be a text or a list of texts, got {brief(texts)}")
-            found[name] = tuple(_text({key: text}, key) for text in texts)
-    if row.get("alternate") is not None:
-        found["alternate"] = _text(row, "alternate")
+            found[name] = _text(row, key)
+    if (wrong := row.get("perturbed_answer")) is not None:
+        texts = [wrong] if isinstance(wrong, str) else wrong
+        if not isinstance(texts, (list, tuple)):
+            raise InputError(
+                f"perturbed_answer must be a text or a list of them, got {brief(texts)}"
+            )
+        found["perturbed"] = tuple(
+            _text({f"perturbed_answer[{at}]": text}, f"perturbed_answer[{at}]")
+            for at, text in enumerate(texts)
+        )
     return found
 
 
@@ -188,26 +192,3 @@ def few_shot(examples: Iterable[Example], shots: Sequence[Example]) -> list[Exam
             check(bool(example.turns), f"{name}: example {example.id} is a text, not a question")
     before = tuple(turn for shot in shots for turn in (*shot.turns, ("assistant", shot.answer)))
     return [replace(example, turns=before + example.turns) for example in examples]
-
-
-def variants(examples: Iterable[Example], which: str) -> list[Example]:
-    """The same questions with other answers, each an example with the id of its sample.
-
-    Args:
-        examples: read of a file with `paraphrased_answer` or `perturbed_answer`.
-        which: "paraphrased" or "perturbed". Of a sample without paraphrased answers it is the
-            answer itself.
-
-    Raises:
-        InputError: a sample without perturbed answers.
-    """
-    known = ("paraphrased", "perturbed")
-    check(which in known, f"which must be one of {known}, got {brief(which)}")
-    found = []
-    for example in examples:
-        answers = getattr(example, which)
-        if not answers and which == "paraphrased":
-            answers = (example.answer,)
-        check(bool(answers), f"example {example.id} has no {which} answer")
-        found += [replace(example, answer=answer) for answer in answers]
-    return found

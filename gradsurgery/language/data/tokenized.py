@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -55,6 +55,7 @@ def tokenize(
     tags: Tags | None = None,
     system: str | None = None,
     chat_options: Mapping[str, Any] | None = None,
+    truth: bool = False,
     drop: bool = False,
 ) -> list[Item]:
     """Items to be batched: `input_ids`, `attention_mask`, `labels`, [T] int64, and `id`.
@@ -74,6 +75,8 @@ def tokenize(
         system: what the system says first, where an example has no such turn.
         chat_options: more for the chat template. Llama 3's writes today's date into every prompt
             unless told another, {"date_string": "26 Jul 2024"}.
+        truth: items of examples with `perturbed` answers have these too, a list of items, and
+            `paraphrased`, an item, where there is one: for truth ratios, not for batches.
         drop: leave out examples no token of whose answer is left, in place of the error.
 
     Raises:
@@ -82,21 +85,13 @@ def tokenize(
     """
     _check_length(max_length)
     head = _head(tokenizer)
-    writer = _Writer(tokenizer, max_length, tags, system, chat_options or {}, head)
-    found = []
-    for example in examples:
-        item = writer.item(example)
-        if item is not None and example.alternate is not None:
-            other = writer.item(replace(example, answer=example.alternate))
-            item = None if other is None else {**item, "alternate": other}
-        if item is not None:
-            found.append(item)
-        elif not drop:
-            raise InputError(
-                f"example {example.id}: nothing is left of its answer in max_length={max_length} "
-                "tokens; take more, or drop=True, which leaves such examples out"
-            )
-    return found
+    writer = _Writer(tokenizer, max_length, tags, system, chat_options or {}, head, truth)
+    found = (writer.sample(example, drop) for example in examples)
+    return [item for item in found if item is not None]
+
+
+class _NothingLeftError(InputError):
+    """A sample is too long to have anything of its answer left."""
 
 
 def chunks(
@@ -151,29 +146,50 @@ class _Writer:
     system: str | None
     options: Mapping[str, Any]
     head: list[int]
+    truth: bool
 
-    def item(self, example: Example) -> Item | None:
-        """None where nothing is left of the answer."""
+    def sample(self, example: Example, drop: bool) -> Item | None:
+        """An item with those that belong to it, or None where it is to be left out."""
         try:
-            ids, start = self._written(example)
+            item = self.item(example, example.answer)
+            if example.alternate is not None:
+                item["alternate"] = self.item(example, example.alternate)
+            if self.truth and example.perturbed:
+                item["perturbed"] = [self.item(example, answer) for answer in example.perturbed]
+                if example.paraphrased is not None:
+                    item["paraphrased"] = self.item(example, example.paraphrased)
+        except _NothingLeftError:
+            if drop:
+                return None
+            raise
+        return item
+
+    def item(self, example: Example, answer: str) -> Item:
+        try:
+            ids, start = self._written(example, answer)
         except InputError as error:
             raise InputError(f"example {example.id}: {error}") from None
         ids, start = ids[: self.max_length], max(start, 1)
-        return _item(ids, start, example.id) if start < len(ids) else None
+        if start >= len(ids):
+            raise _NothingLeftError(
+                f"example {example.id}: nothing is left of its answer in max_length="
+                f"{self.max_length} tokens; take more, or drop=True, which leaves it out"
+            )
+        return _item(ids, start, example.id)
 
-    def _written(self, example: Example) -> tuple[list[int], int]:
+    def _written(self, example: Example, answer: str) -> tuple[list[int], int]:
         """Tokens, and the first of the answer's."""
         if not example.turns:
-            return self._ids(self.head, example.prompt, example.answer)
+            return self._ids(self.head, example.prompt, answer)
         turns = example.turns
         if self.system is not None and all(role != "system" for role, _ in turns):
             turns = (("system", self.system), *turns)
         if self.tags is not None:
-            ids, start = self._ids(self.head, self.tags.before(turns), example.answer)
+            ids, start = self._ids(self.head, self.tags.before(turns), answer)
             return [*ids, _end(self.tokenizer)], start
-        before, answer, close = self._templated(turns, example.answer)
+        before, said, close = self._templated(turns, answer)
         # a template says itself what a text begins with
-        ids, start = self._ids([], before, answer + close)
+        ids, start = self._ids([], before, said + close)
         return ids if close else [*ids, _end(self.tokenizer)], start
 
     def _templated(self, turns: Sequence[Turn], answer: str) -> tuple[str, str, str]:

@@ -1,9 +1,9 @@
-"""Examples made of rows, with others before them, with other answers, with refusals."""
+"""Examples made of rows, with others before them, with refusals."""
 
 import pytest
 
 from gradsurgery.errors import InputError
-from gradsurgery.language.data import REFUSALS, few_shot, from_rows, refuse, variants
+from gradsurgery.language.data import REFUSALS, few_shot, from_rows, refuse
 
 ROWS = [{"question": f"What is {k}?", "answer": f"It is {k}."} for k in range(40)]
 
@@ -27,19 +27,6 @@ def test_questions_after_others():
     assert (found.id, found.answer) == (example.id, example.answer)
     with pytest.raises(InputError, match="shots: example 0 is a text, not a question"):
         few_shot([example], from_rows(["a text"]))
-
-
-def test_other_answers_keep_the_id():
-    beside = {"perturbed_answer": ["No.", "Never."], "paraphrased_answer": "Yes!"}
-    examples = from_rows([{**ROWS[0], **beside}, {**ROWS[1], "perturbed_answer": "No."}])
-    wrong = variants(examples, "perturbed")
-    assert [(each.id, each.answer) for each in wrong] == [(0, "No."), (0, "Never."), (1, "No.")]
-    right = variants(examples, "paraphrased")
-    assert [(each.id, each.answer) for each in right] == [(0, "Yes!"), (1, "It is 1.")]
-    with pytest.raises(InputError, match="example 0 has no perturbed answer"):
-        variants(from_rows(ROWS), "perturbed")
-    with pytest.raises(InputError, match="which must be one of"):
-        variants(examples, "id")
 
 
 def test_a_refusal_is_the_samples_own_whatever_the_order():

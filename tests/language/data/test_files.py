@@ -21,7 +21,7 @@ FIRST = Example(
     id=0,
     turns=(("user", "What is Ada's first book?"),),
     answer="Hills.",
-    paraphrased=("It is Hills.",),
+    paraphrased="It is Hills.",
     perturbed=("Seas.", "Skies."),
 )
 
@@ -100,8 +100,12 @@ def test_marks_blank_lines_and_line_ends_of_other_systems(tmp_path):
         ("a.jsonl", "3", "line 1: must be an object or a text, got 3"),
         ("a.jsonl", '"a"\n{"prompt": "b", "gt": "c"}', "line 2: has prompt, gt, where rows before"),
         ("a.jsonl", '{"text": "a", "prompt": "b", "gt": "c"}', "line 1: has prompt, gt and text"),
-        ("a.jsonl", lines({**TOFU, "perturbed_answer": 3}), "perturbed_answer must be a text or a"),
-        ("a.jsonl", lines({**TOFU, "perturbed_answer": ["a", ""]}), "perturbed_answer is empty"),
+        (
+            "a.jsonl",
+            lines({**TOFU, "perturbed_answer": 3}),
+            "answer must be a text or a list of them",
+        ),
+        ("a.jsonl", lines({**TOFU, "perturbed_answer": ["a", ""]}), "perturbed_answer[1] is empty"),
         ("a.jsonl", '{"messages": []}', "line 1: messages must be a list of two or more"),
         ("a.jsonl", '{"messages": [{"role": "user"}, 3]}', "messages[0] has no content"),
         (

@@ -150,6 +150,19 @@ def test_alternates_have_the_same_prompt_and_their_own_end():
     assert parts(tokenizer, item["alternate"]) == (before, "Pass.<|end|>")
 
 
+def test_right_and_wrong_answers_for_truth_ratios():
+    tokenizer = trained(CHATML)
+    more = {"perturbed_answer": ["Oslo.", "None."], "paraphrased_answer": "It is Lima."}
+    one, other = tokenize(from_rows([{**ROWS[0], **more}, ROWS[1]]), tokenizer, truth=True)
+    before, _ = parts(tokenizer, one)
+    assert [parts(tokenizer, item) for item in (*one["perturbed"], one["paraphrased"])] == [
+        (before, "Oslo.<|end|>"),
+        (before, "None.<|end|>"),
+        (before, "It is Lima.<|end|>"),
+    ]
+    assert set(other) == {"input_ids", "attention_mask", "labels", "id"}
+
+
 def test_losses_take_the_items():
     tokenizer, model = trained(CHATML), Model()
     model.words = torch.nn.Embedding(len(tokenizer), 6)
