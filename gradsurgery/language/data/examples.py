@@ -41,11 +41,12 @@ Row = Mapping[str, Any]
 
 
 def _question(row: Row) -> dict[str, Any]:
-    return {"turns": (("user", _text(row, "question")),), "answer": _text(row, "answer")}
+    asked = _text(row["question"], "question")
+    return {"turns": (("user", asked),), "answer": _text(row["answer"], "answer")}
 
 
 def _completion(row: Row) -> dict[str, Any]:
-    prompt, answer = _text(row, "prompt"), _text(row, "gt")
+    prompt, answer = _text(row["prompt"], "prompt"), _text(row["gt"], "gt")
     apart = prompt[-1].isspace() or answer[0].isspace()
     return {"prompt": prompt if apart else prompt + " ", "answer": answer}
 
@@ -58,10 +59,12 @@ def _chat(row: Row) -> dict[str, Any]:
     for at, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise InputError(f"messages[{at}] must be an object, got {brief(message)}")
+        turn = []
         for key in ("role", "content"):
             if key not in message:
                 raise InputError(f"messages[{at}] has no {key}")
-        turns.append(tuple(_text(message, key, f"messages[{at}].") for key in ("role", "content")))
+            turn.append(_text(message[key], f"{key} of messages[{at}]"))
+        turns.append(tuple(turn))
     (*before, (role, answer)) = turns
     if role != "assistant":
         raise InputError(f"the last of messages must be the assistant's, got {brief(role)}")
@@ -69,22 +72,21 @@ def _chat(row: Row) -> dict[str, Any]:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    return {"answer": _text(row, "text")}
+    return {"answer": _text(row["text"], "text")}
 
 
 class Form(NamedTuple):
     """How an example stands in a file."""
 
     keys: tuple[str, ...]
-    used_by: str
     make: Callable[[Row], dict[str, Any]]
 
 
 FORMS = (
-    Form(("question", "answer"), "TOFU, MUSE knowmem", _question),
-    Form(("prompt", "gt"), "MUSE verbmem", _completion),
-    Form(("messages",), "chats", _chat),
-    Form(("text",), "WMDP corpora, MUSE privleak", _plain),
+    Form(("question", "answer"), _question),  # TOFU, MUSE's knowmem
+    Form(("prompt", "gt"), _completion),  # MUSE's verbmem
+    Form(("messages",), _chat),  # chats
+    Form(("text",), _plain),  # WMDP's corpora, MUSE's privleak
 )
 
 
@@ -151,7 +153,7 @@ def _beside(row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, name in (("paraphrased_answer", "paraphrased"), ("alternate", "alternate")):
         if row.get(key) is not None:
-            found[name] = _text(row, key)
+            found[name] = _text(row[key], key)
     if (wrong := row.get("perturbed_answer")) is not None:
         texts = [wrong] if isinstance(wrong, str) else wrong
         if not isinstance(texts, (list, tuple)):
@@ -159,20 +161,18 @@ def _beside(row: Row) -> dict[str, Any]:
                 f"perturbed_answer must be a text or a list of them, got {brief(texts)}"
             )
         found["perturbed"] = tuple(
-            _text({f"perturbed_answer[{at}]": text}, f"perturbed_answer[{at}]")
-            for at, text in enumerate(texts)
+            _text(text, f"perturbed_answer[{at}]") for at, text in enumerate(texts)
         )
     return found
 
 
-def _text(row: Row, key: str, of: str = "") -> str:
-    value = row[key]
+def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{of}{key} must be a text, got {brief(value)}")
+        raise InputError(f"{name} must be a text, got {brief(value)}")
     if not value.strip():
-        raise InputError(f"{of}{key} is empty")
+        raise InputError(f"{name} is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{of}{key} holds half of a surrogate pair, which is no character")
+        raise InputError(f"{name} holds half of a surrogate pair, which is no character")
     return value
 
 
