@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -11,6 +12,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check, check_number
 from gradsurgery.text import brief, show
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 Turn = tuple[str, str]  # who speaks ("system", "user", "assistant"), and what is said
 
 
@@ -171,7 +173,7 @@ def _text(value: Any, name: str) -> str:
         raise InputError(f"{name} must be a text, got {brief(value)}")
     if not value.strip():
         raise InputError(f"{name} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if SURROGATE.search(value):
         raise InputError(f"{name} holds half of a surrogate pair, which is no character")
     return value
 
