@@ -175,6 +175,7 @@ class Experiment:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        texts = grouped(options.region, options.seed, options.countries)
         self.path = options.out / "results.json"
         options.out.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in vars(options).items() if key not in FREE}
@@ -189,7 +190,6 @@ class Experiment:
             if "lora_A" in name:  # the same start on every call
                 torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
         self.start = adapter(self.model)
-        texts = grouped(options.region, options.seed, options.countries)
         self.items = {k: tokenize(v, self.tokenizer, tags=CHAT) for k, v in texts.items()}
         with_wrong = tokenize(texts["forgotten"], self.tokenizer, tags=CHAT, truth=True)
         self.wrong = [wrong for item in with_wrong for wrong in item["perturbed"]]
