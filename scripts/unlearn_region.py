@@ -349,11 +349,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--region", default="Eastern Africa", help="whose countries are forgotten")
-    parser.add_argument("--epochs", type=int, default=5, help="of learning")
+    parser.add_argument("--epochs", type=int, default=4, help="of learning")
     parser.add_argument("--learn-lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=8, help="questions of a step of learning")
     parser.add_argument("--pairs", type=int, default=8, help="forgotten ones of a step, and kept")
-    parser.add_argument("--lr", type=float, default=2e-4, help="of unlearning")
+    parser.add_argument("--lr", type=float, default=4e-4, help="of unlearning")
     parser.add_argument("--steps", type=int, default=40, help="of unlearning at the most")
     parser.add_argument("--every", type=int, default=4, help="steps between looks at how likely")
     parser.add_argument("--measured", type=int, default=60, help="neighbours, others looked at")
