@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="page to put the table in; none: print it")
     options = parser.parse_args()
     if options.quick:
-        options.countries, options.epochs, options.steps, options.texts = 4, 2, 2, 2
+        options.countries, options.epochs, options.steps, options.texts = 2, 1, 1, 1
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise InputError(f"missing: {', '.join(missing)}. To install them:\n{INSTALL}")
