@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,31 @@ class LogProbs:
     def __len__(self) -> int:
         """How many samples are known."""
         return len(self._known)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that is known, to be saved: ids, hashes of labels and log-probabilities, [n] each."""
+        rows = [(i, h, value) for i, known in self._known.items() for h, value in known.items()]
+        ids, hashes, values = zip(*rows, strict=True) if rows else ((), (), ())
+        return {
+            "id": torch.tensor(ids, dtype=torch.int64, device="cpu"),
+            "labels": torch.tensor(hashes, dtype=torch.int64, device="cpu"),
+            "log_probs": torch.tensor(values, dtype=torch.float64, device="cpu"),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Know what a `state_dict()` has, and no more.
+
+        Raises:
+            InputError: it is no such state.
+        """
+        names, given = ("id", "labels", "log_probs"), state if isinstance(state, Mapping) else {}
+        columns = [given[k] for k in names if isinstance(given.get(k), Tensor)]
+        alike = len(columns) == 3 and len({column.shape for column in columns}) == 1
+        check(alike, f"state must have tensors {', '.join(names)}, each [n]")
+        known: dict[int, dict[int, float]] = {}
+        for sample, labels, value in zip(*(column.tolist() for column in columns), strict=True):
+            known.setdefault(sample, {})[labels] = value
+        self._known = known
 
     def log_probs(self, model: nn.Module, batch: Batch) -> Tensor:
         """Of the samples of a batch, [B] float64 on the CPU, in nats.

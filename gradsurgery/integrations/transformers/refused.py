@@ -1,0 +1,77 @@
+"""What a Trainer can do and a step with surgery inside of it cannot: refused, by name."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from gradsurgery.ops._inputs import check
+
+
+def check_served(trainer: Any) -> None:
+    """Raise `InputError` for what would not be exact, warn of what is not what it seems."""
+    args = trainer.args
+    optim = str(getattr(args.optim, "value", args.optim))
+    sampling = getattr(args, "train_sampling_strategy", "random")
+    wanted = {
+        f"{args.n_gpu} GPUs in one process": (
+            args.n_gpu > 1,
+            "DataParallel splits batches over replicas; set CUDA_VISIBLE_DEVICES to one GPU",
+        ),
+        f"{args.world_size} processes": (args.world_size > 1, "rows are not summed over them"),
+        "deepspeed": (trainer.is_deepspeed_enabled, "it steps on gradients that it sums itself"),
+        "fsdp": (trainer.is_fsdp_enabled, "parameters are spread over processes"),
+        f"optim={optim!r}": (
+            "lomo" in optim or "layerwise" in optim,
+            "it steps inside of a backward pass, before there is an update",
+        ),
+        "compute_loss_func": (
+            getattr(trainer, "compute_loss_func", None) is not None,
+            "losses of samples are wanted: pass forget_loss and retain_loss",
+        ),
+        "label_smoothing_factor": (args.label_smoothing_factor != 0, "no loss here is smoothed"),
+        "model_init": (
+            trainer.model_init is not None,
+            "what is known of the original is of one model: pass the model",
+        ),
+        "use_liger_kernel": (
+            getattr(args, "use_liger_kernel", False),
+            "its kernels have not been tried with a tape",
+        ),
+        "activation_offloading": (
+            getattr(args, "activation_offloading", False),
+            "what a tape keeps is not offloaded",
+        ),
+        "group_by_length": (
+            getattr(args, "group_by_length", False),
+            "pairs of samples are drawn in an order of their own",
+        ),
+        f"train_sampling_strategy={sampling!r}": (
+            sampling != "random",
+            "pairs of samples are drawn in an order of their own",
+        ),
+    }
+    for name, (is_wanted, why) in wanted.items():
+        check(not is_wanted, f"{name} is not served: {why}")
+    _check_checkpointing(args)
+    if args.neftune_noise_alpha:
+        warnings.warn(
+            "neftune_noise_alpha: the noise depends on how far a batch is padded, so a sample's "
+            "loss does too",
+            stacklevel=4,
+        )
+    if args.torch_compile:
+        warnings.warn("torch_compile: steps with surgery run uncompiled", stacklevel=4)
+
+
+def _check_checkpointing(args: Any) -> None:
+    """Reentrant checkpoints have no rows; older versions of transformers make them by default."""
+    for kind in ("gradient_checkpointing", "activation_checkpointing"):
+        if getattr(args, kind, False):
+            options = getattr(args, f"{kind}_kwargs") or {}
+            check(
+                not options.get("use_reentrant"),
+                f"{kind}_kwargs={{'use_reentrant': True}} is not served: reentrant checkpoints "
+                "hide what they compute; use 'use_reentrant': False",
+            )
+            setattr(args, f"{kind}_kwargs", {**options, "use_reentrant": False})

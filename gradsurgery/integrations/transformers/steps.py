@@ -1,0 +1,172 @@
+"""The steps of a trainer: rows of micro-batches, one update, what it saw, what is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsurgery.capture.held import Hold
+from gradsurgery.errors import InputError
+from gradsurgery.info import StepInfo
+from gradsurgery.integrations.transformers.losses import Losses
+from gradsurgery.language import Opposite
+from gradsurgery.language.reference import WithoutAdapter
+from gradsurgery.language.tokens import Batch, model_logits
+from gradsurgery.ops._inputs import check
+from gradsurgery.step import Surgeon
+from gradsurgery.surgery import Rule
+
+
+class Steps:
+    """A Surgeon in a loop that is not ours, made when the loop begins.
+
+    Args:
+        rule, losses: what makes an update of what.
+        hold: as of `Surgeon`.
+    """
+
+    def __init__(self, rule: Rule, losses: Losses, hold: Hold) -> None:
+        self.rule, self.losses, self.hold = rule, losses, hold
+        self.surgeon: Surgeon | None = None
+        self._sizes: list[tuple[str, int]] = []  # of the batches added, in order
+        self._seen: dict[str, list[float]] = {}  # since they were asked for
+
+    def begin(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        forget: Callable[[], Iterable[Batch]],
+        begun: bool,
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """Ask the original, if it is wanted, and be ready for rows.
+
+        Args:
+            model: as the loop calls it.
+            optimizer: the loop's, wrapped or not.
+            forget: all batches of the forget set.
+            begun: whether the model has moved already, in a run that is resumed.
+            context: what the loop has around a forward pass.
+        """
+        known = self.losses.log_probs
+        if known is not None and not len(known):
+            check(
+                not begun,
+                "the original's log-probabilities are not in the checkpoint, and the model is no "
+                "longer the original: resume from one saved by this trainer without "
+                "save_only_model, or pass reference=LogProbs.of(original, ...)",
+            )
+            for batch in forget():
+                with context():
+                    known.add(model, batch)
+        if self.losses.adapter and not begun:
+            with context():
+                _check_fresh(model, next(iter(forget())))
+        self.surgeon = Surgeon(model, optimizer, self.rule, hold=self.hold)
+
+    def discard(self) -> None:
+        """Drop the rows added so far."""
+        self._sizes = []
+        if self.surgeon is not None:
+            self.surgeon.discard()
+
+    def add(self, forget: Batch, retain: Batch) -> None:
+        """The rows of a micro-batch."""
+        assert self.surgeon is not None
+        tells = "forget" in self.rule.roles
+        for part, batch in (("forget", forget), ("retain", retain)):
+            loss = getattr(self.losses, part)
+            self.surgeon.add(loss=loss, **{part if tells else "batch": batch})
+            self._sizes.append((part, len(batch["labels"])))
+
+    def backward(self) -> float:
+        """Leave the update in `.grad`; the loss, for the log."""
+        assert self.surgeon is not None
+        info = self.surgeon.backward()
+        sizes, self._sizes = self._sizes, []
+        if info.skipped:  # the scaler's losses overflow: no step is taken
+            return 0.0
+        forget, retain, cosines = _means(info, sizes)
+        if isinstance(self.losses.forget, Opposite):
+            forget = -forget
+        found = {
+            "forget_loss": forget,
+            "retain_loss": retain,
+            "cosine_mean": float(cosines.mean()) if len(cosines) else None,
+            "conflict_rate": info.conflict_rate,
+            "kept_norm": info.kept_norm,
+            "rank": info.rank,
+        }
+        for name, value in found.items():
+            if value is not None:
+                self._seen.setdefault(name, []).append(value)
+        return retain + (forget if self.losses.objective == "lower" else -forget)
+
+    def metrics(self) -> dict[str, float]:
+        """Means of what steps saw since this was asked last."""
+        seen, self._seen = self._seen, {}
+        return {name: sum(values) / len(values) for name, values in seen.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs: the rule's memory, the original's log-probabilities."""
+        known = self.losses.log_probs
+        return {
+            "rule": self.rule.state_dict(),
+            "log_probs": None if known is None else known.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any] | None, device: torch.device) -> None:
+        """Go on from a `state_dict()`; None where a checkpoint has none."""
+        name, known = type(self.rule).__name__, self.losses.log_probs
+        if state is None:
+            check(
+                not self.rule.remembers,
+                f"the checkpoint does not have what {name} remembers: it was saved with "
+                "save_only_model, or by another trainer",
+            )
+            return
+        memory = {
+            # states of generators and names of parameters are bytes, which stay on the CPU
+            key: value.to(device) if value.is_floating_point() else value
+            for key, value in state["rule"].items()
+        }
+        self.rule.load_state_dict(memory)
+        if known is not None and state["log_probs"] is not None:
+            known.load_state_dict(state["log_probs"])
+
+
+def _means(info: StepInfo, sizes: list[tuple[str, int]]) -> tuple[float, float, Tensor]:
+    """Mean losses of both sets, and the cosines of pairs of rows."""
+    if info.forget_loss is not None and info.retain_loss is not None:
+        return info.forget_loss, info.retain_loss, info.cosines
+    # a row for each sample, in the order in which they were added
+    of = torch.tensor([part == "forget" for part, size in sizes for _ in range(size)], device="cpu")
+    pairs = info.cosines[tuple(torch.triu_indices(len(of), len(of), 1, device="cpu"))]
+    return float(info.losses[of].mean()), float(info.losses[~of].mean()), pairs
+
+
+def _check_fresh(model: nn.Module, batch: Batch) -> None:
+    """Raise where a model differs from itself without its adapter, taken for the original."""
+    kept = WithoutAdapter()
+    with kept.running(model) as original:
+        before = model_logits(original, batch)
+    with torch.no_grad():
+        training = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            now = model_logits(model, batch)
+        finally:
+            for module, mode in training:
+                module.training = mode
+    away = float((now - before).abs().max())
+    limit = torch.finfo(before.dtype).eps ** 0.5 * float(before.abs().max())
+    if not away <= limit:
+        raise InputError(
+            "reference: without its adapter the model is not the one that unlearning begins with: "
+            f"logits differ by {away:.3g}; pass reference=Frozen(copy.deepcopy(model)), or "
+            "WithoutAdapter() if the model below the adapter is meant"
+        )

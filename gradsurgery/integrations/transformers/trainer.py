@@ -1,0 +1,310 @@
+"""A Trainer whose steps are updates of a rule: rows of forget and of retain samples."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from gradsurgery.capture.held import Hold
+from gradsurgery.errors import InputError
+from gradsurgery.integrations.transformers.losses import Named, Reference, losses_for
+from gradsurgery.integrations.transformers.refused import check_served
+from gradsurgery.integrations.transformers.steps import Steps
+from gradsurgery.language.batches import Pair, PairCollator, Pairs, PairSampler, Sample, collate
+from gradsurgery.ops._inputs import check, check_count, one_of
+from gradsurgery.surgery import Rule
+
+FILE = "surgery.pt"  # beside the optimizer's in a checkpoint
+RETAIN = "the retain dataset"  # its name among those of evaluation, while a Trainer is made
+LOADER = (
+    *("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor"),
+    *("multiprocessing_context", "in_order"),
+)
+
+
+class SurgeryMixin:
+    """Makes an unlearning Trainer of a subclass of `transformers.Trainer`, written before it.
+
+        class Unlearner(SurgeryMixin, SFTTrainer): ...
+
+    A step is one update of the rule, from the rows of all micro-batches that the Trainer
+    accumulates: the same as that of one batch. It is left in `.grad`, and all that follows is the
+    Trainer's own: clipping, callbacks, the optimizer, schedules, saving, evaluation. What the rule
+    remembers and what is known of the original are saved with a checkpoint, and found there again.
+
+    `compute_loss` is asked in evaluation alone. Batches are made by the Trainer's own data
+    collator, of samples that its own constructor may have prepared, as TRL's tokenizes them. With
+    `remove_unused_columns`, samples lose what the model does not take, as always, but for
+    `alternate`.
+
+    Logged beside the Trainer's own metrics, as means over the steps since: `forget_loss`,
+    `retain_loss`, `cosine_mean` (of the forget gradient with the retain rows), `conflict_rate` and,
+    of OrthoGrad, `kept_norm` and `rank`. `loss` is retain_loss + forget_loss where that is to be
+    lowered, retain_loss - forget_loss where it is to be raised.
+
+    Args:
+        rule: a rule of surgery. One that tells forget from retain takes both means, or retain
+            samples one by one, as it says; its `objective` must be that of the forget loss. Any
+            other lowers the losses of all samples, a row each, that of the forget set in the
+            direction that forgets.
+        forget_loss: a name of `gradsurgery.language.FORGET`, a mapping of a name and options,
+            {"name": "npo", "beta": 0.5}, or a loss.
+        retain_loss: likewise, of `RETAIN`.
+        forget_dataset: samples that are forgotten, by place: mappings of `input_ids`, `labels` and
+            what else the model takes, and `alternate` where the loss wants one. Each is in an
+            epoch once. A sample's `id` is its place.
+        retain_dataset: samples that are retained, of which some are drawn for each forget sample.
+        retain_per_forget: how many. A micro-batch has `per_device_train_batch_size` forget samples.
+        mean: "sequence" weights samples alike; "token" weights them by their tokens, over the
+            whole step, as public code does within a batch, in losses that are means over tokens
+            (NLL, GradAscent, WGA, SatImp, CE-U, IdkNLL).
+        reference: the original, for losses by name that need it. None: its log-probabilities of
+            forget samples are computed once, before the first step, and saved; where a loss needs
+            the model, an adapter of peft is switched off, and any other model is an error.
+        ceiling: a forget sample whose loss is above this no longer pushes; inf is plain ascent. For
+            losses that are raised.
+        hold: how rows are kept between micro-batches, as in `gs.Surgeon`.
+        args, kwargs: those of the Trainer, but `train_dataset`.
+
+    Raises:
+        InputError: what does not go together, or is not served: several processes or GPUs,
+            DeepSpeed, FSDP, reentrant checkpoints, LOMO and other optimizers that step within a
+            backward pass, `compute_loss_func`, label smoothing, `model_init`, samplers of the
+            Trainer's, packed samples. The message names it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        rule: Rule,
+        forget_loss: Named = "npo",
+        retain_loss: Named = "nll",
+        forget_dataset: Any,
+        retain_dataset: Any,
+        retain_per_forget: int = 1,
+        mean: Literal["sequence", "token"] = "sequence",
+        reference: Reference = None,
+        ceiling: float = math.inf,
+        hold: Hold = "auto",
+        **kwargs: Any,
+    ) -> None:
+        check_count("retain_per_forget", retain_per_forget)
+        one_of("hold", hold, ("auto", "pairs", "rows"))
+        check(isinstance(rule, Rule), f"rule must be a Rule, got {type(rule).__name__}")
+        check(
+            kwargs.pop("train_dataset", None) is None,
+            "train_dataset is made of forget_dataset and retain_dataset: leave it out",
+        )
+        Pairs(forget_dataset, retain_dataset)  # refuses what is none before a Trainer looks at it
+        given = kwargs.pop("eval_dataset", None)
+        sets = given if isinstance(given, dict) else {} if given is None else {"eval": given}
+        # a Trainer that prepares samples prepares those of training and of evaluation
+        super().__init__(
+            *args, train_dataset=forget_dataset, eval_dataset={**sets, RETAIN: retain_dataset},
+            **kwargs,
+        )  # fmt: skip
+        trainer: Any = self
+        prepared = dict(trainer.eval_dataset)
+        self.train_dataset = Pairs(trainer.train_dataset, prepared.pop(RETAIN))
+        self.eval_dataset = prepared if isinstance(given, dict) else prepared.get("eval")
+        check_served(trainer)
+        losses = losses_for(
+            rule, trainer.model, forget_loss, retain_loss,
+            mean=mean, reference=reference, ceiling=ceiling,
+        )  # fmt: skip
+        self._steps = Steps(rule, losses, hold)
+        self._retain_per_forget = retain_per_forget
+
+    # batches
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Pairs in the order that `PairSampler` draws from the seed and the epoch."""
+        trainer: Any = self
+        args, pairs = trainer.args, trainer.train_dataset
+        sampler = PairSampler(
+            len(pairs.forget),
+            len(pairs.retain),
+            retain_per_forget=self._retain_per_forget,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        options = {name: getattr(args, f"dataloader_{name}", None) for name in LOADER}
+        known = {name: value for name, value in options.items() if value is not None}
+        loader = DataLoader(
+            pairs,
+            batch_size=trainer._train_batch_size,
+            sampler=sampler,
+            collate_fn=self._collator(),
+            **known,
+        )
+        return trainer.accelerator.prepare(loader)
+
+    def _collator(self) -> PairCollator:
+        trainer: Any = self
+        if not trainer.args.remove_unused_columns:
+            return PairCollator(trainer.data_collator)
+        trainer._set_signature_columns_if_needed()
+        return PairCollator(partial(_collated, trainer.data_collator, trainer._signature_columns))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The micro-batches of a step; rows of a step that was given up are dropped."""
+        trainer: Any = self
+        self._steps.discard()
+        # older versions ask for too few at the end of an epoch; there are no more than there are
+        most = max(num_batches, trainer.args.gradient_accumulation_steps)
+        return super().get_batch_samples(epoch_iterator, most, *args, **kwargs)  # type: ignore[misc]
+
+    # steps
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in any Trainer."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._steps.surgeon = None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Add the rows of a micro-batch; the last one of a step leaves the update in `.grad`."""
+        trainer: Any = self
+        model.train()
+        if callable(getattr(trainer.optimizer, "train", None)):
+            trainer.optimizer.train()
+        inputs = trainer._prepare_inputs(inputs)
+        if self._steps.surgeon is None:
+            self._begin(model)
+        with trainer.compute_loss_context_manager():
+            self._steps.add(inputs["forget"], inputs["retain"])
+        loss = self._steps.backward() if trainer.accelerator.sync_gradients else 0.0
+        return torch.tensor(loss, device=trainer.args.device)
+
+    def _begin(self, model: nn.Module) -> None:
+        trainer: Any = self
+        begun, context = trainer.state.global_step > 0, trainer.compute_loss_context_manager
+        self._steps.begin(model, trainer.optimizer, self._forget_batches, begun, context)
+
+    def _forget_batches(self) -> Iterator[dict[str, Any]]:
+        """All forget samples in order, as the model takes them."""
+        trainer: Any = self
+        pairs, size, collator = trainer.train_dataset, trainer.args.eval_batch_size, self._collator()
+        for first in range(0, len(pairs), size):
+            places = range(first, min(first + size, len(pairs)))
+            batch = collator.batch([pairs[Pair(place, ())]["forget"] for place in places])
+            yield trainer._prepare_inputs(batch)
+
+    # what else a Trainer asks of batches
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in any Trainer, of plain samples; what the model does not take is left out."""
+        plain = {name: entry for name, entry in inputs.items() if name not in ("id", "alternate")}
+        return super().prediction_step(model, plain, *args, **kwargs)  # type: ignore[misc]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in any Trainer, of both batches."""
+        parts = [inputs[part] for part in ("forget", "retain") if part in inputs]
+        known = super().floating_point_ops  # type: ignore[misc]
+        return sum(map(known, parts)) if parts else known(inputs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for part in ("forget", "retain"):
+            super()._track_num_input_tokens(inputs[part])  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in any Trainer; what steps saw goes with the training loss."""
+        if "loss" in logs:
+            logs.update(self._steps.metrics())
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    # checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        trainer: Any = self
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if trainer.args.should_save:
+            torch.save(self._steps.state_dict(), os.path.join(output_dir, FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        trainer: Any = self
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        path, state = os.path.join(checkpoint, FILE), None
+        if os.path.isfile(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        self._steps.load_state_dict(state, trainer.args.device)
+
+
+class SurgeryTrainer(SurgeryMixin, Trainer):
+    """A `transformers.Trainer` that unlearns, by any rule of surgery and any forget loss.
+
+        trainer = SurgeryTrainer(
+            model, args, rule=gs.GRU(objective="lower"), forget_loss="npo",
+            forget_dataset=forget, retain_dataset=retain,
+        )
+        trainer.train()
+
+    Batches are padded by `gradsurgery.language.batches.collate`, unless there is a `data_collator`.
+    Arguments and errors are those of `SurgeryMixin`.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        rule: Rule,
+        forget_loss: Named = "npo",
+        retain_loss: Named = "nll",
+        forget_dataset: Any,
+        retain_dataset: Any,
+        retain_per_forget: int = 1,
+        mean: Literal["sequence", "token"] = "sequence",
+        reference: Reference = None,
+        ceiling: float = math.inf,
+        hold: Hold = "auto",
+        **trainer_kwargs: Any,
+    ) -> None:
+        if trainer_kwargs.get("data_collator") is None:
+            pad = getattr(trainer_kwargs.get("processing_class"), "pad_token_id", None)
+            trainer_kwargs["data_collator"] = partial(collate, pad=pad or 0)
+        super().__init__(
+            model=model,
+            args=args,
+            rule=rule,
+            forget_loss=forget_loss,
+            retain_loss=retain_loss,
+            forget_dataset=forget_dataset,
+            retain_dataset=retain_dataset,
+            retain_per_forget=retain_per_forget,
+            mean=mean,
+            reference=reference,
+            ceiling=ceiling,
+            hold=hold,
+            **trainer_kwargs,
+        )
+
+
+def _collated(
+    collator: Callable[[Sequence[Sample]], Mapping[str, Any]],
+    columns: Sequence[str],
+    samples: Sequence[Sample],
+) -> Mapping[str, Any]:
+    """A batch of the entries that a model takes."""
+    kept = [{name: sample[name] for name in sample if name in columns} for sample in samples]
+    if not kept[0]:
+        raise InputError(
+            f"samples have {sorted(map(str, samples[0]))}, and the model takes none of them"
+        )
+    return collator(kept)
