@@ -32,7 +32,7 @@ class Steps:
     def __init__(self, rule: Rule, losses: Losses, hold: Hold) -> None:
         self.rule, self.losses, self.hold = rule, losses, hold
         self.surgeon: Surgeon | None = None
-        self._sizes: list[tuple[str, int]] = []  # of the batches added, in order
+        self._waiting: list[tuple[Batch, Batch]] = []  # micro-batches whose rows are still to come
         self._seen: dict[str, list[float]] = {}  # since they were asked for
 
     def begin(
@@ -70,27 +70,34 @@ class Steps:
 
     def discard(self) -> None:
         """Drop the rows added so far."""
-        self._sizes = []
+        self._waiting = []
         if self.surgeon is not None:
             self.surgeon.discard()
 
     def add(self, forget: Batch, retain: Batch) -> None:
-        """The rows of a micro-batch."""
+        """The rows of a micro-batch.
+
+        Where a rule tells no sample from another, what it draws is for rows in their order: all
+        forget samples of a step are then added before all retain samples, by `backward`.
+        """
         assert self.surgeon is not None
-        tells = "forget" in self.rule.roles
-        for part, batch in (("forget", forget), ("retain", retain)):
-            loss = getattr(self.losses, part)
-            self.surgeon.add(loss=loss, **{part if tells else "batch": batch})
-            self._sizes.append((part, len(batch["labels"])))
+        if "forget" in self.rule.roles:
+            self.surgeon.add(forget=forget, loss=self.losses.forget)
+            self.surgeon.add(retain=retain, loss=self.losses.retain)
+        else:
+            self._waiting.append((forget, retain))
 
     def backward(self) -> float:
         """Leave the update in `.grad`; the loss, for the log."""
         assert self.surgeon is not None
+        waiting, self._waiting = self._waiting, []
+        for k, loss in enumerate((self.losses.forget, self.losses.retain)):
+            for pair in waiting:
+                self.surgeon.add(batch=pair[k], loss=loss)
         info = self.surgeon.backward()
-        sizes, self._sizes = self._sizes, []
         if info.skipped:  # the scaler's losses overflow: no step is taken
             return 0.0
-        forget, retain, cosines = _means(info, sizes)
+        forget, retain, cosines = _means(info, sum(len(forget["labels"]) for forget, _ in waiting))
         if isinstance(self.losses.forget, Opposite):
             forget = -forget
         found = {
@@ -139,14 +146,15 @@ class Steps:
             known.load_state_dict(state["log_probs"])
 
 
-def _means(info: StepInfo, sizes: list[tuple[str, int]]) -> tuple[float, float, Tensor]:
-    """Mean losses of both sets, and the cosines of pairs of rows."""
+def _means(info: StepInfo, count: int) -> tuple[float, float, Tensor]:
+    """Mean losses of both sets, and cosines of pairs of rows.
+
+    `count`: of rows of forget samples, which come first, where these have a row each.
+    """
     if info.forget_loss is not None and info.retain_loss is not None:
         return info.forget_loss, info.retain_loss, info.cosines
-    # a row for each sample, in the order in which they were added
-    of = torch.tensor([part == "forget" for part, size in sizes for _ in range(size)], device="cpu")
-    pairs = info.cosines[tuple(torch.triu_indices(len(of), len(of), 1, device="cpu"))]
-    return float(info.losses[of].mean()), float(info.losses[~of].mean()), pairs
+    pairs = info.cosines[tuple(torch.triu_indices(*info.cosines.shape, 1, device="cpu"))]
+    return float(info.losses[:count].mean()), float(info.losses[count:].mean()), pairs
 
 
 def _check_fresh(model: nn.Module, batch: Batch) -> None:

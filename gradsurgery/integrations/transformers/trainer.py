@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -120,7 +120,7 @@ class SurgeryMixin:
             rule, trainer.model, forget_loss, retain_loss,
             mean=mean, reference=reference, ceiling=ceiling,
         )  # fmt: skip
-        self._steps = Steps(rule, losses, hold)
+        self._steps, self._parts_left = Steps(rule, losses, hold), 0
         self._retain_per_forget = retain_per_forget
 
     # batches
@@ -151,7 +151,20 @@ class SurgeryMixin:
         if not trainer.args.remove_unused_columns:
             return PairCollator(trainer.data_collator)
         trainer._set_signature_columns_if_needed()
-        return PairCollator(partial(_collated, trainer.data_collator, trainer._signature_columns))
+        columns = {*trainer._signature_columns, "labels"}
+        return PairCollator(partial(_collated, trainer.data_collator, columns))
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader, *more: Any) -> Any:
+        """As in newer versions: the last step of an epoch counts, which may have fewer parts."""
+        found = list(super().set_initial_training_values(args, dataloader, *more))  # type: ignore[misc]
+        per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+        if found[1] != per_epoch:  # older ones round down, and end and resume too early
+            found[1] = per_epoch
+            if args.max_steps > 0:
+                found[0] = math.ceil(args.max_steps / per_epoch)
+            else:
+                found[-1] = math.ceil(args.num_train_epochs * per_epoch)
+        return tuple(found)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
@@ -161,7 +174,10 @@ class SurgeryMixin:
         self._steps.discard()
         # older versions ask for too few at the end of an epoch; there are no more than there are
         most = max(num_batches, trainer.args.gradient_accumulation_steps)
-        return super().get_batch_samples(epoch_iterator, most, *args, **kwargs)  # type: ignore[misc]
+        known = super().get_batch_samples  # type: ignore[misc]
+        batches, items = known(epoch_iterator, most, *args, **kwargs)
+        self._parts_left = len(batches)
+        return batches, items
 
     # steps
 
@@ -185,7 +201,16 @@ class SurgeryMixin:
             self._begin(model)
         with trainer.compute_loss_context_manager():
             self._steps.add(inputs["forget"], inputs["retain"])
-        loss = self._steps.backward() if trainer.accelerator.sync_gradients else 0.0
+        steps, loss = trainer.accelerator.sync_gradients, 0.0
+        self._parts_left -= 1
+        check(
+            steps or self._parts_left > 0,
+            "this version of transformers leaves out the last, shorter step of an epoch that is "
+            "resumed in its middle: take gradient_accumulation_steps that divide the batches of "
+            "an epoch, or transformers 5",
+        )
+        if steps:
+            loss = self._steps.backward()
         return torch.tensor(loss, device=trainer.args.device)
 
     def _begin(self, model: nn.Module) -> None:
@@ -298,7 +323,7 @@ class SurgeryTrainer(SurgeryMixin, Trainer):
 
 def _collated(
     collator: Callable[[Sequence[Sample]], Mapping[str, Any]],
-    columns: Sequence[str],
+    columns: Container[str],
     samples: Sequence[Sample],
 ) -> Mapping[str, Any]:
     """A batch of the entries that a model takes."""

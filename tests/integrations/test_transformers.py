@@ -1,0 +1,288 @@
+"""Training in a Trainer is that of a plain loop with a Surgeon on whole batches."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gradsurgery as gs
+from gradsurgery import language
+from gradsurgery.language import GradAscent, LogProbs, Opposite
+from tests.language.tiny import made
+
+transformers = pytest.importorskip("transformers")
+
+from tests.integrations.trainers import (  # noqa: E402
+    FORGET,
+    RETAIN,
+    all_forget,
+    arguments,
+    assert_same,
+    fresh,  # noqa: F401
+    llama,
+    samples,
+    steps_of,
+    trainer_of,
+)
+
+pytestmark = pytest.mark.usefixtures("fresh")
+EPOCHS, CLIP = 2, 0.5
+
+
+def plain(model, rule, steps, forget, retain, *, lr=0.01, tells=True):
+    """A loop of one's own: AdamW, a linear schedule, clipping; and what steps saw."""
+    steps = list(steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    total = len(steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / total)
+    surgeon, infos, norms = gs.Surgeon(model, optimizer, rule), [], []
+    for step in steps:
+        surgeon.add(**{"forget" if tells else "batch": step["forget"]}, loss=forget)
+        surgeon.add(**{"retain" if tells else "batch": step["retain"]}, loss=retain)
+        infos.append(surgeon.backward())
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return infos, norms
+
+
+# rule, forget loss, retain loss, options of the trainer; micro-batches end in the middle of a step
+CASES = {
+    "npo": (gs.OrthoGrad(objective="lower"), "npo", "nll", {}),
+    "ascent": (gs.OrthoGrad(), "grad_ascent", "nll", {"retain_per_forget": 2}),
+    "average": (gs.GRU(momentum=0.8), "wga", "nll", {}),
+    "tokens": (gs.OrthoGrad(), "grad_ascent", "nll", {"mean": "token"}),
+    "answers": (gs.NGDiff(objective="lower"), {"name": "dpo", "beta": 0.3}, "nll", {}),
+    "rows": (gs.UPGrad(), "simnpo", "nll", {}),
+    "rows raised": (gs.PCGrad(), "grad_ascent", "nll", {"hold": "rows"}),
+}
+
+
+def losses_of(name, model, data):
+    """Of a case, as one who writes a loop makes them."""
+    known = LogProbs.of(model, [all_forget(data)])
+    token = name == "tokens"
+    nll = language.NLL(as_published=token)
+    return {
+        "npo": language.NPO(reference=known),
+        "ascent": GradAscent(),
+        "average": language.WGA(),
+        "tokens": GradAscent(as_published=token),
+        "answers": language.DPO(beta=0.3, reference=known),
+        "rows": language.SimNPO(),
+        "rows raised": Opposite(loss=GradAscent()),
+    }[name], nll
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_is_that_of_a_plain_loop_on_whole_batches(name, tmp_path):
+    rule, forget, retain, options = CASES[name]
+    data = samples(7, 1, alternate=name == "answers")
+    model = made()
+    other, losses = copy.deepcopy(model), losses_of(name, model, data)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        rule=copy.deepcopy(rule),
+        forget_loss=forget,
+        retain_loss=retain,
+        forget_dataset=data,
+        args={"gradient_accumulation_steps": 4, "max_grad_norm": CLIP},
+        **options,
+    )
+    trainer.train()
+    steps = list(steps_of(EPOCHS, 4, data, each=options.get("retain_per_forget", 1)))
+    assert [len(step["forget"]["id"]) for step in steps] == [4, 3, 4, 3]
+    infos, norms = plain(other, rule, steps, *losses, tells="forget" in rule.roles)
+    assert_same(model, other)
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert [entry["grad_norm"] for entry in logs] == pytest.approx(norms, rel=1e-10)
+    if "forget" in rule.roles:
+        for entry, info in zip(logs, infos, strict=True):
+            sign = 1 if losses[0].objective == "lower" else -1
+            loss = info.retain_loss + sign * info.forget_loss  # older versions round it
+            assert entry["loss"] == pytest.approx(loss, abs=1e-4)
+            seen = {**info.to_dict(), "cosine_mean": float(info.cosines.mean())}
+            for key in ("forget_loss", "retain_loss", "cosine_mean", "conflict_rate"):
+                assert entry[key] == pytest.approx(seen[key], rel=1e-9), key
+            if isinstance(rule, gs.OrthoGrad):
+                assert (entry["kept_norm"], entry["rank"]) == (
+                    pytest.approx(info.kept_norm, rel=1e-9),
+                    info.rank,
+                )
+
+
+def test_metrics_of_a_rule_of_samples_are_over_their_rows(tmp_path):
+    model = made()
+    other = copy.deepcopy(model)
+    options = {"gradient_accumulation_steps": 4, "max_steps": 1}
+    trainer = trainer_of(model, tmp_path, rule=gs.UPGrad(), forget_loss="grad_ascent", args=options)
+    trainer.train()
+    (step,) = list(steps_of(1, 4))[:1]
+    forget, retain = GradAscent()(other, step["forget"]), language.NLL()(other, step["retain"])
+    rows = []
+    for losses in (-forget, retain):
+        for loss in losses:
+            grads = torch.autograd.grad(loss, list(other.parameters()), retain_graph=True)
+            rows.append(torch.cat([grad.flatten() for grad in grads]))
+    cosines = gs.diagnose(gs.gramian(torch.stack(rows))).cosines
+    above = cosines[tuple(torch.triu_indices(8, 8, 1))]
+    forget, retain, log = forget.detach(), retain.detach(), trainer.state.log_history[0]
+    assert log["forget_loss"] == pytest.approx(float(forget.mean()), rel=1e-6)
+    assert log["retain_loss"] == pytest.approx(float(retain.mean()), rel=1e-6)
+    assert log["loss"] == pytest.approx(float(retain.mean() - forget.mean()), abs=1e-4)
+    assert log["cosine_mean"] == pytest.approx(float(above.mean()), rel=1e-9)
+    assert log["conflict_rate"] == pytest.approx(float((above < 0).double().mean()))
+
+
+def micro_batches(folder, parts, model, **options):
+    """The model after two steps of eight forget samples, each in so many parts."""
+    args = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+    args = {**args, "optim": "sgd", "learning_rate": 1.0, **options.pop("args", {})}
+    data = {"forget_dataset": samples(8, 1), "retain_dataset": samples(8, 2)}
+    rule = gs.OrthoGrad(objective="lower")
+    trainer = trainer_of(model, folder, rule=rule, args=args, **data, **options)
+    trainer.train()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast")  # of older versions
+@pytest.mark.parametrize("how", ["plain", "tied", "checkpoints", "bf16", "weights in bf16"])
+def test_eight_micro_batches_are_one_batch(how, tmp_path):
+    args = {"bf16": how == "bf16"}
+    if how == "checkpoints":
+        args["gradient_checkpointing"] = True
+        if transformers.__version__ >= "5":
+            args = {"activation_checkpointing": True}
+    models = [llama(tie_word_embeddings=how == "tied") for _ in range(2)]
+    if how == "weights in bf16":
+        models = [model.to(torch.bfloat16) for model in models]
+    start = copy.deepcopy(models[0])
+    for model, parts in zip(models, (1, 8), strict=True):
+        micro_batches(tmp_path, parts, model, args=args)
+    limit = 3e-3 if "bf16" in how else 1e-6
+    one, parts, start = (
+        nn.utils.parameters_to_vector(model.parameters()).detach() for model in (*models, start)
+    )
+    assert float((one - start).abs().max()) > 0.05
+    assert float((one - parts).abs().max()) <= limit
+    if how == "checkpoints":
+        assert_same(models[0], micro_batches(tmp_path, 1, llama()), rtol=1e-6, atol=1e-6)
+
+
+def test_the_original_is_asked_before_the_first_step_as_the_model_is_called(tmp_path):
+    model = llama(attention_dropout=0.5)
+    before = LogProbs.of(model, [all_forget()])
+    trainer = trainer_of(model, tmp_path, rule=gs.GRU(objective="lower"))
+    trainer.train()
+    known = trainer._steps.losses.log_probs
+    found = known.log_probs(model, all_forget())
+    torch.testing.assert_close(found, before.log_probs(model, all_forget()), rtol=1e-5, atol=1e-5)
+    now = LogProbs.of(model, [all_forget()]).log_probs(model, all_forget())
+    assert float((now - found).abs().max()) > 0.1
+    trainer.train()  # what is original stays so
+    assert torch.equal(known.log_probs(model, all_forget()), found)
+
+
+def test_a_forget_sample_above_the_ceiling_no_longer_pushes(tmp_path):
+    model = made()
+    losses = GradAscent()(model, all_forget()).detach()
+    ceiling = float(losses.sort().values[2:4].mean())  # three samples are below
+    other = copy.deepcopy(model)
+    args = {"per_device_train_batch_size": 7, "max_steps": 1, "max_grad_norm": 1e9}
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        rule=gs.OrthoGrad(alpha=0.0),
+        forget_loss="grad_ascent",
+        ceiling=ceiling,
+        args={**args, "optim": "sgd", "lr_scheduler_type": "constant"},
+    )
+    trainer.train()
+    (step,) = steps_of(1, 7)
+    order = step["forget"]["id"]
+    low = {
+        name: entry[losses[order] < ceiling]
+        for name, entry in step["forget"].items()
+        if isinstance(entry, torch.Tensor)
+    }
+    surgeon = gs.Surgeon(other, torch.optim.SGD(other.parameters()), gs.OrthoGrad(alpha=0.0))
+    surgeon.add(forget=low, retain=step["retain"], loss=GradAscent())
+    surgeon.backward()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter -= 0.01 * 3 / 7 * parameter.grad
+    assert_same(model, other)
+
+
+def test_evaluation_is_that_of_plain_samples(tmp_path):
+    model = llama()
+    extra = [{**sample, "id": k, "index": k} for k, sample in enumerate(samples(4, 5))]
+    for remove, sets in ((True, extra), (False, samples(4, 5)), (True, {"a": extra})):
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            rule=gs.GRU(objective="lower"),
+            eval_dataset=sets,
+            args={
+                "remove_unused_columns": remove,
+                "eval_strategy": "epoch",
+                "per_device_eval_batch_size": 1,
+            },
+        )
+        trainer.train()
+        found = trainer.state.log_history[-2]
+        key = "eval_a_loss" if isinstance(sets, dict) else "eval_loss"
+        model.eval()
+        losses = [model(**row).loss.item() for row in trainer.get_eval_dataloader(
+            "a" if isinstance(sets, dict) else None
+        )]
+        assert found[key] == pytest.approx(sum(losses) / 4, rel=1e-6)
+
+
+def test_callbacks_see_clipped_gradients_before_each_step(tmp_path):
+    seen = []
+
+    class Look(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_, model, **options):
+            grads = [parameter.grad.flatten() for parameter in model.parameters()]
+            seen.append(float(torch.cat(grads).norm()))
+
+    trainer = trainer_of(
+        made(),
+        tmp_path,
+        rule=gs.OrthoGrad(objective="lower"),
+        callbacks=[Look()],
+        args={"gradient_accumulation_steps": 3, "max_grad_norm": 1e-3},
+    )
+    trainer.train()
+    assert seen == pytest.approx([1e-3] * 6, rel=1e-3)
+
+
+def test_samples_lose_what_the_model_does_not_take(tmp_path):
+    def extra(data):
+        return [{**sample, "question": "why?", "index": k} for k, sample in enumerate(data)]
+
+    models = [llama(), llama()]
+    for model, change in zip(models, (extra, list), strict=True):
+        trainer_of(
+            model,
+            tmp_path,
+            rule=gs.GRU(objective="lower"),
+            forget_dataset=change(FORGET),
+            retain_dataset=change(RETAIN),
+            args={"max_steps": 2},
+        ).train()
+    assert_same(*models, rtol=0, atol=0)
+    trainer = trainer_of(
+        models[0],
+        tmp_path,
+        rule=gs.GRU(objective="lower"),
+        forget_dataset=extra(FORGET),
+        args={"remove_unused_columns": False},
+    )
+    with pytest.raises(gs.InputError, match="question of sample 0 must be a number or a sequence"):
+        trainer.train()
+    assert arguments(tmp_path).remove_unused_columns
