@@ -17,7 +17,7 @@ from gradsurgery.text import show
 
 # (model, batch) -> per-sample losses [B], where it is asked for them also [B, tasks] or weighted
 Loss = Callable[[nn.Module, Any], Tensor]
-AnyLoss = Loss | Callable[[nn.Module, Any], "WeightedLosses"]
+AnyLoss = Callable[[nn.Module, Any], "Tensor | WeightedLosses"]
 DETACHED = (
     "loss does not depend on the model's parameters: it was detached, computed under "
     "torch.no_grad, from comparisons (as an accuracy is), or by another model, such as a copy"

@@ -236,9 +236,10 @@ def test_evaluation_is_that_of_plain_samples(tmp_path):
         found = trainer.state.log_history[-2]
         key = "eval_a_loss" if isinstance(sets, dict) else "eval_loss"
         model.eval()
-        losses = [model(**row).loss.item() for row in trainer.get_eval_dataloader(
-            "a" if isinstance(sets, dict) else None
-        )]
+        losses = [
+            model(**row).loss.item()
+            for row in trainer.get_eval_dataloader("a" if isinstance(sets, dict) else None)
+        ]
         assert found[key] == pytest.approx(sum(losses) / 4, rel=1e-6)
 
 

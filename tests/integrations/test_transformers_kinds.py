@@ -114,7 +114,7 @@ class Preparing(transformers.Trainer):
         self.asked.append(sorted(inputs))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def training_step(self, *args, **options):
+    def training_step(self, *args, **options) -> torch.Tensor:
         raise AssertionError("no step is taken twice")
 
     def log(self, logs, start_time=None):

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 import gradsurgery as gs
 from gradsurgery.language import NLL, LogProbs
 from gradsurgery.language.batches import Pair, PairCollator, Pairs, PairSampler, collate
-from tests.language.tiny import REFUSALS, SAMPLES, batch, made, moved
+from tests.language import tiny
+from tests.language.tiny import REFUSALS, SAMPLES, made, moved
 
 
 def sample(prompt, answer):
@@ -46,7 +47,7 @@ def test_other_answers_are_padded_by_themselves():
     pairs = zip(DATA[:2], OTHER[:2], strict=True)
     found = collate([{**one, "alternate": other} for one, other in pairs])
     for part, samples in ((found, SAMPLES[:2]), (found["alternate"], REFUSALS[:2])):
-        for name, expected in batch(samples, ids=False).items():
+        for name, expected in tiny.batch(samples, ids=False).items():
             assert torch.equal(part[name], expected)
 
 
@@ -153,7 +154,8 @@ def test_log_probs_are_found_again_where_they_were_saved(tmp_path):
     again = LogProbs()
     again.load_state_dict(torch.load(tmp_path / "known.pt", weights_only=True))
     model = moved(original)
-    for part in (collator.batch(samples), {**collator.batch(samples)["alternate"], "id": torch.arange(5)}):
+    batch = collator.batch(samples)
+    for part in (batch, {**batch["alternate"], "id": batch["id"]}):
         assert torch.equal(again.log_probs(model, part), known.log_probs(model, part))
     empty = LogProbs()
     empty.load_state_dict(LogProbs().state_dict())

@@ -42,6 +42,8 @@ def check_served(trainer: Any) -> None:
             getattr(args, "activation_offloading", False),
             "what a tape keeps is not offloaded",
         ),
+        "packing": (getattr(args, "packing", False), "a row would have several samples"),
+        "padding_free": (getattr(args, "padding_free", False), "a row would have several samples"),
         "group_by_length": (
             getattr(args, "group_by_length", False),
             "pairs of samples are drawn in an order of their own",

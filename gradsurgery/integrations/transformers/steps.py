@@ -30,7 +30,8 @@ class Steps:
     """
 
     def __init__(self, rule: Rule, losses: Losses, hold: Hold) -> None:
-        self.rule, self.losses, self.hold = rule, losses, hold
+        self.rule, self.losses = rule, losses
+        self.hold: Hold = hold
         self.surgeon: Surgeon | None = None
         self._waiting: list[tuple[Batch, Batch]] = []  # micro-batches whose rows are still to come
         self._seen: dict[str, list[float]] = {}  # since they were asked for
@@ -153,7 +154,8 @@ def _means(info: StepInfo, count: int) -> tuple[float, float, Tensor]:
     """
     if info.forget_loss is not None and info.retain_loss is not None:
         return info.forget_loss, info.retain_loss, info.cosines
-    pairs = info.cosines[tuple(torch.triu_indices(*info.cosines.shape, 1, device="cpu"))]
+    rows = len(info.cosines)
+    pairs = info.cosines[tuple(torch.triu_indices(rows, rows, 1, device="cpu"))]
     return float(info.losses[:count].mean()), float(info.losses[count:].mean()), pairs
 
 

@@ -23,7 +23,7 @@ from gradsurgery.ops._inputs import check, check_count, one_of
 from gradsurgery.surgery import Rule
 
 FILE = "surgery.pt"  # beside the optimizer's in a checkpoint
-RETAIN = "the retain dataset"  # its name among those of evaluation, while a Trainer is made
+RETAIN = "retained"  # its name among those of evaluation, while a Trainer is made
 LOADER = (
     *("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor"),
     *("multiprocessing_context", "in_order"),
@@ -106,11 +106,10 @@ class SurgeryMixin:
         Pairs(forget_dataset, retain_dataset)  # refuses what is none before a Trainer looks at it
         given = kwargs.pop("eval_dataset", None)
         sets = given if isinstance(given, dict) else {} if given is None else {"eval": given}
+        check(RETAIN not in sets, f"eval_dataset: {RETAIN!r} is taken for the retain dataset")
         # a Trainer that prepares samples prepares those of training and of evaluation
-        super().__init__(
-            *args, train_dataset=forget_dataset, eval_dataset={**sets, RETAIN: retain_dataset},
-            **kwargs,
-        )  # fmt: skip
+        data = {"train_dataset": forget_dataset, "eval_dataset": {**sets, RETAIN: retain_dataset}}
+        super().__init__(*args, **data, **kwargs)
         trainer: Any = self
         prepared = dict(trainer.eval_dataset)
         self.train_dataset = Pairs(trainer.train_dataset, prepared.pop(RETAIN))
@@ -221,7 +220,8 @@ class SurgeryMixin:
     def _forget_batches(self) -> Iterator[dict[str, Any]]:
         """All forget samples in order, as the model takes them."""
         trainer: Any = self
-        pairs, size, collator = trainer.train_dataset, trainer.args.eval_batch_size, self._collator()
+        pairs, collator = trainer.train_dataset, self._collator()
+        size = trainer.args.eval_batch_size
         for first in range(0, len(pairs), size):
             places = range(first, min(first + size, len(pairs)))
             batch = collator.batch([pairs[Pair(place, ())]["forget"] for place in places])
