@@ -47,7 +47,7 @@ def run(folder, rule, *, checkpoint=None, args=None, model=None, **options):
 CASES = {
     "gru": (gs.GRU(momentum=0.9, objective="lower"), {}),
     "orthograd": (gs.OrthoGrad(objective="lower"), {"mean": "token"}),
-    "pcgrad": (gs.PCGrad(), {}),
+    "pcgrad": ("pcgrad", {}),
 }
 
 
@@ -71,8 +71,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name, tmp_path):
             for log in (whole.state.log_history, again.state.log_history)
         ]
         assert logs[0] == logs[1]
-        for key, value in whole._steps.rule.state_dict().items():
-            assert torch.equal(again._steps.rule.state_dict()[key], value)
+        for key, value in whole._steps.parts.rule.state_dict().items():
+            assert torch.equal(again._steps.parts.rule.state_dict()[key], value)
 
 
 def test_a_shorter_last_step_of_a_resumed_epoch_is_taken_or_the_run_refused(tmp_path):
@@ -93,7 +93,7 @@ def test_what_is_known_of_the_original_is_not_of_the_resumed_weights(tmp_path):
     first = run(tmp_path, CASES["orthograd"][0])
     original = LogProbs.of(llama(), [all_forget()]).log_probs(first.model, all_forget())
     resumed = run(tmp_path, CASES["orthograd"][0], checkpoint=True, args={"num_train_epochs": 4})
-    found = resumed._steps.losses.log_probs.log_probs(resumed.model, all_forget())
+    found = resumed._steps.parts.log_probs.log_probs(resumed.model, all_forget())
     torch.testing.assert_close(found, original, rtol=1e-5, atol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_a_run_that_stops_in_the_middle_of_a_step_leaves_no_rows_for_the_next(st
         other,
         tmp_path,
         rule=rule,
-        reference=trainer._steps.losses.log_probs,
+        reference=trainer._steps.parts.log_probs,
         args={"gradient_accumulation_steps": 4, "optim": "sgd", "lr_scheduler_type": "constant"},
     )
     again.train()

@@ -1,4 +1,4 @@
-"""The losses of a trainer, by name or as they are, on the side on which its rule takes them."""
+"""The rule and the losses of a trainer, by name or as they are, and whether they go together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradsurgery.batch import WeightedLosses
 from gradsurgery.errors import InputError
-from gradsurgery.language import PDU, Frozen, LanguageLoss, LogProbs, Opposite, WithoutAdapter
+from gradsurgery.language import PDU, Frozen, LanguageLoss, LogProbs, WithoutAdapter, rule_for
 from gradsurgery.language.base import Objective, TokenLoss
 from gradsurgery.language.registry import FORGET, RETAIN, forget_loss, retain_loss
 from gradsurgery.language.tokens import Batch
@@ -20,15 +20,16 @@ from gradsurgery.ops._inputs import check, is_number, one_of, shown
 from gradsurgery.surgery import Rule
 
 Reference = LogProbs | Frozen | WithoutAdapter | None
-Named = str | Mapping[str, Any] | LanguageLoss
+NamedLoss = str | Mapping[str, Any] | LanguageLoss
+NamedRule = str | Mapping[str, Any] | Rule
 
 
-class Losses(NamedTuple):
-    """What is made of both batches, and what of the original is to be computed for it."""
+class Parts(NamedTuple):
+    """What a step is made of, and what of the original is to be computed for it."""
 
+    rule: Rule
     forget: LanguageLoss
     retain: LanguageLoss
-    objective: Objective  # of the forget loss as its user knows it
     log_probs: LogProbs | None  # empty as yet; None where no loss looks anything up in it
     adapter: bool  # whether the model without its adapter was taken for the original
 
@@ -52,17 +53,17 @@ class Capped(LanguageLoss):
         return found.clamp_max(self.ceiling)
 
 
-def losses_for(
-    rule: Rule,
+def parts_of(
     model: nn.Module,
-    forget: Named,
-    retain: Named,
+    rule: NamedRule,
+    forget: NamedLoss,
+    retain: NamedLoss,
     *,
     mean: Literal["sequence", "token"] = "sequence",
     reference: Reference = None,
     ceiling: float = math.inf,
-) -> Losses:
-    """The losses of a trainer, from what it was given; `SurgeryMixin` says what each may be.
+) -> Parts:
+    """The parts of a step, from what a trainer was given; `SurgeryMixin` says what each may be.
 
     Raises:
         InputError: what is given does not go together; the message names it.
@@ -70,23 +71,19 @@ def losses_for(
     one_of("mean", mean, ("sequence", "token"))
     original = _Original(model, reference)
     made = _made("forget", forget, original), _made("retain", retain, original)
+    names = [type(loss).__name__ for loss in made]
     check(
         made[1].objective == "lower",
-        f"retain_loss must be one to lower, {_name(made[1])} is to be raised",
+        f"retain_loss must be one to lower, {names[1]} is to be raised",
     )
     first, second = (_averaged(loss, mean) for loss in made)
-    if mean == "token":
-        names = " nor ".join(map(_name, made))
-        token = any(isinstance(loss, TokenLoss) for loss in made)
-        check(token, f"mean='token' is for means over tokens, neither {names} is one")
-        check(
-            "forget" in rule.roles,
-            f"mean='token' needs a rule that tells forget from retain, {type(rule).__name__} "
-            "weights all samples alike",
-        )
-    objective = first.objective
-    first = _taken(rule, _capped(first, ceiling))
-    return Losses(first, second, objective, original.log_probs, original.adapter)
+    check(
+        mean == "sequence" or any(isinstance(loss, TokenLoss) for loss in made),
+        f"mean='token' is for means over tokens, neither {' nor '.join(names)} is one",
+    )
+    name, options = _parted("rule", rule, "a rule") if not isinstance(rule, Rule) else (rule, {})
+    taken = rule_for(name, first, **options)
+    return Parts(taken, _capped(first, ceiling), second, original.log_probs, original.adapter)
 
 
 class _Original:
@@ -117,30 +114,38 @@ class _Original:
         )
 
 
-def _made(which: Literal["forget", "retain"], given: Named, original: _Original) -> LanguageLoss:
+def _made(
+    which: Literal["forget", "retain"], given: NamedLoss, original: _Original
+) -> LanguageLoss:
     if isinstance(given, LanguageLoss):
         return given
     known, make = (FORGET, forget_loss) if which == "forget" else (RETAIN, retain_loss)
-    options: dict[str, Any] = {}
-    name: Any = given
-    if isinstance(given, Mapping):
-        options = {key: value for key, value in given.items() if key != "name"}
-        name = given.get("name")
-    if not isinstance(name, str):
-        raise InputError(
-            f"{which}_loss must be a name, a mapping with one and options, or a loss of "
-            f"gradsurgery.language, got {shown(given)}"
-        )
+    name, options = _parted(f"{which}_loss", given, "a loss of gradsurgery.language")
     kind = known.get(name)
     if kind is not None and kind.needs and "reference" not in options:
         options["reference"] = original.of(f"{which}_loss {name}", kind.needs)
     return make(name, **options)
 
 
+def _parted(what: str, given: Any, otherwise: str) -> tuple[str, dict[str, Any]]:
+    """A name and options."""
+    options: dict[str, Any] = {}
+    name = given
+    if isinstance(given, Mapping):
+        options = {str(key): value for key, value in given.items() if key != "name"}
+        name = given.get("name")
+    if not isinstance(name, str):
+        raise InputError(
+            f"{what} must be a name, a mapping of a name and options, or {otherwise}, "
+            f"got {shown(given)}"
+        )
+    return name, options
+
+
 def _averaged(loss: LanguageLoss, mean: str) -> LanguageLoss:
     if not isinstance(loss, TokenLoss):
         return loss
-    name = _name(loss)
+    name = type(loss).__name__
     if mean == "sequence":
         check(
             not loss.as_published,
@@ -162,26 +167,7 @@ def _capped(loss: LanguageLoss, ceiling: float) -> LanguageLoss:
         return loss
     check(
         loss.objective == "raise",
-        f"ceiling is for forget losses that are raised; {_name(loss)} is lowered, and ends by "
-        "itself",
+        f"ceiling is for forget losses that are raised; {type(loss).__name__} is lowered, and lets "
+        "go by itself",
     )
     return Capped(loss=loss, ceiling=float(ceiling))
-
-
-def _taken(rule: Rule, loss: LanguageLoss) -> LanguageLoss:
-    """A forget loss as a rule takes it."""
-    wanted = getattr(rule, "objective", None)
-    if wanted is None:
-        wanted = "raise" if "forget" in rule.roles else "lower"
-        return loss if loss.objective == wanted else Opposite(loss=loss)
-    name, needed = type(rule).__name__, loss.objective
-    check(
-        wanted == needed,
-        f"{name}(objective={wanted!r}) would {wanted} {_name(loss)}, which forgetting "
-        f"{needed}s: pass {name}(objective={needed!r})",
-    )
-    return loss
-
-
-def _name(loss: LanguageLoss) -> str:
-    return type(loss.loss if isinstance(loss, Capped) else loss).__name__

@@ -7,33 +7,29 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradsurgery.capture.held import Hold
 from gradsurgery.errors import InputError
-from gradsurgery.info import StepInfo
-from gradsurgery.integrations.transformers.losses import Losses
-from gradsurgery.language import Opposite
+from gradsurgery.integrations.transformers.losses import Parts
 from gradsurgery.language.reference import WithoutAdapter
 from gradsurgery.language.tokens import Batch, model_logits
 from gradsurgery.ops._inputs import check
 from gradsurgery.step import Surgeon
-from gradsurgery.surgery import Rule
 
 
 class Steps:
     """A Surgeon in a loop that is not ours, made when the loop begins.
 
     Args:
-        rule, losses: what makes an update of what.
+        parts: what makes an update of what.
         hold: as of `Surgeon`.
     """
 
-    def __init__(self, rule: Rule, losses: Losses, hold: Hold) -> None:
-        self.rule, self.losses = rule, losses
+    def __init__(self, parts: Parts, hold: Hold) -> None:
+        self.parts = parts
         self.hold: Hold = hold
         self.surgeon: Surgeon | None = None
-        self._waiting: list[tuple[Batch, Batch]] = []  # micro-batches whose rows are still to come
         self._seen: dict[str, list[float]] = {}  # since they were asked for
 
     def begin(
@@ -53,7 +49,7 @@ class Steps:
             begun: whether the model has moved already, in a run that is resumed.
             context: what the loop has around a forward pass.
         """
-        known = self.losses.log_probs
+        known = self.parts.log_probs
         if known is not None and not len(known):
             check(
                 not begun,
@@ -64,47 +60,33 @@ class Steps:
             for batch in forget():
                 with context():
                     known.add(model, batch)
-        if self.losses.adapter and not begun:
+        if self.parts.adapter and not begun:
             with context():
                 _check_fresh(model, next(iter(forget())))
-        self.surgeon = Surgeon(model, optimizer, self.rule, hold=self.hold)
+        self.surgeon = Surgeon(model, optimizer, self.parts.rule, hold=self.hold)
 
     def discard(self) -> None:
         """Drop the rows added so far."""
-        self._waiting = []
         if self.surgeon is not None:
             self.surgeon.discard()
 
     def add(self, forget: Batch, retain: Batch) -> None:
-        """The rows of a micro-batch.
-
-        Where a rule tells no sample from another, what it draws is for rows in their order: all
-        forget samples of a step are then added before all retain samples, by `backward`.
-        """
+        """The rows of a micro-batch."""
         assert self.surgeon is not None
-        if "forget" in self.rule.roles:
-            self.surgeon.add(forget=forget, loss=self.losses.forget)
-            self.surgeon.add(retain=retain, loss=self.losses.retain)
-        else:
-            self._waiting.append((forget, retain))
+        self.surgeon.add(forget=forget, loss=self.parts.forget)
+        self.surgeon.add(retain=retain, loss=self.parts.retain)
 
     def backward(self) -> float:
         """Leave the update in `.grad`; the loss, for the log."""
         assert self.surgeon is not None
-        waiting, self._waiting = self._waiting, []
-        for k, loss in enumerate((self.losses.forget, self.losses.retain)):
-            for pair in waiting:
-                self.surgeon.add(batch=pair[k], loss=loss)
         info = self.surgeon.backward()
-        if info.skipped:  # the scaler's losses overflow: no step is taken
+        forget, retain = info.forget_loss, info.retain_loss
+        if forget is None or retain is None:  # the scaler's losses overflow: no step is taken
             return 0.0
-        forget, retain, cosines = _means(info, sum(len(forget["labels"]) for forget, _ in waiting))
-        if isinstance(self.losses.forget, Opposite):
-            forget = -forget
         found = {
             "forget_loss": forget,
             "retain_loss": retain,
-            "cosine_mean": float(cosines.mean()) if len(cosines) else None,
+            "cosine_mean": float(info.cosines.mean()),
             "conflict_rate": info.conflict_rate,
             "kept_norm": info.kept_norm,
             "rank": info.rank,
@@ -112,7 +94,7 @@ class Steps:
         for name, value in found.items():
             if value is not None:
                 self._seen.setdefault(name, []).append(value)
-        return retain + (forget if self.losses.objective == "lower" else -forget)
+        return retain + (forget if self.parts.forget.objective == "lower" else -forget)
 
     def metrics(self) -> dict[str, float]:
         """Means of what steps saw since this was asked last."""
@@ -121,18 +103,18 @@ class Steps:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on needs: the rule's memory, the original's log-probabilities."""
-        known = self.losses.log_probs
+        known = self.parts.log_probs
         return {
-            "rule": self.rule.state_dict(),
+            "rule": self.parts.rule.state_dict(),
             "log_probs": None if known is None else known.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any] | None, device: torch.device) -> None:
         """Go on from a `state_dict()`; None where a checkpoint has none."""
-        name, known = type(self.rule).__name__, self.losses.log_probs
+        name, known = type(self.parts.rule).__name__, self.parts.log_probs
         if state is None:
             check(
-                not self.rule.remembers,
+                not self.parts.rule.remembers,
                 f"the checkpoint does not have what {name} remembers: it was saved with "
                 "save_only_model, or by another trainer",
             )
@@ -142,21 +124,9 @@ class Steps:
             key: value.to(device) if value.is_floating_point() else value
             for key, value in state["rule"].items()
         }
-        self.rule.load_state_dict(memory)
+        self.parts.rule.load_state_dict(memory)
         if known is not None and state["log_probs"] is not None:
             known.load_state_dict(state["log_probs"])
-
-
-def _means(info: StepInfo, count: int) -> tuple[float, float, Tensor]:
-    """Mean losses of both sets, and cosines of pairs of rows.
-
-    `count`: of rows of forget samples, which come first, where these have a row each.
-    """
-    if info.forget_loss is not None and info.retain_loss is not None:
-        return info.forget_loss, info.retain_loss, info.cosines
-    rows = len(info.cosines)
-    pairs = info.cosines[tuple(torch.triu_indices(rows, rows, 1, device="cpu"))]
-    return float(info.losses[:count].mean()), float(info.losses[count:].mean()), pairs
 
 
 def _check_fresh(model: nn.Module, batch: Batch) -> None:

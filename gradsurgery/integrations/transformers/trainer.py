@@ -15,12 +15,16 @@ from transformers import Trainer, TrainingArguments
 
 from gradsurgery.capture.held import Hold
 from gradsurgery.errors import InputError
-from gradsurgery.integrations.transformers.losses import Named, Reference, losses_for
+from gradsurgery.integrations.transformers.losses import (
+    NamedLoss,
+    NamedRule,
+    Reference,
+    parts_of,
+)
 from gradsurgery.integrations.transformers.refused import check_served
 from gradsurgery.integrations.transformers.steps import Steps
 from gradsurgery.language.batches import Pair, PairCollator, Pairs, PairSampler, Sample, collate
 from gradsurgery.ops._inputs import check, check_count, one_of
-from gradsurgery.surgery import Rule
 
 FILE = "surgery.pt"  # beside the optimizer's in a checkpoint
 RETAIN = "retained"  # its name among those of evaluation, while a Trainer is made
@@ -51,12 +55,10 @@ class SurgeryMixin:
     lowered, retain_loss - forget_loss where it is to be raised.
 
     Args:
-        rule: a rule of surgery. One that tells forget from retain takes both means, or retain
-            samples one by one, as it says; its `objective` must be that of the forget loss. Any
-            other lowers the losses of all samples, a row each, that of the forget set in the
-            direction that forgets.
-        forget_loss: a name of `gradsurgery.language.FORGET`, a mapping of a name and options,
-            {"name": "npo", "beta": 0.5}, or a loss.
+        rule: a name of `gs.RULES`, a mapping of a name and options, as
+            {"name": "orthograd", "alpha": 0.3}, or a rule of the forget loss's direction, as
+            `gradsurgery.language.rule_for` takes it.
+        forget_loss: likewise a name of `gradsurgery.language.FORGET`, one with options or a loss.
         retain_loss: likewise, of `RETAIN`.
         forget_dataset: samples that are forgotten, by place: mappings of `input_ids`, `labels` and
             what else the model takes, and `alternate` where the loss wants one. Each is in an
@@ -84,9 +86,9 @@ class SurgeryMixin:
     def __init__(
         self,
         *args: Any,
-        rule: Rule,
-        forget_loss: Named = "npo",
-        retain_loss: Named = "nll",
+        rule: NamedRule,
+        forget_loss: NamedLoss = "npo",
+        retain_loss: NamedLoss = "nll",
         forget_dataset: Any,
         retain_dataset: Any,
         retain_per_forget: int = 1,
@@ -98,7 +100,6 @@ class SurgeryMixin:
     ) -> None:
         check_count("retain_per_forget", retain_per_forget)
         one_of("hold", hold, ("auto", "pairs", "rows"))
-        check(isinstance(rule, Rule), f"rule must be a Rule, got {type(rule).__name__}")
         check(
             kwargs.pop("train_dataset", None) is None,
             "train_dataset is made of forget_dataset and retain_dataset: leave it out",
@@ -115,11 +116,11 @@ class SurgeryMixin:
         self.train_dataset = Pairs(trainer.train_dataset, prepared.pop(RETAIN))
         self.eval_dataset = prepared if isinstance(given, dict) else prepared.get("eval")
         check_served(trainer)
-        losses = losses_for(
-            rule, trainer.model, forget_loss, retain_loss,
+        parts = parts_of(
+            trainer.model, rule, forget_loss, retain_loss,
             mean=mean, reference=reference, ceiling=ceiling,
         )  # fmt: skip
-        self._steps, self._parts_left = Steps(rule, losses, hold), 0
+        self._steps, self._parts_left = Steps(parts, hold), 0
         self._retain_per_forget = retain_per_forget
 
     # batches
@@ -289,9 +290,9 @@ class SurgeryTrainer(SurgeryMixin, Trainer):
         model: Any = None,
         args: TrainingArguments | None = None,
         *,
-        rule: Rule,
-        forget_loss: Named = "npo",
-        retain_loss: Named = "nll",
+        rule: NamedRule,
+        forget_loss: NamedLoss = "npo",
+        retain_loss: NamedLoss = "nll",
         forget_dataset: Any,
         retain_dataset: Any,
         retain_per_forget: int = 1,
