@@ -103,7 +103,8 @@ class _Original:
         if self.reference is not None:
             return self.reference
         if needs == "log-probabilities":
-            self.log_probs = self.log_probs or LogProbs()
+            if self.log_probs is None:
+                self.log_probs = LogProbs()
             return self.log_probs
         if hasattr(self.model, "disable_adapter"):  # of peft
             self.adapter = True

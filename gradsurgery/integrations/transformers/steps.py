@@ -12,8 +12,8 @@ from torch import nn
 from gradsurgery.capture.held import Hold
 from gradsurgery.errors import InputError
 from gradsurgery.integrations.transformers.losses import Parts
-from gradsurgery.language.reference import WithoutAdapter
-from gradsurgery.language.tokens import Batch, model_logits
+from gradsurgery.language.reference import LogProbs, WithoutAdapter
+from gradsurgery.language.tokens import Batch
 from gradsurgery.ops._inputs import check
 from gradsurgery.step import Surgeon
 
@@ -57,9 +57,11 @@ class Steps:
                 "longer the original: resume from one saved by this trainer without "
                 "save_only_model, or pass reference=LogProbs.of(original, ...)",
             )
+            found = LogProbs()
             for batch in forget():
                 with context():
-                    known.add(model, batch)
+                    found.add(model, batch)
+            known.load_state_dict(found.state_dict())  # all of them, or none
         if self.parts.adapter and not begun:
             with context():
                 _check_fresh(model, next(iter(forget())))
@@ -131,22 +133,12 @@ class Steps:
 
 def _check_fresh(model: nn.Module, batch: Batch) -> None:
     """Raise where a model differs from itself without its adapter, taken for the original."""
-    kept = WithoutAdapter()
-    with kept.running(model) as original:
-        before = model_logits(original, batch)
-    with torch.no_grad():
-        training = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            now = model_logits(model, batch)
-        finally:
-            for module, mode in training:
-                module.training = mode
-    away = float((now - before).abs().max())
-    limit = torch.finfo(before.dtype).eps ** 0.5 * float(before.abs().max())
-    if not away <= limit:
+    now = LogProbs.of(model, [batch]).log_probs(model, batch)
+    below = WithoutAdapter().log_probs(model, batch).to(now)
+    away = float((now - below).abs().max())
+    if not away <= 1e-3 * float(below.abs().max()):
         raise InputError(
             "reference: without its adapter the model is not the one that unlearning begins with: "
-            f"logits differ by {away:.3g}; pass reference=Frozen(copy.deepcopy(model)), or "
-            "WithoutAdapter() if the model below the adapter is meant"
+            f"log-probabilities differ by {away:.3g}; pass reference=Frozen(copy.deepcopy(model)), "
+            "or WithoutAdapter() if the model below the adapter is meant"
         )
