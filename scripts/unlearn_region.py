@@ -26,12 +26,12 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from gradsurgery.language.batches import PairCollator, Pairs, PairSampler, collate
 from torch.utils.data import DataLoader
 
 import gradsurgery as gs
 from gradsurgery.errors import InputError
 from gradsurgery.language import LogProbs, forget_loss, retain_loss, rule_for
+from gradsurgery.language.batches import PairCollator, Pairs, PairSampler, collate
 from gradsurgery.language.data import Example, Tags, chunks, from_rows, tokenize
 from gradsurgery.language.metrics import (
     forget_quality,

@@ -5,11 +5,16 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import transformers
+
 from gradsurgery.ops._inputs import check
 
 
 def check_served(trainer: Any) -> None:
     """Raise `InputError` for what would not be exact, warn of what is not what it seems."""
+    found = transformers.__version__
+    old = tuple(map(int, found.split(".")[:2])) < (4, 51)
+    check(not old, f"transformers must be 4.51 or newer, got {found}")
     args = trainer.args
     optim = str(getattr(args.optim, "value", args.optim))
     sampling = getattr(args, "train_sampling_strategy", "random")
