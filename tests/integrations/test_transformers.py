@@ -30,16 +30,18 @@ pytestmark = pytest.mark.usefixtures("fresh")
 EPOCHS, CLIP = 2, 0.5
 
 
-def plain(model, rule, steps, forget, retain, *, lr=0.01):
-    """A loop of one's own: AdamW, a linear schedule, clipping; and what steps saw."""
+def plain(model, rule, steps, forget, retain, optimizer=None, autocast=False):
+    """A loop of one's own: a linear schedule and clipping; and what steps saw."""
     steps = list(steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     total = len(steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / total)
     surgeon, infos, norms = gs.Surgeon(model, optimizer, rule), [], []
     for step in steps:
-        surgeon.add(forget=step["forget"], loss=forget)
-        surgeon.add(retain=step["retain"], loss=retain)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            surgeon.add(forget=step["forget"], loss=forget)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            surgeon.add(retain=step["retain"], loss=retain)
         infos.append(surgeon.backward())
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
@@ -117,15 +119,12 @@ def test_training_is_that_of_a_plain_loop_on_whole_batches(name, tmp_path):
             assert entry["rank"] == info.rank
 
 
-def micro_batches(folder, parts, model, **options):
+def micro_batches(folder, parts, model, data, args):
     """The model after two steps of eight forget samples, each in so many parts."""
-    args = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
-    args = {**args, "optim": "sgd", "learning_rate": 1.0, **options.pop("args", {})}
-    data = {"forget_dataset": samples(8, 1), "retain_dataset": samples(8, 2)}
-    rule = gs.OrthoGrad(objective="lower")
-    trainer = trainer_of(model, folder, rule=rule, args=args, **data, **options)
-    trainer.train()
-    return model
+    sizes = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+    args = {**sizes, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": CLIP, **args}
+    data = {"forget_dataset": data[0], "retain_dataset": data[1]}
+    trainer_of(model, folder, rule="orthograd", args=args, **data).train()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast")  # of older versions
@@ -133,23 +132,27 @@ def micro_batches(folder, parts, model, **options):
 def test_eight_micro_batches_are_one_batch(how, tmp_path):
     args = {"bf16": how == "bf16"}
     if how == "checkpoints":
-        args["gradient_checkpointing"] = True
-        if transformers.__version__ >= "5":
-            args = {"activation_checkpointing": True}
-    models = [llama(tie_word_embeddings=how == "tied") for _ in range(2)]
+        old = transformers.__version__ < "5"
+        args["gradient_checkpointing" if old else "activation_checkpointing"] = True
+    start = llama(tie_word_embeddings=how == "tied")
     if how == "weights in bf16":
-        models = [model.to(torch.bfloat16) for model in models]
-    start = copy.deepcopy(models[0])
-    for model, parts in zip(models, (1, 8), strict=True):
-        micro_batches(tmp_path, parts, model, args=args)
-    limit = 3e-3 if "bf16" in how else 1e-6
-    one, parts, start = (
-        nn.utils.parameters_to_vector(model.parameters()).detach() for model in (*models, start)
+        start.to(torch.bfloat16)
+    models, data = [copy.deepcopy(start) for _ in range(3)], (samples(8, 1), samples(8, 2))
+    for model, parts in zip(models, (1, 8), strict=False):
+        micro_batches(tmp_path, parts, model, data, args)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "bf16"):
+        known = LogProbs.of(start, [all_forget(data[0])])
+    sgd = torch.optim.SGD(models[2].parameters(), lr=1.0)
+    losses = language.NPO(reference=known), language.NLL()
+    steps = steps_of(EPOCHS, 8, *data)
+    plain(models[2], gs.OrthoGrad(objective="lower"), steps, *losses, sgd, how == "bf16")
+    start, one, parts, loop = (
+        nn.utils.parameters_to_vector(model.parameters()).detach() for model in (start, *models)
     )
     assert float((one - start).abs().max()) > 0.05
-    assert float((one - parts).abs().max()) <= limit
-    if how == "checkpoints":
-        assert_same(models[0], micro_batches(tmp_path, 1, llama()), rtol=1e-6, atol=1e-6)
+    assert float((one - loop).abs().max()) <= 1e-6
+    # in 16 bits matrices of other sizes are rounded otherwise: 1e-3 was seen
+    assert float((one - parts).abs().max()) <= (3e-3 if "bf16" in how else 1e-6)
 
 
 def test_the_original_is_asked_before_the_first_step_as_the_model_is_called(tmp_path):
@@ -168,10 +171,11 @@ def test_the_original_is_asked_before_the_first_step_as_the_model_is_called(tmp_
     assert torch.equal(known.log_probs(model, all_forget()), found)
 
 
-def test_a_forget_sample_above_the_ceiling_no_longer_pushes(tmp_path):
+@pytest.mark.parametrize("mean", ["sequence", "token"])
+def test_a_forget_sample_above_the_ceiling_no_longer_pushes(mean, tmp_path):
     model = made()
-    losses = GradAscent()(model, all_forget()).detach()
-    ceiling = float(losses.sort().values[2:4].mean())  # three samples are below
+    losses, counts = GradAscent(as_published=True)(model, all_forget())
+    ceiling = float(losses.detach().sort().values[2:4].mean())  # three samples are below
     other = copy.deepcopy(model)
     args = {"per_device_train_batch_size": 7, "max_steps": 1, "max_grad_norm": 1e9}
     trainer = trainer_of(
@@ -179,23 +183,23 @@ def test_a_forget_sample_above_the_ceiling_no_longer_pushes(tmp_path):
         tmp_path,
         rule=gs.OrthoGrad(alpha=0.0),
         forget_loss="grad_ascent",
+        mean=mean,
         ceiling=ceiling,
         args={**args, "optim": "sgd", "lr_scheduler_type": "constant"},
     )
     trainer.train()
     (step,) = steps_of(1, 7)
-    order = step["forget"]["id"]
-    low = {
-        name: entry[losses[order] < ceiling]
-        for name, entry in step["forget"].items()
-        if isinstance(entry, torch.Tensor)
-    }
+    below = losses.detach() < ceiling
+    mine = below[step["forget"]["id"]]
+    low = {name: entry[mine] for name, entry in step["forget"].items()}
+    share = counts[below].sum() / counts.sum() if mean == "token" else 3 / 7
+    loss = GradAscent(as_published=mean == "token")
     surgeon = gs.Surgeon(other, torch.optim.SGD(other.parameters()), gs.OrthoGrad(alpha=0.0))
-    surgeon.add(forget=low, retain=step["retain"], loss=GradAscent())
+    surgeon.add(forget=low, retain=step["retain"], loss=loss)
     surgeon.backward()
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter -= 0.01 * 3 / 7 * parameter.grad
+            parameter -= 0.01 * share * parameter.grad
     assert_same(model, other)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Steps:
         self.parts = parts
         self.hold: Hold = hold
         self.surgeon: Surgeon | None = None
+        self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._seen: dict[str, list[float]] = {}  # since they were asked for
 
     def begin(
@@ -49,7 +50,7 @@ class Steps:
             begun: whether the model has moved already, in a run that is resumed.
             context: what the loop has around a forward pass.
         """
-        known = self.parts.log_probs
+        self._context, known = context, self.parts.log_probs
         if known is not None and not len(known):
             check(
                 not begun,
@@ -75,8 +76,10 @@ class Steps:
     def add(self, forget: Batch, retain: Batch) -> None:
         """The rows of a micro-batch."""
         assert self.surgeon is not None
-        self.surgeon.add(forget=forget, loss=self.parts.forget)
-        self.surgeon.add(retain=retain, loss=self.parts.retain)
+        with self._context():  # each its own: casts that autocast keeps sum gradients in 16 bits
+            self.surgeon.add(forget=forget, loss=self.parts.forget)
+        with self._context():
+            self.surgeon.add(retain=retain, loss=self.parts.retain)
 
     def backward(self) -> float:
         """Leave the update in `.grad`; the loss, for the log."""

@@ -199,8 +199,7 @@ class SurgeryMixin:
         inputs = trainer._prepare_inputs(inputs)
         if self._steps.surgeon is None:
             self._begin(model)
-        with trainer.compute_loss_context_manager():
-            self._steps.add(inputs["forget"], inputs["retain"])
+        self._steps.add(inputs["forget"], inputs["retain"])
         steps, loss = trainer.accelerator.sync_gradients, 0.0
         self._parts_left -= 1
         check(
