@@ -68,6 +68,7 @@ def test_an_adapter_alone_moves_and_the_model_below_it_is_the_original(retain, t
     assert_same(model, other, rtol=1e-5, atol=1e-6)
     below = model.get_base_model().model.embed_tokens.weight
     assert torch.equal(below, llama().model.embed_tokens.weight)
+    trainer.train()  # goes on from there
     assert trainer._steps.surgeon is None
 
 

@@ -66,6 +66,7 @@ class Steps:
         if self.parts.adapter and not begun:
             with context():
                 _check_fresh(model, next(iter(forget())))
+            self.parts = self.parts._replace(adapter=False)  # once: it moves from here on
         self.surgeon = Surgeon(model, optimizer, self.parts.rule, hold=self.hold)
 
     def discard(self) -> None:
