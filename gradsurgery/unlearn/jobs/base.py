@@ -104,14 +104,14 @@ class JobConfig(MethodOptions):
 
     def check(self) -> None:
         """Raise `InputError` naming the first option that makes no sense."""
-        some = len(self.variants) > 0 or "retrain" in self.method
-        require(some, "method", "at least one method", "none")
         require(self.seeds >= 1, "seeds", "at least 1", brief(self.seeds))
         require(self.seeds <= 2**31, "seeds", "at most 2^31", brief(self.seeds))
         require(0 <= self.first_seed < 2**31, "first-seed", "in [0, 2^31)", self.first_seed)
         require(len(self.retain_fraction) > 0, "retain-fraction", "at least one share", "none")
         for fraction in self.retain_fraction:
             require(0 < fraction <= 1, "retain-fraction", "in (0, 1]", fraction)
+        some = len(self.variants) > 0 or "retrain" in self.method
+        require(some, "method", "at least one method", "none")
         require(self.tune >= 0, "tune", "at least 0", self.tune)
         require(self.tune <= 10**6, "tune", "at most a million", brief(self.tune))
         require(self.shadows in (0, *range(2, 1001)), "shadows", "0, or 2 to 1000", self.shadows)
@@ -200,10 +200,10 @@ class Texts(NamedTuple):
     """The model: "a convolutional network of 124,426 parameters for ..."."""
     card_title: str
     """Heading of the model card."""
-    loading: str
-    """Python that loads model.safetensors as `model`."""
     numbers: str
     """What the numbers of the tables are, after those that every job has."""
+    loading: str
+    """Python that loads model.safetensors as `model`."""
 
 
 class Job(ABC, Generic[C, S]):
