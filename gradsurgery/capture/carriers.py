@@ -10,10 +10,9 @@ nothing is known.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
-from gradsurgery.capture.layout import Axis, Layout, compress, constant, listed
+from gradsurgery.capture.layout import Axis, Layout, compress, constant
 
 SHARED = "shared"
 COUPLED = "coupled"
@@ -166,7 +165,7 @@ def reduced(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answ
 @carries(
     "Softmax LogSoftmax SafeSoftmax Cumsum Cumprod Logcumsumexp Sort Flip Roll Glu Gather Unfold"
 )
-@carries("IndexSelect Topk")
+@carries("Topk")
 def along(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     """Samples lie in another dimension than the operation's own, and stay there."""
     layout, out, shape = outs[0], shapes[0], ins[0]
@@ -300,96 +299,3 @@ def embedding(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[An
     if outs[0].constant:
         return [outs[0]] * len(ins)
     return [SHARED, *[None] * (len(ins) - 1)]
-
-
-# operations that pick and join
-
-
-@carries("Slice Select")
-def pick(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
-    layout, out, (shape,) = outs[0], shapes[0], ins
-    dim = wrap(node._saved_dim, len(shape))
-    picked = torch.full((shape[dim],), -1, device="cpu")
-    selects = base_name(node) == "Select"
-    if selects:
-        index = wrap(node._saved_index, shape[dim])
-    else:
-        start, end = (_signed(getattr(node, f"_saved_{a}")) for a in ("start", "end"))
-        index = slice(start, end, node._saved_step)
-    if layout.constant:
-        picked[index] = layout.rows
-        return [listed(picked, shape, dim)]
-    axis = layout.axis(out)
-    if axis is None:
-        return [None]
-    if selects:
-        return [move(layout, axis, out, shape, axis.dim + (axis.dim >= dim))]
-    if axis.dim != dim:
-        return [move(layout, axis, out, shape, axis.dim)]
-    if shape == out:
-        return [layout]
-    picked[index] = layout.along(out)
-    return [listed(picked, shape, dim)]
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >= 1 << 63 else number
-
-
-@carries("Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Unbind")
-def split(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
-    (shape,) = ins
-    dim = wrap(node._saved_dim, len(shape))
-    unbinds = base_name(node) == "Unbind"
-    first = next(iter(outs.values()))
-    if not first.constant:
-        out = shapes[next(iter(outs))]
-        axis = first.axis(out)
-        if axis is None:
-            return [None]
-        home = axis.dim + (unbinds and axis.dim >= dim)
-        if home != dim:
-            home = move(first, axis, out, shape, home)
-            return [home if all(o.same(first) for o in outs.values()) else None]
-    # samples lie in the dimension that is split: each output has the rows of its part
-    parts, none = [], torch.tensor([-1], device="cpu")
-    for k, out in enumerate(shapes):
-        size = 1 if unbinds else out[dim]
-        layout = outs.get(k)
-        if layout is None or layout.constant:
-            parts.append((none if layout is None else layout.rows).expand(size))
-            continue
-        axis = layout.axis(out)
-        if unbinds or axis is None or axis.dim != dim:
-            return [None]
-        parts.append(layout.along(out))
-    return [listed(torch.cat(parts), shape, dim)]
-
-
-@carries("Cat Stack")
-def join(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
-    layout, out = outs[0], shapes[0]
-    if layout.constant:
-        return [layout] * len(ins)
-    axis = layout.axis(out)
-    dim = wrap(node._saved_dim, len(out))
-    if axis is None:
-        return [None] * len(ins)
-    stacks = base_name(node) == "Stack"
-    if axis.dim != dim:
-        home = axis.dim - (stacks and axis.dim > dim)
-        return [None if s is None else move(layout, axis, out, s, home) for s in ins]
-    rows = layout.along(out)
-    if stacks:  # each input is one index of the new dimension
-        return [constant(int(row)) for row in rows]
-    if any(s is None or len(s) != len(out) for s in ins):
-        return [None] * len(ins)
-    parts = rows.split([s[dim] for s in ins])
-    return [listed(part, s, dim) for part, s in zip(parts, ins, strict=True)]
-
-
-@carries("ConstantPadNd")
-def pad(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
-    (shape,) = ins
-    padded = len(node._saved_pad) // 2
-    return [keep(outs[0], shapes[0], shape, range(len(shape) - padded))]

@@ -8,6 +8,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from gradsurgery.capture import grouped, picking  # noqa: F401  which register what they know
 from gradsurgery.capture.descent import Arrived, CoupledByHook, Descent, not_linear
 from gradsurgery.capture.fallback import Fallback
 from gradsurgery.capture.formulas import prepare

@@ -45,6 +45,7 @@ class ConvolutionUse(Use):
     """inputs [n, N, C, *], grads [n, N, O, *]: block k is the convolution of N samples."""
 
     tensors = ("inputs", "grads")
+    by_sample = True
 
     def __init__(
         self,

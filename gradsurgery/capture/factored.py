@@ -15,6 +15,7 @@ from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.ranges import WEIGHTS, unit, within
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import hooks_are_linear
+from gradsurgery.capture.stack import plane_for
 from gradsurgery.capture.uses import HALVES, Renumbered, RowsUse, Use, largest_group
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError
@@ -75,7 +76,7 @@ class FactoredJacobian:
     def _planes(self) -> list[Plane | None]:
         group = largest_group(self._uses)
         return [
-            Plane(p, mine, group) if mine else None
+            plane_for(p, mine, group) if mine else None
             for p, mine in zip(self.parameters, self._uses, strict=True)
         ]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from gradsurgery.capture.carriers import base_name
 from gradsurgery.capture.convolution import ConvolutionUse, Geometry
 from gradsurgery.capture.layout import Axis, Layout
+from gradsurgery.capture.picking import flat_indices, indices_of
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.trace import Junction
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use
@@ -24,7 +25,6 @@ Shape = tuple[int, ...]
 Finish = Callable[[Tensor], Use]
 Formula = Callable[[Any, int, Layout, Axis | None, Shape], Finish | None]
 
-MASKS = (torch.bool, torch.uint8)
 FORMULAS: dict[str, Formula] = {}
 
 
@@ -313,20 +313,14 @@ def embedding(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape
 
 @formula("Index IndexSelect")
 def index(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
-    if base_name(node) == "IndexSelect":
-        dim, chosen = node._saved_dim, [node._saved_index]
-    else:
-        dim, chosen = 0, list(node._saved_indices)
+    chosen = indices_of(node, len(shape))
     while chosen and chosen[-1] is None:
         chosen.pop()
-    if dim != 0 or not chosen or any(c is None or c.dtype in MASKS for c in chosen):
+    if not chosen or any(each is None for each in chosen):
         return None
     # lines of the parameter with its first dimensions as one
-    indices = torch.zeros((), dtype=torch.int64, device=chosen[0].device)
-    for size, c in zip(shape, chosen, strict=False):
-        indices = indices * size + torch.where(c < 0, c + size, c)
-    rest = shape[len(chosen) :]
-    return _picked(indices, layout, axis, (math.prod(shape[: len(chosen)]), *rest))
+    first, rest = shape[: len(chosen)], shape[len(chosen) :]
+    return _picked(flat_indices(chosen, first), layout, axis, (math.prod(first), *rest))
 
 
 def _picked(

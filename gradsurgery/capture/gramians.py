@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.paths import existing
-from gradsurgery.capture.plane import Made, Plane, all_in_range
+from gradsurgery.capture.plane import Made, all_in_range
+from gradsurgery.capture.stack import plane_for
 from gradsurgery.capture.uses import RowsUse
 from gradsurgery.errors import NonFiniteError
 
@@ -43,7 +44,7 @@ def of_model(jacobian: "FactoredJacobian") -> Tensor:
         for k, plane in enumerate(planes):
             if k in through:
                 uses = [*through.pop(k), *jacobian._uses[k]]
-                plane = Plane(jacobian.parameters[k], uses, None)
+                plane = plane_for(jacobian.parameters[k], uses, None)
             if plane is None:
                 continue
             rows = plane.rows
@@ -87,7 +88,7 @@ def of_parameters(
             own = None if metric is None else metric[k]
             if k in through:  # whose rows are not held for long
                 parts = [*through.pop(k), *jacobian._uses[k]]
-                plane = Plane(jacobian.parameters[k], parts, None)
+                plane = plane_for(jacobian.parameters[k], parts, None)
                 grams[k] = plane.in_range(plane.gramian(m, own), m, own)
             elif plane is not None:
                 grams[k] = gram = plane.gramian(m, own)

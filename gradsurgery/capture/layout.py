@@ -96,6 +96,22 @@ def listed(rows: Tensor, shape: Sequence[int], dim: int) -> Layout:
     return Layout(math.prod(shape[dim + 1 :]), RowNumbers(rows))
 
 
+def together(layout: Layout) -> Layout:
+    """The same rows, each said once for as many neighbours as have it.
+
+    An element of no row goes with its neighbours.
+    """
+    rows = layout.rows
+    for n in range(max(1, len(layout.numbers.occurring)), layout.count):
+        if layout.count % n == 0:
+            parts = rows.view(n, -1)
+            each = parts.amax(1)
+            if bool(((parts == each[:, None]) | (parts < 0)).all()):
+                stride = layout.stride * parts.shape[1]
+                return constant(int(each)) if n == 1 else Layout(stride, RowNumbers(each))
+    return layout
+
+
 def merge(a: Layout, b: Layout, shape: Sequence[int]) -> Layout | None:
     """The layout of a sum of two gradients; None where an element would belong to two rows."""
     if a.same(b) or 0 in shape:
@@ -118,7 +134,12 @@ def merge(a: Layout, b: Layout, shape: Sequence[int]) -> Layout | None:
             for layout in (a, b)
         )
         if bool(((one == other) | (one < 0) | (other < 0)).all()):
-            return listed(torch.maximum(one, other), shape, dim)
+            both = torch.maximum(one, other)
+            # the one that says it in fewer words, if it says it all
+            for layout, own in sorted(((a, one), (b, other)), key=lambda each: each[0].count):
+                if torch.equal(own, both):
+                    return layout
+            return listed(both, shape, dim)
         return None
     one, other = a.elements(shape), b.elements(shape)
     if bool(((one == other) | (one < 0) | (other < 0)).all()):

@@ -12,6 +12,7 @@ from gradsurgery.capture.hooks import linear, near, scale_of
 from gradsurgery.capture.probe import steady, unsteady
 from gradsurgery.capture.ranges import in_range, unit
 from gradsurgery.capture.snapshot import as_before, functions
+from gradsurgery.capture.tokens import TokenUse
 from gradsurgery.capture.trace import Leaf, misused
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, Within, plane_of
 from gradsurgery.capture.views import Simple
@@ -25,9 +26,7 @@ ROOM = 16.0  # sums of many values near 1 leave float16's range
 def oriented(use: Use, simple: Simple) -> Use | None:
     """A use of a leaf as a use of its parameter; None where it cannot be turned."""
     if simple.transposed:
-        if not isinstance(use, (MatrixUse, RowsUse)):
-            return None
-        if isinstance(use, MatrixUse) and use.left.dim() != 3:
+        if not isinstance(use, (MatrixUse, TokenUse, RowsUse)):
             return None
         use = use.transposed()
     if simple.height is not None:

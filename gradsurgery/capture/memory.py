@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gradsurgery.capture.convolution import PATCHES, ConvolutionUse
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.paths import chunk
-from gradsurgery.capture.plane import Plane
+from gradsurgery.capture.plane import PRODUCTS, Plane
+from gradsurgery.capture.stack import Stack
+from gradsurgery.capture.tokens import PADDING, TokenUse
 from gradsurgery.capture.trace import Leaf
 from gradsurgery.capture.uses import HALVES, MatrixUse
 from gradsurgery.ops._backend import native_available
@@ -118,13 +120,17 @@ def needed(
 
 def _forming(plane: Plane) -> int:
     """Bytes of the buffers of a parameter's Gramian."""
+    if isinstance(plane, Stack):  # one matrix after another
+        return max(map(_forming, plane.sections.values()))
     copies, value = _copies(plane), _value(plane.parameter)
     if plane.plan is None:
         return copies
     values = tokens = 0
     for use in plane.uses:
-        if isinstance(use, (MatrixUse, ConvolutionUse)):
+        if isinstance(use, PRODUCTS):
             tokens += use.n * use.tokens
+        if isinstance(use, TokenUse):  # in blocks
+            values += int(PADDING * (use.left.numel() + use.right.numel()))
         if isinstance(use, ConvolutionUse):
             patches = plane.plan.path == "factored" or use.tokens < PATCHES
             values += _patches(use) if patches else 0
@@ -149,7 +155,7 @@ def _adding(plane: Plane) -> int:
     sides = sum(
         min(t.numel() for t in use.values)
         for use in plane.uses
-        if len(use.values) > 1 and not (kernel and isinstance(use, MatrixUse))
+        if len(use.values) > 1 and not (kernel and isinstance(use, (MatrixUse, TokenUse)))
     )
     return _copies(plane) + (planes * p.numel() + sides) * _value(p)
 

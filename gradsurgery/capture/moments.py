@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gradsurgery.capture.convolution import ConvolutionUse
+from gradsurgery.capture.tokens import TokenUse
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, Use, Within
 
 _Made = Callable[[Tensor], Tensor]
@@ -107,6 +109,17 @@ def _of(use: Use, made: _Made, put: _Put) -> dict[int, Tensor] | None:
         # an index is a one-hot input: x x^T is diagonal, and counts how often a line was picked
         counts = use.counts().double().view(-1, 1, 1)
         return {0: counts if made is _gram else counts.sqrt()}
+    if isinstance(use, TokenUse):
+        inputs = use.left if use.inputs == "left" else use.right
+        tokens = dict(use.each())
+        each = [
+            made(inputs[tokens.get(k, slice(0, 0))].double().unsqueeze(0))
+            for k in range(use.matrices)
+        ]
+        # rows of zeros, where others have more, have no part in moments
+        most = max(part.shape[1] for part in each)
+        padded = [F.pad(part, (0, 0, 0, most - part.shape[1])) for part in each]
+        return {0 if use.inputs == "left" else 1: torch.cat(padded)}
     if isinstance(use, ConvolutionUse):
         # sample by sample: patches are k times the input
         each = [use.select(slice(k, k + 1)) for k in range(use.n)]

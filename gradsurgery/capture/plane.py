@@ -7,16 +7,18 @@ from functools import cached_property
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.paths import direct, embedded, factored, same_dtype, stored
 from gradsurgery.capture.planner import Plan, Work, plan
 from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, magnitudes, within
 from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.tokens import TokenUse
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, scale
 from gradsurgery.ops._inputs import wide
 
+PRODUCTS = (MatrixUse, ConvolutionUse, TokenUse)
 FORMED_ON = {"cuda"}  # where `_formed` pays: a CPU launches nothing
 
 
@@ -28,9 +30,9 @@ class Plane:
     a backward pass of its own, that use is `whole`, and its block is the kept plane.
     """
 
-    def __init__(self, parameter: nn.Parameter, uses: list[Use], group: int | None) -> None:
+    def __init__(self, parameter: Tensor, uses: list[Use], group: int | None) -> None:
         uses = [use for use in uses if use.n] or uses[:1]  # kernels take no empty ones
-        self.parameter, self.uses = parameter, _like_the_others(_formed(uses))
+        self.parameter, self.uses = parameter, like_the_others(_formed(uses))
         self.whole = _whole(self.uses)
         self.group = group if self.whole is None else int(self.whole.rows.tensor)
         self.kept: Tensor | None = None  # [H, W], the row `group`
@@ -45,8 +47,9 @@ class Plane:
         for use in self.uses:
             if use is self.whole:
                 continue
-            tokens = use.tokens if isinstance(use, (MatrixUse, ConvolutionUse, EmbeddingUse)) else 1
-            longest = max(longest, tokens)
+            tokens = use.tokens if isinstance(use, (*PRODUCTS, EmbeddingUse)) else 1
+            most = use.longest(self.group) if isinstance(use, TokenUse) else tokens
+            longest = max(longest, most)
             inside = len(use.rows.split(self.group)[1].rows) if self.group is not None else 0
             count = counts[isinstance(use, EmbeddingUse)]
             count[0] += (use.n - inside) * tokens
@@ -74,10 +77,17 @@ class Plane:
                     into.append(use.select(blocks, rows))
         return own, summed
 
-    def _combined(self, uses: Sequence[Use], weights: Tensor, precise: bool = False) -> Tensor:
+    def _combined(
+        self,
+        uses: Sequence[Use],
+        weights: Tensor,
+        precise: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """[H, W]; fresh memory costs most when it is first written, so it is written once."""
-        out = wide(self.parameter.detach()).new_empty(self.uses[0].plane)
-        out = out.double() if precise else out
+        if out is None or precise:
+            out = wide(self.parameter.detach()).new_empty(self.uses[0].plane)
+            out = out.double() if precise else out
         for k, use in enumerate(uses):
             use = use.double() if precise else use.wide()
             use.combine(weights[use.rows.on(weights.device)], out, beta=1 if k else 0)
@@ -126,8 +136,7 @@ class Plane:
         # lines of an embedding's table that no token picked are zero: they are left out
         if own and all(isinstance(use, EmbeddingUse) for use in own):
             return embedded([cast(EmbeddingUse, use) for use in own], m, group, metric)
-        own = [use.best() if isinstance(use, ConvolutionUse) else use for use in own]
-        return direct(own, m, group, metric)
+        return direct([_best(use) for use in own], m, group, metric)
 
     def bounds(self, metric: Tensor | None) -> tuple[float, float] | None:
         """Squared norms outside of which `gramian` may have lost products; None if it never does.
@@ -177,15 +186,26 @@ class Plane:
         """
         if not self.uses[0].n:
             return torch.zeros_like(self.parameter.detach())
+        out = self._sum(weights, add, release, far)
+        return out.view(self.parameter.shape).to(self.parameter.dtype)
+
+    def _sum(
+        self,
+        weights: Tensor,
+        add: bool,
+        release: bool,
+        far: bool,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """The same as a plane [H, W], in `into` where it has to be formed."""
         if far and not all(
             in_range(use, weights[use.rows.on(weights.device)]) for use in self.uses
         ):
-            out = self._combined(self.uses, weights, precise=True)
-            return out.view(self.parameter.shape).to(self.parameter.dtype)
+            return self._combined(self.uses, weights, precise=True)
         if self.plan is not None and self.whole is not None:
             self.group_plane()
         if self.kept is None:
-            out = self._combined(self.uses, weights)
+            out = self._combined(self.uses, weights, out=into)
         else:
             mine = self.whole is None or self.kept.dtype != self.whole.blocks.dtype
             # the plane becomes `.grad` without a copy. That which came from a pass may be another
@@ -203,7 +223,7 @@ class Plane:
                 use.wide().combine(weights[use.rows.on(weights.device)], out, beta)
                 beta = 1
             scale(out, beta)
-        return out.view(self.parameter.shape).to(self.parameter.dtype)
+        return out
 
 
 class Made(NamedTuple):
@@ -243,7 +263,7 @@ def _formed(uses: list[Use]) -> list[Use]:
     return [use.formed() if isinstance(use, MatrixUse) else use.wide() for use in uses]
 
 
-def _like_the_others(uses: list[Use]) -> list[Use]:
+def like_the_others(uses: list[Use]) -> list[Use]:
     """Rows that exist are seen as planes of the others' height and width."""
     plane = next((use.plane for use in uses if not isinstance(use, RowsUse)), None)
     if plane is None or all(use.plane == plane for use in uses):
@@ -268,12 +288,26 @@ def _are_products(uses: Sequence[Use], device: str) -> bool:
     if not others:  # a GPU has a kernel for them; elsewhere, they are few rows
         return device == "cuda"
     if not picked:
-        return all(isinstance(use, (MatrixUse, ConvolutionUse)) for use in others)
+        return all(isinstance(use, PRODUCTS) and _of_one(use) for use in others)
     return all(isinstance(use, MatrixUse) and use.left.dim() == 3 for use in others)
 
 
+def _of_one(use: Use) -> bool:
+    return not isinstance(use, TokenUse) or use.matrices == 1
+
+
+def _best(use: Use) -> Use:
+    if isinstance(use, ConvolutionUse):
+        return use.best()
+    return use.blocks()[0] if isinstance(use, TokenUse) and use.matrices == 1 else use
+
+
 def _products(uses: Sequence[Use]) -> list[MatrixUse | EmbeddingUse]:
-    return [
-        use.matrices() if isinstance(use, ConvolutionUse) else cast(MatrixUse | EmbeddingUse, use)
-        for use in uses
-    ]
+    made = []
+    for use in uses:
+        if isinstance(use, ConvolutionUse):
+            use = use.matrices()
+        elif isinstance(use, TokenUse):
+            use = use.blocks()[0]
+        made.append(cast(MatrixUse | EmbeddingUse, use))
+    return made

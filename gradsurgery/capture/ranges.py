@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.capture.convolution import ConvolutionUse
+from gradsurgery.capture.tokens import TokenUse
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, Within
 
 # Squared norms between which products of tokens that do not cancel are in range: nearer to 0 than
@@ -47,8 +48,8 @@ def magnitudes(use: Use) -> list[Tensor]:
         return magnitudes(use.inner)
     if any(tensor.numel() == 0 for tensor in use.values):
         return []
-    if isinstance(use, MatrixUse):
-        left, right = (_largest(side, -1) for side in use.values)
+    if isinstance(use, (MatrixUse, TokenUse)):
+        left, right = (_largest(side, -1).unsqueeze(-1) for side in (use.left, use.right))
         live = (left != 0) & (right != 0)
         return [torch.where(live, side, 0).flatten(1) for side in (left, right)]
     if isinstance(use, EmbeddingUse):

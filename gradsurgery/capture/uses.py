@@ -26,6 +26,7 @@ class Use:
     rows: RowNumbers
     grain = 1  # planes are cut along H into multiples of this
     tensors: tuple[str, ...] = ()  # attributes with leading dimension n
+    by_sample = False  # whether each block is of all tokens of a sample
 
     def select(self, blocks: Tensor | slice, rows: RowNumbers | None = None) -> "Use":
         """The use with some of its blocks only, of `rows`; views where it is a slice."""
@@ -148,6 +149,7 @@ class MatrixUse(Use):
     """
 
     tensors = ("left", "right")
+    by_sample = True
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class MatrixUse(Use):
         rows: RowNumbers,
         inputs: Literal["left", "right"] = "right",
     ) -> None:
-        self.inputs = inputs
+        self.inputs: Literal["left", "right"] = inputs
         self.left, self.right = left.detach().resolve_neg(), right.detach().resolve_neg()
         self.rows = rows
         # several matrices are one below the other in the plane: cut between them only
@@ -371,7 +373,11 @@ class Renumbered:
 
 def largest_group(uses: list[list[Use]]) -> int | None:
     """The row that sums most samples; None where each has its own."""
-    longest = max((use for mine in uses for use in mine), key=lambda use: use.n, default=None)
+    every = [use for mine in uses for use in mine]
+    # others may have a block for each token: rows have many of these, and sum nothing
+    longest = max(
+        [use for use in every if use.by_sample] or every, key=lambda use: use.n, default=None
+    )
     if longest is None or longest.n < 2:
         return None
     counts = torch.bincount(longest.rows.tensor)

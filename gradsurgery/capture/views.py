@@ -1,6 +1,6 @@
 """Tensors that are parameters seen another way."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -13,10 +13,13 @@ SPLITS = {"Split", "UnsafeSplit", "SplitWithSizes", "UnsafeSplitWithSizes"}
 
 
 class Simple(NamedTuple):
-    """A leaf that is a parameter, its transpose, a view of it or some of its lines."""
+    """A leaf that is a parameter, its transpose, a view of it or some of its lines.
+
+    Lines are those of its matrix; of several matrices [g, H, W], those of one below the other.
+    """
 
     parameter: nn.Parameter
-    transposed: bool
+    transposed: bool  # each matrix
     start: int  # first line
     height: int | None  # of the parameter, where the leaf has some of its lines only
 
@@ -36,13 +39,19 @@ def resolve(place: Place) -> Simple | None:
         # one view after another; what would need two of them undone in turn is given up
         if name in VIEWS:
             viewed = True
-        elif name in ("T", "Transpose") and len(shape) == 2:
+        elif name in ("T", "Transpose") and len(shape) in (2, 3):
             if viewed or transposed or height is not None:
                 return None
-            transposed = name == "T" or {wrap(node._saved_dim0, 2), wrap(node._saved_dim1, 2)} == {
-                0,
-                1,
-            }
+            transposed = name == "T" or _last_two(node, len(shape))
+            if len(shape) == 3 and not transposed:
+                return None
+        elif name == "Select":
+            above = shape_of(following[0])
+            # one of several matrices
+            if viewed or height is not None or len(above) != 3 or wrap(node._saved_dim, 3) != 0:
+                return None
+            start = wrap(node._saved_index, above[0]) * above[1]
+            height = above[0] * above[1]
         elif name in SPLITS or name == "Slice":
             above = shape_of(following[0])
             # only whole lines: a part of the first dimension, of a parameter not reshaped before
@@ -59,6 +68,11 @@ def resolve(place: Place) -> Simple | None:
         elif name not in COPIES:
             return None
         node, nr = following[0]
+
+
+def _last_two(node: Any, ndim: int) -> bool:
+    """Whether a Transpose exchanges the last two dimensions."""
+    return {wrap(node._saved_dim0, ndim), wrap(node._saved_dim1, ndim)} == {ndim - 2, ndim - 1}
 
 
 def shape_of(place: Place) -> tuple[int, ...]:

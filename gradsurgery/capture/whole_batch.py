@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.tokens import TokenUse
 from gradsurgery.capture.uses import RowsUse, Use, Within
 
 SLOW, STORED, UNREACHED = "one row at a time", "stored rows", "not reached"
@@ -36,6 +37,8 @@ def _scaled(use: Use, rows: Tensor, known: dict[tuple[int, int], RowNumbers]) ->
     """A use of two samples as one of many, which are like those two in turns."""
     if isinstance(use, Within):
         return Within(_scaled(use.inner, rows, known), use.start, use.plane[0])
+    if isinstance(use, TokenUse):
+        return _tokens_scaled(use, rows)
     counts = int((use.rows.tensor == 0).sum()), int((use.rows.tensor == 1).sum())
     if counts not in known:
         samples = (rows >= 0).nonzero().flatten()
@@ -48,6 +51,19 @@ def _scaled(use: Use, rows: Tensor, known: dict[tuple[int, int], RowNumbers]) ->
         tensor = getattr(use, name)
         setattr(part, name, tensor.new_empty(len(part.rows), *tensor.shape[1:], device="meta"))
     return part
+
+
+def _tokens_scaled(use: TokenUse, rows: Tensor) -> TokenUse:
+    samples = (rows >= 0).nonzero().flatten()
+    mine = [use.which[use.rows.tensor == k] for k in (0, 1)]  # of each of the two
+    each = [mine[k] for k in (samples % 2).tolist()]
+    lengths = torch.tensor([len(which) for which in each], device="cpu")
+    which, order = torch.cat(each).sort(stable=True)
+    left, right = (
+        side.new_empty(len(which), side.shape[1], device="meta") for side in (use.left, use.right)
+    )
+    known = RowNumbers(rows[samples].repeat_interleave(lengths)[order])
+    return TokenUse(which, left, right, known, use.matrices, use.inputs)
 
 
 def paths_of(jacobian: FactoredJacobian, whole: FactoredJacobian) -> dict[str, str]:

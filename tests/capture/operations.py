@@ -1,5 +1,6 @@
 """Graphs of one operation, for every name that has a carrier or a formula."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -70,6 +71,12 @@ def filled(function):
         return x
 
     return call
+
+
+def multiplied_in_groups():
+    pytest.importorskip("transformers.integrations.moe")
+    offs = torch.tensor([2, 2, 3, 6])
+    return torch.ops.transformers.grouped_mm_fallback(leaf(6, 2), leaf(4, 2, 3), offs)
 
 
 aten = torch.ops.aten
@@ -287,6 +294,15 @@ CASES = {
         lambda: torch.cat([leaf(4, 2), leaf(4, 4)], -1),
     ],
     "Stack": [lambda: torch.stack([leaf(4), leaf(4)]), lambda: torch.stack([leaf(4, 4, 4)] * 2, 1)],
+    "IndexAdd": [
+        lambda: leaf(4, 6).index_add(0, ints(4, 5), leaf(5, 6), alpha=2),
+        lambda: leaf(4, 6, 2).index_add(-1, ints(2, 4), leaf(4, 6, 4)),
+        lambda: leaf(4).index_add(0, ints(4, 3), leaf(3)),
+    ],
+    "IndexCopy": [
+        lambda: leaf(4, 6).index_copy(0, torch.tensor([3, 1]), leaf(2, 6)),
+        lambda: leaf(4, 6).index_copy(1, torch.tensor([0, 5, 2]), leaf(4, 3)),
+    ],
     # operations without a formula of their own, for what meets a parameter
     "Index": [
         lambda: leaf(5, 3)[ints(5, 4, 2)],
@@ -294,5 +310,12 @@ CASES = {
         lambda: leaf(5, 6, 2)[-ints(5, 4, 1) - 1, ints(6, 3)],
         lambda: leaf(5, 6)[:, ints(6, 4)],
         lambda: leaf(5)[ints(5, 6)],
+        lambda: leaf(4, 3)[torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])],
+        lambda: leaf(4, 3, 2)[:, torch.tensor([[0, 1, 1], [2, 0, 0]])],
+        lambda: leaf(4, 3, 2)[torch.tensor([[0], [2]]), :, torch.tensor([1, 0])],
+        lambda: leaf(4, 3)[torch.tensor([True, False, True, True])],
+        lambda: leaf(4, 3)[leaf(4, 3) > 0.5],
+        lambda: leaf(4, 3)[torch.tensor([3, 0]), torch.tensor([1, 2])],
     ],
+    "GeneratedBackwardFor_transformers_grouped_mm_fallback_defaultBackward": [multiplied_in_groups],
 }

@@ -26,6 +26,8 @@ ONLY_CUDA = {
     "ScaledDotProductFlashAttention",
 }
 
+FLOAT32 = {"GroupedMm"}  # torch has it in no float64: tests/capture/test_experts.py
+
 ROWS = 24  # the most that a layout here tells apart
 
 
@@ -107,8 +109,8 @@ def test_carrier(name, monkeypatch):
 
 
 def test_every_carrier_and_formula_has_a_case():
-    assert set(CARRIERS) - set(CASES) == ONLY_CUDA
-    assert set(FORMULAS) - set(CASES) == ONLY_CUDA & set(FORMULAS)
+    assert set(CARRIERS) - set(CASES) == ONLY_CUDA | FLOAT32
+    assert set(FORMULAS) - set(CASES) == ONLY_CUDA & set(FORMULAS) | FLOAT32
 
 
 def junctions(name):
