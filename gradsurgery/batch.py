@@ -138,6 +138,15 @@ def batch_size(batch: Any, name: str = "batch") -> int:
     return size
 
 
+def sample_count(loss: Any, batch: Any) -> int:
+    """How many losses a loss has of a batch: its size, unless the loss has a `count_samples`.
+
+    As those of `gradsurgery.language` have: packed batches have several documents in a row.
+    """
+    own: Callable[[Any], int] | None = getattr(loss, "count_samples", None)
+    return batch_size(batch) if own is None else own(batch)
+
+
 def micro_batches(batch: Any) -> list[Any]:
     """The entries of a list of batches; of any other batch itself alone.
 

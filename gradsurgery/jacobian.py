@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsurgery.apart import Trial, in_parts
-from gradsurgery.batch import Loss, batch_size, trainable
+from gradsurgery.batch import Loss, batch_size, sample_count, trainable
 from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, run_hooks
 from gradsurgery.ops import combine, gramian
@@ -123,7 +123,11 @@ class DenseJacobian:
         check_count("chunk_size", chunk_size)
         named = trainable(model, parameters)
         check_served(model, named)
-        batch_size(batch)
+        check(
+            sample_count(loss, batch) == batch_size(batch),
+            "stored rows take samples apart, and batch has several in a row of tokens: take "
+            "gradsurgery.language.unpacked(batch), or captured rows",
+        )
         if rows == "mean":
             found = mean_row(model, named, batch, loss)
         else:

@@ -19,6 +19,7 @@ from gradsurgery.batch import (
     joined,
     map_batch,
     per_sample_losses,
+    sample_count,
     take,
     tokens,
 )
@@ -86,11 +87,12 @@ class Passes:
         if self.rows == "stored":
             yield from self._stored(parts)
             return
-        sizes = {part: batch_size(batch) for part, batch in parts.items()}
+        sizes = {part: sample_count(self.loss, batch) for part, batch in parts.items()}
         largest = max(sizes.values())
         most = largest if self.micro_batch is None else self.micro_batch
         if largest > most:
             for part, batch in parts.items():
+                _check_cut(f"micro_batch={most}", part, batch, sizes[part])
                 for at in range(0, sizes[part], most):
                     piece = take(batch, slice(at, at + most))
                     yield self._pass({part: piece}, piece, most < sizes[part])
@@ -111,6 +113,8 @@ class Passes:
         """Both batches as one, where one pass does for them."""
         if set(parts) != {"forget", "retain"} or not self._one_pass(*parts.values()):
             return None
+        if any(sample_count(self.loss, part) != batch_size(part) for part in parts.values()):
+            return None  # rows of documents have lengths of their own
         together = joined(*parts.values())
         return together if together is not None and self._goes_together(parts) else None
 
@@ -157,7 +161,7 @@ class Passes:
 
         `cut`: whether it is a piece of a batch.
         """
-        sizes = {part: batch_size(batch) for part, batch in parts.items()}
+        sizes = {part: sample_count(self.loss, batch) for part, batch in parts.items()}
         parameters = list(self.named.values())
         with (
             torch.enable_grad(),
@@ -224,6 +228,7 @@ class Passes:
         """The same rows, explicit."""
         loss = cast(Loss, self.loss)
         for part, batch in parts.items():
+            _check_cut("rows='stored'", part, batch, sample_count(self.loss, batch))
             if self.outside:
                 first = first_loss(self.model, batch, loss)
                 grads = gradients(first, list(self.outside.values()))
@@ -245,6 +250,14 @@ class Passes:
             yield Pass(found, {part: Part(found.m, losses, None, self._merges(part))})
             if self.adds and self._merges(part) and batch_size(batch) > 1:
                 self._check_apart("add", part, batch, 1)
+
+
+def _check_cut(what: str, part: str, batch: Any, samples: int) -> None:
+    check(
+        samples == batch_size(batch),
+        f"{what} takes samples apart, and {part} has {samples} in {batch_size(batch)} rows of "
+        "tokens: take gradsurgery.language.unpacked(batch)",
+    )
 
 
 def check_outside(rule: Rule, rows: str, names: list[str]) -> None:

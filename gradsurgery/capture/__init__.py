@@ -45,6 +45,8 @@ What is kept
 - token: one position of a sample that a pair has a vector for: a word, a patch, a pixel.
 - plane: a parameter, or a block of it, seen as a matrix [H, W]: its first dimension by all others.
 - line: one of the H vectors of a plane, as that of a word in an embedding's table.
+- stack: a parameter that is several matrices, one below the other, each of which meets tokens of
+  its own, as experts do: each has a plane of its own (`Stack`).
 - kept plane: that of the group's row, formed once: the Gramian and the update need it.
 - path: the way to the Gramian of one parameter: "factored", products of tokens; "direct", slices of
   planes that are formed, multiplied and dropped; or rows that are stored anyway.

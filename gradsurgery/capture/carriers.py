@@ -7,12 +7,15 @@ operation has no carrier, the operation is asked itself (probe.py), whose answer
 nothing is known.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.nn.modules._functions import BackwardHookFunction
 
-from gradsurgery.capture.layout import Axis, Layout, compress, constant
+from gradsurgery.capture.layout import Axis, Layout, compress, constant, listed
+from gradsurgery.capture.recomputed import read_again
 
 SHARED = "shared"
 COUPLED = "coupled"
@@ -261,8 +264,32 @@ def batch_norm(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[A
     " ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention"
 )
 def attention(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
-    heads = [keep(outs[0], shapes[0], s, (0, 1)) if s is not None else None for s in ins[:3]]
-    return heads + [None] * (len(ins) - 3)
+    layout, out, others = outs[0], shapes[0], [None] * (len(ins) - 3)
+    axis = layout.axis(out)
+    if axis is None or axis.dim != 2:
+        heads = [None if s is None else keep(layout, out, s, (0, 1)) for s in ins[:3]]
+        return [*heads, *others]
+    q, k, v = ins[:3]
+    # queries of several samples: a key has the row of all that see it, if that is one
+    side = k if v is None else v
+    keys = None if side is None else _seen(node, layout.along(out), side[2])
+    if keys is None:
+        return [None] * len(ins)
+    theirs = [None if s is None else listed(keys, s, 2) for s in (k, v)]
+    return [None if q is None else move(layout, axis, out, q, 2), *theirs, *others]
+
+
+def _seen(node: Any, of: torch.Tensor, count: int) -> torch.Tensor | None:
+    """Of each of K keys the one row of the queries, `of` [Q], that its mask lets see it, [K]."""
+    read_again([node])
+    mask = getattr(node, "_saved_attn_mask", getattr(node, "_saved_attn_bias", None))
+    if mask is None:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask != -math.inf
+    seen = seen.expand(*seen.shape[:-2], len(of), count).reshape(-1, len(of), count)
+    seen = seen.any(0).cpu() & (of >= 0)[:, None]
+    keys = torch.where(seen, of[:, None], -1).amax(0)
+    return keys if bool((~seen | (keys == of[:, None])).all()) else None
 
 
 # products

@@ -82,8 +82,9 @@ def _routed(
     ends = offs.long().cpu()
     tokens = int(ends[-1])  # what comes behind meets none
     which = torch.searchsorted(ends, torch.arange(tokens, device="cpu"), right=True)
-    of = layout.rows.expand(len(x))
-    if axis is not None:
+    if axis is None:
+        of = layout.rows.expand(len(x))
+    else:
         of = layout.rows.repeat_interleave(axis.inner).repeat(axis.outer)
     rows = RowNumbers(of[:tokens])
 

@@ -97,18 +97,12 @@ def listed(rows: Tensor, shape: Sequence[int], dim: int) -> Layout:
 
 
 def together(layout: Layout) -> Layout:
-    """The same rows, each said once for as many neighbours as have it.
-
-    An element of no row goes with its neighbours.
-    """
-    rows = layout.rows
-    for n in range(max(1, len(layout.numbers.occurring)), layout.count):
+    """The same rows, each said once for as many neighbours as have it."""
+    for n in range(len(layout.numbers.ids), layout.count):
         if layout.count % n == 0:
-            parts = rows.view(n, -1)
-            each = parts.amax(1)
-            if bool(((parts == each[:, None]) | (parts < 0)).all()):
-                stride = layout.stride * parts.shape[1]
-                return constant(int(each)) if n == 1 else Layout(stride, RowNumbers(each))
+            parts = layout.rows.view(n, -1)
+            if bool((parts == parts[:, :1]).all()):
+                return Layout(layout.stride * parts.shape[1], RowNumbers(parts[:, 0].contiguous()))
     return layout
 
 

@@ -45,31 +45,34 @@ def _signed(number: int) -> int:
 @carries("Index IndexSelect")
 def index(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     layout, out, shape = outs[0], shapes[0], ins[0]
-    if shape is None or layout.constant:
-        return [layout, *[None] * (len(ins) - 1)]
+    others: list[Answer] = [None] * (len(ins) - 1)
+    if shape is None:
+        return [None, *others]
     chosen = indices_of(node, len(shape))
     dims = [dim for dim, each in enumerate(chosen) if each is not None]
     axis = layout.axis(out)
-    if axis is None or not dims or dims != list(range(dims[0], dims[-1] + 1)):
-        return [None] * len(ins)  # with a slice between them they are first in what comes out
+    if not dims or dims != list(range(dims[0], dims[-1] + 1)) or not (axis or layout.constant):
+        return [None, *others]  # with a slice between them, what they pick comes first
     before, after = dims[0], dims[-1] + 1
-    many = torch.broadcast_shapes(*(each.shape for each in chosen if each is not None))
-    if axis.dim < before:
-        return [move(layout, axis, out, shape, axis.dim)]
-    if axis.dim >= before + len(many):
-        return [move(layout, axis, out, shape, axis.dim - before - len(many) + after)]
+    picked = torch.broadcast_shapes(*(each.shape for each in chosen if each is not None))
+    if axis is not None and not before <= axis.dim < before + len(picked):
+        behind = 0 if axis.dim < before else after - before - len(picked)
+        return [move(layout, axis, out, shape, axis.dim + behind), *others]
     # samples lie among what is picked: a line has the row of all that pick it
-    lines, picked = flat_indices(chosen[before:after], shape[before:after]), many
-    of = layout.along(out).view([-1 if k == axis.dim - before else 1 for k in range(len(many))])
+    of = layout.rows
+    if axis is not None:
+        of = layout.along(out).view(
+            [-1 if before + k == axis.dim else 1 for k in range(len(picked))]
+        )
     of = of.expand(picked).flatten()
-    lines = lines.expand(picked).flatten().cpu()
-    size = math.prod(shape[before:after])
-    rows = torch.full((size,), -1, device="cpu").scatter_reduce_(0, lines, of, "amax")
+    lines = flat_indices(chosen[before:after], shape[before:after]).expand(picked).flatten().cpu()
+    rows = torch.full((math.prod(shape[before:after]),), -1, device="cpu")
+    rows.scatter_reduce_(0, lines, of, "amax")
     if bool(((of >= 0) & (rows[lines] != of)).any()):
-        return [SHARED, *[None] * (len(ins) - 1)]
+        return [SHARED, *others]
     found = together(compress(rows.view(shape[before:after])))
     below = math.prod(shape[after:])
-    return [Layout(found.stride * below, found.numbers), *[None] * (len(ins) - 1)]
+    return [Layout(found.stride * below, found.numbers), *others]
 
 
 def indices_of(node: Any, ndim: int) -> list[torch.Tensor | None]:
@@ -98,16 +101,19 @@ def flat_indices(chosen: Sequence[Any], sizes: Sequence[int]) -> torch.Tensor:
 @carries("IndexAdd IndexCopy")
 def index_add(node: Any, outs: dict, shapes: Sequence, ins: Sequence) -> list[Answer]:
     """What is added to, or written over, and what is put there by an index."""
-    layout, out, (_, source) = outs[0], shapes[0], ins[:2]
-    if layout.constant:
-        return [layout] * len(ins)
+    layout, out, source = outs[0], shapes[0], ins[1]
     axis, dim = layout.axis(out), wrap(node._saved_dim, max(len(out), 1))
-    if axis is None or source is None:
+    if axis is None and not layout.constant:
         return [layout, None]
-    if axis.dim != dim:
-        return [layout, move(layout, axis, out, source, axis.dim)]
+    if axis is not None and axis.dim != dim:
+        return [layout, None if source is None else move(layout, axis, out, source, axis.dim)]
+    rows = layout.rows if axis is None else layout.along(out)
+    rows = rows.expand(out[dim] if out else 1)
     read_again([node])
-    return [layout, listed(layout.along(out)[node._saved_index.flatten().cpu()], source, dim)]
+    index, mine = node._saved_index.flatten().cpu(), layout
+    if base_name(node) == "IndexCopy":  # nothing is left of what was written over
+        mine = listed(rows.index_fill(0, index, -1), out, dim)
+    return [mine, None if source is None else listed(rows[index], source, dim)]
 
 
 @carries("Split UnsafeSplit SplitWithSizes UnsafeSplitWithSizes Unbind")

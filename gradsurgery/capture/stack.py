@@ -56,7 +56,7 @@ class Stack(Plane):
     def _sum(
         self, weights: Tensor, add: bool, release: bool, far: bool, into: Tensor | None = None
     ) -> Tensor:
-        out, end = wide(self.parameter.detach()).new_empty(self.uses[0].plane), 0
+        out, end = wide(self.parameter.detach()[:0]).new_empty(self.uses[0].plane), 0
         for (lo, hi), plane in self.sections.items():
             out[end:lo] = 0
             part = plane._sum(weights, add, release, far, out[lo:hi])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.capture.row_numbers import RowNumbers, as_slice
-from gradsurgery.capture.uses import MatrixUse, Use, scale
+from gradsurgery.capture.uses import MatrixUse, Use, kernels_take_halves, scale
 
 PADDING = 1.25  # times its tokens that a matrix may have in blocks of equal length
 
@@ -42,6 +42,10 @@ class TokenUse(Use):
         """Lines of each matrix."""
         return self.left.shape[1]
 
+    @property
+    def takes_halves(self) -> bool:
+        return kernels_take_halves(self.left.device.type)
+
     def transposed(self) -> "TokenUse":
         turned = "left" if self.inputs == "right" else "right"
         return TokenUse(self.which, self.right, self.left, self.rows, self.matrices, turned)
@@ -63,7 +67,7 @@ class TokenUse(Use):
         counts = torch.bincount(self.rows.tensor)
         if but is not None and but < len(counts):
             counts[but] = 0
-        return int(counts.max())
+        return int(counts.max()) if len(counts) else 0
 
     def blocks(self) -> tuple[MatrixUse, Tensor]:
         """Tokens of one matrix in blocks of equal length; and the first token of each block.

@@ -90,7 +90,7 @@ class Use:
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def _kernels_take_halves(device: str) -> bool:
+def kernels_take_halves(device: str) -> bool:
     return backend_of("combine_tokens", device) == "triton"
 
 
@@ -171,7 +171,7 @@ class MatrixUse(Use):
 
     @property
     def takes_halves(self) -> bool:
-        return _kernels_take_halves(self.left.device.type)
+        return kernels_take_halves(self.left.device.type)
 
     def transposed(self) -> "MatrixUse":
         turned = "left" if self.inputs == "right" else "right"
@@ -269,7 +269,7 @@ class EmbeddingUse(Use):
 
     @property
     def takes_halves(self) -> bool:
-        return _kernels_take_halves(self.grads.device.type)
+        return kernels_take_halves(self.grads.device.type)
 
     def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         inside = (self.indices >= lo) & (self.indices < hi)

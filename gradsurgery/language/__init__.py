@@ -18,6 +18,7 @@ from gradsurgery.language.losses import (
     SatImp,
     lm_losses,
 )
+from gradsurgery.language.packed import unpacked
 from gradsurgery.language.pairs import rule_for
 from gradsurgery.language.preference import DPO, NPO, SimNPO
 from gradsurgery.language.reference import Frozen, LogProbs, WithoutAdapter
@@ -54,4 +55,5 @@ __all__ = [
     "raised",
     "retain_loss",
     "rule_for",
+    "unpacked",
 ]

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from gradsurgery.batch import WeightedLosses
+from gradsurgery.batch import WeightedLosses, batch_size
 from gradsurgery.errors import InputError
+from gradsurgery.language.packed import packing
 from gradsurgery.language.reference import Frozen, LogProbs, WithoutAdapter
 from gradsurgery.language.tokens import (
     Batch,
@@ -65,6 +66,11 @@ class LanguageLoss:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor | WeightedLosses:
         raise NotImplementedError
+
+    def count_samples(self, batch: Batch) -> int:
+        """How many losses it has of a batch, for `Surgeon`: documents, where it is packed."""
+        packed = packing(batch)
+        return batch_size(batch) if packed is None else packed.documents
 
     def _original(self, model: nn.Module, batch: Batch) -> Tensor:
         """The original's logits for a batch, [B, T or more, V], without gradients."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from gradsurgery.batch import WeightedLosses
 from gradsurgery.language.base import LanguageLoss, Objective, TokenLoss
+from gradsurgery.language.packed import IGNORED, packing
 from gradsurgery.language.reference import Frozen, WithoutAdapter, alternate
 from gradsurgery.language.tokens import (
-    IGNORED,
     Batch,
     Predictions,
     Tokens,
@@ -247,6 +247,7 @@ class UNDIAL(LanguageLoss):
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.as_published:
             label_tokens(batch)  # to be refused before the original is asked
+            _check_unpacked(batch, self)
             original = self._original(model, batch)
             tokens = _every_token(batch, original.shape[-1])
             target, found = aligned(original, tokens), aligned(model_logits(model, batch), tokens)
@@ -280,6 +281,7 @@ class KL(LanguageLoss):
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         if self.as_published:
             label_tokens(batch)
+            _check_unpacked(batch, self)
             original = self._original(model, batch)
             return _divergence(original, model_logits(model, batch)).mean(1)
         theirs, found = self._both(model, batch)
@@ -295,6 +297,12 @@ def _divergence(original: Tensor, logits: Tensor) -> Tensor:
     """KL(softmax(original) || softmax(logits)) of logits [..., V]; [...]."""
     both = logits.log_softmax(-1), original.to(logits).log_softmax(-1)
     return F.kl_div(*both, reduction="none", log_target=True).sum(-1)
+
+
+def _check_unpacked(batch: Batch, loss: LanguageLoss) -> None:
+    """The published means are over padding too, which a packed batch has none of."""
+    name = type(loss).__name__
+    check(packing(batch) is None, f"as_published of {name} is of padded batches: unpacked(batch)")
 
 
 def _every_token(batch: Batch, words: int) -> Tokens:

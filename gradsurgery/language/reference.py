@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsurgery.errors import InputError
+from gradsurgery.language.packed import ids_of
 from gradsurgery.language.tokens import Batch, known_labels, label_tokens, named, predictions
 from gradsurgery.ops._inputs import check
 
@@ -189,7 +190,7 @@ def alternate(batch: Batch) -> Batch:
 def _keys(batch: Batch) -> list[tuple[int, int]]:
     """Of each sample its id, and what its label tokens hash to, wherever padding stands."""
     labels, counted, *_ = label_tokens(batch)
-    ids = batch.get("id")
+    ids = ids_of(batch.get("id"), len(labels))
     if not isinstance(ids, Tensor) or ids.shape != labels.shape[:1] or ids.is_floating_point():
         got = type(ids).__name__
         if isinstance(ids, Tensor):

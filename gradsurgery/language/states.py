@@ -13,7 +13,7 @@ from gradsurgery.capture.hooks import register
 from gradsurgery.errors import InputError
 from gradsurgery.language.base import LanguageLoss
 from gradsurgery.language.reference import Frozen, WithoutAdapter
-from gradsurgery.language.tokens import Batch, called, last, text_tokens
+from gradsurgery.language.tokens import Batch, by_sample, called, last, text_tokens
 from gradsurgery.ops._inputs import check
 
 
@@ -128,7 +128,8 @@ def hidden_states(model: nn.Module, batch: Batch, layer: str, shape: Sequence[in
     states = found[0]
     got = type(states).__name__
     check(isinstance(states, Tensor), f"layer {layer!r} must return a tensor, got {got}")
-    states = last(states, shape, what=f"output of layer {layer!r}")
+    what = f"output of layer {layer!r}"
+    states = last(by_sample(batch, states, what), shape, what)
     return states.float() if states.dtype.itemsize < 4 else states
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,11 +13,11 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsurgery.errors import InputError
 from gradsurgery.language.head import at, logits_at
+from gradsurgery.language.packed import IGNORED, packing
 from gradsurgery.ops._inputs import check
 
 Batch = Mapping[str, Any]
 
-IGNORED = -100  # the label of a token that does not count
 OURS = ("labels", "id", "alternate")  # entries of a batch that the model is not given
 
 
@@ -156,7 +157,7 @@ def text_tokens(batch: Batch) -> Tensor:
 
 
 def known_labels(batch: Batch) -> Tensor:
-    """The labels of a batch, [B, T] int64."""
+    """The labels of a batch, [B, T] int64; of a packed one a document is a sample."""
     if not isinstance(batch, Mapping):
         raise InputError(f"batch must be a mapping with labels, got {type(batch).__name__}")
     labels = batch.get("labels")
@@ -167,7 +168,8 @@ def known_labels(batch: Batch) -> Tensor:
         got = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
         plain = not (labels.is_floating_point() or labels.is_complex())
         if plain and labels.dtype != torch.bool and labels.dim() == 2 and labels.numel():
-            return labels.long()
+            packed = packing(batch)
+            return labels.long() if packed is None else packed.unpack(labels.long(), IGNORED)
     raise InputError(f"labels must be integers [B, T], got {got}")
 
 
@@ -249,12 +251,27 @@ def model_logits(model: nn.Module, batch: Batch) -> Tensor:
     found = called(model, batch)
     if isinstance(found, Mapping):
         found = found.get("logits", found)
-    return _wide(getattr(found, "logits", found))
+    return by_sample(batch, _wide(getattr(found, "logits", found)))
+
+
+def by_sample(batch: Batch, values: Tensor, what: str = "logits") -> Tensor:
+    """What a model has for each token of a batch, a sample a row; of a packed one, a document."""
+    packed = packing(batch)
+    return values if packed is None else packed.unpack(last(values, packed.places.shape, what))
 
 
 def called(model: nn.Module, batch: Batch) -> Any:
     """What a model returns for the entries of a batch that are its own."""
-    return model(**{name: entry for name, entry in batch.items() if name not in OURS})
+    given = {name: entry for name, entry in batch.items() if name not in OURS}
+    if packing(batch) is not None and _takes(model, "use_cache"):
+        # beside a cache, transformers' attention does not look where documents begin
+        given.setdefault("use_cache", False)
+    return model(**given)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    options = inspect.signature(model.forward).parameters.values()
+    return any(o.name == name or o.kind is inspect.Parameter.VAR_KEYWORD for o in options)
 
 
 def _wide(logits: Any) -> Tensor:

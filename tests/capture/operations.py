@@ -52,6 +52,12 @@ def attention(function):
     return [lambda: function(*[leaf(3, 2, 4, 8) for _ in range(3)])]
 
 
+def apart():
+    """A mask of two documents of two tokens each, causal."""
+    document = torch.tensor([0, 0, 1, 1])
+    return (document[:, None] == document).tril()[None, None]
+
+
 def hooked():
     """A module with a full backward hook has its inputs pass through a function of torch."""
 
@@ -252,7 +258,12 @@ CASES = {
         lambda: F.conv1d(leaf(1, 4, 4), leaf(4, 4, 1), leaf(4)),
         lambda: F.conv_transpose1d(leaf(3, 4, 5), leaf(4, 2, 3), leaf(2)),
     ],
-    "ScaledDotProductFlashAttentionForCpu": attention(F.scaled_dot_product_attention),
+    "ScaledDotProductFlashAttentionForCpu": [
+        *attention(F.scaled_dot_product_attention),
+        *attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, apart())),
+        *attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, apart()[0, 0])),
+        *attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, apart()[:, :, -1:])),
+    ],
     # products
     "Mm": [lambda: leaf(4, 3) @ leaf(3, 6)],
     "Addmm": [

@@ -62,7 +62,8 @@ def losses_of(out):
 def exact(net, x, ways, groups=None):
     """The rows in float64, of products token by token."""
     net = copy.deepcopy(net).double()
-    return loop(losses_of(net(x.double(), ways, grouped=False)), net, groups)
+    rows = loop(losses_of(net(x.double(), ways, grouped=False)), net, groups)
+    return [g for g in rows if g is not None]
 
 
 def taken(net, forward, groups=None, **options):
@@ -108,6 +109,20 @@ def test_tokens_behind_the_last_group_meet_no_expert():
     check(jacobian, net, loop(back.view(SAMPLES, -1).square().sum(1), twin), FLOAT32)
 
 
+@pytest.mark.parametrize("kept", [0, 3])
+def test_losses_that_few_tokens_reach_or_none(kept):
+    net, x = Routed(), torch.randn(SAMPLES, TOKENS, WIDTH)
+    some = (torch.arange(SAMPLES * TOKENS) < kept).view(SAMPLES, TOKENS, 1)
+
+    def losses(net, x, **options):
+        out = net(x, WAYS["one expert"], **options)
+        return torch.where(some, out, 0).square().sum((1, 2)) + net.first(x).square().sum((1, 2))
+
+    jacobian = taken(net, lambda: losses(net, x))
+    twin = copy.deepcopy(net).double()
+    check(jacobian, net, loop(losses(twin, x.double(), grouped=False), twin), FLOAT32)
+
+
 def test_experts_that_are_met_twice():
     net, x = Routed(), torch.randn(SAMPLES, TOKENS, WIDTH)
     both = WAYS["one expert"], WAYS["two"]
@@ -118,6 +133,47 @@ def test_experts_that_are_met_twice():
     jacobian = taken(net, lambda: losses_of(out(net, x)))
     twin = copy.deepcopy(net).double()
     check(jacobian, net, loop(losses_of(out(twin, x.double(), grouped=False)), twin), FLOAT32)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_experts_that_are_also_met_otherwise(first):
+    """Weights that are computed with before, and that every token meets too."""
+    net, x = Routed(), torch.randn(SAMPLES, TOKENS, WIDTH)
+    ways = WAYS["some without tokens"]
+    every = torch.ones(EXPERTS, 1, SAMPLES * TOKENS)
+
+    def losses(net, x, grouped=True):
+        y = torch.tanh(net.first(x)).flatten(0, 1)
+        order = ways.flatten().argsort(stable=True)
+        experts = ways.flatten()[order]
+        out = net.product(y[order], net.up, experts, grouped)
+        out = net.product(torch.tanh(out), 0.5 * net.down, experts, grouped)
+        back = torch.zeros_like(y).index_add(0, order, out).view(SAMPLES, -1).square().sum(1)
+        dense = torch.bmm(every.to(y).mT * y, net.up).square()  # [experts, tokens, hidden]
+        dense = dense.sum((0, 2)).view(SAMPLES, -1).mean(1)
+        return dense + back if first else back + dense
+
+    jacobian = taken(net, lambda: losses(net, x))
+    twin = copy.deepcopy(net).double()
+    check(jacobian, net, loop(losses(twin, x.double(), grouped=False), twin), FLOAT32)
+
+
+@pytest.mark.parametrize("lines", [[(0, 3), (3, 5)], [(0, 3), (2, 5)], [(1, 3)]])
+@pytest.mark.parametrize("path", ["factored", "direct"])
+def test_slices_of_a_parameter_are_matrices_too(lines, path, monkeypatch):
+    """Side by side, of which each is a plane; overlapping; with lines that nothing meets."""
+    monkeypatch.setenv("GRADSURGERY_PATH", path)
+    net = nn.Linear(WIDTH, 5).double()
+    x = torch.randn(SAMPLES, TOKENS, WIDTH).double()
+
+    def losses():
+        parts = [F.linear(x.cumsum(k), net.weight[lo:hi]) for k, (lo, hi) in enumerate(lines)]
+        return sum(part.tanh().square().sum((1, 2)) for part in parts)
+
+    jacobian = agrees(net, losses)
+    metric = [torch.rand_like(p) + 0.5 for p in net.parameters()]
+    weighed = jacobian.materialize() * torch.cat([m.flatten() for m in metric]).sqrt()
+    torch.testing.assert_close(jacobian.gramian(metric=metric), weighed @ weighed.mT)
 
 
 def test_rows_of_any_size():
@@ -152,13 +208,16 @@ def test_metric_and_inputs():
     gram = sum(g @ g.mT for g in weighed)
     torch.testing.assert_close(jacobian.gramian(metric=metric), gram, rtol=FLOAT32, atol=1e-8)
 
-    seen = dict(zip(jacobian.names, jacobian.inputs_seen(), strict=True))["up"]
+    up = jacobian.names.index("up")
+    seen = jacobian.inputs_seen()[up]
+    assert seen is not None
     inputs = torch.tanh(net.first(x)).flatten(0, 1).detach().double()
     for expert in range(EXPERTS):
         mine = inputs[ways.flatten() == expert]
         torch.testing.assert_close(seen[0][expert], mine.mT @ mine, rtol=1e-5, atol=1e-6)
-    stacked = dict(zip(jacobian.names, jacobian.inputs_stacked(), strict=True))["up"][0]
-    torch.testing.assert_close(stacked.mT @ stacked, seen[0], rtol=1e-9, atol=1e-9)
+    stacked = jacobian.inputs_stacked()[up]
+    assert stacked is not None
+    torch.testing.assert_close(stacked[0].mT @ stacked[0], seen[0], rtol=1e-9, atol=1e-9)
 
 
 def test_check_tells_the_paths_of_the_whole_batch():
@@ -242,6 +301,8 @@ def test_models_as_they_come(name, ways):
     jacobian = taken(model, lambda: next_token(model, ids))
     twin = in_float64(model)
     check(jacobian, model, loop(next_token(twin, ids), twin), 10 * FLOAT32)
+    # though a row has many tokens, it is no sum of samples: no plane is kept for it
+    assert all(plane.group is None for plane in jacobian._planes if plane is not None)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "fallback"])
@@ -253,6 +314,9 @@ def test_other_ways_to_multiply(implementation, monkeypatch):
     monkeypatch.setattr(own, lambda *_: implementation != "fallback")
     # the router's softmax is in float32 always
     agrees(model, lambda: next_token(model, ids), tolerance=1e-6)
+    for _ in range(5):  # so few tokens that experts have those of one sample, or of none
+        few = text(3, 3)
+        agrees(model, lambda few=few: next_token(model, few), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("combine", ["stored", "backward"])
