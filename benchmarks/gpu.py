@@ -183,8 +183,8 @@ def solves(bench: Bench) -> None:
         bench.add(name, lambda rule=rule: rule.weights(gram))
 
 
-def steps(bench: Bench) -> None:
-    """OrthoGrad beside a plain step, on a model of the shape of Llama 3.2 1B, whole and by LoRA."""
+def llama(bench: Bench) -> torch.nn.Module:
+    """A model of the shape of Llama 3.2 1B."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     full = bench.scale == 1
@@ -198,9 +198,14 @@ def steps(bench: Bench) -> None:
         tie_word_embeddings=True,
     )
     with bench.device:
-        model = LlamaForCausalLM(config).to(torch.bfloat16).train()
+        return LlamaForCausalLM(config).to(torch.bfloat16).train()
+
+
+def steps(bench: Bench) -> None:
+    """OrthoGrad beside a plain step, on a model of the shape of Llama 3.2 1B, whole and by LoRA."""
+    model = llama(bench)
     length = bench.size(256)
-    ids = torch.randint(0, config.vocab_size, (32, length), device=bench.device)
+    ids = torch.randint(0, model.config.vocab_size, (32, length), device=bench.device)
 
     def loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
         logits = model(batch).logits[:, :-1].float()
@@ -240,6 +245,13 @@ def beside(
     def ours() -> None:
         surgeon.step(forget=ids[:half], retain=ids[half:], loss=loss)
 
+    compared(bench, label, plain, ours, target)
+
+
+def compared(
+    bench: Bench, label: str, plain: Callable[[], None], ours: Callable[[], None], target: str
+) -> None:
+    """Two rows: a plain step, and ours as a multiple of it."""
     times = [
         bench.measure(f"plain step, {label}", plain),
         bench.measure(f"OrthoGrad step, {label}", ours),
@@ -247,6 +259,38 @@ def beside(
     bench.rows[-1] |= {"of_plain": times[1] / times[0], "target": target}
     if peak := bench.rows[-2].get("peak_bytes"):
         bench.rows[-1]["memory_of_plain"] = bench.rows[-1]["peak_bytes"] / peak
+
+
+def tofu(bench: Bench) -> None:
+    """NPO with OrthoGrad beside NPO without it, on answers as long as TOFU's are."""
+    from gradsurgery.language import LogProbs, forget_loss, retain_loss, rule_for
+
+    model, length = llama(bench), bench.size(128)
+    batches = []
+    for first in (0, 4):
+        ids = torch.randint(0, model.config.vocab_size, (4, length), device=bench.device)
+        labels = ids.clone()
+        labels[:, : length // 2] = -100
+        number = torch.arange(first, first + 4, device=bench.device)
+        batches.append({"input_ids": ids, "labels": labels, "id": number})
+    forget, retain = batches
+    npo = forget_loss("npo", reference=LogProbs.of(model, [forget]))
+    nll = retain_loss("nll")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    surgeon = gs.Surgeon(model, optimizer, rule_for("orthograd", npo))
+
+    def plain() -> None:
+        optimizer.zero_grad()
+        (npo(model, forget).mean() + nll(model, retain).mean()).backward()
+        optimizer.step()
+
+    def ours() -> None:
+        surgeon.add(forget=forget, loss=npo)
+        surgeon.add(retain=retain, loss=nll)
+        surgeon.step()
+
+    label = f"NPO, Llama 3.2 1B's shape, bfloat16, 4 + 4 of {length}"
+    compared(bench, label, plain, ours, "1.25 of time, 1.3 of memory")
 
 
 def rivals(bench: Bench) -> None:
@@ -292,7 +336,7 @@ def rivals(bench: Bench) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (existing_rows, weight_gradients, solves, steps, rivals, factored_rows)
+    for part in (existing_rows, weight_gradients, solves, steps, tofu, rivals, factored_rows)
 }
 
 
