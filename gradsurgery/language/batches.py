@@ -176,6 +176,8 @@ class PairCollator:
         """
         ids = torch.tensor([sample["id"] for sample in samples], device="cpu")
         plain = [{k: v for k, v in sample.items() if k != "id"} for sample in samples]
+        if len({"alternate" in sample for sample in plain}) > 1:
+            raise InputError("samples of a batch must all have an alternate, or none")
         if "alternate" in plain[0]:
             alternate = self.collate([sample.pop("alternate") for sample in plain])
             made = {**self.collate(plain), "alternate": dict(alternate)}

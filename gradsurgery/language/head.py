@@ -18,11 +18,15 @@ from gradsurgery.capture.hooks import register
 whole: WeakSet[nn.Module] = WeakSet()  # models whose head was seen not to work on some positions
 
 
-def logits_at(model: nn.Module, run: Callable[[], Tensor], places: Tensor, length: int) -> Tensor:
-    """Logits [B, K, V] of K positions of each sample, or [B, T or more, V] where all were computed.
+def logits_at(
+    model: nn.Module, run: Callable[[], Tensor], places: Tensor, length: int
+) -> tuple[Tensor, bool]:
+    """Logits [B, K, V] of K positions of each sample, and True; or all that the model computes.
 
     Args:
-        model: its head is what `get_output_embeddings` returns, as models of transformers have it.
+        model: of transformers, or an adapter of peft on one. Its head is what
+            `get_output_embeddings` returns; of other models nobody knows whether what follows the
+            head goes position by position.
         run: calls the model, and returns its logits.
         places: [B, K] int64, each in [0, T): the positions asked for.
         length: T, how many positions the labels have. Of more, as with prompt tuning, the last T
@@ -30,7 +34,7 @@ def logits_at(model: nn.Module, run: Callable[[], Tensor], places: Tensor, lengt
     """
     head = output_head(model)
     if head is None or model in whole:
-        return run()
+        return run(), False
     calls: list[bool] = []
 
     def narrow(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -46,8 +50,8 @@ def logits_at(model: nn.Module, run: Callable[[], Tensor], places: Tensor, lengt
         handle.remove()
     if any(calls) and (calls != [True] or logits.shape[:2] != places.shape):
         whole.add(model)  # a head called in pieces, or whose outputs are put together again
-        return run()
-    return logits
+        return run(), False
+    return logits, any(calls)
 
 
 def at(values: Tensor, places: Tensor, length: int) -> Tensor:
@@ -57,7 +61,12 @@ def at(values: Tensor, places: Tensor, length: int) -> Tensor:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits of hidden states, or None where a model names none."""
+    """The module that makes logits of hidden states, or None where that is not known to be all."""
+    inner: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    if callable(getattr(inner, "get_base_model", None)):  # of peft
+        inner = inner.get_base_model()
+    if not type(inner).__module__.startswith("transformers."):
+        return None
     named = getattr(model, "get_output_embeddings", None)
     found = named() if callable(named) else None
     return found if isinstance(found, nn.Module) else None

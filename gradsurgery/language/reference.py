@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gradsurgery.errors import InputError
-from gradsurgery.language.packed import ids_of
+from gradsurgery.language.packed import ids_of, packing
 from gradsurgery.language.tokens import Batch, known_labels, label_tokens, named, predictions
 from gradsurgery.ops._inputs import check
 
@@ -24,12 +24,12 @@ class LogProbs:
         reference = LogProbs.of(model, loader)
 
     A batch then needs `id`, [B] integers. Where batches have an `alternate`, as DPO's, its
-    answers' are kept too. They are kept for the labels that they are of: a sample that comes with
-    other labels, such as a refusal drawn anew, is an error and never another's number.
+    answers' are kept too. They are kept for the text and the labels that they are of: a sample that
+    comes with others, such as a refusal drawn anew, is an error and never another's number.
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, dict[int, float]] = {}  # by id, by what its labels hash to
+        self._known: dict[int, dict[int, float]] = {}  # by id, by what text and labels hash to
 
     @classmethod
     def of(cls, model: nn.Module, batches: Iterable[Batch]) -> LogProbs:
@@ -57,7 +57,7 @@ class LogProbs:
         return len(self._known)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that is known, to be saved: ids, hashes of labels and log-probabilities, [n] each."""
+        """All that is known, to be saved: ids, hashes of texts and log-probabilities, [n] each."""
         rows = [(i, h, value) for i, known in self._known.items() for h, value in known.items()]
         ids, hashes, values = zip(*rows, strict=True) if rows else ((), (), ())
         return {
@@ -85,7 +85,7 @@ class LogProbs:
         """Of the samples of a batch, [B] float64 on the CPU, in nats.
 
         Raises:
-            InputError: a batch without ids, a sample that was not seen or had other labels. The
+            InputError: a batch without ids, a sample that was not seen or had another text. The
                 message has its id.
         """
         if is_functorch_wrapped_tensor(known_labels(batch)):
@@ -97,7 +97,7 @@ class LogProbs:
         for place, (sample, labels) in enumerate(_keys(batch)):
             known = self._known.get(sample)
             if known is None or labels not in known:
-                why = "was not seen" if known is None else "had other labels"
+                why = "was not seen" if known is None else "had another text or other labels"
                 raise InputError(
                     f"reference: {named(batch, place)} {why} when the original's "
                     "log-probabilities were computed; LogProbs.add takes what is new"
@@ -188,7 +188,7 @@ def alternate(batch: Batch) -> Batch:
 
 
 def _keys(batch: Batch) -> list[tuple[int, int]]:
-    """Of each sample its id, and what its label tokens hash to, wherever padding stands."""
+    """Of each sample its id, and what text and labels hash to, wherever padding stands."""
     labels, counted, *_ = label_tokens(batch)
     ids = ids_of(batch.get("id"), len(labels))
     if not isinstance(ids, Tensor) or ids.shape != labels.shape[:1] or ids.is_floating_point():
@@ -200,8 +200,27 @@ def _keys(batch: Batch) -> list[tuple[int, int]]:
             f"log-probabilities are kept, got {got}"
         )
     rows = torch.where(counted, labels, -1).tolist()
-    hashes = [hash(tuple(token for token in row if token >= 0)) for row in rows]
+    texts = _texts(batch, counted)
+    hashes = [
+        hash((tuple(token for token in row if token >= 0), *text))
+        for row, text in zip(rows, texts, strict=True)
+    ]
     return list(zip(ids.tolist(), hashes, strict=True))
+
+
+def _texts(batch: Batch, counted: Tensor) -> list[list[int]]:
+    """Of each sample the tokens attended to, up to the last that counts; empty without any."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return [[] for _ in counted]
+    packed = packing(batch)
+    if packed is not None:
+        ids = packed.unpack(ids, -1)
+    elif isinstance(mask, Tensor) and mask.shape == ids.shape:
+        ids = torch.where(mask.to(ids.device) != 0, ids, -1)
+    ends = counted.shape[1] - counted.flip(1).int().argmax(1)  # token t is predicted at t - 1
+    rows = zip(ids.tolist(), ends.tolist(), strict=True)
+    return [[token for token in row[: end + 1] if token >= 0] for row, end in rows]
 
 
 @contextmanager

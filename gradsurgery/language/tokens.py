@@ -106,8 +106,8 @@ def predicted(model: nn.Module, batch: Batch, tokens: Tokens) -> Predictions:
     size, length = few.labels.shape[0], tokens.labels.shape[1] + 1
     if few.most == length - 1:
         return aligned(model_logits(model, batch), tokens)
-    logits = logits_at(model, lambda: model_logits(model, batch), places, length)
-    if logits.shape[:2] != places.shape:
+    logits, narrowed = logits_at(model, lambda: model_logits(model, batch), places, length)
+    if not narrowed:
         logits = at(last(logits, (size, length)), places, length)
     return _beside(logits, few)
 

@@ -113,7 +113,7 @@ def test_a_checkpoint_of_the_model_only_is_not_gone_on_from(rule, match, tmp_pat
 def test_other_forget_samples_than_the_checkpoint_knows_are_named(tmp_path):
     rule = CASES["orthograd"][0]
     run(tmp_path, rule, args={"max_steps": 2})
-    with pytest.raises(gs.InputError, match=r"sample \d \(id \d\) had other labels"):
+    with pytest.raises(gs.InputError, match=r"sample \d \(id \d\) had another text"):
         run(tmp_path, rule, checkpoint=True, forget_dataset=samples(7, 8))
 
 

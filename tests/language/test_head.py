@@ -197,6 +197,7 @@ class ByName(Pieces):
 
 @pytest.mark.parametrize("kind", [Pieces, Shared, Looks, ByName])
 def test_what_cannot_be_narrowed_runs_everywhere(kind):
+    kind.__module__ = "transformers.models.made_up"  # or its head would not be looked for
     torch.manual_seed(0)
     model = kind().double()
     batch = batch_of()
@@ -204,6 +205,35 @@ def test_what_cannot_be_narrowed_runs_everywhere(kind):
     assert (lm_losses(model, batch) - expected).abs().max() <= 1e-12
     assert (model in whole) == (kind in (Shared, Looks))
     assert (lm_losses(model, batch) - expected).abs().max() <= 1e-12
+
+
+class Centered(nn.Module):
+    """Logits depend on all positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model_of()
+
+    def get_output_embeddings(self):
+        return self.inner.lm_head
+
+    def forward(self, **given):
+        logits = self.inner(**given).logits
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits - logits.mean(1, True))
+
+
+def test_models_of_others_run_as_they_are():
+    model = Centered()
+    expected = everywhere(model, batch_of())
+    lengths = seen_by_head(model.inner)
+    assert (lm_losses(model, batch_of()) - expected).abs().max() <= 1e-12
+    assert lengths == [10]
+
+
+def test_logits_that_a_model_was_told_to_keep_are_not_taken_for_others():
+    for kept in (3, 4):  # three are what the longest answer needs
+        with pytest.raises(gs.InputError, match="logits must be"):
+            lm_losses(model_of(), {**batch_of(), "logits_to_keep": kept})
 
 
 def test_a_failing_model_keeps_no_hook():

@@ -73,13 +73,38 @@ def test_a_sample_not_seen_is_named():
 
 def test_a_sample_with_other_labels_is_named():
     known = LogProbs.of(made(), [batch(SAMPLES)])
-    with pytest.raises(gs.InputError, match=r"sample 0 \(id 50\) had other labels"):
+    with pytest.raises(gs.InputError, match=r"sample 0 \(id 50\) had another text"):
         known.log_probs(made(), batch(REFUSALS))
     known.add(made(), batch(REFUSALS))
     assert known.log_probs(made(), batch(REFUSALS)).shape == (5,)
-    with pytest.raises(gs.InputError, match=r"sample 1 \(id 51\) had other labels"):
+    with pytest.raises(gs.InputError, match=r"sample 1 \(id 51\) had another text"):
         swapped = batch([SAMPLES[0], ([4], [11]), *SAMPLES[2:]])
         known.log_probs(made(), swapped)
+
+
+def test_samples_of_one_id_and_one_answer_are_told_apart_by_their_questions():
+    """As where two files are both counted from 0."""
+    samples = [([5, 9], [7, 11]), ([3, 4], [7, 11])]
+    both = {**batch(samples), "id": torch.zeros(2).long()}
+    model = made()
+    found = LogProbs.of(model, [both]).log_probs(model, both)
+    expected = [-oracles.total(model, sample).item() for sample in samples]
+    assert found.tolist() == pytest.approx(expected, abs=1e-12) and found[0] != found[1]
+    other = {**batch([([8, 8], [7, 11])]), "id": torch.zeros(1).long()}
+    with pytest.raises(gs.InputError, match=r"sample 0 \(id 0\) had another text"):
+        LogProbs.of(model, [both]).log_probs(model, other)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_part_of_a_text(side):
+    model = made()
+    known = LogProbs.of(model, [batch(SAMPLES)])
+    padded = batch(SAMPLES, side=side, extra=3)
+    found = known.log_probs(model, padded)
+    torch.testing.assert_close(found, known.log_probs(model, batch(SAMPLES)))
+    del padded["attention_mask"]  # on the right nothing after the answer is looked at
+    if side == "right":
+        torch.testing.assert_close(known.log_probs(model, padded), found)
 
 
 @pytest.mark.parametrize(

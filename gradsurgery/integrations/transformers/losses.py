@@ -73,6 +73,10 @@ def parts_of(
     made = _made("forget", forget, original), _made("retain", retain, original)
     names = [type(loss).__name__ for loss in made]
     check(
+        original.taken,
+        f"reference is for losses by name that need one; {' and '.join(names)} take none of it",
+    )
+    check(
         made[1].objective == "lower",
         f"retain_loss must be one to lower, {names[1]} is to be raised",
     )
@@ -95,12 +99,13 @@ class _Original:
             reference is None or isinstance(reference, kinds),
             f"reference must be LogProbs, Frozen, WithoutAdapter or None, got {shown(reference)}",
         )
-        self.model, self.reference = model, reference
+        self.model, self.reference, self.taken = model, reference, reference is None
         self.log_probs: LogProbs | None = None
         self.adapter = False
 
     def of(self, name: str, needs: str) -> Reference:
         if self.reference is not None:
+            self.taken = True
             return self.reference
         if needs == "log-probabilities":
             if self.log_probs is None:

@@ -32,6 +32,7 @@ class Steps:
         self.surgeon: Surgeon | None = None
         self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._seen: dict[str, list[float]] = {}  # since they were asked for
+        self._stepped = False
 
     def begin(
         self,
@@ -69,6 +70,11 @@ class Steps:
             self.parts = self.parts._replace(adapter=False)  # once: it moves from here on
         self.surgeon = Surgeon(model, optimizer, self.parts.rule, hold=self.hold)
 
+    def begin_anew(self) -> None:
+        """Forget what the rule remembers of a run before this one, as the optimizer does."""
+        if self._stepped:
+            self.parts.rule.load_state_dict({})
+
     def discard(self) -> None:
         """Drop the rows added so far."""
         if self.surgeon is not None:
@@ -86,6 +92,7 @@ class Steps:
         """Leave the update in `.grad`; the loss, for the log."""
         assert self.surgeon is not None
         info = self.surgeon.backward()
+        self._stepped = True
         forget, retain = info.forget_loss, info.retain_loss
         if forget is None or retain is None:  # the scaler's losses overflow: no step is taken
             return 0.0

@@ -264,6 +264,7 @@ class SurgeryMixin:
         trainer: Any = self
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None:
+            self._steps.begin_anew()
             return
         path, state = os.path.join(checkpoint, FILE), None
         if os.path.isfile(path):

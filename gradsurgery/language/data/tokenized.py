@@ -84,6 +84,7 @@ def tokenize(
             that has nothing left of its answer within `max_length`. The message has the id.
     """
     _check_length(max_length)
+    check(tags is None or not chat_options, "chat_options are for a chat template, not for tags")
     head = _head(tokenizer)
     writer = _Writer(tokenizer, max_length, tags, system, chat_options or {}, head, truth)
     found = (writer.sample(example, drop) for example in examples)

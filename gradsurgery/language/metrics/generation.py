@@ -44,6 +44,8 @@ def generated(
 ) -> dict[int, Generated]:
     """What a model writes after each sample's prompt, greedily, by sample id.
 
+    Penalties and suppressed tokens of its `generation_config` hold.
+
     The prompt is what stands before the first label, or the whole text of a batch without labels.
     Prompts are padded on the left, whatever the batch has.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.language.metrics.sums import Sums, ranks
+from gradsurgery.language.packed import unpacked
 from gradsurgery.language.reference import still
 from gradsurgery.language.tokens import Batch, Predictions, known_labels, named, predictions
 from gradsurgery.ops._inputs import check, check_number, shown
@@ -121,7 +122,8 @@ def numbered(batches: Batch | Iterable[Batch]) -> Iterator[tuple[Batch, list[int
     seen, with_ids = 0, False
     known: dict[int, int] = {}
     several = [cast(Batch, batches)] if isinstance(batches, Mapping) else batches
-    for batch in several:
+    for given in several:
+        batch = unpacked(given) if isinstance(given, Mapping) else given
         size = _size(batch)
         ids = batch.get("id")
         if seen and with_ids != (ids is not None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -107,6 +107,29 @@ class SurgeryTrainer(SurgicalTrainer[SurgeryConfig]):
                 f"forget_ceiling is for losses that are raised; {config.loss} is lowered"
             )
         super().prepare()
+
+    def originals(self) -> dict[str, Any]:
+        """What the losses hold of the original, which later steps depend on."""
+        held = {"forget_original": self.forget.original, "retain_original": self.retain.original}
+        return {name: original for name, original in held.items() if original is not None}
+
+    def extra_state(self) -> dict[str, Any]:
+        held = {name: original.state_dict() for name, original in self.originals().items()}
+        return {**super().extra_state(), **held}
+
+    def check_extra_state(self, state: Mapping[str, Any]) -> None:
+        held = self.originals()
+        super().check_extra_state({k: v for k, v in state.items() if k not in held})
+        for name, original in held.items():
+            known, given = original.state_dict(), state.get(name)
+            if not isinstance(given, Mapping) or given.keys() != known.keys():
+                raise InputError(f"state: extra: {name} is not that of this loss")
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        held = self.originals()
+        super().load_extra_state({k: v for k, v in state.items() if k not in held})
+        for name, original in held.items():
+            original.load_state_dict(state[name])
 
     def check_losses(self) -> None:
         """Raise what the losses raise, on a batch of each set: no gradients, and nothing moves."""

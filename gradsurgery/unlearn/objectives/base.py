@@ -36,10 +36,12 @@ class Named(NamedTuple):
     Attributes:
         values: (model, batch) -> losses [B].
         objective: what forgetting does to it, "raise" or "lower".
+        original: what it holds of the model before it moved, with a state_dict; None: nothing.
     """
 
     values: Callable[[nn.Module, Batch], Any]
     objective: Literal["raise", "lower"]
+    original: Any = None
 
 
 class Objective(Protocol):

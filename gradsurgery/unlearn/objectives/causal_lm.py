@@ -57,26 +57,31 @@ class CausalLM(Objective):
 
 
 def trimmed(batch: Batch) -> Batch:
-    """A batch without the positions that are padding in each of its samples, at either end."""
+    """A batch without the positions behind the last that any of its samples needs.
+
+    What stands before a text stays: without `position_ids` a model may count from there.
+    """
     mask = batch.get("attention_mask")
-    if mask is None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
         return batch
-    at = mask.any(0).nonzero()
-    if len(at) == 0 or len(at) == mask.shape[1]:
-        return batch
-    needed = slice(int(at[0]), int(at[-1]) + 1)
-    return {name: _cut(entry, needed, mask.shape) for name, entry in batch.items()}
+    size, length = mask.shape
+    needed = mask.any(0).nonzero()
+    end = int(needed[-1]) + 1 if len(needed) else length
 
+    def cut(entry: Any) -> Any:
+        if isinstance(entry, Mapping):  # an alternate, which has a length of its own
+            return trimmed(entry)
+        same = isinstance(entry, Tensor) and tuple(entry.shape[:2]) in ((size, length), (1, length))
+        return entry[:, :end] if same else entry
 
-def _cut(entry: Any, needed: slice, shape: torch.Size) -> Any:
-    if isinstance(entry, Mapping):  # an alternate, which has a length of its own
-        return trimmed(entry)
-    same = isinstance(entry, Tensor) and entry.shape[:2] == shape
-    return entry[:, needed] if same else entry
+    return {name: cut(entry) for name, entry in batch.items()}
 
 
 def _named(loss: LanguageLoss) -> Named:
-    return Named(lambda model, batch: loss(model, trimmed(batch)), loss.objective)
+    reference = getattr(loss, "reference", None)
+    held = reference.original if isinstance(reference, Frozen) else reference
+    original = held if isinstance(held, (LogProbs, nn.Module)) else None
+    return Named(lambda model, batch: loss(model, trimmed(batch)), loss.objective, original)
 
 
 def _original(model: nn.Module) -> Frozen | WithoutAdapter:

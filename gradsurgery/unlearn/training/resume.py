@@ -65,7 +65,7 @@ def load(trainer: Trainer, state: Any) -> None:
     check(trainer, state)
     with _undone_by_errors(trainer):
         with _naming("optimizer"):
-            trainer.optimizer.load_state_dict(state["optimizer"])
+            trainer.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if trainer.schedule is not None:
             with _naming("schedule"):
                 trainer.schedule.load_state_dict(state["schedule"])

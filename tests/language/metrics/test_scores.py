@@ -244,3 +244,17 @@ def test_a_model_that_says_nan_is_named_with_the_sample():
         model.words.weight[100] = math.nan  # in the answer of sample 3 alone
     with pytest.raises(gs.NonFiniteError, match=r"of sample 3 \(id 53\) are NaN"):
         metrics.token_scores(model, batch(SAMPLES))
+
+
+def test_packed_batches_have_a_score_for_each_document():
+    from tests.language.test_head import model_of
+
+    model = model_of()
+    row = torch.randint(3, 60, (1, 12))
+    positions = torch.cat([torch.arange(length) for length in (5, 4, 3)])[None]
+    packed = {"input_ids": row, "labels": row, "position_ids": positions}
+    alone = [{"input_ids": part, "labels": part} for part in row.split([5, 4, 3], 1)]
+    expected = [one.loss for each in alone for one in metrics.token_scores(model, each).values()]
+    for ids in ({}, {"id": torch.arange(3)}, {"id": torch.arange(3)[None]}):
+        found = metrics.token_scores(model, {**packed, **ids})
+        assert [one.loss for one in found.values()] == pytest.approx(expected, abs=1e-12)

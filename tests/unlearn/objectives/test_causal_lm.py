@@ -40,15 +40,19 @@ def test_outputs_are_one_for_each_label_token():
     assert torch.allclose(TASK.losses(model, batch), losses)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_what_no_sample_needs_is_cut_off(side):
-    short, wide = (tiny.batch(tiny.SAMPLES[:3], side=side, extra=k) for k in (0, 4))
-    wide["alternate"] = tiny.batch(tiny.REFUSALS[:3], side=side, extra=2, ids=False)
+def test_what_no_sample_needs_is_cut_off():
+    short, wide = (tiny.batch(tiny.SAMPLES[:3], extra=k) for k in (0, 4))
+    wide["alternate"] = tiny.batch(tiny.REFUSALS[:3], extra=2, ids=False)
+    wide["position_ids"] = torch.arange(wide["labels"].shape[1])[None]
     found = trimmed(wide)
     assert all(torch.equal(found[name], entry) for name, entry in short.items())
-    alone = tiny.batch(tiny.REFUSALS[:3], side=side, ids=False)
+    alone = tiny.batch(tiny.REFUSALS[:3], ids=False)
     assert all(torch.equal(found["alternate"][name], entry) for name, entry in alone.items())
-    assert trimmed(short) is short
+    assert found["position_ids"].shape == (1, short["labels"].shape[1])
+    left = tiny.batch(tiny.SAMPLES[:3], side="left", extra=4)  # places may count from its begin
+    assert all(torch.equal(trimmed(left)[name], entry) for name, entry in left.items())
+    whole = {**wide, "attention_mask": torch.ones(3, 1, 4, 4)}  # a model's own matter
+    assert trimmed(whole) is whole
     assert TASK.relabel(wide, torch.Generator())["id"] is wide["id"]
 
 
@@ -94,6 +98,30 @@ def test_a_loss_with_a_rule_is_the_surgeon_s_step(retain_loss, rule):
         surgeon.step()
     for mine, expected in zip(model.parameters(), other.parameters(), strict=True):
         assert (mine - expected).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(("loss", "retain"), [("npo", "own"), ("simnpo", "kl"), ("undial", "nll")])
+def test_a_run_goes_on_with_the_original_that_it_began_with(loss, retain):
+    options = {"rule": "sum", "loss": loss, "retain_loss": retain, "steps": 4}
+    given, config = sets(), SurgeryTrainer.Config(**options)
+    whole, model = tiny.made(), tiny.made()
+    SurgeryTrainer(whole, TASK, config=config, **given).run()
+    first = SurgeryTrainer(model, TASK, config=config, **given)
+    steps = iter(first.fit())
+    for _ in range(3):  # two steps, after what is measured before them
+        next(steps)
+    state = first.state_dict()
+    moved = copy.deepcopy(model)
+    again = SurgeryTrainer(moved, TASK, config=config, **given)  # made of a model that has moved
+    again.load_state_dict(state)
+    again.run()
+    for mine, expected in zip(moved.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, expected)
+    name = "forget_original" if loss != "simnpo" else "retain_original"
+    broken = copy.deepcopy(state)
+    broken["extra"][name] = {}
+    with pytest.raises(InputError, match=f"{name} is not that of this loss"):
+        again.load_state_dict(broken)
 
 
 def test_a_raised_loss_goes_up_and_a_ceiling_bounds_it():
