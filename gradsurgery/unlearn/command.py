@@ -39,16 +39,17 @@ def parse(job: Job[Any, Any], arguments: list[str]) -> Invocation:
     """Options of `gradsurgery unlearn JOB`: the task's, then --config's, then those given."""
     import tyro
 
-    # the task decides the defaults of all other options, so it must be known before they are parsed
+    # these decide the defaults of all other options, so they must be known before those are parsed
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--task")
+    for name in job.early:
+        early.add_argument(f"--{name}")
     early.add_argument("--config", type=Path)
     try:
         first, _ = early.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise InputError(str(error)) from None
     given: dict[str, Any] = read_yaml(first.config) if first.config else {}
-    defaults = job.defaults(first.task or given.get("task"))
+    defaults = job.defaults(**{name: getattr(first, name) or given.get(name) for name in job.early})
     try:
         defaults = update(defaults, given)
     except InputError as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
-from gradsurgery.unlearn.jobs.stages import stage_name
+from gradsurgery.unlearn.jobs.stages import TRAINED, stage_name
 from gradsurgery.unlearn.jobs.yaml import read_yaml
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
@@ -25,6 +25,8 @@ from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.trainer import Probe, require
 
 if TYPE_CHECKING:
+    from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage
+
     Method = str
 else:
     Method = Literal[("all", *METHODS, "retrain")]
@@ -140,6 +142,7 @@ class Split:
     forget: Batch
     retain: Batch
     validation: Batch
+    """Held out for choices; this and `test` are None where a job was given no such samples."""
     test: Batch
     ids: Sequence[int]
     """The forget set's samples, by their numbers in the data set."""
@@ -203,7 +206,15 @@ class Texts(NamedTuple):
     numbers: str
     """What the numbers of the tables are, after those that every job has."""
     loading: str
-    """Python that loads model.safetensors as `model`."""
+    """Python that loads what the run ends with as `model`."""
+
+
+def with_weights(made: str) -> str:
+    """Python that makes `model`, and then gives it the weights of model.safetensors."""
+    return (
+        f"from safetensors.torch import load_file\n{made}\n"
+        'model.load_state_dict(load_file("model.safetensors"))'
+    )
 
 
 class Job(ABC, Generic[C, S]):
@@ -219,9 +230,13 @@ class Job(ABC, Generic[C, S]):
     """A line of the command line's help."""
     Config: ClassVar[type[JobConfig]]
     tasks: ClassVar[tuple[str, ...]]
+    early: ClassVar[tuple[str, ...]] = ("task",)
+    """Options on which the defaults of others depend, by their names in `defaults`."""
     alike: ClassVar[dict[str, str]] = {}
     """Tasks that methods' spaces and `tuned` know by another one's name."""
     metrics: ClassVar[tuple[Metric, ...]]
+    makes: ClassVar[tuple[str, ...]] = TRAINED
+    """Of "original" and "retrain", those that every run makes, and so knows the cost of."""
     described: ClassVar[tuple[str, ...]] = ()
     """Names of its `facts`, without which `texts` cannot be written."""
 
@@ -274,6 +289,16 @@ class Job(ABC, Generic[C, S]):
     def share(self, retain: Batch, fraction: float, seed: int) -> Batch:
         """A share in (0, 1) of the retain set, drawn by `seed`; a smaller one lies in a larger."""
 
+    def trained(self, config: C) -> tuple[str, ...]:
+        """The models that are there before any method runs: "original" and, unless there is none
+        to compare with, "retrain"."""
+        return TRAINED
+
+    def standing(self, config: C, name: str, seed: int) -> nn.Module | None:
+        """One of those models where it stands in the user's files, so that none is trained and the
+        run keeps no copy; None where the run makes it."""
+        return None
+
     def given(self, config: C, model: nn.Module) -> bool:
         """Give `model` the original's weights where they are given, so that none is trained;
         whether they are."""
@@ -308,13 +333,13 @@ class Job(ABC, Generic[C, S]):
         that model itself), besides the gaps to the last."""
 
     @abstractmethod
-    def relearned(self, model: nn.Module, split: S, original: nn.Module) -> int:
+    def relearned(self, model: nn.Module, split: S, original: nn.Module) -> int | None:
         """Steps of training on the forget set until `model` is about as good there as `original`;
-        the most that are taken, where they do not suffice."""
+        the most that are taken, where they do not suffice. None: not measured."""
 
     @abstractmethod
     def losses(self, model: nn.Module, split: S) -> dict[str, list[float]]:
-        """Losses of the samples under "forget" and "test", nats, for pictures."""
+        """Losses of the samples under "forget" and "test", nats, for pictures; [] of no sample."""
 
     @abstractmethod
     def confidences(self, model: nn.Module, samples: Batch) -> Tensor:
@@ -328,6 +353,12 @@ class Job(ABC, Generic[C, S]):
     def compared(self) -> tuple[str, ...]:
         """Of these the mean gap to Retrain is the mean."""
         return tuple(metric.key for metric in self.metrics if metric.compared)
+
+    # -- what a run ends with
+
+    def publish(self, config: C, directory: RunDirectory, stage: Stage) -> None:
+        """Write the model of a stage into its run's directory, as `loading` of `texts` reads it."""
+        directory.write("model.safetensors", directory.model_bytes(stage))
 
     # -- what people are told
 

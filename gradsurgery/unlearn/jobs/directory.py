@@ -35,6 +35,7 @@ from gradsurgery.text import show
 from gradsurgery.unlearn.jobs import files, tensors
 from gradsurgery.unlearn.jobs.checked import CHECKPOINT as CHECKPOINT
 from gradsurgery.unlearn.jobs.checked import CheckedFolder
+from gradsurgery.unlearn.jobs.records import Records
 from gradsurgery.unlearn.jobs.shapes import RECORD, SAVED, STAGE, TRIAL, expect
 
 if TYPE_CHECKING:
@@ -128,13 +129,12 @@ class RunDirectory(CheckedFolder):
         """All finished stages, by seed."""
         return sorted(map(_measured, self._stages()), key=lambda result: result["seed"])
 
-    def finish(self, stage: Stage, model: nn.Module, result: dict[str, Any]) -> None:
-        """Keep a stage's weights and numbers; from here on a resumed run skips it."""
+    def finish(self, stage: Stage, model: nn.Module | None, result: dict[str, Any]) -> None:
+        """Keep a stage's numbers, and its weights unless they stand elsewhere; from here on a
+        resumed run skips it."""
         self._sync()
-        known = {
-            "model": self.save_model(model, _model_name(stage)),
-            "records": self._records.get(stage, Records()).digest(),
-        }
+        weights = {} if model is None else {"model": self.save_model(model, _model_name(stage))}
+        known = {**weights, "records": self._records.get(stage, Records()).digest()}
         content = {"seed": stage[0], "method": stage[1], **result, "files": known}
         self.write_json(_stage_name(stage), content)
         with suppress(FileNotFoundError):
@@ -170,6 +170,11 @@ class RunDirectory(CheckedFolder):
             data, _, checksum = tensors.read_bytes(self.path, name)
             self._same_model(stage, checksum)
         return data
+
+    def check_model(self, stage: Stage) -> None:
+        """Raise `InputError` unless the file of a stage's model is whole, where it has one."""
+        if "model" in self._stage(_stage_name(stage)).get("files", {"model": ""}):
+            self.model_bytes(stage)
 
     def load_weights(self, model: nn.Module, name: str) -> str:
         """The weights of a file; its checksum."""
@@ -349,23 +354,6 @@ class RunDirectory(CheckedFolder):
             file.flush()
             os.fsync(file.fileno())
         self._trials = files.check(self._trials, line)
-
-
-class Records:
-    """Checksums of a stage's lines of metrics.jsonl, up to every step."""
-
-    def __init__(self) -> None:
-        self._sum, self._steps = hashlib.sha256(), dict[int, str]()
-
-    def add(self, step: int, line: bytes) -> None:
-        self._sum.update(line)
-        self._steps[step] = self._sum.hexdigest()
-
-    def digest(self, step: int | None = None) -> str:
-        """Of all lines, or of those up to a step."""
-        if step is None or not self._steps:
-            return self._sum.hexdigest()
-        return self._steps[max(known for known in self._steps if known <= step)]
 
 
 def _stage_name(stage: Stage) -> str:

@@ -66,13 +66,14 @@ class Run:
         changed = [update(self.config, {each.method: each.changes}) for each in everything]
         for each in changed:
             each.check()
+        trained = self.job.trained(self.config)
         forget_sets = {}
         with reproducible(self.config.threads):
             for seed in self.config.all_seeds:
                 split = self.job.split(self.config, seed)
                 about = {"samples": len(split.ids), "sha256": fingerprint(split.ids), **split.about}
                 forget_sets[str(seed)] = about
-                stages = [StageRun(self, split, (seed, name)) for name in TRAINED]
+                stages = [StageRun(self, split, (seed, name)) for name in trained]
                 # either is measured against the other, so both must be there first
                 for stage in stages:
                     stage.make()
@@ -83,7 +84,7 @@ class Run:
                     stage = StageRun(run, split, (seed, each.name), each.changes)
                     stage.make()
                     stage.measure()
-        names = [*TRAINED, *(each.name for each in everything)]
+        names = [*trained, *(each.name for each in everything)]
         task, results = self.config.task, self.directory.results()
         found = summarize(self.job, task, results, forget_sets, names)
         facts = self.directory.facts()
@@ -129,16 +130,28 @@ class Run:
             # or what was freed before would be used again and cost nothing
             gc.collect()
             getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-        with cost_of(next(model.parameters()).device) as cost, suppress(TrainingError):
-            few.trainer(split, seed, name, model, probed=False).run()
+        try:
+            with cost_of(next(model.parameters()).device) as cost, suppress(TrainingError):
+                few.trainer(split, seed, name, model, probed=False).run()
+        except torch.OutOfMemoryError:  # beside the model that has just been trained
+            return None
         return None if cost.memory is None else cost.memory / 1e6
 
     def fresh(self, seed: int, name: str) -> nn.Module:
         """The model that a stage's training begins with."""
         return self.job.model(self.config, derived(seed, name, "weights"))
 
+    def standing(self, stage: Stage) -> nn.Module | None:
+        """The model of a stage where it stands in the user's files."""
+        seed, name = stage
+        if name not in TRAINED:
+            return None
+        return self.job.standing(self.config, name, derived(seed, name, "weights"))
+
     def stored(self, stage: Stage) -> nn.Module:
         """The model of a finished stage."""
+        if (found := self.standing(stage)) is not None:
+            return found
         model = self.job.model(self.config)
         self.directory.load_model(model, stage)
         return model
@@ -166,7 +179,10 @@ class StageRun:
             had = done.get("changes", {})
             if had != changes:
                 raise InputError(f"--out: {directory.path} holds {name} with {had}, not {changes}")
-            directory.model_bytes(self.stage)  # nothing else may read it again, and it is a result
+            directory.check_model(self.stage)  # nothing else may read it again, and it is a result
+            return
+        if run.standing(self.stage) is not None:
+            directory.finish(self.stage, None, {})
             return
         trained = name in TRAINED
         model = run.fresh(seed, name) if trained else run.stored((seed, "original"))
@@ -218,15 +234,17 @@ class StageRun:
             run.progress.say(f"{self.label}  already done")
             return
         model = run.stored(self.stage)
-        retrain = None if name == "retrain" else run.stored((seed, "retrain"))
+        there = name != "retrain" and "retrain" in run.job.trained(run.config)
+        retrain = run.stored((seed, "retrain")) if there else None
         measured = run.job.evaluate(model, self.split, retrain=retrain)
         if name != "original":
             original = run.stored((seed, "original"))
-            measured["relearn"] = run.job.relearned(model, self.split, original)
+            steps = run.job.relearned(model, self.split, original)
+            measured |= {} if steps is None else {"relearn": steps}
         if run.config.shadows and name not in TRAINED:
             measured |= shadows.attack(run, self.split, self.stage)
         losses = run.job.losses(model, self.split)
         run.directory.add(self.stage, {"metrics": measured, "losses": losses})
-        cost = f"{done['steps']:>4} steps {done['seconds']:6.1f} s"
+        cost = f"{done['steps']:>4} steps {done['seconds']:6.1f} s" if "steps" in done else "given"
         shown = "  ".join(f"{k} {measured[k]:.3f}" for k in run.job.compared if k in measured)
         run.progress.say(f"{self.label}  {cost}  {shown}")

@@ -26,7 +26,7 @@ STAGE: Shape = {
     "step_seconds?": {"orthograd": float, "plain": float},
     "metrics?": {str: float},
     "losses?": {"forget": [float], "test": [float]},
-    "files?": {"model": str, "records": str},
+    "files?": {"model?": str, "records": str},
 }
 RECORD: Shape = {"seed": int, "method": str, "step": int, str: (str, bool, float, None)}
 SAVED: Shape = {"seed": int, "method": str, "records": str, "trainer": {"step": int, str: object}}
@@ -102,8 +102,12 @@ def check_summary(summary: Any) -> None:
         job.texts(summary)
     except (KeyError, TypeError, ValueError):
         raise DamageError("forget_sets or data are not those of its job") from None
-    for name in (*TRAINED, *columns):
-        needed = {"seconds"} | ({"gap_mean"} if name != "retrain" else set())
+    if "original" not in columns:
+        raise DamageError("columns has no original")
+    compared = "retrain" in {*job.makes, *columns}
+    for name in ("original", *job.makes, *columns):
+        needed = {"seconds"} if name in job.makes or name not in TRAINED else set()
+        needed |= {"gap_mean"} if compared and name != "retrain" else set()
         missing = needed - set(columns.get(name, ()))
         if missing:
             raise DamageError(f"columns.{show(name, 80)} has no {', '.join(sorted(missing))}")
@@ -117,5 +121,6 @@ def check_summary(summary: Any) -> None:
     plain = list(summary.get("step", {}).get("seconds", {}).values())
     if any(len(entry["values"]) != len(seeds) for entry in (*spreads, *plain)):
         raise DamageError("it has not one value a seed of everything")
-    if columns["retrain"]["seconds"]["mean"] <= 0 or any(min(e["values"]) <= 0 for e in plain):
+    timed = [columns[name]["seconds"]["mean"] for name in ("retrain",) if name in job.makes]
+    if any(mean <= 0 for mean in timed) or any(min(e["values"]) <= 0 for e in plain):
         raise DamageError("it has seconds that are not positive")

@@ -6,9 +6,15 @@ set, "ltu+first order@0.1" for other options as well.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
-TRAINED = ("original", "retrain")
+TRAINED = ("original", "retrain")  # what methods start from, and what they are compared with
+
+
+def trained(columns: Collection[str]) -> list[str]:
+    """Of a run's stages those that no method made: where no retrained model is, Original alone."""
+    return [name for name in TRAINED if name in columns]
 
 
 class Parts(NamedTuple):

@@ -1,4 +1,4 @@
-"""A run's numbers: over the seeds, every model against its seed's Retrain."""
+"""A run's numbers: over the seeds, every model against its seed's Retrain, where there is one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from gradsurgery.unlearn.jobs.base import COSTS, Job, Measured, Summary
-from gradsurgery.unlearn.jobs.stages import TRAINED, parts
+from gradsurgery.unlearn.jobs.stages import parts
 from gradsurgery.unlearn.metrics.statistics import gap, spread
 
 
@@ -73,12 +73,14 @@ def _numbers(
     """All there are of one stage, gaps of metrics `among` those."""
     result = by_stage[seed, name]
     measured: Measured = result["metrics"]
-    original, retrain = (by_stage[seed, other]["metrics"] for other in TRAINED)
+    original = by_stage[seed, "original"]["metrics"]
+    reference = by_stage.get((seed, "retrain"), {})
     found = {**measured, **{c.key: result[c.key] for c in COSTS if c.key in result}}
-    found["seconds_ratio"] = result["seconds"] / by_stage[seed, "retrain"]["seconds"]
-    if name == "retrain":
-        return {**found, **job.scores(task, measured, original, None)}
-    found |= {f"gap_{key}": value for key, value in gaps(job, measured, retrain, among).items()}
+    if "seconds" in result and "seconds" in reference:
+        found["seconds_ratio"] = result["seconds"] / reference["seconds"]
+    retrain = None if name == "retrain" else reference.get("metrics")
+    if retrain is not None:
+        found |= {f"gap_{key}": value for key, value in gaps(job, measured, retrain, among).items()}
     return {**found, **job.scores(task, measured, original, retrain)}
 
 

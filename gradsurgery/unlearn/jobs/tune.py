@@ -175,7 +175,10 @@ def prepare(run: Run, seeds: Sequence[int]) -> Ready:
         models: dict[str, nn.Module] = {}
         for name in TRAINED:
             file = f"tuning/seed{seed}-{name}.safetensors"
-            model = models[name] = run.fresh(seed, name)
+            found = run.standing((seed, name))
+            model = models[name] = run.fresh(seed, name) if found is None else found
+            if found is not None:
+                continue
             if directory.has(file):
                 directory.load_weights(model, file)
                 continue

@@ -8,7 +8,7 @@ from gradsurgery import __version__
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs import registry
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary
-from gradsurgery.unlearn.jobs.stages import parts
+from gradsurgery.unlearn.jobs.stages import parts, trained
 from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.training.config import to_dict
 
@@ -32,12 +32,13 @@ def fenced(code: str) -> str:
 
 
 def model_card(config: JobConfig, summary: Summary, seed: int, name: str) -> str:
-    """Markdown: method, forget set, options, numbers beside Original and Retrain, limits."""
+    """Markdown: method, forget set, options, numbers beside Original and, where there is one,
+    Retrain, limits."""
     job = registry.find(summary["job"])
     forgotten = summary["forget_sets"][str(seed)]
     texts = job.texts({**summary, "seeds": [seed], "forget_sets": {str(seed): forgotten}})
     index = summary["seeds"].index(seed)
-    columns = ["original", "retrain"] + ([name] if name != "retrain" else [])
+    columns = [*dict.fromkeys((*trained(summary["columns"]), name))]
     method, _, fraction = parts(name)
     options = to_dict(config.training if name == "retrain" else getattr(config, method))
 
@@ -50,21 +51,20 @@ def model_card(config: JobConfig, summary: Summary, seed: int, name: str) -> str
         for metric in job.metrics
         if any(metric.key in summary["columns"][column] for column in columns)
     )
-    settings = "\n".join(f"| {key} | {plain(setting)} |" for key, setting in options.items())
-    code = "\n".join(
-        [
-            "from safetensors.torch import load_file",
-            texts.loading,
-            'model.load_state_dict(load_file("model.safetensors"))',
-        ]
+    settings = "\n".join(
+        f"| {key} | {plain('none' if setting is None else setting)} |"
+        for key, setting in options.items()
     )
     doubts = [plain(texts.doubts, 2000)] if texts.doubts else []
     limits = "\n".join(f"- {limit}" for limit in (*LIMITS, *doubts))
+    aim = "No model that never saw the forget set was given to compare with."
+    if "retrain" in columns:
+        aim = "Retrain never saw the forget set: near it is good, beyond it is not\nbetter."
     return f"""# {plain(texts.card_title)}, unlearned by {plain(title(name))}
 
 {plain(texts.model, 2000)}, made by gradsurgery {__version__}. Load it with
 
-{fenced(code)}
+{fenced(texts.loading)}
 
 ## What was forgotten
 
@@ -80,8 +80,7 @@ def model_card(config: JobConfig, summary: Summary, seed: int, name: str) -> str
 |---|{"---|" * len(columns)}
 {rows}
 
-{plain(texts.numbers, 2000)} Retrain never saw the forget set: near it is good, beyond it is not
-better. summary.json has all seeds and methods.
+{plain(texts.numbers, 2000)} {aim} summary.json has all seeds and methods.
 
 ## Options of {plain(title(name))}
 

@@ -16,8 +16,9 @@ from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
 from gradsurgery.unlearn.metrics.statistics import spread
 from gradsurgery.unlearn.training.config import differences, to_dict, update
 
-# besides paths, options that say where things are: what is found there counts, not where it was
-WHERE = ("device",)
+# besides paths, what says where things are: what is found there counts, not where it was
+WHERE = ("device", "source")
+COLUMNS = ("loss", "rule")  # what says which columns there are, as `method` does
 
 
 class Run:
@@ -49,7 +50,7 @@ class Run:
         own = [
             field.name
             for field in fields(self.job.Config)
-            if field.name not in (*common, *WHERE)
+            if field.name not in (*common, *WHERE, *COLUMNS)
             and Path not in (hints[field.name], *get_args(hints[field.name]))
         ]
         return {key: self.config[key] for key in (*own, "training")}
@@ -86,7 +87,11 @@ def _conflicts(run: Run, others: Sequence[Run]) -> list[str]:
             continue
         mine, theirs = run.summary["forget_sets"], other.summary["forget_sets"]
         split = [s for s in mine if s in theirs and mine[s]["sha256"] != theirs[s]["sha256"]]
-        changed = differences(other.facts, run.facts, "data: ")
+        mine, theirs = (
+            {key: value for key, value in each.facts.items() if key not in WHERE}
+            for each in (run, other)
+        )
+        changed = differences(theirs, mine, "data: ")
         changed += differences(other.decisive, run.decisive)
         if split:
             found.append(

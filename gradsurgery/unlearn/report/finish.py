@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+from gradsurgery.unlearn.jobs import registry
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.shapes import ENVIRONMENT
-from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts
 from gradsurgery.unlearn.report.card import model_card
+from gradsurgery.unlearn.training.config import update
 
 
 def finish(config: JobConfig, directory: RunDirectory, summary: Summary) -> None:
@@ -16,7 +18,9 @@ def finish(config: JobConfig, directory: RunDirectory, summary: Summary) -> None
     directory.write_json("summary.json", summary)
     seed = summary["seeds"][0]
     name = next((name for name in summary["columns"] if name not in TRAINED), "retrain")
-    directory.write("model.safetensors", directory.model_bytes((seed, name)))
+    changes = (directory.result((seed, name)) or {}).get("changes", {})
+    config = update(config, {parts(name).method: changes} if changes else {})
+    registry.find(summary["job"]).publish(config, directory, (seed, name))
     directory.write("model_card.md", model_card(config, summary, seed, name))
     write_report(directory)
 

@@ -23,9 +23,11 @@ def page(template: str, heading: str, **values: Any) -> str:
 
 
 def plain(value: Any) -> str:
-    """A list or a table of options without brackets and quotes."""
+    """An option's value without brackets and quotes."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+    if value is None or value in ("", []):
+        return "none"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

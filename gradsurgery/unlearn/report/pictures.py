@@ -9,16 +9,24 @@ from gradsurgery.unlearn.jobs.stages import TRAINED, parts
 from gradsurgery.unlearn.report import plots
 from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.plots import Records
-from gradsurgery.unlearn.report.verdict import Summary, fractions, methods, overall, ranking
+from gradsurgery.unlearn.report.verdict import (
+    Summary,
+    compared,
+    fractions,
+    methods,
+    overall,
+    ranking,
+)
 
 BEST = 4  # methods that stand out in a picture; the others are faint
 
+MARKS = " from Original (square) towards Retrain (star)"
 # what is drawn of a run's steps: a key of metrics.jsonl, the label of its axis, a caption
 PATHS = (
     (
         "retain_accuracy",
         "accuracy on retained samples",
-        "Paths of the methods from Original (square) towards Retrain (star), on a part of the "
+        f"Paths of the methods{MARKS}, on a part of the "
         "retain set. A path that sinks before it has gone left forgets at the price of what should "
         "stay.",
     ),
@@ -87,13 +95,19 @@ def of_steps(
     best = [place.name for place in ranking(summary, fraction)[:BEST]]
     where = "" if fraction == 1 else f", {percent(fraction)} of the retain set"
     faint = " Faint: the other seeds." if len(summary["seeds"]) > 1 else ""
-    bold = f" Bold: the {len(best)} closest to Retrain." if len(names) > len(best) else ""
+    which = f"the {len(best)} closest to Retrain" if compared(summary) else f"the first {len(best)}"
+    bold = f" Bold: {which}." if len(names) > len(best) else ""
+    # models that were given took no steps, and are at no place of a path
+    absent = "" if {name for _, name in steps} >= set(TRAINED) else MARKS
     known = {key for lines in steps.values() for line in lines for key in line}
     galleries = [
         Gallery(
             f"{heading}{where}",
             [
-                picture(draw(steps, names, best, key, label), f"{caption}{bold}{faint}")
+                picture(
+                    draw(steps, names, best, key, label),
+                    f"{caption.replace(absent, '')}{bold}{faint}",
+                )
                 for key, label, caption in drawn
                 if key in known
             ],
@@ -129,11 +143,13 @@ def _losses(
         for name in names
         if name in losses
     ]
+    unseen = any(losses[name]["test"] for name in names if name in losses)
+    note = " A method is done when its two shapes lie to each other as Retrain's do."
     return Gallery(
-        f"Losses of the forget set and of unseen samples{where}",
+        f"Losses of the forget set{' and of unseen samples' if unseen else ''}{where}",
         drawn,
         "small",
-        f"Seed {seed}. A method is done when its two shapes lie to each other as Retrain's do.",
+        f"Seed {seed}.{note if unseen and compared(summary) else ''}",
     )
 
 
@@ -155,5 +171,6 @@ def cost(summary: Summary, price: str) -> Gallery:
     """Seconds of the methods with the largest share; `price` says what they mean."""
     shares = fractions(summary) or [1.0]
     names = [place.name for place in ranking(summary, shares[0])]
-    drawn = picture(plots.cost(summary["columns"], names), f"Dotted: Retrain. {price}")
+    line = "Dotted: Retrain. " if "seconds" in summary["columns"].get("retrain", {}) else ""
+    drawn = picture(plots.cost(summary["columns"], names), f"{line}{price}")
     return Gallery("Cost", [drawn], "one")

@@ -53,6 +53,7 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a name with two dollars in it is no formula
     "svg.hashsalt": "gradsurgery",  # ids, and so files, that depend on the run alone
 }
+LONG_LABEL = 24  # characters; of longer ones a legend's columns would reach beyond the picture
 LEAST_GAP = 0.02  # points; a smaller gap is drawn as this one
 GAP_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 SMALLEST_LOSS = 1e-5  # nats; smaller ones fall into the first bin of a histogram
@@ -116,7 +117,8 @@ def _legend(figure: Figure, columns: int = 3) -> None:
     """Below the axes, where it covers no data."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:
-        place = {"loc": "outside lower center", "ncols": columns}
+        fits = max(map(len, labels)) <= LONG_LABEL
+        place = {"loc": "outside lower center", "ncols": columns if fits else 1}
         figure.legend(handles, labels, handlelength=1.6, columnspacing=1.2, **place)
 
 
@@ -174,6 +176,8 @@ def tradeoff(records: Records, names: list[str], best: list[str], y: str, label:
         )
     for name, area in (("original", 60), ("retrain", 170)):
         runs = [steps for (_, method), steps in records.items() if method == name]
+        if not runs:
+            continue
         ends = [_probes(steps, *keys) for steps in runs]
         last = [[found[axis][-1] for found in ends if found[0]] for axis in (0, 1)]
         style = {"marker": MARKERS[name], "s": area, "edgecolors": "white", "zorder": 5}
@@ -248,10 +252,12 @@ def _error(std: float | None, summary: Summary, stage: str) -> float:
 
 @picture
 def histogram(forget: list[float], test: list[float], name: str) -> Figure:
-    """Share of samples by loss, forget against test, on a logarithmic axis."""
+    """Share of samples by loss, forget against test if there is any, on a logarithmic axis."""
     figure, axes = _axes(3.6, 2.4)
     bins = np.geomspace(SMALLEST_LOSS, 100, 29).tolist()
     for losses, shade, label in ((test, "#9aa0a8", "test"), (forget, color(name), "forget")):
+        if not losses:
+            continue
         clipped = np.clip(losses, bins[0], bins[-1])
         weights = np.full(len(clipped), 1 / max(len(clipped), 1))
         axes.hist(clipped, bins, weights=weights, color=shade, alpha=0.65, label=label)
@@ -288,8 +294,10 @@ def surgery(records: Records, name: str, keys: dict[str, str], label: str) -> Fi
 
 @picture
 def cost(columns: dict[str, Any], names: list[str]) -> Figure:
-    """Seconds a method took, mean and spread over seeds, Retrain as the line to stay below."""
-    names = ["retrain", *(name for name in names if name not in TRAINED)]
+    """Seconds a method took, mean and spread over seeds, Retrain as the line to stay below, where
+    its seconds are known."""
+    known = [name for name in ("retrain",) if "seconds" in columns.get(name, {})]
+    names = [*known, *(name for name in names if name not in TRAINED)]
     figure, axes = _axes(4.7, 0.8 + 0.34 * len(names))
     means = [columns[name]["seconds"]["mean"] for name in names]
     errors = [columns[name]["seconds"]["std"] or 0 for name in names]
@@ -309,7 +317,8 @@ def cost(columns: dict[str, Any], names: list[str]) -> Figure:
             textcoords="offset points",
             va="center",
         )
-    axes.axvline(columns["retrain"]["seconds"]["mean"], color=COLORS["retrain"], lw=1, ls=":")
+    for name in known:
+        axes.axvline(columns[name]["seconds"]["mean"], color=COLORS[name], lw=1, ls=":")
     axes.set_xlim(0, max(m + e for m, e in zip(means, errors, strict=True)) * 1.2)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)

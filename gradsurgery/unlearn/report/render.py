@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gradsurgery.unlearn.jobs import registry
 from gradsurgery.unlearn.jobs.base import Texts
-from gradsurgery.unlearn.jobs.stages import TRAINED, parts
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts, trained
 from gradsurgery.unlearn.jobs.tune import winner
 from gradsurgery.unlearn.metrics.statistics import spread
 from gradsurgery.unlearn.report import pictures, plots, tables
@@ -15,7 +15,7 @@ from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.page import page
 from gradsurgery.unlearn.report.pictures import Gallery, of_steps
 from gradsurgery.unlearn.report.tables import Row
-from gradsurgery.unlearn.report.verdict import Summary, fractions, ranking, sentences
+from gradsurgery.unlearn.report.verdict import Summary, compared, fractions, ranking, sentences
 
 
 class Card(NamedTuple):
@@ -46,6 +46,7 @@ class Found(NamedTuple):
     """What a run, or several put side by side, found of one task."""
 
     texts: Texts
+    compared: bool  # with a Retrain
     asked: str
     sentences: list[str]
     shares: list[Share]
@@ -58,6 +59,7 @@ def found(summary: Summary) -> Found:
     texts = registry.find(summary["job"]).texts(summary)
     return Found(
         texts=texts,
+        compared=compared(summary),
         asked=asked(summary, texts.forgotten),
         sentences=sentences(summary),
         shares=shares(summary),
@@ -124,17 +126,17 @@ def shares(summary: Summary) -> list[Share]:
 
 
 def figures(summary: Summary, name: str) -> list[Card]:
-    """What the mean gap of a method is made of, beside Retrain and Original."""
+    """What the mean gap of a method is made of, beside Retrain, if there is one, and Original."""
     columns = summary["columns"]
+    others = trained(columns)[::-1]
     cards = []
     for metric in registry.find(summary["job"]).metrics:
-        if metric.compared and all(metric.key in columns[each] for each in (name, *TRAINED)):
-            own, original, retrain = (
-                tables.cell(columns[each], metric).text for each in (name, *TRAINED)
-            )
+        if metric.compared and all(metric.key in columns[each] for each in (name, *others)):
+            own, *beside = (tables.cell(columns[each], metric).text for each in (name, *others))
             group = metric.group.lower()
             label = metric.title if metric.title.startswith(group) else f"{group}: {metric.title}"
-            cards.append(Card(own, [label, f"Retrain {retrain}", f"Original {original}"]))
+            lines = [f"{title(other)} {text}" for other, text in zip(others, beside, strict=True)]
+            cards.append(Card(own, [label, *lines]))
     return cards
 
 
@@ -188,6 +190,7 @@ def search(tuning: list[dict[str, Any]]) -> Search | None:
 def sections(config: dict[str, Any], summary: Summary) -> dict[str, dict[str, Any]]:
     """Options of the training and of each method there is, by what they are options of."""
     names = sorted({parts(name).method for name in summary["columns"]} - set(TRAINED))
-    found = {"Original and Retrain": config.get("training")}
+    made = registry.find(summary["job"]).makes
+    found = {"Original and Retrain": config.get("training")} if made else {}
     found |= {title(name): config.get(name) for name in names}
     return {heading: options for heading, options in found.items() if isinstance(options, dict)}

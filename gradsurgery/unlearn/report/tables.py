@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from gradsurgery.unlearn.jobs import registry
 from gradsurgery.unlearn.jobs.base import COSTS, GAP, Metric
-from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.jobs.stages import TRAINED, trained
 from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.verdict import (
     Place,
     Summary,
+    compared,
     fractions,
     methods,
     ranking,
@@ -60,24 +61,25 @@ def behind(place: Place | None) -> Cell:
 
 
 def main_table(summary: Summary, fraction: float) -> tuple[list[str], list[Row]]:
-    """Original, Retrain and the methods with a share of the retain set, the closest first."""
+    """Original, Retrain and the methods with a share of the retain set, as `ranking` has them."""
     columns = summary["columns"]
     places = {place.name: place for place in ranking(summary, fraction)}
-    names = [name for name in TRAINED if name in columns] + list(places)
+    names = trained(columns) + list(places)
     measured = {key for name in names for key in columns[name]}
     metrics = [m for m in registry.find(summary["job"]).metrics if m.short and m.key in measured]
-    metrics = [GAP, *(metric for metric in metrics if metric is not GAP), SECONDS]
+    first = [GAP] if compared(summary) else []
+    metrics = [*first, *(metric for metric in metrics if metric is not GAP), SECONDS]
     seeds = len({tuple(seeds_of(summary, name)) for name in names}) > 1
-    compared = len(places) > 1
+    several = len(places) > 1 and compared(summary)
     header = [metric.short or metric.title for metric in metrics] + ["seeds"] * seeds
-    if compared:
+    if several:
         header.insert(1, "behind")
     rows = []
     for name in names:
         cells = [cell(columns[name], metric) for metric in metrics]
         if seeds:
             cells.append(Cell(str(len(seeds_of(summary, name)))))
-        if compared:
+        if several:
             cells.insert(1, behind(places.get(name)))
         rows.append(Row(name, title(name), cells))
     return header, rows
@@ -85,7 +87,7 @@ def main_table(summary: Summary, fraction: float) -> tuple[list[str], list[Row]]
 
 def stages(summary: Summary, fraction: float) -> list[str]:
     """Original, Retrain and the methods with a share of the retain set, as they ran."""
-    return [*(n for n in TRAINED if n in summary["columns"]), *methods(summary, fraction)]
+    return [*trained(summary["columns"]), *methods(summary, fraction)]
 
 
 def full_table(summary: Summary, fraction: float) -> dict[str, list[Row]]:
@@ -104,7 +106,8 @@ def caption(summary: Summary, spread: bool = True) -> str:
     seeds = len(summary["seeds"])
     means = "means ± standard deviation" if spread else "means"
     over = f"{means} over {seeds} seeds" if seeds > 1 else "one seed"
-    return f"{summary['job']}, {summary['task']}: mean gap to Retrain and what it is of; {over}"
+    what = "mean gap to Retrain and what it is of" if compared(summary) else "what was measured"
+    return f"{summary['job']}, {summary['task']}: {what}; {over}"
 
 
 def heading(fraction: float) -> str:

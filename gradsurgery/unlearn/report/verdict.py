@@ -1,9 +1,13 @@
-"""Who comes closest to Retrain, by how much, and what the seeds cannot tell apart: in words."""
+"""Who comes closest to Retrain, by how much, and what the seeds cannot tell apart: in words.
+
+Where there is no Retrain, none is closest: what was measured of the first ones is said instead.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from gradsurgery.unlearn.jobs import registry
 from gradsurgery.unlearn.jobs.stages import TRAINED, parts
 from gradsurgery.unlearn.metrics.statistics import paired
 from gradsurgery.unlearn.report.labels import percent, title
@@ -13,10 +17,11 @@ NAMED = 3  # runners-up and ties named in a sentence; the table has them all
 
 
 class Place(NamedTuple):
-    """A method's rank: distances to Retrain are means over metrics and seeds, in [0, 1]."""
+    """A method's place: distances to Retrain are means over metrics and seeds, in [0, 1]."""
 
     name: str
-    gap: float
+    gap: float | None
+    """None where there is no Retrain."""
     behind: float | None
     """Paired difference to the best method over the seeds of both, None where they share none."""
     error: float | None
@@ -50,10 +55,18 @@ def methods(summary: Summary, fraction: float) -> list[str]:
     return [name for name in names if parts(name).fraction == fraction]
 
 
+def compared(summary: Summary) -> bool:
+    """Whether there is a Retrain that the others were measured against."""
+    return "retrain" in summary["columns"]
+
+
 def ranking(summary: Summary, fraction: float) -> list[Place]:
-    """The methods that ran with a share of the retain set, the closest to Retrain first."""
+    """The methods that ran with a share of the retain set, the closest to Retrain first; without
+    Retrain in the order they ran in."""
     columns = summary["columns"]
     names = methods(summary, fraction)
+    if not compared(summary):
+        return [Place(name, None, None, None, 0) for name in names]
     names.sort(key=lambda name: columns[name]["gap_mean"]["mean"])
 
     def by_seed(name: str) -> dict[int, float]:
@@ -77,6 +90,8 @@ def ranking(summary: Summary, fraction: float) -> list[Place]:
 def overall(summary: Summary) -> list[str]:
     """Methods that ran with several shares, by their mean gap over them; names without a share."""
     gaps: dict[str, list[float]] = {}
+    if not compared(summary):
+        return []
     for name, column in summary["columns"].items():
         if name not in TRAINED:
             gaps.setdefault(name.partition("@")[0], []).append(column["gap_mean"]["mean"])
@@ -92,16 +107,16 @@ def sentences(summary: Summary) -> list[str]:
             "Only the original and the retrained model were made: "
             "there is no unlearning method to judge."
         ]
+    if not compared(summary):
+        return _alone(summary)
     first, *rest = shares
     columns = summary["columns"]
     best = ranking(summary, first)[0].name
-    retrain, seconds = columns["retrain"]["seconds"]["mean"], columns[best]["seconds"]["mean"]
     start = _points(columns["original"]["gap_mean"]["mean"])
     lead = [
         f"{_where(first)}{_closest(summary, first)}.",
         f"The original model starts {start} points away.",
-        f"{title(best)} took {seconds:.1f} s, {seconds / retrain:.2f} times retraining "
-        f"({retrain:.1f} s).",
+        f"{title(best)} took {columns[best]['seconds']['mean']:.1f} s{_times(columns, best)}.",
     ]
     text = [" ".join(lead), *(f"{_where(share)}{_closest(summary, share)}." for share in rest)]
     if len({tuple(seeds_of(summary, name)) for name in columns}) > 1:
@@ -111,11 +126,38 @@ def sentences(summary: Summary) -> list[str]:
     return text
 
 
+def _times(columns: dict[str, Any], name: str) -> str:
+    """What a method's seconds are of Retrain's, where these are known."""
+    if "seconds" not in columns["retrain"]:
+        return ""
+    retrain, seconds = (columns[each]["seconds"]["mean"] for each in ("retrain", name))
+    return f", {seconds / retrain:.2f} times retraining ({retrain:.1f} s)"
+
+
+def _alone(summary: Summary) -> list[str]:
+    """The verdict without Retrain: what a reader would compare, and that there is nothing to."""
+    columns = summary["columns"]
+    known = [metric for metric in registry.find(summary["job"]).metrics if metric.compared]
+    told = [metric for metric in known if all(metric.key in column for column in columns.values())]
+    shown = ["original", *methods(summary, fractions(summary)[0])[:NAMED]]
+    text = [
+        "No retrained model was given, so nothing here says how near a method comes to a model "
+        "that never saw the forget set. The methods stand in the order they ran in."
+    ]
+    for metric in told[:2]:
+        values = "; ".join(
+            f"{title(name)} {columns[name][metric.key]['mean']:.{metric.digits}f}" for name in shown
+        )
+        text.append(f"{metric.title[0].upper()}{metric.title[1:]}: {values}.")
+    return text
+
+
 def _where(fraction: float) -> str:
     return "" if fraction == 1 else f"With {percent(fraction)} of the retain set, "
 
 
-def _points(gap: float) -> str:
+def _points(gap: float | None) -> str:
+    assert gap is not None, "there is a Retrain"
     return f"{100 * gap:.1f}"
 
 

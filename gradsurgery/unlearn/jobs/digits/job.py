@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import nn
 
-from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts
+from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts, with_weights
 from gradsurgery.unlearn.jobs.classifiers import NUMBERS, ClassifierJob, LabeledSplit, counted
 from gradsurgery.unlearn.jobs.digits import data
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
@@ -86,7 +86,8 @@ class DigitsJob(ClassifierJob[DigitsConfig]):
             model="A convolutional network of 124,426 parameters for 8 x 8 images of handwritten "
             "digits",
             card_title="Digits classifier",
-            loading="from gradsurgery.unlearn.jobs.digits.data import DigitsCNN\n\n"
-            "model = DigitsCNN()",
+            loading=with_weights(
+                "from gradsurgery.unlearn.jobs.digits.data import DigitsCNN\n\nmodel = DigitsCNN()"
+            ),
             numbers=NUMBERS,
         )

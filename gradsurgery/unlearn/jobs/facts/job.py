@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gradsurgery.errors import InputError
-from gradsurgery.unlearn.jobs.base import Summary, Texts
+from gradsurgery.unlearn.jobs.base import Summary, Texts, with_weights
 from gradsurgery.unlearn.jobs.classifiers import counted
 from gradsurgery.unlearn.jobs.facts import data
 from gradsurgery.unlearn.jobs.facts.data import Fact
@@ -93,8 +93,9 @@ class FactsJob(LanguageJob):
         looked = kept[: len(own) - len(forgotten)]
         looked = random.Random(f"measured {seed}").sample(looked, min(MEASURED, len(looked)))
         samples = {**sets, "retain": sorted(looked), **{k: enumerate(v) for k, v in world.items()}}
+        batches: dict[str, Any] = {name: data.batch(facts) for name, facts in sets.items()}
         return TextSplit(
-            **{name: data.batch(facts) for name, facts in sets.items()},
+            **batches,
             ids=sorted(forgotten),
             about={"authors": len({fact.who for _, fact in sets["forget"]})},
             samples={name: [data.sample(f) for _, f in facts] for name, facts in samples.items()},
@@ -148,8 +149,11 @@ class FactsJob(LanguageJob):
             price="So small a model retrains in a minute: time is no reason to unlearn here.",
             model=summary["data"]["model"],
             card_title="Made-up authors",
-            loading="from gradsurgery.unlearn.jobs.facts.job import FactsConfig, FactsJob\n\n"
-            "model = FactsJob().model(FactsConfig())  # with the options below, if others were set",
+            loading=with_weights(
+                "from gradsurgery.unlearn.jobs.facts.job import FactsConfig, FactsJob\n\n"
+                "model = FactsJob().model(FactsConfig())  # with the options below, if others were "
+                "set"
+            ),
             numbers=NUMBERS,
         )
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
 from gradsurgery.unlearn.jobs import tune
-from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts
+from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts, with_weights
 from gradsurgery.unlearn.jobs.classifiers import NUMBERS, ClassifierJob, LabeledSplit, counted
+from gradsurgery.unlearn.jobs.device import check_device
 from gradsurgery.unlearn.jobs.directory import fingerprint
 from gradsurgery.unlearn.jobs.images.arrays import Images
 from gradsurgery.unlearn.jobs.images.data import load
@@ -105,7 +106,7 @@ class ImagesConfig(JobConfig):
             wanted = "in [0, 1], as pixels are" if name == "mean" else "positive numbers"
             require(fine, name, wanted, _text(getattr(self, name)))
         self._check_checkpoint()
-        self._check_device()
+        check_device(self.device)
 
     def _check_checkpoint(self) -> None:
         if self.checkpoint_is == "start":
@@ -127,15 +128,6 @@ class ImagesConfig(JobConfig):
                 "--shadows are trained as the original was, which is not known of --checkpoint; "
                 "--checkpoint-is start trains it here"
             )
-
-    def _check_device(self) -> None:
-        try:
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError, ImportError) as error:
-            reason = show(str(error).splitlines()[0], 200)
-            raise InputError(f"--device: {show(self.device, 80)} is not here: {reason}") from None
-        if torch.device(self.device).type == "meta":
-            raise InputError("--device: meta has no values to train")
 
 
 def read(config: ImagesConfig) -> tuple[Images, dict[str, Tensor]]:
@@ -321,8 +313,10 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             price="A bar that ends left of it took less time than training again.",
             model=f"An image classifier of {data['parameters']:,} parameters: {data['model']}",
             card_title="Image classifier",
-            loading="from gradsurgery.unlearn.jobs.images.networks import network\n\n"
-            f"model = network({str(data['function'])!r}, {data['arguments']})",
+            loading=with_weights(
+                "from gradsurgery.unlearn.jobs.images.networks import network\n\n"
+                f"model = network({str(data['function'])!r}, {data['arguments']})"
+            ),
             numbers=NUMBERS,
         )
 
