@@ -80,7 +80,7 @@ def evaluate(
         retrained: trained without the forget set; also the other model of the attack "reference".
         tokenizer: for what needs text: ROUGE-L, the attack "zlib" and generated_perplexity.
         batch_size: samples in a pass.
-        max_new_tokens: of an answer that the model writes.
+        max_new_tokens: of an answer that the model writes; 0: it writes none.
         gradients: whether there is the attack "gradient", which costs backward passes.
         as_published: as for `token_scores`.
 
@@ -100,7 +100,7 @@ def evaluate(
         if name == "holdout":
             continue
         metrics = _means(own[name], among=name in OF_OPTIONS, forget=name == "forget")
-        if tokenizer is not None:
+        if tokenizer is not None and max_new_tokens:
             shares = _batches(model, sets[name], batch_size)
             answers = generated(model, shares, tokenizer, max_new_tokens=max_new_tokens)
             written[name] = gathered(answers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from gradsurgery.unlearn.jobs.base import (
     Variant,
 )
 from gradsurgery.unlearn.methods import METHODS
-from gradsurgery.unlearn.methods.surgery import SurgeryConfig, SurgeryTrainer, values
+from gradsurgery.unlearn.methods.surgery import SurgeryTrainer, values
 from gradsurgery.unlearn.objectives.base import Batch, batch_size, take
 from gradsurgery.unlearn.objectives.causal_lm import CausalLM, trimmed
 from gradsurgery.unlearn.training.config import update
@@ -35,7 +35,6 @@ from gradsurgery.unlearn.training.trainer import Probe
 
 LARGEST = 1e30  # a run's files hold no larger number
 PROBED = 128  # retain samples looked at during a run; at its end many more are
-AT_ONCE = 64  # samples in a forward pass that measures
 
 KNOWN, FORGOTTEN, MEMBERSHIP = "Known by heart", "Forgetting", "Membership"
 MEASURED = (
@@ -65,11 +64,14 @@ MEASURED = (
     Metric("attack/gradient", "AUC of the gradient's norm", MEMBERSHIP),
     Metric("priv_leak", "PrivLeak, %", MEMBERSHIP, digits=1),
 )
-NUMBERS = (
+ALONE = (
     "Probabilities are those of whole answers, exp of minus the mean loss of a token; they, "
     "ROUGE-L, shares of tokens and AUCs are in [0, 1]. An attack's AUC of 0.5 is guessing, 1 finds "
-    "every forgotten sample. Forget quality is the chance that truth ratios like these come from "
-    "Retrain's distribution."
+    "every forgotten sample."
+)
+NUMBERS = (
+    f"{ALONE} Forget quality is the chance that truth ratios like these come from Retrain's "
+    "distribution."
 )
 
 
@@ -130,8 +132,24 @@ class LanguageConfig(JobConfig):
 
 
 def _goes(name: str) -> bool:
-    """Whether "all" means a method: one that a language model serves. Pairs have their names."""
-    return name != "surgery" and METHODS[name].asks <= {"losses", "outputs", "relabel"}
+    """Whether "all" means a method: one that a language model serves. Pairs have their names, and
+    few such models can be drawn anew to be the bad teacher."""
+    served = {"losses", "outputs", "relabel"}
+    return name not in ("surgery", "bad_teacher") and METHODS[name].asks <= served
+
+
+@dataclass(frozen=True)
+class Looking:
+    """How a model is looked at."""
+
+    at_once: int = 64
+    """Samples in a forward pass that measures."""
+    new_tokens: int = 32
+    """Of an answer that the model writes, at most; 0: it writes none."""
+    relearn_steps: int = 60
+    """Steps to relearn that are taken, at most; 0: none are, and nothing is said of them."""
+    relearn_batch: int = 16
+    relearn_lr: float = 3e-4
 
 
 @dataclass(frozen=True)
@@ -139,20 +157,19 @@ class TextSplit(Split):
     """Every set a batch of texts as `CausalLM` takes it, all padded to one length.
 
     `samples` are what metrics look at, by the names of `language.metrics.evaluate`: "forget",
-    "retain" (a part of it), "validation" and "test" (never trained on), and what else there is.
+    "retain" (a part of it), "validation" and "test" (never trained on), if there are any, and what
+    else there is.
     """
 
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     tokenizer: Any = None
+    looking: Looking = Looking()
 
 
 class LanguageJob(Job[Any, TextSplit]):
     """A job whose model writes."""
 
     metrics = (*MEASURED, Metric("relearn", "steps to relearn", "Relearning", digits=0), *COSTS)
-    relearn_steps = 60  # at most
-    relearn_lr = 3e-4
-    max_new_tokens = 32
 
     @property
     def objective(self) -> CausalLM:
@@ -161,17 +178,27 @@ class LanguageJob(Job[Any, TextSplit]):
     def check(self, config: Any) -> None:
         super().check(config)
         split = self.split(config, config.first_seed)
-        few = {name: take(getattr(split, name), slice(0, 2)) for name in ("forget", "retain")}
+        few: dict[str, Any] = {}
+        for name in ("forget", "retain", "validation"):
+            samples = getattr(split, name)
+            few[name] = None if samples is None else take(samples, slice(0, 2))
+        model = self.model(config)
+        self.check_model(config, model)
         # a wrong layer, say, is found before anything is trained
         for variant in config.variants:
-            if variant.method == "surgery":
-                options: SurgeryConfig = update(
-                    config, {"surgery": {**variant.changes, "stop": "never"}}
-                ).surgery
-                options.check("surgery")
-                model = self.model(config)
-                trainer = SurgeryTrainer(model, self.objective, **few, config=options)
-                trainer.check_losses()
+            name = variant.method
+            options = getattr(update(config, {name: {**variant.changes, "stop": "never"}}), name)
+            options.check(name)
+            try:
+                trainer = METHODS[name](model, self.objective, **few, config=options)
+                if isinstance(trainer, SurgeryTrainer):
+                    trainer.check_losses()
+            except InputError as error:
+                option = "loss" if name == "surgery" else f"method {name}"
+                raise InputError(f"--{option}: {error}") from None
+
+    def check_model(self, config: Any, model: nn.Module) -> None:
+        """Raise `InputError` where the model and the data do not go together."""
 
     def share(self, retain: Batch, fraction: float, seed: int) -> Batch:
         count = batch_size(retain)
@@ -189,11 +216,11 @@ class LanguageJob(Job[Any, TextSplit]):
         found = evaluate(
             model,
             **sets,  # type: ignore[arg-type]
-            holdout=split.samples[held_out],
+            holdout=split.samples.get(held_out),
             retrained=retrain,
             tokenizer=split.tokenizer,
-            batch_size=AT_ONCE,
-            max_new_tokens=self.max_new_tokens,
+            batch_size=split.looking.at_once,
+            max_new_tokens=split.looking.new_tokens,
             gradients=True,
         )
         return {k: v for k, v in found.items() if math.isfinite(v) and abs(v) <= LARGEST}
@@ -203,36 +230,42 @@ class LanguageJob(Job[Any, TextSplit]):
     ) -> Measured:
         return {}
 
-    def relearned(self, model: nn.Module, split: TextSplit, original: nn.Module) -> int:
-        batches = [trimmed(part) for part in whole(split.forget, 16)]
+    def relearned(self, model: nn.Module, split: TextSplit, original: nn.Module) -> int | None:
+        look = split.looking
+        if not look.relearn_steps:
+            return None
+        batches = list(_parts(model, split.forget, look.relearn_batch))
         bar = Sums.of([math.exp(-s.loss) for s in token_scores(original, batches).values()]).mean
         steps = relearn_steps(
-            model, batches, bar, lr=self.relearn_lr, steps=self.relearn_steps, margin=0.05
+            model, batches, bar, lr=look.relearn_lr, steps=look.relearn_steps, margin=0.05
         )
-        return self.relearn_steps if steps is None else steps
+        return look.relearn_steps if steps is None else steps
 
     def losses(self, model: nn.Module, split: TextSplit) -> dict[str, list[float]]:
-        return {
-            name: [score.loss for score in _scores(model, side).values()]
-            for name, side in (("forget", split.forget), ("test", split.test))
-        }
+        found: dict[str, list[float]] = {"forget": [], "test": []}
+        for name, side in (("forget", split.forget), ("test", split.test)):
+            if side is not None:
+                scores = _scores(model, side, split.looking.at_once)
+                found[name] = [score.loss for score in scores.values()]
+        return found
 
     def confidences(self, model: nn.Module, samples: Batch) -> Tensor:
         """log p - log(1 - p) of a sample's probability p = exp(-L)."""
-        losses = [score.loss for score in _scores(model, samples).values()]
+        losses = [score.loss for score in _scores(model, samples, Looking.at_once).values()]
         loss = torch.tensor(losses, dtype=torch.float64)
         return -loss - torch.log(-torch.expm1(-loss.clamp(min=1e-12)))
 
     def probe(self, split: TextSplit) -> Probe:
-        """Forget, some retain and validation samples: losses, and shares of tokens that are right,
-        under the names that pictures of runs have."""
+        """Forget, some retain and, if there are any, validation samples: losses, and shares of
+        tokens that are right, under the names that pictures of runs have."""
         retain = take(split.retain, slice(0, PROBED))
         sides = {"forget": split.forget, "retain": retain, "validation": split.validation}
+        sides = {name: side for name, side in sides.items() if side is not None}
 
         def measure(model: nn.Module) -> Measured:
             found = {}
             for name, samples in sides.items():
-                scores = _scores(model, samples).values()
+                scores = _scores(model, samples, split.looking.at_once).values()
                 found[f"{name}_accuracy"] = Sums.of([s.memorization for s in scores]).mean
                 found[f"{name}_loss"] = Sums.of([s.loss for s in scores]).mean
             return {k: v for k, v in found.items() if k != "validation_loss"}
@@ -240,5 +273,10 @@ class LanguageJob(Job[Any, TextSplit]):
         return measure
 
 
-def _scores(model: nn.Module, samples: Batch) -> dict[int, TokenScores]:
-    return token_scores(model, (trimmed(part) for part in whole(samples, AT_ONCE)))
+def _scores(model: nn.Module, samples: Batch, at_once: int) -> dict[int, TokenScores]:
+    return token_scores(model, _parts(model, samples, at_once))
+
+
+def _parts(model: nn.Module, samples: Batch, size: int) -> Iterator[Batch]:
+    """A set in batches on the model's device."""
+    return map(trimmed, whole(samples, size, next(model.parameters()).device))

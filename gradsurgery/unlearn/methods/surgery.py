@@ -96,7 +96,8 @@ class SurgeryTrainer(SurgicalTrainer[SurgeryConfig]):
         config, task = self.config, self.objective
         self.forget, self.retain = Named(task.losses, "raise"), Named(task.losses, "lower")
         if config.loss != OWN:
-            samples = self.whole("forget")
+            # as many at a time as a step takes: a model with many words needs much for each
+            samples = self.whole("forget", config.micro_batch or config.forget_batch)
             self.forget = task.forget_loss(
                 config.loss, self.model, samples, **values(config.loss_options)
             )
