@@ -16,7 +16,7 @@ from matplotlib.ticker import LogFormatter
 
 from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
 from gradsurgery.unlearn.methods import ALL, METHODS
-from gradsurgery.unlearn.report.labels import percent, title
+from gradsurgery.unlearn.report.labels import PAIRS, percent, title
 from gradsurgery.unlearn.report.verdict import Summary, fractions, seeds_of
 
 Records = dict[tuple[int, str], list[dict[str, Any]]]  # steps by (seed, stage)
@@ -28,6 +28,16 @@ COLORS = {
     **{name: kind.color for name, kind in METHODS.items()},
 }
 OTHER = "#7a7f87"
+PAIR_COLORS = (
+    "#7a5195",
+    "#1f77b4",
+    "#2a9d8f",
+    "#b5651d",
+    "#c2185b",
+    "#5d7a1f",
+    "#4059ad",
+    "#8c564b",
+)
 SHADES = (COLORS["orthograd"], COLORS["graddiff"])
 STARS = ((4, 1), (6, 1))  # of four and six points
 # two more stars than there are methods; after them the first ones come again
@@ -81,7 +91,10 @@ def picture(draw: Callable[..., Figure]) -> Callable[..., str]:
 
 
 def color(name: str) -> str:
-    return COLORS.get(parts(name).method, OTHER)
+    method, variant, _ = parts(name)
+    if method == PAIRS and variant:
+        return PAIR_COLORS[zlib.crc32(variant.encode()) % len(PAIR_COLORS)]
+    return COLORS.get(method, OTHER)
 
 
 def _style(name: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_a_run_measures_and_continues_to_the_same_bits(tmp_path):
     found = summary["columns"]["surgery+simnpo with orthograd"]
     assert {"gap_mean", "forget_quality", "model_utility", "attack/min_k", "relearn"} <= set(found)
     page = (path / "report.html").read_text()
-    assert "Surgery, simnpo with orthograd" in page and "Probabilities are those" in page
+    assert "simnpo with orthograd" in page and "Probabilities are those" in page
     assert "A Llama of 1 layer" in (path / "model_card.md").read_text()
 
     (stage,) = path.glob("stages/*graddiff*.json")

@@ -174,7 +174,7 @@ def test_runs_with_other_pairs_are_put_side_by_side(alone, given, tmp_path):
     page = tmp_path / "page.html"
     main(["compare", str(alone), str(tmp_path / "other"), "--out", str(page)])
     shown = words(page)
-    assert "Surgery, simnpo with orthograd" in shown and "Surgery, npo with orthograd" in shown
+    assert "simnpo with orthograd" in shown and "npo with orthograd" in shown
     assert not re.search(r"\bnan\b|None|Retrain|\bgap\b", shown)
     main(["report", str(alone)])
 
