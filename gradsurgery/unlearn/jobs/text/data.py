@@ -127,7 +127,7 @@ def _samples(
         tags=wanted.tags,
         system=wanted.system,
         # a template that writes today's date would make other tokens tomorrow
-        chat_options={"date_string": wanted.date},
+        chat_options={"date_string": wanted.date} if wanted.tags is None else None,
         truth=True,
     )
     return Samples(items, QUESTIONS if examples[0].turns else COMPLETIONS)
