@@ -55,7 +55,6 @@ QUESTIONS = {
 LOSSES: dict[str, dict[str, Any]] = {
     "grad_ascent": {},
     "npo": {},
-    "simnpo": {"delta": 2.5},  # with 0 it lets go of an answer that is half as likely as before
 }
 RULES: dict[str, tuple[str, dict[str, Any]]] = {  # title, name, options
     "added up": ("sum", {}),  # gradient descent on both losses at once, as without surgery
@@ -353,9 +352,9 @@ def main() -> None:
     parser.add_argument("--learn-lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=8, help="questions of a step of learning")
     parser.add_argument("--pairs", type=int, default=8, help="forgotten ones of a step, and kept")
-    parser.add_argument("--lr", type=float, default=4e-4, help="of unlearning")
-    parser.add_argument("--steps", type=int, default=40, help="of unlearning at the most")
-    parser.add_argument("--every", type=int, default=4, help="steps between looks at how likely")
+    parser.add_argument("--lr", type=float, default=2e-4, help="of unlearning")
+    parser.add_argument("--steps", type=int, default=60, help="of unlearning at the most")
+    parser.add_argument("--every", type=int, default=1, help="steps between looks at how likely")
     parser.add_argument("--measured", type=int, default=60, help="neighbours, others looked at")
     parser.add_argument("--countries", type=int, help="of each group at the most")
     parser.add_argument("--texts", type=int, default=8, help="pieces of 128 tokens")
