@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from gradsurgery.errors import InputError
+from gradsurgery.language.batches import collate
 from gradsurgery.language.metrics.answers import (
     closeness,
     forget_quality,
@@ -39,7 +39,6 @@ from gradsurgery.language.tokens import IGNORED, Batch
 from gradsurgery.ops._inputs import check, check_count
 
 Sample = Mapping[str, Any]
-PADDING = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 OF_OPTIONS = ("real_authors", "world_facts")  # of questions whose wrong answers are options
 USEFUL = ("retain", *OF_OPTIONS)
 UTILITY = ("probability", "rouge_l_recall", "truth_ratio")
@@ -255,17 +254,16 @@ def _batches(model: nn.Module, samples: Sequence[Sample], size: int) -> Iterator
     places = [place % len(samples) for place in range(first, first + share)]
     for start in range(0, share, size):
         chosen = places[start : start + size]
-        batch = {"id": torch.tensor(chosen, device=device)}
-        for entry, value in PADDING.items():
-            rows = [_entry(samples[place], entry) for place in chosen]
-            padded = pad_sequence(rows, batch_first=True, padding_value=value)
-            batch[entry] = padded.to(device)
-        yield batch
+        rows = [{**_plain(samples[place]), "id": place} for place in chosen]
+        yield {name: entry.to(device) for name, entry in collate(rows).items()}
 
 
-def _entry(sample: Sample, entry: str) -> Tensor:
-    found = sample.get(entry)
-    return torch.ones_like(sample["input_ids"]) if found is None else found
+def _plain(sample: Sample) -> dict[str, Tensor]:
+    """What the model is given of a sample."""
+    ids = sample["input_ids"]
+    mask = sample.get("attention_mask")
+    seen = torch.ones_like(ids) if mask is None else mask
+    return {"input_ids": ids, "attention_mask": seen, "labels": sample["labels"]}
 
 
 def _texts(samples: Sequence[Sample], tokenizer: Any) -> dict[int, str]:
