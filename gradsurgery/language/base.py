@@ -81,6 +81,7 @@ class LanguageLoss:
     def _both(self, model: nn.Module, batch: Batch) -> tuple[Predictions, Predictions]:
         """What the original and what the model predict for the label tokens of a batch."""
         tokens = label_tokens(batch)
+        # a field of the losses that call this, checked when they are made
         with self.reference.running(model) as original:  # type: ignore[attr-defined]
             theirs = predicted(original, batch, tokens)
         return theirs, predicted(model, batch, tokens)

@@ -50,7 +50,7 @@ def rule_for(rule: str | Rule, loss: LanguageLoss | Objective, **options: Any) -
             f"{rule} has no option {', '.join(unknown)}; it has {', '.join(known)}"
             + "; its objective is the loss's" * ("objective" in options)
         )
-    if "objective" in kind.options():
+    if "objective" in kind.options():  # which `Rule` itself has not
         return kind(objective=objective, **options)  # type: ignore[call-arg]
     shared = {name: value for name, value in options.items() if name in SHARED}
     own: Any = kind(**{name: value for name, value in options.items() if name not in SHARED})

@@ -123,6 +123,8 @@ class SurgeryMixin:
         self._steps, self._parts_left = Steps(parts, hold), 0
         self._retain_per_forget = retain_per_forget
 
+    # in what follows `super()` is the Trainer that this is put before, which no type can say
+
     # batches
 
     def get_train_dataloader(self) -> DataLoader:
