@@ -73,8 +73,8 @@ def relearn_steps(
     student = copy.deepcopy(model)
     trained = [p for p in student.parameters() if p.requires_grad]
     check(len(trained) > 0, "model has no parameter that trains")
-    made = torch.optim.AdamW(trained, lr=lr, weight_decay=0) if optimizer is None else None
-    made = made or optimizer(trained)  # type: ignore[misc]
+    plain = optimizer is None
+    made = torch.optim.AdamW(trained, lr=lr, weight_decay=0) if plain else optimizer(trained)
 
     def back() -> bool:
         value = _measured(student, batches, measure)
