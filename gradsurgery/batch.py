@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check
-from gradsurgery.ranks import check_one_rank
+from gradsurgery.spread import check_one_rank
 from gradsurgery.text import show
 
 # (model, batch) -> per-sample losses [B], where it is asked for them also [B, tasks] or weighted

@@ -11,7 +11,7 @@ from gradsurgery.batch import batch_size, micro_batches, trainable
 from gradsurgery.collect import ROLES, Added
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check
-from gradsurgery.ranks import check_one_rank
+from gradsurgery.spread import check_one_rank
 from gradsurgery.surgery import Rule
 
 # the model's parameters that have rows, and others that the optimizer holds

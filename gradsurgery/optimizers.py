@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradsurgery.ops._inputs import check
-from gradsurgery.ranks import check_one_rank_optimizer
+from gradsurgery.spread import check_one_rank_optimizer
 
 
 def steppable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

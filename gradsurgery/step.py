@@ -30,7 +30,7 @@ from gradsurgery.optimizers import (
     steppable,
 )
 from gradsurgery.passes import Passes
-from gradsurgery.ranks import check_alone
+from gradsurgery.spread import check_alone
 from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
 from gradsurgery.update import add_update, fits, solve

@@ -18,7 +18,7 @@ ORDER = (
     "ranking",
     "grads",
     "buffers",
-    "ranks",
+    "spread",
     "kernels",  # nothing of the operators that call them
     "ops",  # no models
     "batch",

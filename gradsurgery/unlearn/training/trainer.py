@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gradsurgery.errors import InputError
-from gradsurgery.ranks import check_one_rank
+from gradsurgery.spread import check_one_rank
 from gradsurgery.unlearn.objectives.base import (
     Objective,
     PerSampleLoss,
