@@ -13,6 +13,7 @@ from gradsurgery.errors import NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, DenseSums, SummedRows, concat
 from gradsurgery.ops._inputs import check
 from gradsurgery.passes import Part, Pass, Passes, check_outside
+from gradsurgery.ranks import Group, RanksJacobian
 from gradsurgery.surgery import Rule
 
 ROLES = ("forget", "retain", "batch", "memory")  # the order of their rows
@@ -23,13 +24,21 @@ Stored = FactoredJacobian | DenseJacobian
 class Collected(NamedTuple):
     """Rows of several batches, in order."""
 
-    jacobian: Stored | SummedRows
+    jacobian: Stored | SummedRows | RanksJacobian
     counts: dict[str, int]  # the rows of each batch
     losses: dict[str, Tensor]  # of the rows of each batch
     means: dict[str, Tensor]  # of the losses of each batch, []
     reached: list[bool]  # which of the columns' parameters the losses depend on
     # the same rows, of parameters that are not the model's; None where no loss depends on any
-    outside: FactoredJacobian | SummedRows | None = None
+    outside: FactoredJacobian | SummedRows | RanksJacobian | None = None
+
+
+class Summary(NamedTuple):
+    """What a rank has added, without the rows."""
+
+    parts: dict[str, list[Part]]  # losses on the CPU
+    bent: dict[str, str]
+    overflowed: bool
 
 
 class Added:
@@ -136,18 +145,8 @@ class Added:
         known = [*self._parts.get(part, ()), *found]
         bent = self._bent.get(part) or bent
         for each in known:
-            shapes = [
-                f"[B{''.join(f', {n}' for n in p.losses.shape[1:])}]" for p in (known[0], each)
-            ]
-            check(
-                shapes[0] == shapes[1],
-                f"loss must return losses of one shape for {part}, got {shapes[0]} and {shapes[1]}",
-            )
-        check(
-            len(known) == 1 or not bent,
-            f"{bent}: a hook or a Function is not linear in its gradient, and a row of {part} is a "
-            "sum over several passes; take whole batches",
-        )
+            _check_shapes(part, known[0], each)
+        _check_straight(part, len(known), bent)
         self._parts[part], self._bent[part] = known, bent
 
     def _fold(self) -> None:
@@ -187,43 +186,79 @@ class Added:
             else:
                 self._sums[part] = sums
 
-    def collected(self, rule: Rule, outside: Sequence[str]) -> Collected:
+    def summary(self) -> Summary:
+        """What other ranks need to know of it."""
+        parts = {
+            part: [each._replace(losses=each.losses.detach().cpu()) for each in found]
+            for part, found in self._parts.items()
+        }
+        return Summary(parts, self._bent, self.overflowed)
+
+    def collected(
+        self,
+        rule: Rule,
+        columns: tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]],
+        ranks: Group,
+        every: Sequence[Summary],
+    ) -> Collected:
         """All rows, in the order of `ROLES`. What was added is given away.
 
-        `outside`: names of parameters that are not the model's.
+        Args:
+            rule: that the rows are for.
+            columns: the model's parameters, and others that the losses may depend on.
+            ranks: who has rows; those of one batch come in the order of the ranks.
+            every: what each has.
         """
-        known = {part: self._parts[part] for part in ROLES if part in self._parts}
+        named, outside = columns
+        if ranks:
+            known = _of_all(every)
+        else:  # losses stay on their device
+            known = {part: self._parts[part] for part in ROLES if part in self._parts}
         counts = {
             part: found[0].rows if found[0].summed else sum(each.rows for each in found)
             for part, found in known.items()
         }
-        jacobians, sums = self._in_order(known, counts)
-        whole: Stored = concat(cast(Any, jacobians)) if len(jacobians) > 1 else jacobians[0]
+        starts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+        for part, found in known.items():
+            if not found[0].summed:
+                before = (one.parts.get(part, ()) for one in every[: ranks.rank])
+                starts[part] += sum(each.rows for parts in before for each in parts)
+        jacobians, ids, factors = self._in_order(known, starts)
         self._sums, self._samples, self._last = {}, [], []
+        whole = _whole(jacobians, {**named, **outside})
         others = None
+        m, reached = sum(counts.values()), list(whole.reached or [])
+        if ranks:
+            reached += [False] * (len(named) + len(outside) - len(reached))  # of stored rows
+            reached = [any(each) for each in zip(*ranks.gather(reached), strict=True)]
         if isinstance(whole, FactoredJacobian) and outside:
-            whole, others = _apart(whole, rule, outside)
-        reached = whole.reached or []
-        plain = torch.equal(sums, torch.eye(len(sums), dtype=sums.dtype, device="cpu"))
-        own = whole if plain else SummedRows(whole, sums)
-        if others is not None and not plain:
-            others = SummedRows(others, sums)
+            whole, others = _apart(whole, rule, list(outside), reached)
+            reached = reached[: len(named)]
+
+        def rows(jacobian: Stored, used: Sequence[bool]) -> Stored | SummedRows | RanksJacobian:
+            if ranks:
+                return RanksJacobian(jacobian, ranks, ids, factors, m, used)
+            sums = torch.zeros(m, len(ids), dtype=torch.float64, device="cpu")
+            sums[ids, torch.arange(len(ids), device="cpu")] = factors
+            plain = torch.equal(sums, torch.eye(m, dtype=sums.dtype, device="cpu"))
+            return jacobian if plain else SummedRows(jacobian, sums)
+
         losses = {part: _row_losses(found) for part, found in known.items()}
         means = {part: _mean(found).mean() for part, found in known.items()}
-        return Collected(own, counts, losses, means, reached, others)
+        beside = None if others is None else rows(others, [True] * len(others.names))
+        return Collected(rows(whole, reached), counts, losses, means, reached, cast(Any, beside))
 
     def _in_order(
-        self, known: Mapping[str, Sequence[Part]], counts: Mapping[str, int]
-    ) -> tuple[list[Stored], Tensor]:
-        """All that rows are made of, and how, [rows, rows of what they are made of]."""
+        self, known: Mapping[str, Sequence[Part]], starts: dict[str, int]
+    ) -> tuple[list[Stored], Tensor, Tensor]:
+        """All that rows are made of, and of each the row that it adds to, and how often."""
         sizes = {part: sum(len(each.losses) for each in found) for part, found in known.items()}
         totals = {part: sum(each.total for each in found) for part, found in known.items()}
         for part, total in totals.items():
             check(total > 0, f"weights of losses: those of {part} sum to zero")
-        starts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
         jacobians: list[Stored] = []
         rows: list[int] = []
-        factors: list[Tensor] = []
+        factors: list[Tensor] = [ONE[:0]]
 
         def note(part: str, count: int, weights: Tensor) -> None:
             rows.extend(range(starts[part], starts[part] + count))
@@ -231,7 +266,7 @@ class Added:
 
         for part, each in self._sums.items():
             jacobians.append(each.jacobian())
-            note(part, counts[part], ONE / totals[part])
+            note(part, jacobians[-1].m, ONE / totals[part])
         for made in (*self._samples, *self._last):
             jacobians.append(made.jacobian)
             for part, each in made.parts.items():
@@ -239,9 +274,49 @@ class Added:
                 note(part, each.rows, share * (ONE if each.summed else each.shares))
                 if not each.summed:
                     starts[part] += each.rows
-        sums = torch.zeros(sum(counts.values()), len(rows), dtype=torch.float64, device="cpu")
-        sums[rows, torch.arange(len(rows), device="cpu")] = torch.cat(factors)
-        return jacobians, sums
+        return jacobians, torch.tensor(rows, dtype=torch.int64, device="cpu"), torch.cat(factors)
+
+
+def _of_all(every: Sequence[Summary]) -> dict[str, list[Part]]:
+    """What all ranks added, in their order."""
+    known: dict[str, list[Part]] = {}
+    for part in ROLES:
+        found = [each for one in every for each in one.parts.get(part, ())]
+        if not found:
+            continue
+        known[part] = found
+        for each in found:
+            _check_shapes(part, found[0], each)
+        bent = next((one.bent[part] for one in every if one.bent.get(part)), "")
+        _check_straight(part, len(found), bent)
+    return known
+
+
+def _check_shapes(part: str, first: Part, other: Part) -> None:
+    shapes = [f"[B{''.join(f', {n}' for n in p.losses.shape[1:])}]" for p in (first, other)]
+    check(
+        shapes[0] == shapes[1],
+        f"loss must return losses of one shape for {part}, got {shapes[0]} and {shapes[1]}",
+    )
+
+
+def _check_straight(part: str, passes: int, bent: str) -> None:
+    check(
+        passes == 1 or not bent,
+        f"{bent}: a hook or a Function is not linear in its gradient, and a row of {part} is a "
+        "sum over several passes; take whole batches",
+    )
+
+
+def _whole(jacobians: Sequence[Stored], columns: Mapping[str, nn.Parameter]) -> Stored:
+    """All of them as one; rows of no sample where there are none."""
+    if len(jacobians) > 1:
+        return concat(cast(Any, jacobians))
+    if jacobians:
+        return jacobians[0]
+    parameters = list(columns.values())
+    none = parameters[0].detach().new_zeros(0)
+    return FactoredJacobian(list(columns), parameters, 0, none, [[] for _ in parameters])
 
 
 def _values(parameters: Iterable[nn.Parameter]) -> list[tuple[int, Tensor]]:
@@ -262,10 +337,10 @@ ONE = torch.ones(1, dtype=torch.float64, device="cpu")
 
 
 def _apart(
-    jacobian: FactoredJacobian, rule: Rule, outside: Sequence[str]
+    jacobian: FactoredJacobian, rule: Rule, outside: Sequence[str], reached: Sequence[bool]
 ) -> tuple[FactoredJacobian, FactoredJacobian | None]:
-    """The model's columns, and those outside that the losses depend on."""
-    reached, own = jacobian.reached, len(jacobian.names) - len(outside)
+    """The model's columns, and those outside that the losses depend on, of those `reached`."""
+    own = len(jacobian.names) - len(outside)
     more = [k for k in range(own, len(reached)) if reached[k]]
     if more:
         check_outside(rule, "captured", [jacobian.names[k] for k in more])

@@ -39,3 +39,10 @@ class PositionError(InputError, TypeError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: the loss or the model stopped being finite."""
+
+
+class RankError(RuntimeError):
+    """Another rank of torch.distributed raised an error; the message has its number and its words.
+
+    Where that is an `InputError` or a `NonFiniteError`, all ranks raise one of that class.
+    """

@@ -107,7 +107,7 @@ def takes(rule: Rule) -> str:
     return f"{name} lowers every loss it is given: it takes batch="
 
 
-def check_complete(rule: Rule, given: list[dict[str, Any]], added: Added) -> None:
+def check_complete(rule: Rule, added: Added, *given: Mapping[str, Any]) -> None:
     """Raise `InputError` unless all that a rule needs is `given` or was added before."""
     if added.overflowed:
         return

@@ -45,24 +45,6 @@ def check_one_rank_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise _refused("optimizer is", kind)
 
 
-def check_alone(process_group: object) -> None:
-    """Raise where other ranks may hold replicas, unless it is said that this one steps alone."""
-    if process_group is not None and process_group is not False:
-        raise InputError(
-            "process_group must be False, for this rank alone, or None, "
-            f"got {type(process_group).__name__}"
-        )
-    distributed = torch.distributed
-    if process_group is False or not (distributed.is_available() and distributed.is_initialized()):
-        return
-    size = distributed.get_world_size()
-    if size > 1:
-        raise InputError(
-            f"torch.distributed runs {size} ranks, and a Surgeon steps on the data of its own rank "
-            "only: replicas of a model would part. Pass process_group=False where they may"
-        )
-
-
 @lru_cache(maxsize=1024)  # a model has many modules and parameters, of few types
 def _kind(kind: type, places: tuple[str, ...]) -> str | None:
     found = [base for base in kind.__mro__ if f"{base.__module__}.".startswith(places)]

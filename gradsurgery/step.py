@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -26,11 +26,12 @@ from gradsurgery.optimizers import (
     check_steps_now,
     forget_stage,
     note_skipped,
+    runs_foreign_code,
     scaler_of,
     steppable,
 )
 from gradsurgery.passes import Passes
-from gradsurgery.spread import check_alone
+from gradsurgery.ranks.wrappers import check_alike, fingerprint, opened
 from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
 from gradsurgery.update import add_update, fits, solve
@@ -86,13 +87,16 @@ class Surgeon:
             rows overflow, `.grad` is made infinite, for the scaler to leave the step out, and the
             rule remembers what it did before. None: that of accelerate's wrapper, or none.
         project: keeps every step of the optimizer off inputs observed (`OWM`, `NullSpace`).
-        process_group: where torch.distributed runs several ranks, False says that this one steps
-            alone, on its own rows; None refuses, since replicas would part.
+        process_group: whose samples a step is of, where torch.distributed runs several ranks: a
+            ProcessGroup or a DeviceMesh of one dimension, which all have replicas of the model;
+            False for this rank alone, whose replica may part from the others; None for the group of
+            `DistributedDataParallel`. Rows, the Gramian and the update are then those of all ranks,
+            and all must call `step`, or `backward`, equally often. A rank may have no samples.
 
     Raises:
         InputError: an option, by name; an optimizer that needs sparse gradients; a model or an
-            optimizer spread over several processes or devices; a projection of another
-            model, as of a copy.
+            optimizer spread over several processes or devices in a way that is not served; several
+            ranks and no process group; a projection of another model, as of a copy.
     """
 
     def __init__(
@@ -108,7 +112,7 @@ class Surgeon:
         hold: Hold = "auto",
         scaler: torch.amp.GradScaler | None = None,
         project: InputProjection | None = None,
-        process_group: Literal[False] | None = None,
+        process_group: Any = None,
     ) -> None:
         one_of("rows", rows, ("captured", "stored"))
         one_of("hold", hold, ("auto", "pairs", "rows"))
@@ -139,6 +143,8 @@ class Surgeon:
         )
         self._added = Added(hold)
         self.process_group = process_group
+        self._module, self._ranks = opened(model, process_group)
+        self._met = False  # whether ranks have looked at each other's replicas
         self.project = project
         self._trials: dict[Hashable, Trial] = {}
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
@@ -168,14 +174,17 @@ class Surgeon:
 
         Arguments and errors are those of `step`. What raises leaves the rows added before.
         """
-        batches = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
-        check(len(batches) > 0, f"add: no batch was given; {given.takes(self.rule)}")
-        columns = self._looked_up()
-        undo = Undo(self.model, self.optimizer, self.rule)
-        with undo, undo:
-            self._take(batches, loss, columns, adds=True)
-            undo.keep()
-        self._added.settle()
+        with self._ranks.agreed("add", wait=False):
+            batches = given.batches(
+                self.rule, forget=forget, retain=retain, batch=batch, memory=memory
+            )
+            check(len(batches) > 0, f"add: no batch was given; {given.takes(self.rule)}")
+            columns = self._looked_up()
+            undo = Undo(self._module, self.optimizer, self.rule)
+            with undo, undo:
+                self._take(batches, loss, columns, adds=True)
+                undo.keep()
+            self._added.settle()
 
     def backward(
         self,
@@ -204,24 +213,22 @@ class Surgeon:
             NonFiniteError: as for `step`.
         """
         start = time.perf_counter()
-        check_number("scale", scale)
-        check(
-            self.project is None,
-            "project= is of steps, and backward takes none: leave it out, and step within "
-            "`with kept.steps(): optimizer.step()`",
-        )
-        batches = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
-        given.check_complete(self.rule, batches, self._added)
-        columns = self._looked_up()
+        parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
         with self._rows_used_up():
-            undo = Undo(self.model, self.optimizer, self.rule)
+            undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
-                if batches:
-                    self._take(batches, loss, columns, adds=bool(self._added))
-                    self._added.settle()
+                with self._ranks.agreed("backward") as said:
+                    check_number("scale", scale)
+                    check(
+                        self.project is None,
+                        "project= is of steps, and backward takes none: leave it out, and step "
+                        "within `with kept.steps(): optimizer.step()`",
+                    )
+                    columns = self._taken(parts, loss)
+                    said.mine = self._seen(columns, scale)
                 for parameter, grad in undo.grads:  # copies, which hooks may see grow
                     parameter.grad = None if grad is None else grad.clone()
-                info = self._update(columns, scale)
+                info = self._update(columns, scale, said.every)
                 undo.keep(grads=True)
         return replace(info, seconds=time.perf_counter() - start)
 
@@ -278,36 +285,43 @@ class Surgeon:
             NonFiniteError: a row that is not finite, or an update that overflows its dtype.
         """
         start = time.perf_counter()
-        check_steps_now(self._wrapped)
-        check_needs_no_closure(self.optimizer)
-        if self.scaler is not None:
-            check_stage(self.scaler, self.optimizer)
-        batches = given.batches(self.rule, forget=forget, retain=retain, batch=batch, memory=memory)
-        given.check_complete(self.rule, batches, self._added)
-        columns = self._looked_up()
+        parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
         with self._rows_used_up():
-            undo = Undo(self.model, self.optimizer, self.rule)
+            undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
-                if batches:
-                    self._take(batches, loss, columns, adds=bool(self._added))
-                    self._added.settle()
+                with self._ranks.agreed("step") as said:
+                    check_steps_now(self._wrapped)
+                    check_needs_no_closure(self.optimizer)
+                    if self.scaler is not None:
+                        check_stage(self.scaler, self.optimizer)
+                    columns = self._taken(parts, loss)
+                    said.mine = self._seen(columns, 1.0)
                 for parameter, _ in undo.grads:  # no parameter is moved by an old gradient
                     parameter.grad = None
-                info = self._update(columns, 1.0)
-                undo.begin(copies=self.project is not None)
-                if self.project is None:
-                    undo.step(self.scaler)
-                else:
-                    with self.project.steps(undo.held):
-                        if self.scaler is None:
-                            self.optimizer.step()
-                        else:
-                            self.scaler.step(self.optimizer)
-                    undo.keep()
+                info = self._update(columns, 1.0, said.every)
+                self._move(undo)
                 if self.scaler is not None:
                     self.scaler.update()
                     note_skipped(self._wrapped, info.skipped)
         return replace(info, seconds=time.perf_counter() - start)
+
+    def _move(self, undo: Undo) -> None:
+        """The optimizer's step, all of it or none."""
+        undo.begin(copies=self.project is not None)
+        # what another rank's raises is known before this one's is done, where it can be put back
+        shared = bool(self._ranks) and runs_foreign_code(self.optimizer)
+        if self.project is None and not shared:
+            undo.step(self.scaler)
+            return
+        with (
+            self._ranks.agreed("the optimizer's step"),
+            nullcontext() if self.project is None else self.project.steps(undo.held),
+        ):
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+        undo.keep()
 
     @contextmanager
     def _rows_used_up(self) -> Iterator[None]:
@@ -322,6 +336,24 @@ class Surgeon:
                 forget_stage(self.scaler, self.optimizer)
             raise
 
+    def _taken(self, parts: dict[str, Any], loss: AnyLoss | None) -> given.Columns:
+        """Add the rows of batches, if there are any, after all that is wrong with them is told."""
+        batches = given.batches(self.rule, **parts)
+        if not self._ranks:
+            given.check_complete(self.rule, self._added, *batches)
+        columns = self._looked_up()
+        if batches:
+            self._take(batches, loss, columns, adds=bool(self._added))
+            self._added.settle()
+        return columns
+
+    def _seen(self, columns: given.Columns, scale: float) -> tuple[Any, ...]:
+        """What other ranks are told; in the first step, what of replicas must be alike, too."""
+        if not self._ranks:
+            return self._added.summary(), None
+        known = None if self._met else fingerprint(columns[0], self.rule)
+        return self._added.summary(), (known, scale)
+
     def _take(
         self,
         batches: list[dict[str, Any]],
@@ -335,7 +367,7 @@ class Surgeon:
         named, outside = columns
         self._added.check_columns({**named, **outside})
         passes = Passes(
-            model=self.model,
+            model=self._module,
             rule=self.rule,
             loss=loss,
             named=named,
@@ -357,19 +389,32 @@ class Surgeon:
         one = torch.ones((), dtype=torch.float32, device=like.device)
         return float(cast(Tensor, self.scaler.scale(one)))
 
-    def _update(self, columns: given.Columns, scale: float) -> StepInfo:
+    def _update(self, columns: given.Columns, scale: float, every: list[Any]) -> StepInfo:
         """Add the update of all rows, times `scale`, to `.grad`; the rows are used up."""
+        with self._ranks.agreed("update"):
+            return self._added_up(columns, scale, every)
+
+    def _added_up(self, columns: given.Columns, scale: float, every: list[Any]) -> StepInfo:
         named, outside = columns
-        added, scale = self._added, scale * self._scale(next(iter(named.values())))
+        summaries = [summary for summary, _ in every]
+        added, overflowed = self._added, any(summary.overflowed for summary in summaries)
+        if self._ranks:
+            if not overflowed:
+                given.check_complete(self.rule, added, *(summary.parts for summary in summaries))
+            check_alike([known for _, (known, _) in every], self._ranks)
+            scales = sorted({scale for _, (_, scale) in every})
+            check(len(scales) == 1, f"scale: ranks have different ones, {scales}")
+            self._met = True
+        scale = scale * self._scale(next(iter(named.values())))
         added.check_columns({**named, **outside})
         self.discard()
         remembered = dict(self.rule._state)
         try:
-            if added.overflowed:
+            if overflowed:
                 raise NonFiniteError("rows: scaled losses overflow")
-            rows = added.collected(self.rule, list(outside))
+            rows = added.collected(self.rule, columns, self._ranks, summaries)
             with without_autocast(next(iter(named.values()))):  # autocast is for the loss
-                solution, update = solve(self.rule, self.optimizer, rows)
+                solution, update = solve(self.rule, self.optimizer, rows, self._ranks)
                 self.rule.note_columns(rows.jacobian.names)
                 # all that may raise comes before the parameters move; it waits for a GPU no more
                 # than what follows does
@@ -389,8 +434,9 @@ class Surgeon:
 
     def _looked_up(self) -> given.Columns:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""
-        named, outside = given.looked_up(self.model, self.optimizer, self._known)
-        check_alone(self.process_group)
+        named, outside = given.looked_up(self._module, self.optimizer, self._known)
+        if not self._ranks:
+            opened(self.model, self.process_group)  # there may be more ranks than there were
         self.rule.check_columns(list(named))
         if self.project is not None:
             self.project.check_holds(named)

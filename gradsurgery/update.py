@@ -10,11 +10,12 @@ from gradsurgery.collect import Collected
 from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.jacobian import DenseJacobian, Jacobian, SummedRows
 from gradsurgery.optimizers import metric
+from gradsurgery.ranks import Group, RanksJacobian
 from gradsurgery.surgery import Rule, Solution
 
 
 def solve(
-    rule: Rule, optimizer: torch.optim.Optimizer, rows: Collected
+    rule: Rule, optimizer: torch.optim.Optimizer, rows: Collected, ranks: Group
 ) -> tuple[Solution, Tensor | list[Tensor]]:
     """What the rule says of the rows, and the update: weights, or a tensor per parameter."""
     jacobian, given = rows.jacobian, {}
@@ -28,6 +29,8 @@ def solve(
     columns = dict(zip(jacobian.names, jacobian.parameters or (), strict=True))
     known = weighting.precondition and metric(optimizer, columns, rows.reached)
     solution = weighting.solve(jacobian, metric=known or None, **given)
+    if ranks:  # unlike processors may round it differently
+        solution = solution._replace(weights=ranks.weights(solution.weights))
     return solution, solution.weights
 
 
@@ -42,7 +45,8 @@ def add_update(
         rows.outside.backward(_times(solution.weights, scale))
     jacobian = rows.jacobian
     if isinstance(update, Tensor) and not _is_stored(jacobian):
-        cast(FactoredJacobian | SummedRows, jacobian).backward(_times(update, scale), release=True)
+        made = cast(FactoredJacobian | SummedRows | RanksJacobian, jacobian)
+        made.backward(_times(update, scale), release=True)
         return
     if isinstance(update, Tensor):
         whole = jacobian.combine(_times(update, scale))

@@ -155,7 +155,8 @@ def told(tmp_path_factory):
 
 CALLS = {
     **{f"{kind}, {name}": WRAPPED[kind][1] for kind in WRAPPED for name in ENTRIES},
-    "unwrapped": "torch.distributed runs 2 ranks, .* Pass process_group=False",
+    "DDP, Surgeon": "process_group: DistributedDataParallel has its own",
+    "unwrapped": "torch.distributed runs 2 ranks: pass process_group=.*WORLD",
     "ranks come later": "torch.distributed runs 2 ranks",
     "wrapped later": "model is spread .* by fully_shard",
     "alone": "accepted",

@@ -27,6 +27,7 @@ ORDER = (
     "apart",
     "stored",
     "jacobian",
+    "ranks",  # rows of many processes
     "surgery",  # rules, and no steps
     "diagnosis",
     "undo",

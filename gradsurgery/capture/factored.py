@@ -230,9 +230,12 @@ class FactoredJacobian:
             raise InputError(f"{what} needs tape.jacobian(losses, combine='stored'): no pairs kept")
 
     def _updates(
-        self, weights: Tensor, add: bool, release: bool = False
+        self, weights: Tensor, add: bool, release: bool = False, exact: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
-        """w^T J per parameter that the losses depend on; one may come several times."""
+        """w^T J per parameter that the losses depend on; one may come several times.
+
+        `exact`: in the dtype it was summed in, which may be wider than the parameter's.
+        """
         self._check_usable()
         if release:
             self._versions = []  # which hold what is to be freed
@@ -247,7 +250,7 @@ class FactoredJacobian:
             if uses and uses[0].blocks.dtype in (dtype, WIDE.get(dtype)):
                 exist.setdefault(one_call(uses), []).append((k, uses))
                 continue
-            yield k, plane.update(weights[k], add, release, self._far)
+            yield k, plane.update(weights[k], add, release, self._far, exact)
             if release:  # this parameter's pairs are freed before the next one's are used
                 self._planes[k], self._uses[k] = None, []
         for group in exist.values():
@@ -259,7 +262,8 @@ class FactoredJacobian:
             sums = combine_unchecked([[use.flat for use in part] for part in parts], mine)
             for k, total in zip(ks, sums, strict=True):
                 parameter = self.parameters[k]
-                yield k, total.view_as(parameter).to(parameter.dtype)
+                total = total.view_as(parameter)
+                yield k, total if exact else total.to(parameter.dtype)
         for derived in self._derived:
             ks = [self._column[id(p)] for p in derived.parameters]
             # one way back gives the gradients of all its parameters, where their weights agree
@@ -267,7 +271,7 @@ class FactoredJacobian:
             for i, k in enumerate(ks):
                 grads = next((g for w, g in known if torch.equal(w, weights[k])), None)
                 if grads is None:
-                    grads = derived.combine(weights[k], self._far)
+                    grads = derived.combine(weights[k], self._far, exact)
                     known.append((weights[k], grads))
                 grad = grads[i]
                 if grad is not None:

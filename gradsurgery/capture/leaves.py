@@ -123,8 +123,10 @@ class Derived:
                     total += grad
         return totals
 
-    def combine(self, weights: Tensor, far: bool = False) -> list[Tensor | None]:
-        """w^T J per parameter, each in memory of its own; `far` as for `Plane.update`."""
+    def combine(
+        self, weights: Tensor, far: bool = False, exact: bool = False
+    ) -> list[Tensor | None]:
+        """w^T J per parameter, each in memory of its own; `far`, `exact` as for `Plane.update`."""
         if self.bent:  # the way back of a sum is not the sum of the ways back
             rows = self.rows(len(weights))
             sums = [torch.tensordot(weights.double(), row.double(), 1) for row in rows]
@@ -132,7 +134,7 @@ class Derived:
             leaves = [leaf for leaf, _ in self.leaves]
             sums = own(self._back(leaves, self._sums(weights, far), False))
         return [
-            None if grad is None else grad.to(p.dtype)
+            grad if grad is None or exact else grad.to(p.dtype)
             for grad, p in zip(sums, self.parameters, strict=True)
         ]
 

@@ -178,16 +178,20 @@ class Plane:
                 return True
         return False
 
-    def update(self, weights: Tensor, add: bool, release: bool, far: bool = False) -> Tensor:
+    def update(
+        self, weights: Tensor, add: bool, release: bool, far: bool = False, exact: bool = False
+    ) -> Tensor:
         """w^T J, [*p.shape]. To `add` it to `.grad` is to give the kept plane away.
 
         `release`: what a backward pass made may be given away too: no row is asked for again.
         `far`: some weights are far from 1, and it is looked whether float32 holds their products.
+        `exact`: in the dtype it was summed in.
         """
         if not self.uses[0].n:
             return torch.zeros_like(self.parameter.detach())
         out = self._sum(weights, add, release, far)
-        return out.view(self.parameter.shape).to(self.parameter.dtype)
+        out = out.view(self.parameter.shape)
+        return out if exact else out.to(self.parameter.dtype)
 
     def _sum(
         self,

@@ -1,0 +1,124 @@
+"""Processes that step together: what each says of itself, and errors that all of them raise."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from gradsurgery.errors import InputError, NonFiniteError, RankError
+
+# errors that other ranks raise as what they are; of any other kind, a RankError
+SAME = {kind.__name__: kind for kind in (NonFiniteError, InputError)}
+
+
+class Said:
+    """What this rank says in `Group.agreed`, and then what all of them said."""
+
+    def __init__(self) -> None:
+        self.mine: Any = None
+        self.every: list[Any] = []
+
+
+class Group:
+    """Ranks of torch.distributed that step together, or this process alone.
+
+    Args:
+        handle: a process group; None for this process alone, which talks to nobody.
+    """
+
+    def __init__(self, handle: Any = None) -> None:
+        self.handle = handle
+        self.size = 1 if handle is None else dist.get_world_size(handle)
+        self.rank = 0 if handle is None else dist.get_rank(handle)
+
+    def __bool__(self) -> bool:
+        """Whether there are several."""
+        return self.size > 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.handle is None:
+            return Group, ()
+        raise InputError("process_group: a Surgeon of several ranks is not pickled")
+
+    def name(self, rank: int) -> str:
+        """Of a rank, as the launcher numbers them."""
+        return f"rank {dist.get_global_rank(self.handle, rank)}"
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in order of the ranks; to be pickled."""
+        if not self:
+            return [value]
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, value, group=self.handle)
+        return every
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """`tensor`, of all ranks, added up in place; the same bits on each."""
+        if self:
+            dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    @contextmanager
+    def agreed(self, where: str, *, wait: bool = True) -> Iterator[Said]:
+        """Around what a rank does by itself: where one raises, all do, and what each said is known.
+
+        Args:
+            where: the same on all ranks.
+            wait: for the others. Else only an error waits for them: it is told where they meet
+                next.
+
+        Raises:
+            InputError, NonFiniteError: that of another rank, by its number; ranks that are not at
+                the same place.
+            RankError: any other error of another rank.
+        """
+        said = Said()
+        try:
+            yield said
+        except Exception as error:
+            # where the others cannot be told any more, this error is still the one to show
+            with suppress(RuntimeError):
+                self.gather((where, _told(error), None))
+            raise
+        if wait:
+            said.every = self.settled(where, None, said.mine)
+
+    def settled(self, where: str, error: Exception | None, mine: Any = None) -> list[Any]:
+        """What each rank says, if none has an error; else this rank's own, or that of the first."""
+        every = self.gather((where, None if error is None else _told(error), mine))
+        if error is not None:
+            raise error
+        for rank, (_, told, _) in enumerate(every):
+            if told is not None:
+                kind, message = told
+                raise SAME.get(kind, RankError)(f"{self.name(rank)}: {message}")
+        for rank, (other, _, _) in enumerate(every):
+            if other != where:
+                mine = self.name(self.rank)
+                raise InputError(f"{self.name(rank)} is at {other}, {mine} at {where}")
+        return [value for _, _, value in every]
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """The first rank's: unlike processors may round a solution differently."""
+        if self:
+            weights = weights.contiguous()
+            dist.broadcast(weights, group=self.handle, group_src=0)
+        return weights
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    kind = next((name for name, each in SAME.items() if isinstance(error, each)), "")
+    message = str(error) or type(error).__name__
+    return kind, message if kind else f"{type(error).__name__}: {message}"
+
+
+def world() -> Any:
+    """The group of all ranks, where torch.distributed runs several; else None."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD

@@ -1,0 +1,100 @@
+"""Weighted sums of rows, added up over ranks: in buckets, each on its way while others are made."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradsurgery.ops._inputs import wide
+from gradsurgery.ranks.group import Group
+
+BUCKET = 25 << 20  # bytes, as in data parallelism
+
+
+class Buckets:
+    """Gradients of some parameters, summed over ranks in float32 or wider.
+
+    Args:
+        parameters: what gradients are of.
+        reached: which of them the losses of any rank depend on: the same on all ranks.
+        several: which may come in several parts.
+        ranks: who adds.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        reached: Sequence[bool],
+        several: set[int],
+        ranks: Group,
+    ) -> None:
+        self.parameters, self.several, self.ranks = parameters, several, ranks
+        self.buckets: list[list[int]] = []
+        room, before = 0, None
+        for k, parameter in enumerate(parameters):
+            if not reached[k]:
+                continue
+            kind = wide(parameter.detach()[:0] if parameter.dim() else parameter.detach()).dtype
+            size = parameter.numel() * kind.itemsize
+            if not self.buckets or kind != before or room + size > BUCKET:
+                self.buckets.append([])
+                room = 0
+            self.buckets[-1].append(k)
+            room, before = room + size, kind
+        self._where = {k: i for i, bucket in enumerate(self.buckets) for k in bucket}
+        self._flat: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        self._sent: list[tuple[int, Any]] = []
+
+    def sums(
+        self, updates: Iterator[tuple[int, Tensor]], mine: set[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Each parameter's, of all ranks, a view of a bucket that is then dropped.
+
+        All buckets are sent whatever this rank's own updates raise, which is raised at the end.
+
+        Args:
+            updates: this rank's.
+            mine: which of them there will be.
+        """
+        missing = [set(bucket) & mine for bucket in self.buckets]
+        following, error = 0, None
+        try:
+            for k, grad in updates:
+                i = self._where[k]
+                self._bucket(i)[k] += grad
+                if k not in self.several:
+                    missing[i].discard(k)
+                while following < len(missing) and not missing[following]:
+                    self._send(following)
+                    following += 1
+                yield from self._arrived(2)
+        except Exception as own:
+            error = own
+        for i in range(following, len(self.buckets)):
+            self._send(i)
+            yield from self._arrived(2)
+        yield from self._arrived(0)
+        if error is not None:
+            raise error
+
+    def _bucket(self, i: int) -> dict[int, Tensor]:
+        if i not in self._flat:
+            first = self.parameters[self.buckets[i][0]].detach()
+            sizes = [self.parameters[k].numel() for k in self.buckets[i]]
+            flat = wide(first.new_empty(0)).new_zeros(sum(sizes))
+            views = zip(self.buckets[i], flat.split(sizes), strict=True)
+            self._flat[i] = flat, {k: v.view(self.parameters[k].shape) for k, v in views}
+        return self._flat[i][1]
+
+    def _send(self, i: int) -> None:
+        self._bucket(i)
+        flat = self._flat[i][0]
+        self._sent.append((i, dist.all_reduce(flat, group=self.ranks.handle, async_op=True)))
+
+    def _arrived(self, most: int) -> Iterator[tuple[int, Tensor]]:
+        """What has been summed; up to `most` buckets stay on their way."""
+        while len(self._sent) > most:
+            i, handle = self._sent.pop(0)
+            handle.wait()
+            yield from self._flat.pop(i)[1].items()

@@ -1,0 +1,116 @@
+"""Which ranks step together, by how a model is wrapped or by a process group."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from gradsurgery.errors import InputError
+from gradsurgery.ranks.group import Group
+
+
+def opened(model: nn.Module, process_group: Any) -> tuple[nn.Module, Group]:
+    """The module that losses are computed with, and who steps together.
+
+    Args:
+        model: a module each rank has a replica of, or one in `DistributedDataParallel`, whose
+            module inside is returned: its reducer has no part in a step.
+        process_group: a ProcessGroup or a DeviceMesh of one dimension; False for this rank alone;
+            None for that of the wrapper, or alone where torch.distributed runs no other rank.
+
+    Raises:
+        InputError: another kind of process group; one beside a wrapper that has its own; several
+            ranks and neither.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    kind = type(process_group).__name__
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        own = model.process_group
+        if process_group is not None and _handle(process_group) is not own:
+            raise InputError(
+                "process_group: DistributedDataParallel has its own; leave it out, or pass the "
+                "module inside, model.module"
+            )
+        _check_ddp(model)
+        return model.module, Group(own if dist.get_world_size(own) > 1 else None)
+    if process_group is None:
+        if several:
+            raise InputError(
+                f"torch.distributed runs {dist.get_world_size()} ranks: pass process_group="
+                "torch.distributed.group.WORLD where they step together on the samples of all; "
+                "or process_group=False for this rank alone, whose replica may part from the others"
+            )
+        return model, Group()
+    if process_group is False:
+        return model, Group()
+    handle = _handle(process_group)
+    if handle is None:
+        raise InputError(
+            "process_group must be a ProcessGroup, a DeviceMesh, False for this rank alone, or "
+            f"None, got {kind}"
+        )
+    return model, Group(handle if dist.get_world_size(handle) > 1 else None)
+
+
+def _handle(process_group: Any) -> Any:
+    """A process group; None for what is none."""
+    if not dist.is_available():
+        return None
+    if isinstance(process_group, dist.ProcessGroup):
+        return process_group
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise InputError(
+                f"process_group: a DeviceMesh of {process_group.ndim} dimensions; pass one of "
+                "them, as mesh['data'], or mesh['data', 'shard']._flatten()"
+            )
+        return process_group.get_group()
+    return None
+
+
+def _check_ddp(model: nn.parallel.DistributedDataParallel) -> None:
+    if getattr(model, "mixed_precision", None) is not None:
+        raise InputError(
+            "model: DistributedDataParallel(mixed_precision=...) casts parameters by hooks of its "
+            "own forward pass, which a step leaves out: use torch.autocast in the loss"
+        )
+
+
+def fingerprint(named: dict[str, nn.Parameter], rule: Any) -> tuple[Any, ...]:
+    """What must be the same on all ranks: the rule, and parameters by name, shape and norm."""
+    with torch.no_grad():
+        norms = [float(p.detach().double().norm()) for p in named.values()]
+    known = [
+        (name, tuple(p.shape), str(p.dtype), norm)
+        for (name, p), norm in zip(named.items(), norms, strict=True)
+    ]
+    return repr(rule), known
+
+
+def check_alike(every: list[Any], ranks: Group) -> None:
+    """Raise where replicas differ, by the first parameter that does.
+
+    Args:
+        every: of each rank, its fingerprint; or None.
+        ranks: whose they are.
+    """
+    if any(each is None for each in every):
+        return
+    (rule, first), others = every[0], every[1:]
+    for rank, (other_rule, other) in enumerate(others, 1):
+        both = f"{ranks.name(0)} and {ranks.name(rank)}"
+        if other_rule != rule:
+            raise InputError(f"rule: {both} have different ones, {rule} and {other_rule}")
+        if [each[:3] for each in other] != [each[:3] for each in first]:
+            names = [each[0] for each in first if each[:3] not in {o[:3] for o in other}]
+            names += [each[0] for each in other if each[:3] not in {o[:3] for o in first}]
+            raise InputError(f"model: {both} train different parameters, as {names[0]}")
+        for (name, _, _, a), (_, _, _, b) in zip(first, other, strict=True):
+            # processors may sum in another order
+            if not abs(a - b) <= 1e-6 * max(abs(a), abs(b)) and not (a != a and b != b):
+                raise InputError(
+                    f"model: parameter {name} differs between {both}: let all begin with the same "
+                    "weights, as DistributedDataParallel does, or load one checkpoint"
+                )
