@@ -1,6 +1,7 @@
 """RanksJacobian: the rows of all ranks, of which each holds its own."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -49,6 +50,20 @@ class RanksJacobian:
         self._ids, self._factors = ids, factors
         self._exchange = Exchange(self.own, ranks, ids, factors, m)
         self._grams: dict[bool, Tensor] = {}
+
+    @classmethod
+    def concat(cls, jacobians: "Sequence[RanksJacobian]") -> "RanksJacobian":
+        """As `gradsurgery.concat`, which checks that they go together."""
+        first, starts = jacobians[0], accumulate((each.m for each in jacobians), initial=0)
+        pairs = list(zip(jacobians, starts, strict=False))
+        return cls(
+            FactoredJacobian.concat([each.own for each in jacobians]),
+            first.ranks,
+            torch.cat([each._ids + start for each, start in pairs]),
+            torch.cat([each._factors for each in jacobians]),
+            sum(each.m for each in jacobians),
+            [any(used) for used in zip(*(each.reached for each in jacobians), strict=True)],
+        )
 
     @property
     def bytes_sent(self) -> int:
