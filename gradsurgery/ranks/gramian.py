@@ -13,6 +13,7 @@ from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import RowsUse, Use
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ranks.group import Group
+from gradsurgery.ranks.kept import KeptUse, formed, keeps
 from gradsurgery.ranks.slices import Rows, Slices, cut
 from gradsurgery.ranks.table import Entry, Way, form_of, way
 from gradsurgery.ranks.tiles import Tiles
@@ -53,11 +54,7 @@ class Exchange:
         own, ranks = self.own, self.ranks
         with ranks.agreed("Gramian") as said:
             own._check_usable()
-            through = own._through_derived()
-            uses = [
-                [use for use in (*through.pop(k, ()), *mine) if use.n]
-                for k, mine in enumerate(own._uses)
-            ]
+            uses = self._uses(double)
             said.mine = tuple(self.ids.tolist()), [self._entry(mine, double) for mine in uses]
         order = [i for rows, _ in said.every for i in rows]
         ids = RowNumbers(torch.tensor(order, dtype=torch.int64, device="cpu"))
@@ -101,9 +98,27 @@ class Exchange:
             self._raise_not_finite()
         return grams, False
 
+    def _uses(self, double: bool) -> list[list[Use]]:
+        """What this rank has of each parameter.
+
+        The update needs the plane of a row that sums many samples anyway: it stands for their
+        tokens, of which there are more.
+        """
+        own, through = self.own, self.own._through_derived()
+        found: list[list[Use]] = []
+        for k, mine in enumerate(own._uses):
+            plane = None if k in through or double else own._planes[k]
+            if plane is not None and keeps(plane):
+                found.append([*(use for use in plane.parts[0] if use.n), KeptUse(plane)])
+            else:
+                found.append([use for use in (*through.pop(k, ()), *mine) if use.n])
+        return found
+
     def _entry(self, uses: Sequence[Use], double: bool) -> Entry:
         made = [use for use in uses if not isinstance(use, RowsUse)]
-        wide = double or any(v.dtype == torch.float64 for use in uses for v in use.values)
+        kinds = {v.dtype for use in uses for v in use.values}
+        kinds |= {use.dtype for use in uses if isinstance(use, KeptUse)}
+        wide = double or torch.float64 in kinds
         return Entry(
             tuple(form_of(use, self._rows(use), self.scaled(use) is not None) for use in uses),
             made[0].plane if made else None,
@@ -196,7 +211,7 @@ class Exchange:
         if isinstance(job, Slices):
             job.fill(rows, parts)
         else:
-            job.fill(rows.uses[job.column], parts, self.scaled)
+            job.fill([formed(use) for use in rows.uses[job.column]], parts, self.scaled)
 
     def _raise_not_finite(self) -> None:
         """Name the rank, its row and the parameter."""

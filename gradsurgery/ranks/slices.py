@@ -12,6 +12,7 @@ from gradsurgery.capture.ranges import SQUARES, in_range, within
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import RowsUse, Use
 from gradsurgery.ops.gramian import gramian_unchecked
+from gradsurgery.ranks.kept import formed
 from gradsurgery.ranks.table import Way, share
 
 VALUES = 1 << 22  # that a rank forms at a time
@@ -54,8 +55,8 @@ class Slices:
         rows = own.count
         if rows == 0:
             return
-        formed = [own.formed(piece, self.dtype) for piece in self.pieces]
-        whole = formed[0] if len(formed) == 1 else torch.cat(formed, 1)
+        made = [own.formed(piece, self.dtype) for piece in self.pieces]
+        whole = made[0] if len(made) == 1 else torch.cat(made, 1)
         for k, part in enumerate(parts):
             mine = whole[:, share(self.width, len(parts), k)]
             part.view(self.dtype).view(mine.shape).copy_(mine)
@@ -141,6 +142,7 @@ class Rows:
 
 
 def _seen(use: Use, plane: tuple[int, int]) -> Use:
+    use = formed(use)
     if isinstance(use, RowsUse):
         return use if use.plane == plane else use.viewed(plane)
     return use.best() if isinstance(use, ConvolutionUse) else use

@@ -17,6 +17,7 @@ import torch
 
 from gradsurgery.capture.planner import Work, plan
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use
+from gradsurgery.ranks.kept import KeptUse
 
 # multiplications a second, and bytes a second between ranks, in the choice of a way; measured on
 # two cores and gloo, counted for an H200 with NVLink
@@ -55,6 +56,8 @@ class Way(NamedTuple):
 def form_of(use: Use, rows: tuple[int, ...], scaled: bool) -> Form:
     """The use as others get it; `scaled`: times the factors of its rows, in float32 or wider."""
     kind, tokens = "other", 1
+    if isinstance(use, KeptUse):
+        return Form("rows", 1, 1, (use.dtype,), rows)
     if isinstance(use, RowsUse):
         kind = "rows"
     elif isinstance(use, MatrixUse) and use.left.dim() == 3:

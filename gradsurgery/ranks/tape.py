@@ -76,9 +76,7 @@ def tape(
     """
     group = False if process_group is None and not _has_group(model) else process_group
     module, ranks = opened(model, group)
-    with capture.tape(
-        module, parameters=parameters, coupled=coupled, outside=outside
-    ) as recorder:
+    with capture.tape(module, parameters=parameters, coupled=coupled, outside=outside) as recorder:
         yield RanksTape(recorder, ranks) if ranks else recorder
 
 

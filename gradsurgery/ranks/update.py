@@ -62,8 +62,11 @@ class Buckets:
         try:
             for k, grad in updates:
                 i = self._where[k]
-                self._bucket(i)[k] += grad
-                if k not in self.several:
+                place = self._bucket(i)[k]
+                if k in self.several:
+                    place += grad
+                else:
+                    place.copy_(grad)
                     missing[i].discard(k)
                 while following < len(missing) and not missing[following]:
                     self._send(following)
