@@ -1,7 +1,7 @@
 """Rows of micro-batches: added pass by pass, held, and put in the order of their batches."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -39,6 +39,7 @@ class Summary(NamedTuple):
     parts: dict[str, list[Part]]  # losses on the CPU
     bent: dict[str, str]
     overflowed: bool
+    reached: list[bool]  # the parameters that losses depend on; shorter where none follows
 
 
 class Added:
@@ -192,7 +193,10 @@ class Added:
             part: [each._replace(losses=each.losses.detach().cpu()) for each in found]
             for part, found in self._parts.items()
         }
-        return Summary(parts, self._bent, self.overflowed)
+        made = [each.jacobian.reached or [] for each in (*self._samples, *self._last)]
+        made += [each.reached for each in self._sums.values()]
+        reached = [any(each) for each in zip_longest(*made, fillvalue=False)]
+        return Summary(parts, self._bent, self.overflowed, reached)
 
     def collected(
         self,
@@ -229,8 +233,9 @@ class Added:
         others = None
         m, reached = sum(counts.values()), list(whole.reached or [])
         if ranks:
-            reached += [False] * (len(named) + len(outside) - len(reached))  # of stored rows
-            reached = [any(each) for each in zip(*ranks.gather(reached), strict=True)]
+            none = [False] * (len(named) + len(outside))
+            theirs = (one.reached for one in every)
+            reached = [any(each) for each in zip_longest(none, *theirs, fillvalue=False)]
         if isinstance(whole, FactoredJacobian) and outside:
             whole, others = _apart(whole, rule, list(outside), reached)
             reached = reached[: len(named)]

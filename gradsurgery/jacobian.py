@@ -286,22 +286,22 @@ class DenseSums:
     """Rows of several Jacobians, added up in float32 or wider."""
 
     def __init__(self, like: DenseJacobian) -> None:
-        self._like, self._reached = like, [False] * len(like.names)
+        self._like, self.reached = like, [False] * len(like.names)
         self._totals = [torch.zeros_like(wide(block)) for block in like.blocks]
 
     def add(self, jacobian: DenseJacobian, weight: float) -> None:
         """The rows of another, times `weight`."""
         for total, block in zip(self._totals, jacobian.blocks, strict=True):
             total.add_(block, alpha=weight)
-        reached = jacobian.reached or [True] * len(self._reached)
-        self._reached = [a or b for a, b in zip(self._reached, reached, strict=True)]
+        reached = jacobian.reached or [True] * len(self.reached)
+        self.reached = [a or b for a, b in zip(self.reached, reached, strict=True)]
 
     def jacobian(self) -> DenseJacobian:
         """Of the sums, in the dtype of the rows."""
         named = zip(self._like.names, self._totals, self._like.blocks, strict=True)
         blocks = {name: total.to(block.dtype) for name, total, block in named}
         made = DenseJacobian(blocks, self._like.parameters)
-        made.reached = self._reached
+        made.reached = self.reached
         return made
 
 

@@ -347,12 +347,12 @@ class Surgeon:
             self._added.settle()
         return columns
 
-    def _seen(self, columns: given.Columns, scale: float) -> tuple[Any, ...]:
+    def _seen(self, columns: given.Columns, scale: float) -> Any:
         """What other ranks are told; in the first step, what of replicas must be alike, too."""
         if not self._ranks:
-            return self._added.summary(), None
+            return None
         known = None if self._met else fingerprint(columns[0], self.rule)
-        return self._added.summary(), (known, scale)
+        return self._added.summary(), known, scale
 
     def _take(
         self,
@@ -396,14 +396,14 @@ class Surgeon:
 
     def _added_up(self, columns: given.Columns, scale: float, every: list[Any]) -> StepInfo:
         named, outside = columns
-        summaries = [summary for summary, _ in every]
-        added, overflowed = self._added, any(summary.overflowed for summary in summaries)
+        added, overflowed, summaries = self._added, self._added.overflowed, []
         if self._ranks:
+            summaries, replicas, scales = zip(*every, strict=True)
+            overflowed = any(summary.overflowed for summary in summaries)
             if not overflowed:
                 given.check_complete(self.rule, added, *(summary.parts for summary in summaries))
-            check_alike([known for _, (known, _) in every], self._ranks)
-            scales = sorted({scale for _, (_, scale) in every})
-            check(len(scales) == 1, f"scale: ranks have different ones, {scales}")
+            check_alike(replicas, self._ranks)
+            check(len(set(scales)) == 1, f"scale: ranks have different ones, {scales}")
             self._met = True
         scale = scale * self._scale(next(iter(named.values())))
         added.check_columns({**named, **outside})

@@ -102,6 +102,11 @@ class Sums:
                 use.add_rows(part, use.rows, 0, use.plane[0])
                 planes.add_(part, alpha=weight)
 
+    @property
+    def reached(self) -> list[bool]:
+        """Which parameters the losses depend on."""
+        return [total is not None for total in self._totals]
+
     def jacobian(self) -> FactoredJacobian:
         """Of the sums. It holds them: nothing is to be added afterwards."""
         ids = RowNumbers(torch.arange(self.m, device="cpu"))

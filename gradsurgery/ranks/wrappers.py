@@ -1,5 +1,6 @@
 """Which ranks step together, by how a model is wrapped or by a process group."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def fingerprint(named: dict[str, nn.Parameter], rule: Any) -> tuple[Any, ...]:
     return repr(rule), known
 
 
-def check_alike(every: list[Any], ranks: Group) -> None:
+def check_alike(every: Sequence[Any], ranks: Group) -> None:
     """Raise where replicas differ, by the first parameter that does.
 
     Args:
