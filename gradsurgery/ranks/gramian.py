@@ -52,9 +52,12 @@ class Exchange:
         self, metric: Sequence[Tensor] | None, apart: bool, double: bool
     ) -> tuple[Tensor, bool]:
         own, ranks = self.own, self.ranks
+        count = len(own.parameters) if apart else 1
         with ranks.agreed("Gramian") as said:
             own._check_usable()
             uses = self._uses(double)
+            # of each parameter, or of all; then whether a rank lost something, or failed
+            total = self.like.new_zeros(count * self.m**2 + 2, dtype=torch.float64)
             said.mine = tuple(self.ids.tolist()), [self._entry(mine, double) for mine in uses]
         order = [i for rows, _ in said.every for i in rows]
         ids = RowNumbers(torch.tensor(order, dtype=torch.int64, device="cpu"))
@@ -72,8 +75,6 @@ class Exchange:
             if known is not None and known.tiles is not None
         ]
         work += cut(ways, counts)
-        count = len(own.parameters) if apart else 1
-        total = torch.zeros(count * self.m**2 + 2, dtype=torch.float64, device=self.like.device)
         grams = total[:-2].view(count, self.m, self.m)
         rows = Rows(uses, ways, own.m, self.factors, metric, self.like)
         failed = None
@@ -169,8 +170,9 @@ class Exchange:
         the middle: two buffers for each direction are made first.
         """
         ranks = self.ranks
-        out = [job.sizes(ranks.rank) for job in work]
-        back = [[job.sizes(q)[ranks.rank] for q in range(ranks.size)] for job in work]
+        each, mine = range(ranks.size), ranks.rank
+        out = [[job.size(mine, other) for other in each] for job in work]
+        back = [[job.size(other, mine) for other in each] for job in work]
         buffers: list[list[Tensor]] = []
         error: Exception | None = None
         try:

@@ -44,11 +44,10 @@ class Slices:
         self.pieces, self.dtype, self.counts = pieces, dtype, counts
         self.width = sum(piece.values for piece in pieces)
 
-    def sizes(self, sender: int) -> list[int]:
-        """Bytes that a rank sends to each."""
-        ranks = len(self.counts)
-        each = (share(self.width, ranks, part) for part in range(ranks))
-        return [self.counts[sender] * (s.stop - s.start) * self.dtype.itemsize for s in each]
+    def size(self, sender: int, receiver: int) -> int:
+        """Bytes that one rank sends to another."""
+        part = share(self.width, len(self.counts), receiver)
+        return self.counts[sender] * (part.stop - part.start) * self.dtype.itemsize
 
     def fill(self, own: "Rows", parts: Sequence[Tensor]) -> None:
         """Write what this rank sends, bytes for each rank."""

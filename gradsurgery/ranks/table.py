@@ -95,22 +95,25 @@ def _tiles(
     """The grid of tiles that takes least, if that is less than rows take."""
     (h, w), ranks = plane, len(entries)
     speed, wire = SPEED.get(device, SPEED["cpu"])
-    size = 4 if all(d.itemsize <= 4 for form in forms for d in form.dtypes) else 8
+    formed = 8 if any(entry.double for entry in entries) else 4
+    sides = [f.dtypes for f in forms if f.kind in ("matrix", "embedding")]
+    size = max(dtypes[-1].itemsize for dtypes in sides)
     rows = sum(entry.number for entry in entries)
     tokens = sum(f.blocks * f.tokens for f in forms if f.kind == "matrix")
     picked = sum(f.blocks * f.tokens for f in forms if f.kind == "embedding")
     existing = sum(f.blocks for f in forms if f.kind == "rows")
     out = (ranks - 1) / ranks  # of what a rank has, the share that others get
     multiplied = ((tokens + picked) / ranks + rows * rows / (2 * ranks)) * h * w
-    by_rows = multiplied / speed + rows / ranks * h * w * out * size / wire
+    by_rows = multiplied / speed + rows / ranks * h * w * out * formed / wire
 
     def cost(a: int, b: int) -> float:
         height, width = -(-h // a), -(-w // b)
         longest = max((f.tokens for f in forms), default=1)
         own = -(-tokens // longest)
         inside = Work(height, width, longest, own, 0, existing > 0, device, picked)
-        values = tokens * (height + width) + picked * (width + 1) + existing * height * width
-        sent = values * (ranks - 1) / ranks * size
+        sent = (tokens * (height + width) + picked * width) * size + picked * 8
+        sent += existing * height * width * formed
+        sent *= out
         return plan(inside, existing < 2).multiplications / speed + sent / wire
 
     # lines of an embedding's table are picked by their number: all are needed

@@ -32,16 +32,10 @@ class Tiles:
         (a, b), (height, width) = self.grid, self.plane
         return share(height, a, rank // b), share(width, b, rank % b)
 
-    def sizes(self, sender: int) -> list[int]:
-        """Bytes that a rank sends to each."""
-        return [
-            sum(
-                _bytes(shape, dtype)
-                for form in self.entries[sender].forms
-                for shape, dtype in self._parts(form, rank)
-            )
-            for rank in range(len(self.entries))
-        ]
+    def size(self, sender: int, receiver: int) -> int:
+        """Bytes that one rank sends to another."""
+        forms = self.entries[sender].forms
+        return sum(_bytes(*part) for form in forms for part in self._parts(form, receiver))
 
     def _parts(self, form: Form, rank: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of what a use has for a rank's tile."""
