@@ -4,7 +4,7 @@ from gradsurgery import integrations
 from gradsurgery.batch import WeightedLosses
 from gradsurgery.capture import FactoredJacobian, check
 from gradsurgery.diagnosis import diagnose
-from gradsurgery.errors import CoupledSamplesError, InputError, NonFiniteError
+from gradsurgery.errors import CoupledSamplesError, InputError, NonFiniteError, RankError
 from gradsurgery.jacobian import DenseJacobian, concat
 from gradsurgery.ops import combine, gramian, harmonize, orthonormalize, project_out
 from gradsurgery.ranks.tape import tape
@@ -78,6 +78,7 @@ __all__ = [
     "OrthoGrad",
     "PCGrad",
     "Random",
+    "RankError",
     "SalUn",
     "SignAgreement",
     "Sum",

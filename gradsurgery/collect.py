@@ -42,6 +42,13 @@ class Summary(NamedTuple):
     reached: list[bool]  # the parameters that losses depend on; shorter where none follows
 
 
+class Known(NamedTuple):
+    """What a rank knows of another that steps with it."""
+
+    summary: Summary
+    runs_foreign_code: bool  # in its optimizer's step
+
+
 class Added:
     """The rows of micro-batches, until an update is made of them.
 
@@ -215,7 +222,7 @@ class Added:
         """
         named, outside = columns
         if ranks:
-            known = _of_all(every)
+            known = _of_all(every, ranks)
         else:  # losses stay on their device
             known = {part: self._parts[part] for part in ROLES if part in self._parts}
         counts = {
@@ -282,7 +289,7 @@ class Added:
         return jacobians, torch.tensor(rows, dtype=torch.int64, device="cpu"), torch.cat(factors)
 
 
-def _of_all(every: Sequence[Summary]) -> dict[str, list[Part]]:
+def _of_all(every: Sequence[Summary], ranks: Group) -> dict[str, list[Part]]:
     """What all ranks added, in their order."""
     known: dict[str, list[Part]] = {}
     for part in ROLES:
@@ -290,18 +297,19 @@ def _of_all(every: Sequence[Summary]) -> dict[str, list[Part]]:
         if not found:
             continue
         known[part] = found
-        for each in found:
-            _check_shapes(part, found[0], each)
+        for rank, one in enumerate(every):
+            for each in one.parts.get(part, ()):
+                _check_shapes(part, found[0], each, f" on {ranks.name(rank)}")
         bent = next((one.bent[part] for one in every if one.bent.get(part)), "")
         _check_straight(part, len(found), bent)
     return known
 
 
-def _check_shapes(part: str, first: Part, other: Part) -> None:
+def _check_shapes(part: str, first: Part, other: Part, where: str = "") -> None:
     shapes = [f"[B{''.join(f', {n}' for n in p.losses.shape[1:])}]" for p in (first, other)]
     check(
         shapes[0] == shapes[1],
-        f"loss must return losses of one shape for {part}, got {shapes[0]} and {shapes[1]}",
+        f"loss must return losses of one shape for {part}, got {shapes[0]} and {shapes[1]}{where}",
     )
 
 

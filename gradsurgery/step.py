@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -15,7 +15,7 @@ from gradsurgery.apart import Trial
 from gradsurgery.batch import AnyLoss
 from gradsurgery.capture.held import Hold
 from gradsurgery.capture.leaves import without_autocast
-from gradsurgery.collect import Added
+from gradsurgery.collect import Added, Known
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import check_held
 from gradsurgery.info import StepInfo, seen
@@ -31,7 +31,8 @@ from gradsurgery.optimizers import (
     steppable,
 )
 from gradsurgery.passes import Passes
-from gradsurgery.ranks.wrappers import check_alike, fingerprint, opened
+from gradsurgery.ranks.alike import check_alike, columns_of, fingerprint
+from gradsurgery.ranks.wrappers import opened
 from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
 from gradsurgery.update import add_update, fits, solve
@@ -144,7 +145,7 @@ class Surgeon:
         self._added = Added(hold)
         self.process_group = process_group
         self._module, self._ranks = opened(model, process_group)
-        self._met = False  # whether ranks have looked at each other's replicas
+        self._alike = False  # whether ranks have looked at each other's replicas
         self.project = project
         self._trials: dict[Hashable, Trial] = {}
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
@@ -214,21 +215,21 @@ class Surgeon:
         """
         start = time.perf_counter()
         parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
-        with self._rows_used_up():
+        with self._ranks.agreed("backward", wait=False), self._rows_used_up():
             undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
-                with self._ranks.agreed("backward") as said:
-                    check_number("scale", scale)
-                    check(
-                        self.project is None,
-                        "project= is of steps, and backward takes none: leave it out, and step "
-                        "within `with kept.steps(): optimizer.step()`",
-                    )
-                    columns = self._taken(parts, loss)
-                    said.mine = self._seen(columns, scale)
+                check_number("scale", scale)
+                check(
+                    self.project is None,
+                    "project= is of steps, and backward takes none: leave it out, and step "
+                    "within `with kept.steps(): optimizer.step()`",
+                )
+                columns = self._taken(parts, loss)
+                every = self._met("backward", columns, scale)
                 for parameter, grad in undo.grads:  # copies, which hooks may see grow
                     parameter.grad = None if grad is None else grad.clone()
-                info = self._update(columns, scale, said.every)
+                info = self._update(columns, scale, every)
+                self._ranks.leave()
                 undo.keep(grads=True)
         return replace(info, seconds=time.perf_counter() - start)
 
@@ -286,32 +287,39 @@ class Surgeon:
         """
         start = time.perf_counter()
         parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
-        with self._rows_used_up():
+        with self._ranks.agreed("step", wait=False), self._rows_used_up():
             undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
-                with self._ranks.agreed("step") as said:
-                    check_steps_now(self._wrapped)
-                    check_needs_no_closure(self.optimizer)
-                    if self.scaler is not None:
-                        check_stage(self.scaler, self.optimizer)
-                    columns = self._taken(parts, loss)
-                    said.mine = self._seen(columns, 1.0)
+                check_steps_now(self._wrapped)
+                check_needs_no_closure(self.optimizer)
+                if self.scaler is not None:
+                    check_stage(self.scaler, self.optimizer)
+                columns = self._taken(parts, loss)
+                every = self._met("step", columns, 1.0)
                 for parameter, _ in undo.grads:  # no parameter is moved by an old gradient
                     parameter.grad = None
-                info = self._update(columns, 1.0, said.every)
-                self._move(undo)
+                info = self._update(columns, 1.0, every)
+                self._move(undo, any(known.runs_foreign_code for known in every))
                 if self.scaler is not None:
                     self.scaler.update()
                     note_skipped(self._wrapped, info.skipped)
         return replace(info, seconds=time.perf_counter() - start)
 
-    def _move(self, undo: Undo) -> None:
-        """The optimizer's step, all of it or none."""
-        undo.begin(copies=self.project is not None)
-        # what another rank's raises is known before this one's is done, where it can be put back
-        shared = bool(self._ranks) and runs_foreign_code(self.optimizer)
+    def _move(self, undo: Undo, shared: bool) -> None:
+        """The optimizer's step, all of it or none.
+
+        Args:
+            undo: what to put back.
+            shared: whether, on one of several ranks, more runs in it than torch's own code. Where
+                that raises, all put back what moved; else a rank that runs out of memory there is
+                alone with it, and replicas are looked at anew in its next step.
+        """
+        undo.begin(copies=shared or self.project is not None)
         if self.project is None and not shared:
+            self._ranks.leave()
+            self._alike, before = False, self._alike
             undo.step(self.scaler)
+            self._alike = before
             return
         with (
             self._ranks.agreed("the optimizer's step"),
@@ -321,6 +329,7 @@ class Surgeon:
                 self.optimizer.step()
             else:
                 self.scaler.step(self.optimizer)
+        self._ranks.leave()
         undo.keep()
 
     @contextmanager
@@ -347,12 +356,22 @@ class Surgeon:
             self._added.settle()
         return columns
 
-    def _seen(self, columns: given.Columns, scale: float) -> Any:
-        """What other ranks are told; in the first step, what of replicas must be alike, too."""
-        if not self._ranks:
-            return None
-        known = None if self._met else fingerprint(columns[0], self.rule)
-        return self._added.summary(), known, scale
+    def _met(self, where: str, columns: given.Columns, scale: float) -> list[Known]:
+        """What each of several ranks has, when it is known that all are about to do the same."""
+        ranks, like = self._ranks, next(iter(columns[0].values()))
+        if not ranks:
+            return []
+        known = Known(self._added.summary(), runs_foreign_code(self.optimizer))
+        alike = columns_of(columns), scale, self._scale(like)
+        every = ranks.settled(where, mine=(known, alike, self._alike))
+        if not all(looked and theirs[0] == alike[0] for _, theirs, looked in every):
+            mine = fingerprint(self._module, columns, self.rule, self.optimizer, self.project)
+            check_alike(ranks.settled("the first step", mine=mine), ranks)
+            self._alike = True
+        for k, name in ((1, "scale"), (2, "scaler")):
+            found = sorted({theirs[k] for _, theirs, _ in every})
+            check(len(found) == 1, f"{name}: ranks have different ones, {found}")
+        return [known for known, *_ in every]
 
     def _take(
         self,
@@ -389,26 +408,18 @@ class Surgeon:
         one = torch.ones((), dtype=torch.float32, device=like.device)
         return float(cast(Tensor, self.scaler.scale(one)))
 
-    def _update(self, columns: given.Columns, scale: float, every: list[Any]) -> StepInfo:
+    def _update(self, columns: given.Columns, scale: float, every: Sequence[Known]) -> StepInfo:
         """Add the update of all rows, times `scale`, to `.grad`; the rows are used up."""
-        with self._ranks.agreed("update"):
-            return self._added_up(columns, scale, every)
-
-    def _added_up(self, columns: given.Columns, scale: float, every: list[Any]) -> StepInfo:
         named, outside = columns
-        added, overflowed, summaries = self._added, self._added.overflowed, []
-        if self._ranks:
-            summaries, replicas, scales = zip(*every, strict=True)
-            overflowed = any(summary.overflowed for summary in summaries)
-            if not overflowed:
-                given.check_complete(self.rule, added, *(summary.parts for summary in summaries))
-            check_alike(replicas, self._ranks)
-            check(len(set(scales)) == 1, f"scale: ranks have different ones, {scales}")
-            self._met = True
+        added, summaries = self._added, [known.summary for known in every]
+        overflowed = added.overflowed or any(summary.overflowed for summary in summaries)
+        if self._ranks and not overflowed:
+            given.check_complete(self.rule, added, *(summary.parts for summary in summaries))
         scale = scale * self._scale(next(iter(named.values())))
         added.check_columns({**named, **outside})
         self.discard()
         remembered = dict(self.rule._state)
+        info = None
         try:
             if overflowed:
                 raise NonFiniteError("rows: scaled losses overflow")
@@ -425,12 +436,15 @@ class Surgeon:
         except NonFiniteError:
             if self.scaler is None:
                 raise
-            for parameter in {**named, **outside}.values():
-                parameter.grad = torch.full_like(parameter, math.inf)
-            self.rule._state.clear()
-            self.rule._state.update(remembered)
-            return StepInfo.of_none()
-        return info
+            info = None
+        # `.grad` may be infinite on one rank alone, where others' was added to
+        if all(self._ranks.settled("update", mine=info is not None)):
+            return cast(StepInfo, info)
+        for parameter in {**named, **outside}.values():
+            parameter.grad = torch.full_like(parameter, math.inf)
+        self.rule._state.clear()
+        self.rule._state.update(remembered)
+        return StepInfo.of_none()
 
     def _looked_up(self) -> given.Columns:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""

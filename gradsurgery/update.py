@@ -25,11 +25,16 @@ def solve(
         given["retain_loss"] = rows.means["retain"]
     weighting = rule.weighting
     if weighting is None:
-        return Solution(torch.empty(0), jacobian.gramian()), rule(jacobian, **given)
+        gramian, update = jacobian.gramian(), rule(jacobian, **given)
+        ranks.settled("rule")
+        return Solution(torch.empty(0), gramian), [
+            ranks.first_(part.contiguous()) for part in update
+        ]
     columns = dict(zip(jacobian.names, jacobian.parameters or (), strict=True))
     known = weighting.precondition and metric(optimizer, columns, rows.reached)
     solution = weighting.solve(jacobian, metric=known or None, **given)
     if ranks:  # unlike processors may round it differently
+        ranks.settled("rule")
         solution = solution._replace(weights=ranks.weights(solution.weights))
     return solution, solution.weights
 

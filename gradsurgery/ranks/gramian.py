@@ -195,9 +195,10 @@ class Exchange:
                     error = own
             if error is not None:
                 sent.zero_()
-            handle = dist.all_to_all_single(
-                into, sent, back[i], out[i], ranks.handle, async_op=True
-            )
+            with ranks.heard():
+                handle = dist.all_to_all_single(
+                    into, sent, back[i], out[i], ranks.handle, async_op=True
+                )
             self.bytes += sum(out[i]) - out[i][ranks.rank]
             return handle, into
 
@@ -205,7 +206,8 @@ class Exchange:
         for i, job in enumerate(work):
             assert following is not None
             handle, received = following
-            handle.wait()
+            with ranks.heard():
+                handle.wait()
             following = begun(i + 1) if i + 1 < len(work) else None
             yield job, error or received
 

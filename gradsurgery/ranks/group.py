@@ -1,4 +1,10 @@
-"""Processes that step together: what each says of itself, and errors that all of them raise."""
+"""Processes that step together: what each says of itself, and errors that all of them raise.
+
+Ranks meet where all of them gather. A rank that raises between two meetings tells the others, who
+are at the next one, and so all raise. That holds as long as two rules are kept: what adds up
+tensors of all ranks follows a meeting, with nothing between that may raise on one rank alone; and
+where something does in the middle, that rank sends what the others wait for, and then raises.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +38,8 @@ class Group:
         self.handle = handle
         self.size = 1 if handle is None else dist.get_world_size(handle)
         self.rank = 0 if handle is None else dist.get_rank(handle)
+        # whether what this rank raises is no news: others raise, too, or wait for it no more
+        self._told = False
 
     def __bool__(self) -> bool:
         """Whether there are several."""
@@ -54,43 +62,67 @@ class Group:
         if not self:
             return [value]
         every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, value, group=self.handle)
+        with self.heard():
+            dist.all_gather_object(every, value, group=self.handle)
         return every
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, of all ranks, added up in place; the same bits on each."""
         if self:
-            dist.all_reduce(tensor, group=self.handle)
+            with self.heard():
+                dist.all_reduce(tensor, group=self.handle)
         return tensor
+
+    def first_(self, tensor: Tensor, rank: int = 0) -> Tensor:
+        """`tensor`, which becomes that of the first rank, or of another."""
+        if self:
+            with self.heard():
+                dist.broadcast(tensor, group=self.handle, group_src=rank)
+        return tensor
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Around what needs all ranks: where one is gone, there is nobody to be told of it."""
+        try:
+            yield
+        except RuntimeError as error:
+            self._told = True
+            raise RankError(f"a rank of torch.distributed does not answer: {error}") from error
 
     @contextmanager
     def agreed(self, where: str, *, wait: bool = True) -> Iterator[Said]:
         """Around what a rank does by itself: where one raises, all do, and what each said is known.
 
+        Inside, ranks may meet, too.
+
         Args:
             where: the same on all ranks.
-            wait: for the others. Else only an error waits for them: it is told where they meet
-                next.
+            wait: meet at the end. Else only an error waits for the others: it is told where they
+                meet next.
 
         Raises:
             InputError, NonFiniteError: that of another rank, by its number; ranks that are not at
                 the same place.
-            RankError: any other error of another rank.
+            RankError: any other error of another rank; a rank that is gone.
         """
         said = Said()
+        self._told = False
         try:
             yield said
         except Exception as error:
-            # where the others cannot be told any more, this error is still the one to show
-            with suppress(RuntimeError):
-                self.gather((where, _told(error), None))
+            if not self._told:
+                self._told = True
+                # where the others cannot be told any more, this error is still the one to show
+                with suppress(RuntimeError):
+                    self.gather((where, _told(error), None))
             raise
         if wait:
             said.every = self.settled(where, None, said.mine)
 
-    def settled(self, where: str, error: Exception | None, mine: Any = None) -> list[Any]:
-        """What each rank says, if none has an error; else this rank's own, or that of the first."""
+    def settled(self, where: str, error: Exception | None = None, mine: Any = None) -> list[Any]:
+        """Meet: what each rank says, if none has an error; else this rank's own, or the first's."""
         every = self.gather((where, None if error is None else _told(error), mine))
+        self._told = True
         if error is not None:
             raise error
         for rank, (_, told, _) in enumerate(every):
@@ -101,14 +133,16 @@ class Group:
             if other != where:
                 mine = self.name(self.rank)
                 raise InputError(f"{self.name(rank)} is at {other}, {mine} at {where}")
+        self._told = False
         return [value for _, _, value in every]
+
+    def leave(self) -> None:
+        """Where the others wait for this rank no more: what it raises from here on is its own."""
+        self._told = True
 
     def weights(self, weights: Tensor) -> Tensor:
         """The first rank's: unlike processors may round a solution differently."""
-        if self:
-            weights = weights.contiguous()
-            dist.broadcast(weights, group=self.handle, group_src=0)
-        return weights
+        return self.first_(weights.contiguous()) if self else weights
 
 
 def _told(error: Exception) -> tuple[str, str]:

@@ -1,11 +1,10 @@
 """RanksJacobian: the rows of all ranks, of which each holds its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsurgery.capture import FactoredJacobian
@@ -14,7 +13,7 @@ from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import RowsUse, Use
 from gradsurgery.grads import add_to, run_hooks
 from gradsurgery.jacobian import DenseJacobian
-from gradsurgery.ops._inputs import check, check_shapes
+from gradsurgery.ops._inputs import check, check_shapes, wide
 from gradsurgery.ranks.gramian import Exchange
 from gradsurgery.ranks.group import Group
 from gradsurgery.ranks.update import Buckets
@@ -81,20 +80,21 @@ class RanksJacobian:
         Raises:
             NonFiniteError: a row with NaN or infinity; the message names rank, row and parameter.
         """
-        check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
-        if metric is not None:
-            check_shapes(metric, "metric", [p.shape for p in self.parameters])
-            return self._exchange.gramians(metric, per == "tensor")
-        apart = per == "tensor"
-        if apart not in self._grams:
-            self._grams[apart] = self._exchange.gramians(None, apart)
-        return self._grams[apart].clone()
+        with self.ranks.agreed("gramian", wait=False):
+            check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
+            if metric is not None:
+                check_shapes(metric, "metric", [p.shape for p in self.parameters])
+                return self._exchange.gramians(metric, per == "tensor")
+            apart = per == "tensor"
+            if apart not in self._grams:
+                self._grams[apart] = self._exchange.gramians(None, apart)
+            return self._grams[apart].clone()
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T J as a list like the parameters, the same on every rank."""
-        out = [torch.zeros_like(p) for p in self.parameters]
-        for k, grad in self._sums(weights, False):
-            out[k] += grad.to(out[k].dtype)
+        with self.ranks.agreed("combine"):
+            out = [torch.zeros_like(p) for p in self.parameters]
+            self._sum(weights, False, lambda k, grad: out[k].copy_(grad))
         return out
 
     def backward(self, weights: Tensor, *, release: bool = False) -> None:
@@ -103,32 +103,39 @@ class RanksJacobian:
         It is the sum over ranks, and no mean: weights have all there is to divide by. Hooks run
         when all gradients are there.
         """
-        with torch.no_grad():
-            for k, grad in self._sums(weights, release):
-                parameter = self.parameters[k]
-                add_to(parameter, grad.to(parameter.dtype, copy=True))
+
+        def take(k: int, grad: Tensor) -> None:
+            parameter = self.parameters[k]
+            add_to(parameter, grad.to(parameter.dtype, copy=True))
+
+        with self.ranks.agreed("backward"), torch.no_grad():
+            self._sum(weights, release, take)
             for used, parameter in zip(self.reached, self.parameters, strict=True):
                 if used:
                     run_hooks(parameter)
 
-    def _sums(self, weights: Tensor, release: bool) -> Iterator[tuple[int, Tensor]]:
+    def _sum(self, weights: Tensor, release: bool, take: Callable[[int, Tensor], Any]) -> None:
+        """Give w^T J of all ranks to `take`, parameter by parameter."""
         own = self.own
         mine = weights.double()[..., self._ids.to(weights.device)]
         mine = own._weights(mine * self._factors.to(weights.device))
         derived = {own._column[id(p)] for each in own._derived for p in each.parameters}
+        there = {k for k, used in enumerate(own.reached) if used}
         with torch.no_grad(), without_autocast(self.parameters[0]):
-            there = {k for k, used in enumerate(own.reached) if used}
             buckets = Buckets(self.parameters, self.reached, derived, self.ranks)
-            yield from buckets.sums(own._updates(mine, False, release, exact=True), there)
+            self.ranks.settled("sums")
+            buckets.sums(own._updates(mine, False, release, exact=True), there, take)
         if release:
             own._released = True
             own._drop()
 
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64."""
-        part = self.own.products(vectors) * self._factors.to(self.parameters[0].device)
-        out = part.new_zeros(len(part), self.m)
-        return self.ranks.sum_(out.index_add_(1, self._ids.to(part.device), part))
+        with self.ranks.agreed("products"):
+            part = self.own.products(vectors) * self._factors.to(self.parameters[0].device)
+            out = part.new_zeros(len(part), self.m)
+            out.index_add_(1, self._ids.to(part.device), part)
+        return self.ranks.sum_(out)
 
     def row_norms(self) -> Tensor:
         """Euclidean norms of the rows, [m] float64."""
@@ -136,12 +143,12 @@ class RanksJacobian:
 
     def materialize(self) -> Tensor:
         """The rows as one matrix, [m, n], on every rank: for rules that need them, and tests."""
-        rows = self.own.materialize()
-        each = rows * self._factors.to(rows)[:, None]
-        out = rows.new_zeros(self.m, rows.shape[1])
-        out.index_add_(0, self._ids.to(rows.device), each)
-        dist.all_reduce(out, group=self.ranks.handle)
-        return out
+        with self.ranks.agreed("materialize"):
+            rows = wide(self.own.materialize())
+            each = rows * self._factors.to(rows)[:, None]
+            out = rows.new_zeros(self.m, rows.shape[1])
+            out.index_add_(0, self._ids.to(rows.device), each)
+        return self.ranks.sum_(out)
 
 
 def captured(dense: DenseJacobian) -> FactoredJacobian:

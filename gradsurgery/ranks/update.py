@@ -1,6 +1,6 @@
 """Weighted sums of rows, added up over ranks: in buckets, each on its way while others are made."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -47,18 +47,23 @@ class Buckets:
         self._sent: list[tuple[int, Any]] = []
 
     def sums(
-        self, updates: Iterator[tuple[int, Tensor]], mine: set[int]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Each parameter's, of all ranks, a view of a bucket that is then dropped.
+        self,
+        updates: Iterator[tuple[int, Tensor]],
+        mine: set[int],
+        take: Callable[[int, Tensor], None],
+    ) -> None:
+        """Give each parameter's, of all ranks, to `take`: a view of a bucket that is then dropped.
 
-        All buckets are sent whatever this rank's own updates raise, which is raised at the end.
+        All buckets are sent whatever this rank's own updates raise, or `take` does, which is raised
+        at the end.
 
         Args:
             updates: this rank's.
             mine: which of them there will be.
+            take: called with the number of the parameter, and the sum.
         """
         missing = [set(bucket) & mine for bucket in self.buckets]
-        following, error = 0, None
+        following, failed = 0, []
         try:
             for k, grad in updates:
                 i = self._where[k]
@@ -71,15 +76,19 @@ class Buckets:
                 while following < len(missing) and not missing[following]:
                     self._send(following)
                     following += 1
-                yield from self._arrived(2)
-        except Exception as own:
-            error = own
-        for i in range(following, len(self.buckets)):
-            self._send(i)
-            yield from self._arrived(2)
-        yield from self._arrived(0)
-        if error is not None:
-            raise error
+                self._arrived(2, take, failed)
+        except Exception as error:
+            failed.append(error)
+        try:
+            for i in range(following, len(self.buckets)):
+                self._send(i)
+                self._arrived(2, take, failed)
+            self._arrived(0, take, failed)
+        except Exception as error:  # without memory for what all wait for there is nothing to send
+            self.ranks.leave()
+            raise (failed or [error])[0] from error
+        if failed:
+            raise failed[0]
 
     def _bucket(self, i: int) -> dict[int, Tensor]:
         if i not in self._flat:
@@ -93,11 +102,21 @@ class Buckets:
     def _send(self, i: int) -> None:
         self._bucket(i)
         flat = self._flat[i][0]
-        self._sent.append((i, dist.all_reduce(flat, group=self.ranks.handle, async_op=True)))
+        with self.ranks.heard():
+            handle = dist.all_reduce(flat, group=self.ranks.handle, async_op=True)
+        self._sent.append((i, handle))
 
-    def _arrived(self, most: int) -> Iterator[tuple[int, Tensor]]:
-        """What has been summed; up to `most` buckets stay on their way."""
+    def _arrived(
+        self, most: int, take: Callable[[int, Tensor], None], failed: list[Exception]
+    ) -> None:
+        """Take what has been summed; up to `most` buckets stay on their way."""
         while len(self._sent) > most:
             i, handle = self._sent.pop(0)
-            handle.wait()
-            yield from self._flat.pop(i)[1].items()
+            with self.ranks.heard():
+                handle.wait()
+            sums = self._flat.pop(i)[1]
+            try:
+                for k, grad in sums.items() if not failed else ():
+                    take(k, grad)
+            except Exception as error:
+                failed.append(error)

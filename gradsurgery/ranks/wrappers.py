@@ -1,9 +1,7 @@
 """Which ranks step together, by how a model is wrapped or by a process group."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -77,41 +75,3 @@ def _check_ddp(model: nn.parallel.DistributedDataParallel) -> None:
             "model: DistributedDataParallel(mixed_precision=...) casts parameters by hooks of its "
             "own forward pass, which a step leaves out: use torch.autocast in the loss"
         )
-
-
-def fingerprint(named: dict[str, nn.Parameter], rule: Any) -> tuple[Any, ...]:
-    """What must be the same on all ranks: the rule, and parameters by name, shape and norm."""
-    with torch.no_grad():
-        norms = [float(p.detach().double().norm()) for p in named.values()]
-    known = [
-        (name, tuple(p.shape), str(p.dtype), norm)
-        for (name, p), norm in zip(named.items(), norms, strict=True)
-    ]
-    return repr(rule), known
-
-
-def check_alike(every: Sequence[Any], ranks: Group) -> None:
-    """Raise where replicas differ, by the first parameter that does.
-
-    Args:
-        every: of each rank, its fingerprint; or None.
-        ranks: whose they are.
-    """
-    if any(each is None for each in every):
-        return
-    (rule, first), others = every[0], every[1:]
-    for rank, (other_rule, other) in enumerate(others, 1):
-        both = f"{ranks.name(0)} and {ranks.name(rank)}"
-        if other_rule != rule:
-            raise InputError(f"rule: {both} have different ones, {rule} and {other_rule}")
-        if [each[:3] for each in other] != [each[:3] for each in first]:
-            names = [each[0] for each in first if each[:3] not in {o[:3] for o in other}]
-            names += [each[0] for each in other if each[:3] not in {o[:3] for o in first}]
-            raise InputError(f"model: {both} train different parameters, as {names[0]}")
-        for (name, _, _, a), (_, _, _, b) in zip(first, other, strict=True):
-            # processors may sum in another order
-            if not abs(a - b) <= 1e-6 * max(abs(a), abs(b)) and not (a != a and b != b):
-                raise InputError(
-                    f"model: parameter {name} differs between {both}: let all begin with the same "
-                    "weights, as DistributedDataParallel does, or load one checkpoint"
-                )
