@@ -15,72 +15,24 @@ from tests.language.tiny import made
 transformers = pytest.importorskip("transformers")
 
 from tests.integrations.trainers import (  # noqa: E402
+    CASES,
+    CLIP,
     FORGET,
     RETAIN,
+    TASKS,
     all_forget,
     assert_same,
     fresh,  # noqa: F401
     llama,
+    losses_of,
+    plain,
     samples,
     steps_of,
     trainer_of,
 )
 
 pytestmark = pytest.mark.usefixtures("fresh")
-EPOCHS, CLIP = 2, 0.5
-
-
-def plain(model, rule, steps, forget, retain, optimizer=None, autocast=False):
-    """A loop of one's own: a linear schedule and clipping; and what steps saw."""
-    steps = list(steps)
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
-    total = len(steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / total)
-    surgeon, infos, norms = gs.Surgeon(model, optimizer, rule), [], []
-    for step in steps:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            surgeon.add(forget=step["forget"], loss=forget)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            surgeon.add(retain=step["retain"], loss=retain)
-        infos.append(surgeon.backward())
-        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return infos, norms
-
-
-# rule, forget loss, retain loss, options of the trainer; micro-batches end in the middle of a step
-CASES = {
-    "npo": (gs.OrthoGrad(objective="lower"), "npo", "nll", {}),
-    "ascent": (gs.OrthoGrad(), "grad_ascent", "nll", {"retain_per_forget": 2}),
-    "average": (gs.GRU(momentum=0.8), "wga", "nll", {}),
-    "tokens": (gs.OrthoGrad(), "grad_ascent", "nll", {"mean": "token"}),
-    "answers": (gs.NGDiff(objective="lower"), {"name": "dpo", "beta": 0.3}, "nll", {}),
-    "tasks": ("upgrad", "simnpo", "nll", {}),
-    "tasks raised": ({"name": "pcgrad", "seed": 3}, "grad_ascent", "nll", {"hold": "rows"}),
-}
-
-TASKS = {
-    "tasks": gs.TwoDirections(rule=gs.UPGrad(), objective="lower"),
-    "tasks raised": gs.TwoDirections(rule=gs.PCGrad(seed=3)),
-}
-
-
-def losses_of(name, model, data):
-    """Of a case, as one who writes a loop makes them."""
-    known = LogProbs.of(model, [all_forget(data)])
-    token = name == "tokens"
-    nll = language.NLL(as_published=token)
-    return {
-        "npo": language.NPO(reference=known),
-        "ascent": GradAscent(),
-        "average": language.WGA(),
-        "tokens": GradAscent(as_published=token),
-        "answers": language.DPO(beta=0.3, reference=known),
-        "tasks": language.SimNPO(),
-        "tasks raised": GradAscent(),
-    }[name], nll
+EPOCHS = 2
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -273,12 +273,16 @@ def test_what_takes_several_devices_is_refused_by_name(tmp_path, monkeypatch):
     trainer = trainer_of(llama(), tmp_path, rule=LOWER)
     args = SimpleNamespace(**{**vars(trainer.args), "n_gpu": 1, "world_size": 1})
     fake = SimpleNamespace(
-        args=args, is_deepspeed_enabled=False, is_fsdp_enabled=False, model_init=None
+        args=args,
+        accelerator=SimpleNamespace(distributed_type="NO"),
+        is_deepspeed_enabled=False,
+        is_fsdp_enabled=False,
+        model_init=None,
     )
     check_served(fake)
     for change, match in (
         ({"n_gpu": 2}, "2 GPUs in one process is not served: .* CUDA_VISIBLE_DEVICES"),
-        ({"world_size": 4}, "4 processes is not served"),
+        ({"world_size": 4}, "4 processes of NO is not served: each is to have a replica"),
         ({"use_liger_kernel": True}, "use_liger_kernel is not served"),
         ({"activation_offloading": True}, "activation_offloading is not served"),
     ):

@@ -16,6 +16,8 @@ from gradsurgery.errors import InputError
 from gradsurgery.integrations.transformers import SurgeryMixin
 from gradsurgery.language.batches import collate
 from gradsurgery.ops._inputs import check
+from gradsurgery.ranks import Group
+from gradsurgery.ranks.group import world
 from gradsurgery.text import show
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -86,8 +88,12 @@ def surgery_of(base: type) -> type:
             tokens = tokenizer if processing_class is None else processing_class
             pad = getattr(tokens, "pad_token_id", None)
             forget, retain = map(Samples, sets)
+            ranks = Group(world())
+            with ranks.agreed("forget samples") as said:  # other answers, as the first drew them
+                if ranks.rank == 0:
+                    said.mine = [forget[place] for place in range(len(forget))]
             super().__init__(
-                forget_dataset=[forget[place] for place in range(len(forget))],
+                forget_dataset=said.every[0],
                 retain_dataset=retain,
                 eval_dataset=None if eval_dataset is None else Samples(eval_dataset),
                 processing_class=tokens,

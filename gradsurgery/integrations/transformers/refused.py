@@ -23,9 +23,9 @@ def check_served(trainer: Any) -> None:
             args.n_gpu > 1,
             "DataParallel splits batches over replicas; set CUDA_VISIBLE_DEVICES to one GPU",
         ),
-        f"{args.world_size} processes": (args.world_size > 1, "rows are not summed over them"),
         "deepspeed": (trainer.is_deepspeed_enabled, "it steps on gradients that it sums itself"),
         "fsdp": (trainer.is_fsdp_enabled, "parameters are spread over processes"),
+        **_processes(trainer),
         f"optim={optim!r}": (
             "lomo" in optim or "layerwise" in optim,
             "it steps inside of a backward pass, before there is an update",
@@ -69,6 +69,27 @@ def check_served(trainer: Any) -> None:
         )
     if args.torch_compile:
         warnings.warn("torch_compile: steps with surgery run uncompiled", stacklevel=4)
+
+
+def _processes(trainer: Any) -> dict[str, tuple[bool, str]]:
+    """Of several processes, all that is not a replica of the model on each."""
+    args, accelerator = trainer.args, trainer.accelerator
+    several, kind = args.world_size > 1, accelerator.distributed_type
+    config, dealt = args.accelerator_config, "pairs are dealt out over processes by the sampler"
+    found = {
+        f"{args.world_size} processes of {getattr(kind, 'value', kind)}": (
+            # accelerate's names of DistributedDataParallel on devices of each kind
+            several and not str(getattr(kind, "value", kind)).startswith("MULTI_"),
+            "each is to have a replica of the model",
+        ),
+        "parallelism_config": (
+            getattr(accelerator, "parallelism_config", None) is not None,
+            "each process is to have a replica of the model, and samples of its own",
+        ),
+    }
+    for name in ("split_batches", "dispatch_batches"):
+        found[f"accelerator_config {name}"] = several and bool(getattr(config, name, None)), dealt
+    return found
 
 
 def _check_checkpointing(args: Any) -> None:

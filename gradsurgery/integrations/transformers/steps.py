@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from gradsurgery.integrations.transformers.losses import Parts
 from gradsurgery.language.reference import LogProbs, WithoutAdapter
 from gradsurgery.language.tokens import Batch
 from gradsurgery.ops._inputs import check
+from gradsurgery.ranks.wrappers import opened
 from gradsurgery.step import Surgeon
 
 
@@ -45,13 +47,14 @@ class Steps:
         """Ask the original, if it is wanted, and be ready for rows.
 
         Args:
-            model: as the loop calls it.
+            model: as the loop calls it, in `DistributedDataParallel` where several ranks step.
             optimizer: the loop's, wrapped or not.
             forget: all batches of the forget set.
             begun: whether the model has moved already, in a run that is resumed.
             context: what the loop has around a forward pass.
         """
         self._context, known = context, self.parts.log_probs
+        module, ranks = opened(model, None)
         if known is not None and not len(known):
             check(
                 not begun,
@@ -60,13 +63,16 @@ class Steps:
                 "save_only_model, or pass reference=LogProbs.of(original, ...)",
             )
             found = LogProbs()
-            for batch in forget():
-                with context():
-                    found.add(model, batch)
-            known.load_state_dict(found.state_dict())  # all of them, or none
+            with ranks.agreed("log-probabilities of the original") as said:
+                for batch in islice(forget(), ranks.rank, None, ranks.size):
+                    with context():
+                        found.add(module, batch)
+                said.mine = found.state_dict()
+            columns = {name: torch.cat([each[name] for each in said.every]) for name in said.mine}
+            known.load_state_dict(columns)  # all of them, or none
         if self.parts.adapter and not begun:
             with context():
-                _check_fresh(model, next(iter(forget())))
+                _check_fresh(module, next(iter(forget())))
             self.parts = self.parts._replace(adapter=False)  # once: it moves from here on
         self.surgeon = Surgeon(model, optimizer, self.parts.rule, hold=self.hold)
 

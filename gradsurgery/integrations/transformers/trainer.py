@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -44,6 +45,10 @@ class SurgeryMixin:
     Trainer's own: clipping, callbacks, the optimizer, schedules, saving, evaluation. What the rule
     remembers and what is known of the original are saved with a checkpoint, and found there again.
 
+    Started as several processes, with a replica of the model on each (`DistributedDataParallel`, as
+    the Trainer makes it), the rows are those of all of them, and so is the update. Pairs are dealt
+    out: up to a pair less than there are processes is left out of an epoch.
+
     `compute_loss` is asked in evaluation alone. Batches are made by the Trainer's own data
     collator, of samples that its own constructor may have prepared, as TRL's tokenizes them. With
     `remove_unused_columns`, samples lose what the model does not take, as always, but for
@@ -77,10 +82,10 @@ class SurgeryMixin:
         args, kwargs: those of the Trainer, but `train_dataset`.
 
     Raises:
-        InputError: what does not go together, or is not served: several processes or GPUs,
-            DeepSpeed, FSDP, reentrant checkpoints, LOMO and other optimizers that step within a
-            backward pass, `compute_loss_func`, label smoothing, `model_init`, samplers of the
-            Trainer's, packed samples. The message names it.
+        InputError: what does not go together, or is not served: several GPUs in one process,
+            DeepSpeed, FSDP, tensor and context parallelism, reentrant checkpoints, LOMO and other
+            optimizers that step within a backward pass, `compute_loss_func`, label smoothing,
+            `model_init`, samplers of the Trainer's, packed samples. The message names it.
     """
 
     def __init__(
@@ -128,7 +133,8 @@ class SurgeryMixin:
     # batches
 
     def get_train_dataloader(self) -> DataLoader:
-        """Pairs in the order that `PairSampler` draws from the seed and the epoch."""
+        """Pairs in the order that `PairSampler` draws from the seed and the epoch; of several
+        processes, each has its own."""
         trainer: Any = self
         args, pairs = trainer.args, trainer.train_dataset
         sampler = PairSampler(
@@ -136,6 +142,8 @@ class SurgeryMixin:
             len(pairs.retain),
             retain_per_forget=self._retain_per_forget,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=args.process_index,
+            ranks=args.world_size,
         )
         options = {name: getattr(args, f"dataloader_{name}", None) for name in LOADER}
         known = {name: value for name, value in options.items() if value is not None}
@@ -146,7 +154,10 @@ class SurgeryMixin:
             collate_fn=self._collator(),
             **known,
         )
-        return trainer.accelerator.prepare(loader)
+        if args.world_size == 1:
+            return trainer.accelerator.prepare(loader)
+        # as of one process: accelerate would deal out once more what the sampler has dealt out
+        return prepare_data_loader(loader, args.device, 1, 0, put_on_device=True)
 
     def _collator(self) -> PairCollator:
         trainer: Any = self
