@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gradsurgery import __version__
-from gradsurgery.errors import InputError, TrainingError
+from gradsurgery.errors import InputError, RankError, TrainingError
 from gradsurgery.text import show
 
 DESCRIPTION = "Gradient surgery and unlearning: jobs, reports, benchmarks."
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             doctor.main()
     except InputError as error:
         fail(str(error), 2)
-    except TrainingError as error:
+    except (TrainingError, RankError) as error:
         fail(str(error), 1)
     except KeyboardInterrupt as error:
         fail(str(error) or "interrupted", 130)

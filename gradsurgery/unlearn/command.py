@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from gradsurgery.errors import InputError, TrainingError
+from gradsurgery.ranks import Group
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs.base import Job, JobConfig
 from gradsurgery.unlearn.jobs.directory import FACTS, RunDirectory, new_directory, numbered
 from gradsurgery.unlearn.jobs.environment import environment
 from gradsurgery.unlearn.jobs.pipeline import Run
-from gradsurgery.unlearn.jobs.progress import make_progress
+from gradsurgery.unlearn.jobs.progress import Silent, make_progress
+from gradsurgery.unlearn.jobs.ranks import (
+    check_shared,
+    launched,
+    of_first,
+    shared_directory,
+)
 from gradsurgery.unlearn.jobs.tune import check, tune
 from gradsurgery.unlearn.jobs.yaml import read_yaml
 from gradsurgery.unlearn.report.finish import finish
@@ -70,27 +77,37 @@ def parse(job: Job[Any, Any], arguments: list[str]) -> Invocation:
 def run_job(job: Job[Any, Any], invocation: Invocation) -> None:
     """Run a job in its directory, print the table, write the report.
 
+    Started by a launcher as several processes, all of them do the run together.
+
     Raises:
         InputError: options that make no sense, or a directory that cannot be written.
         TrainingError: a run that cannot go on; what to continue from is kept.
         KeyboardInterrupt: saying how to continue.
     """
+    with launched() as ranks:
+        _run_together(job, invocation, ranks)
+
+
+def _run_together(job: Job[Any, Any], invocation: Invocation, ranks: Group) -> None:
     config = invocation.job = job.resolved(invocation.job)
-    job.check(config)
-    check(config)
-    progress = make_progress()
-    path = choose_directory(job, invocation)
+    with ranks.agreed("options"):
+        check_shared(config, ranks)
+        job.check(config)
+        check(config)
+    progress = make_progress() if ranks.rank == 0 else Silent()
+    path = of_first(ranks, "--out", lambda: choose_directory(job, invocation))
     again = f"gradsurgery unlearn {job.name} --config {path}/config.yaml --out {path} --resume auto"
     try:
-        with RunDirectory(path) as directory:
+        with shared_directory(path, ranks) as (own, directory):
             progress.say(f"run directory {path}")
-            open_directory(directory, config, job.facts(config))
-            run = Run(job, config, directory, progress)
+            facts = job.facts(config)
+            of_first(ranks, "options", lambda: open_directory(own, config, facts))
+            run = Run(job, config, directory, progress, ranks)
             if config.tune:
                 run = replace(run, config=tune(run))
                 directory.write_options("config.yaml", run.config)
             summary = run.complete()
-            finish(run.config, directory, summary)
+            of_first(ranks, "report", lambda: finish(run.config, own, summary))
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -101,7 +118,8 @@ def run_job(job: Job[Any, Any], invocation: Invocation) -> None:
         raise TrainingError(f"{error}. The last good checkpoint is kept in {path}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; to continue: {again}") from None
-    print_summary(summary)
+    if ranks.rank == 0:
+        print_summary(summary)
     progress.say(f"report {path / 'report.html'}")
 
 

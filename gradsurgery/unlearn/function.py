@@ -33,6 +33,7 @@ def unlearning(
     probe: Probe | None = None,
     callbacks: Sequence[Callback] = (),
     overlap: Literal["error", "allow"] = "error",
+    process_group: Any = None,
     **options: Any,
 ) -> nn.Module:
     """Unlearn the forget loader's samples, as scripts of vision papers call it.
@@ -57,7 +58,7 @@ def unlearning(
             In memory one is as many whole batches as there are. Without either, the option's
             default is taken, whatever the size of the data.
         seed: order of samples in memory, and a method's own draws.
-        probe, callbacks, overlap: as in `Trainer`.
+        probe, callbacks, overlap, process_group: as in `Trainer`.
         options: of the method's config, by their names there.
 
     Returns:
@@ -109,4 +110,5 @@ def unlearning(
             probe=probe,
             callbacks=callbacks,
             overlap=overlap,
+            process_group=process_group,
         ).run()

@@ -190,7 +190,10 @@ class LanguageJob(Job[Any, TextSplit]):
             options = getattr(update(config, {name: {**variant.changes, "stop": "never"}}), name)
             options.check(name)
             try:
-                trainer = METHODS[name](model, self.objective, **few, config=options)
+                # alone on each rank, as the models here are looked at
+                trainer = METHODS[name](
+                    model, self.objective, **few, config=options, process_group=False
+                )
                 if isinstance(trainer, SurgeryTrainer):
                     trainer.check_losses()
             except InputError as error:

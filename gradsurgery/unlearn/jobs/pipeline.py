@@ -8,13 +8,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradsurgery.errors import InputError, TrainingError
+from gradsurgery.errors import InputError, RankError, TrainingError
+from gradsurgery.ranks import Group
 from gradsurgery.unlearn.jobs import shadows
 from gradsurgery.unlearn.jobs.base import Job, JobConfig, Split, Summary, Variant
 from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage, fingerprint
@@ -47,12 +48,17 @@ def reproducible(threads: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """What is done, with which options, where, and who is told."""
+    """What is done, with which options, where, and who is told.
+
+    Several ranks do the same, all of them: they share the batches that models are trained on, and
+    what a directory holds is the first one's.
+    """
 
     job: Job[Any, Any]
     config: JobConfig
     directory: RunDirectory
     progress: Progress
+    ranks: Group = field(default_factory=Group)
 
     def complete(self, variants: Sequence[Variant] = ()) -> Summary:
         """Do what is left to do in the directory; the summary.
@@ -101,7 +107,9 @@ class Run:
         retain = split.train if name == "original" else split.retain
         if fraction < 1:
             retain = self.job.share(retain, fraction, derived(seed, "retain"))
-        torch.manual_seed(derived(seed, name if training else method))
+        # ranks have samples of their own, and so other draws for them, as dropout's
+        own = (self.ranks.rank,) if self.ranks.rank else ()
+        torch.manual_seed(derived(seed, name if training else method, *own))
         return kind(
             model,
             self.job.objective,
@@ -114,6 +122,7 @@ class Run:
             probe_every=max(self.config.probe_every, options.steps // 20 if training else 1),
             seed=derived(seed, name if training else "unlearn"),
             overlap=self.job.overlap(self.config),
+            process_group=self.ranks.handle,
         )
 
     def peak_memory(self, split: Split, seed: int, name: str) -> float | None:
@@ -134,6 +143,10 @@ class Run:
             with cost_of(next(model.parameters()).device) as cost, suppress(TrainingError):
                 few.trainer(split, seed, name, model, probed=False).run()
         except torch.OutOfMemoryError:  # beside the model that has just been trained
+            return None
+        except RankError as error:  # as that of another rank
+            if "OutOfMemoryError" not in str(error):
+                raise
             return None
         return None if cost.memory is None else cost.memory / 1e6
 

@@ -35,6 +35,17 @@ class PlainProgress:
         yield lambda step: None
 
 
+class Silent:
+    """Nothing is shown: by all processes of a run but the first."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def stage(self, label: str, total: int, done: int) -> Iterator[Any]:
+        yield lambda step: None
+
+
 class RichProgress:
     """A bar that goes when its stage does, and the same lines as `PlainProgress` above it."""
 

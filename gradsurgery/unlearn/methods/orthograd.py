@@ -82,7 +82,7 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
         """Median seconds of a step as `update` takes it, and of plain training on its samples.
 
         The two take turns on a copy of the model, at a rate of 0 so that it stays where it is. The
-        run goes on as if this had not been called.
+        run goes on as if this had not been called. Of several ranks each takes whole steps alone.
         """
         twin = copy.copy(self)
         twin.model = model = copy.deepcopy(self.model)
@@ -98,7 +98,7 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
-        surgeon = Surgeon(model, optimizers[0], self.rule)
+        surgeon = Surgeon(model, optimizers[0], self.rule, process_group=False)
 
         def plain() -> None:
             optimizers[1].zero_grad()

@@ -68,7 +68,9 @@ class RandomLabel(Trainer[R]):
     def gradients(self) -> Record:
         """Leave the gradient of a step in `.grad`; the losses of its batches."""
         config = self.config
-        forget = self.accumulate(self.draw("forget"), self._relabeled_losses, config.forget_weight)
+        # drawn for the whole batch, of which parts or ranks then take their samples
+        relabeled = self.relabel(self.draw("forget"))
+        forget = self.accumulate(relabeled, self._relabeled_losses, config.forget_weight)
         retain = self.accumulate(self.draw("retain"), self.losses, config.retain_weight)
         return {
             "relabeled_forget_loss_batch": forget.mean().item(),
@@ -76,10 +78,9 @@ class RandomLabel(Trainer[R]):
         }
 
     def _relabeled_losses(self, batch: Batch) -> Tensor:
-        """Losses [B] of these samples with labels drawn now."""
-        drawn = self.relabel(batch)
+        """Losses [B] of samples that have drawn labels."""
         if not isinstance(self.objective, Classification):
-            return self.losses(drawn)
+            return self.losses(batch)
         # a loss function of one's own may look at other targets than the label
-        found = self.outputs(drawn)
+        found = self.outputs(batch)
         return label_losses(found.logits, found.labels)

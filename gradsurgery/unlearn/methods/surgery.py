@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradsurgery import Surgeon
 from gradsurgery.errors import InputError
 from gradsurgery.language import rule_for
 from gradsurgery.step import StepInfo
@@ -20,6 +19,7 @@ from gradsurgery.text import show
 from gradsurgery.unlearn.objectives.base import Batch, Named
 from gradsurgery.unlearn.training.described import SURGERY, Asked, Space
 from gradsurgery.unlearn.training.modes import evaluating
+from gradsurgery.unlearn.training.shared import part_of
 from gradsurgery.unlearn.training.surgical import SurgicalConfig, SurgicalTrainer
 
 OWN = "own"  # the task's own loss
@@ -142,14 +142,14 @@ class SurgeryTrainer(SurgicalTrainer[SurgeryConfig]):
         return rule_for(self.config.rule, self.forget.objective, **values(self.config.rule_options))
 
     def operate(self, forget: Batch, retain: Batch) -> StepInfo:
-        if self.surgeon is None:
-            self.surgeon = Surgeon(
-                self.model, self.optimizer, self.rule, micro_batch=self.config.micro_batch
-            )
-        self.surgeon.discard()
-        self.surgeon.add(forget=forget, loss=self._forget_loss)
-        self.surgeon.add(retain=retain, loss=self._retain_loss)
-        return self.surgeon.backward()
+        surgeon = self.made_surgeon()
+        surgeon.discard()
+        mine, others = part_of(forget, self.ranks), part_of(retain, self.ranks)
+        if mine is not None:  # a rank may have none
+            surgeon.add(forget=mine, loss=self._forget_loss)
+        if others is not None:
+            surgeon.add(retain=others, loss=self._retain_loss)
+        return surgeon.backward()
 
     def _forget_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         found = self._answer(self.forget.values, batch, model)

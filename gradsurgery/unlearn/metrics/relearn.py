@@ -127,6 +127,7 @@ def relearn_steps(
                 probe=probe,
                 probe_every=every,
                 seed=seed,
+                process_group=False,  # each rank alone, to the same number
             )
         except InputError as error:  # the trainer takes the set for its retain set
             raise InputError(str(error).replace("retain:", "forget:")) from None

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from gradsurgery.batch import DETACHED, per_sample_losses
 from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.ranks import Group
 from gradsurgery.unlearn.objectives.base import Batch, Objective, Outputs, batch_size, fresh, take
 from gradsurgery.unlearn.objectives.classification import Classification
 from gradsurgery.unlearn.training.given import checked_outputs
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.options import TrainerConfig
 from gradsurgery.unlearn.training.sets import Sets
+from gradsurgery.unlearn.training.shared import part_of, summed
 
 C = TypeVar("C", bound=TrainerConfig)
 R = TypeVar("R")
@@ -34,6 +36,7 @@ class Asking(Generic[C]):
     device: torch.device
     generator: torch.Generator  # of the method's draws
     parameters: list[nn.Parameter]  # those that train
+    ranks: Group  # who share the batches
 
     def draw(self, kind: str) -> Batch:
         """The next batch of a set, on the model's device."""
@@ -102,20 +105,36 @@ class Asking(Generic[C]):
     ) -> Tensor:
         """Add the gradient of weight times the mean of values(batch) [B] to `.grad`; the values.
 
-        A batch larger than `config.micro_batch` goes in parts, with the same result.
+        A batch larger than `config.micro_batch` goes in parts, with the same result. So does one
+        that several ranks share: the gradient and the values are those of the whole, on each.
         """
+        scale = weight / batch_size(batch)
+        if not self.ranks:
+            seen = self._backward(batch, values, scale)
+        else:
+            with summed(self.moved(), self.ranks) as said:
+                mine = part_of(batch, self.ranks)
+                said.mine = None if mine is None else self._backward(mine, values, scale).cpu()
+            seen = torch.cat([each for each in said.every if each is not None])
+        if not bool(seen.isfinite().all()):  # before they reach the weights
+            raise NonFiniteError(f"{self.sets.latest()}: a loss of the batch is not finite")
+        return seen
+
+    def _backward(self, batch: Batch, values: Callable[[Batch], Tensor], scale: float) -> Tensor:
         size = batch_size(batch)
         part = self.config.micro_batch or size
         found = []
         for at in range(0, size, part):
             piece = take(batch, slice(at, at + part)) if part < size else batch
             each = differentiable(values(piece))
-            (weight / size * each.sum()).backward()
+            (scale * each.sum()).backward()
             found.append(each.detach())
-        seen = torch.cat(found)
-        if not bool(seen.isfinite().all()):  # before they reach the weights
-            raise NonFiniteError(f"{self.sets.latest()}: a loss of the batch is not finite")
-        return seen
+        return torch.cat(found)
+
+    def moved(self) -> list[nn.Parameter]:
+        """The parameters that a backward pass may give gradients: those that train, and what else
+        an optimizer holds."""
+        return self.parameters
 
     def frozen_copy(self) -> nn.Module:
         """The model as it is now, in evaluation mode, never to be trained."""

@@ -209,8 +209,8 @@ def overlap(forget: Data, retain: Data) -> int:
         if indices[0] is None or indices[1] is None or indices[0][0] is not indices[1][0]:
             return 0
         return len(indices[0][1] & indices[1][1])
-    kept = set(_digests(retain))
-    return sum(digest in kept for digest in _digests(forget))
+    kept = set(digests(retain))
+    return sum(digest in kept for digest in digests(forget))
 
 
 def _indices(data: Data, through: bool = True) -> tuple[Any, set[int]] | None:
@@ -236,7 +236,7 @@ def _indices(data: Data, through: bool = True) -> tuple[Any, set[int]] | None:
     return dataset, set(at)
 
 
-def _digests(data: Batch) -> list[bytes]:
+def digests(data: Batch) -> list[bytes]:
     """One digest a sample, of all its values: 1.0 and 1 differ, and -0.0 is 0.0."""
     named = sorted(named_leaves(data), key=lambda item: item[0])
     leaves = [leaf for _, leaf in named if isinstance(leaf, Tensor)]

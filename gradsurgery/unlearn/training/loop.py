@@ -190,6 +190,11 @@ class Loop(Asking[C]):
                 "move it: give it to optimizer.add_param_group, or make a new Trainer"
             )
 
+    def moved(self) -> list[nn.Parameter]:
+        optimizer = getattr(self, "optimizer", None)  # made after `prepare`
+        more = [] if optimizer is None else [p for g in optimizer.param_groups for p in g["params"]]
+        return list({id(p): p for p in (*self.parameters, *more) if p.requires_grad}.values())
+
     def held(self) -> dict[str, nn.Parameter]:
         """Those of the parameters that train which the optimizer holds, by name."""
         held = {id(p) for group in self._groups() for p in group["params"]}
@@ -210,8 +215,9 @@ class Loop(Asking[C]):
 
     def _measured(self, record: Record) -> Record:
         if self.probe is not None:
-            with evaluating(self.model):
-                found = self.probe(self.model)
+            with self.ranks.agreed("probe") as said, evaluating(self.model):
+                said.mine = self.probe(self.model)
+            found = said.every[0]  # by which all stop, or none
             if not isinstance(found, Mapping):
                 raise InputError(f"probe must return a dict of numbers, got {type(found).__name__}")
             record.update(found)

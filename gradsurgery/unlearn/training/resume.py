@@ -51,6 +51,7 @@ def state_of(trainer: Trainer) -> State:
         "samples": dict(trainer.samples),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(trainer.device) if cuda else None,
+        **_rng_of_ranks(trainer),
         "generator": trainer.generator.get_state(),
         "step": trainer.step,
         "seconds": trainer.seconds,
@@ -58,6 +59,15 @@ def state_of(trainer: Trainer) -> State:
         "extra": trainer.extra_state(),
     }
     return _cloned(state)
+
+
+def _rng_of_ranks(trainer: Trainer) -> State:
+    """Of several ranks, the states of each one's generators."""
+    if not trainer.ranks:
+        return {}
+    cuda = trainer.device.type == "cuda"
+    own = [torch.get_rng_state(), torch.cuda.get_rng_state(trainer.device) if cuda else None]
+    return {"rng_of_ranks": trainer.ranks.gather(own)}
 
 
 def load(trainer: Trainer, state: Any) -> None:
@@ -77,9 +87,12 @@ def load(trainer: Trainer, state: Any) -> None:
             trainer.batches[kind].load_state_dict(drawn)
         for kind, own in trainer._generators().items():
             own.set_state(state["loaders"][kind])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], trainer.device)
+        drawn = state["rng"], state["cuda_rng"]
+        if trainer.ranks:
+            drawn = state["rng_of_ranks"][trainer.ranks.rank]
+        torch.set_rng_state(drawn[0])
+        if drawn[1] is not None:
+            torch.cuda.set_rng_state(drawn[1], trainer.device)
         trainer.generator.set_state(state["generator"])
         trainer.samples.update(state["samples"])
         trainer.step, trainer.seconds = state["step"], state["seconds"]
@@ -166,6 +179,18 @@ def _check_numbers(trainer: Trainer, state: Mapping[str, Any]) -> None:
         _count(count, f"samples.{show(kind, 80)}")
     for name in ("rng", "generator"):
         _check_generator(state[name], name)
+    drawn = state.get("rng_of_ranks", ())
+    _expect(drawn, (list, tuple), "rng_of_ranks")
+    if len(drawn) != trainer.ranks.size and (trainer.ranks or drawn):
+        fail(
+            f"it is of {len(drawn) or 1} ranks, and there are {trainer.ranks.size}, which would "
+            "draw other random numbers"
+        )
+    for rank, pair in enumerate(drawn):
+        _expect(pair, (list, tuple), f"rng_of_ranks[{rank}]")
+        if len(pair) != 2:
+            fail(f"rng_of_ranks[{rank}] must be two states, got {len(pair)}")
+        _check_generator(pair[0], f"rng_of_ranks[{rank}]")
     if state["cuda_rng"] is not None:
         if trainer.device.type != "cuda":
             fail(f"cuda_rng is of a model on a GPU, and this one is on {trainer.device}")

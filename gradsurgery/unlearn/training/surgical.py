@@ -18,6 +18,7 @@ from gradsurgery.errors import CoupledSamplesError, InputError
 from gradsurgery.step import StepInfo
 from gradsurgery.surgery import Rule
 from gradsurgery.unlearn.objectives.base import Batch, batch_size
+from gradsurgery.unlearn.training.shared import part_of
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig
 
 
@@ -69,17 +70,27 @@ class SurgicalTrainer(Trainer[S]):
         return {name: value for name, value in seen.items() if value is not None}
 
     def operate(self, forget: Batch, retain: Batch) -> StepInfo:
-        """The surgeon's update of two batches, in `.grad`."""
-        if self.surgeon is None:
-            self.surgeon = Surgeon(
-                self.model, self.optimizer, self.rule, micro_batch=self.config.micro_batch
-            )
+        """The surgeon's update of two batches, of which each rank takes its part, in `.grad`."""
+        limited = self._limited(forget, retain)
+        mine: Any = {name: part_of(batch, self.ranks) for name, batch in limited.items()}
         try:
-            return self.surgeon.backward(**self._limited(forget, retain), loss=self._capped_loss)
+            return self.made_surgeon().backward(**mine, loss=self._capped_loss)
         except CoupledSamplesError as error:
             if not error.modules:  # no batch norm: the config cannot help
                 raise
             raise InputError(f"batch_norm = {self.config.batch_norm}: {error}") from error
+
+    def made_surgeon(self) -> Surgeon:
+        """The one surgeon of a run."""
+        if self.surgeon is None:
+            self.surgeon = Surgeon(
+                self.model,
+                self.optimizer,
+                self.rule,
+                micro_batch=self.config.micro_batch,
+                process_group=self.process_group,
+            )
+        return self.surgeon
 
     def extra_state(self) -> dict[str, Any]:
         """What the rule remembers: nothing of most."""

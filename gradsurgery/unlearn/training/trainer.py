@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gradsurgery.errors import InputError
+from gradsurgery.ranks.wrappers import opened
 from gradsurgery.spread import check_one_rank
 from gradsurgery.unlearn.objectives.base import (
     Objective,
@@ -46,6 +47,7 @@ from gradsurgery.unlearn.training.options import rate_share as rate_share
 from gradsurgery.unlearn.training.options import require as require
 from gradsurgery.unlearn.training.seeds import derived
 from gradsurgery.unlearn.training.sets import Sets
+from gradsurgery.unlearn.training.shared import check_shared
 
 
 class Trainer(Described, Loop[C], ABC):
@@ -82,6 +84,9 @@ class Trainer(Described, Loop[C], ABC):
         callbacks: called with the trainer and each record.
         overlap: "error" where a sample of `forget` is in `retain` or `validation` too, or "allow",
             for data that has duplicates.
+        process_group: as of `Surgeon`, where torch.distributed runs several ranks: all ranks are
+            given the same samples, options and weights, each takes its part of every batch, and a
+            step is that of the whole. Records are the same on all, but for seconds.
     """
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
@@ -89,6 +94,7 @@ class Trainer(Described, Loop[C], ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # sets it cannot do without and draws no batches from
     passes_over: ClassVar[tuple[str, ...]] = ()  # sets of which it uses no batch of one sample
     uses_optimizer: ClassVar[bool] = True
+    shared: ClassVar[bool] = True  # whether ranks can share its steps
     instead_of_loss: ClassVar[str] = ""  # what it computes where it never calls `loss`
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
@@ -110,10 +116,18 @@ class Trainer(Described, Loop[C], ABC):
         schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         callbacks: Sequence[Callback] = (),
         overlap: Literal["error", "allow"] = "error",
+        process_group: Any = None,
     ) -> None:
         name = type(self).__name__
         given.check_model(model)
         check_one_rank(model)
+        _, self.ranks = opened(model, process_group)
+        self.process_group = process_group
+        if self.ranks and not self.shared:
+            raise InputError(
+                f"process_group: {name} has steps of its own, which ranks do not share: run it in "
+                "one process"
+            )
         given.check_loss(loss)
         given.check_instance("config", config, self.Config)
         try:
@@ -159,6 +173,7 @@ class Trainer(Described, Loop[C], ABC):
             self.schedule = None if schedule is None else schedule(self.optimizer)
             if schedule is not None:
                 given.check_schedule(self.schedule)
+            check_shared(self.ranks, f"{name}, {config}, seed {seed}", self.data, self.trained)
         # those that a function for `optimizer` left out stay where they are
         self._left_out = self.trained.keys() - self.held().keys()
         self._peaks: list[float] = []
@@ -175,9 +190,10 @@ class Trainer(Described, Loop[C], ABC):
         ]
         if not norms or self.config.batch_norm == "eval":
             return
-        if self.config.micro_batch is not None:
+        part = "process_group" if self.ranks else "micro_batch"
+        if self.config.micro_batch is not None or self.ranks:
             raise InputError(
-                f"micro_batch: {norms[0]} would normalize over a part of the batch; set "
+                f"{part}: {norms[0]} would normalize over a part of the batch; set "
                 "batch_norm = eval, or take whole batches"
             )
         used = [kind for kind in self.draws if kind not in self.passes_over]
@@ -224,8 +240,9 @@ class Trainer(Described, Loop[C], ABC):
     def state_dict(self) -> dict[str, Any]:
         """All that later steps depend on: tensors and numbers, safe for `weights_only` loading.
 
-        Tensors are copies. A model that is no longer finite is a `TrainingError`: what was saved
-        before stays the last good state.
+        Of several ranks all must call it, and any one's serves all. Tensors are copies. A model
+        that is no longer finite is a `TrainingError`: what was saved before stays the last good
+        state.
         """
         self._check_model()
         return resume.state_of(self)

@@ -148,6 +148,7 @@ class LTUTrainer(Trainer[LTUConfig]):
         "mislabeled": {"audit_labels": ("forget",)},
     }
     Config = LTUConfig
+    shared = False
     draws = ("forget", "retain")
     passes_over = ("retain",)
     keeps = ("auditors",)

@@ -1,0 +1,122 @@
+"""A run of several processes: who they are, and the first one's files for all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gradsurgery.errors import InputError
+from gradsurgery.ranks import Group
+from gradsurgery.ranks.group import world
+from gradsurgery.text import show
+from gradsurgery.unlearn.jobs.base import JobConfig
+from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage
+from gradsurgery.unlearn.methods import METHODS
+
+if TYPE_CHECKING:
+    from gradsurgery.unlearn.training.trainer import Trainer
+
+T = TypeVar("T")
+
+
+@contextmanager
+def launched() -> Iterator[Group]:
+    """The processes that a launcher started together, as `torchrun` does; or this one alone."""
+    there = {"RANK", "WORLD_SIZE"} <= os.environ.keys() and dist.is_available()
+    several = there and os.environ["WORLD_SIZE"] != "1"
+    begins = several and not dist.is_initialized()
+    if begins:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend)
+    try:
+        yield Group(world())
+    finally:
+        if begins:
+            dist.destroy_process_group()
+
+
+def check_shared(config: JobConfig, ranks: Group) -> None:
+    """Raise `InputError` naming what several processes do not share."""
+    if not ranks:
+        return
+    for name in dict.fromkeys(variant.method for variant in config.variants):
+        if not METHODS[name].shared:
+            raise InputError(
+                f"--method: {METHODS[name].title} has steps of its own, which {ranks.size} "
+                "processes do not share: leave it out, or run it in one process"
+            )
+    for option in ("tune", "shadows"):
+        if getattr(config, option):
+            raise InputError(f"--{option} is for one process, and there are {ranks.size}")
+    device = str(getattr(config, "device", "cpu"))
+    if ":" in device:
+        raise InputError(
+            f"--device: {show(device, 80)} is one for {ranks.size} processes: give "
+            f"{show(device.partition(':')[0], 80)}, of which each takes its own"
+        )
+
+
+def of_first(ranks: Group, where: str, call: Callable[[], T]) -> T:
+    """What a call gives on the first rank, on all; what it raises there, all raise."""
+    found: list[Any] = [None]
+    with ranks.agreed(where):
+        if ranks.rank == 0:
+            found[0] = call()
+    if ranks:
+        dist.broadcast_object_list(found, group=ranks.handle, group_src=0)
+    return found[0]
+
+
+@contextmanager
+def shared_directory(path: Path, ranks: Group) -> Iterator[tuple[RunDirectory, RunDirectory]]:
+    """A run directory to work in, as the first rank has it, and as all ranks together use it."""
+    own = RunDirectory(path)
+    with ExitStack() as stack:
+        with ranks.agreed("run directory"):
+            if ranks.rank == 0:
+                stack.enter_context(own)
+        yield own, cast(RunDirectory, SharedDirectory(own, ranks)) if ranks else own
+
+
+class SharedDirectory:
+    """In the place of a `RunDirectory`: all ranks make each call, and the first one's is made."""
+
+    def __init__(self, own: RunDirectory, ranks: Group) -> None:
+        self.own, self.ranks = own, ranks
+
+    @property
+    def path(self) -> Path:
+        return self.own.path
+
+    def __getattr__(self, name: str) -> Any:
+        made = getattr(self.own, name)
+
+        def called(*args: Any) -> Any:
+            return of_first(self.ranks, name, lambda: made(*args))
+
+        return called
+
+    def load_model(self, model: nn.Module, stage: Stage) -> None:
+        """The weights of a finished stage."""
+        of_first(self.ranks, "load_model", lambda: self.own.load_model(model, stage))
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                whole = tensor.contiguous()
+                dist.broadcast(whole, group=self.ranks.handle, group_src=0)
+                if whole is not tensor:
+                    tensor.copy_(whole)
+
+    def restore(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """Let each rank's trainer continue from what `checkpoint` found."""
+        with self.ranks.agreed("restore"):
+            self.own.restore(trainer, state)

@@ -1,0 +1,106 @@
+"""Batches that several ranks share: each takes a part of one, and gradients are those of all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from gradsurgery.ops._inputs import check
+from gradsurgery.ranks import Group
+from gradsurgery.ranks.group import Said
+from gradsurgery.ranks.table import share
+from gradsurgery.ranks.update import Buckets
+from gradsurgery.ranks.wrappers import check_alike, fingerprint
+from gradsurgery.unlearn.objectives.base import Batch, batch_size, take
+from gradsurgery.unlearn.training.data import Data, digests
+
+
+def part_of(batch: Batch, ranks: Group) -> Batch | None:
+    """This rank's samples of a batch that all ranks have; None where there are too few for all."""
+    if not ranks:
+        return batch
+    mine = share(batch_size(batch), ranks.size, ranks.rank)
+    return take(batch, mine) if mine.start < mine.stop else None
+
+
+@contextmanager
+def summed(parameters: Sequence[nn.Parameter], ranks: Group) -> Iterator[Said]:
+    """Around backward passes of this rank's part: to `.grad` is added what those of all give.
+
+    The ranks raise alike, and know afterwards what each said.
+    """
+    before = [parameter.grad for parameter in parameters]
+    after = dict(enumerate(before))
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        with ranks.agreed("gradients") as said:
+            _check_no_hooks(parameters)
+            yield said
+            own = {k: p.grad for k, p in enumerate(parameters) if p.grad is not None}
+            said.mine = said.mine, [k in own for k in range(len(parameters))]
+        reached = [any(each) for each in zip(*(flags for _, flags in said.every), strict=True)]
+        said.every = [told for told, _ in said.every]
+        buckets = Buckets(parameters, reached, set(), ranks)
+        totals = {}
+        for k, total in buckets.sums(iter(own.items()), set(own)):
+            grad, known = total.to(parameters[k].dtype, copy=True), before[k]
+            totals[k] = grad if known is None else known + grad
+        after |= totals
+    finally:
+        for k, parameter in enumerate(parameters):
+            parameter.grad = after[k]
+
+
+def _check_no_hooks(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        hooks = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+        shape = list(parameter.shape)
+        check(
+            not hooks,
+            f"model: a parameter {shape} has a hook, which would see the part of its gradient that "
+            "is this rank's samples'",
+        )
+
+
+def check_shared(
+    ranks: Group, about: str, data: Mapping[str, Data], trained: Mapping[str, nn.Parameter]
+) -> None:
+    """Raise `InputError` on all ranks where they do not have the same method, samples and model.
+
+    Args:
+        ranks: who step together.
+        about: the method and its options.
+        data: the sets, by name.
+        trained: the parameters, by name.
+    """
+    if not ranks:
+        return
+    with ranks.agreed("the beginning of a method") as said:
+        sets = {}
+        for kind, samples in data.items():
+            check(
+                not isinstance(samples, DataLoader),
+                f"{kind}: a DataLoader on several ranks would give each a batch of its own: give "
+                "all samples as one batch of tensors, the same on all ranks",
+            )
+            if samples is not None:
+                sets[kind] = hashlib.sha256(b"".join(digests(samples))).hexdigest()
+        said.mine = about, sets, fingerprint(dict(trained), None)
+    first = said.every[0]
+    for rank, other in enumerate(said.every):
+        both = f"{ranks.name(0)} and {ranks.name(rank)}"
+        check(other[0] == first[0], f"config: {both} differ, {first[0]} and {other[0]}")
+        parts = [
+            kind for kind in {**first[1], **other[1]} if first[1].get(kind) != other[1].get(kind)
+        ]
+        check(
+            not parts,
+            f"{' and '.join(parts)}: {both} have other samples; give all ranks the same, of which "
+            "each takes its part",
+        )
+    check_alike([each[2] for each in said.every], ranks)
