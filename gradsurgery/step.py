@@ -15,7 +15,7 @@ from gradsurgery.apart import Trial
 from gradsurgery.batch import AnyLoss
 from gradsurgery.capture.held import Hold
 from gradsurgery.capture.leaves import without_autocast
-from gradsurgery.collect import Added, Known
+from gradsurgery.collect import Added, Known, Summary
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import check_held
 from gradsurgery.info import StepInfo, seen
@@ -32,7 +32,8 @@ from gradsurgery.optimizers import (
 )
 from gradsurgery.passes import Passes
 from gradsurgery.ranks.alike import check_alike, columns_of, fingerprint
-from gradsurgery.ranks.wrappers import opened
+from gradsurgery.ranks.buffers import SharedBuffers
+from gradsurgery.ranks.wrappers import called_inside, check_apart, opened
 from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
 from gradsurgery.update import add_update, fits, solve
@@ -146,6 +147,7 @@ class Surgeon:
         self.process_group = process_group
         self._module, self._ranks = opened(model, process_group)
         self._alike = False  # whether ranks have looked at each other's replicas
+        self._observed: Any = None  # what the projection then had seen
         self.project = project
         self._trials: dict[Hashable, Trial] = {}
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
@@ -363,11 +365,12 @@ class Surgeon:
             return []
         known = Known(self._added.summary(), runs_foreign_code(self.optimizer))
         alike = columns_of(columns), scale, self._scale(like)
-        every = ranks.settled(where, mine=(known, alike, self._alike))
+        seen = self.project and self.project._seen  # which is replaced by another observation
+        every = ranks.settled(where, mine=(known, alike, self._alike and seen is self._observed))
         if not all(looked and theirs[0] == alike[0] for _, theirs, looked in every):
             mine = fingerprint(self._module, columns, self.rule, self.optimizer, self.project)
             check_alike(ranks.settled("the first step", mine=mine), ranks)
-            self._alike = True
+            self._alike, self._observed = True, seen
         for k, name in ((1, "scale"), (2, "scaler")):
             found = sorted({theirs[k] for _, theirs, _ in every})
             check(len(found) == 1, f"{name}: ranks have different ones, {found}")
@@ -384,6 +387,8 @@ class Surgeon:
         if loss is None or not callable(loss):
             raise InputError(f"loss must be a function, got {type(loss).__name__}")
         named, outside = columns
+        if self._ranks:
+            check_apart(self._module)
         self._added.check_columns({**named, **outside})
         passes = Passes(
             model=self._module,
@@ -399,7 +404,8 @@ class Surgeon:
             scale=self._scale(next(iter(named.values()))),
             trials=self._trials,
         )
-        self._added.take(passes, batches, overflows=self.scaler is not None)
+        with called_inside(self.model, self._module):
+            self._added.take(passes, batches, overflows=self.scaler is not None)
 
     def _scale(self, like: Tensor) -> float:
         """What the scaler multiplies losses by; asked in this way, for it is made when it is."""
@@ -438,13 +444,27 @@ class Surgeon:
                 raise
             info = None
         # `.grad` may be infinite on one rank alone, where others' was added to
-        if all(self._ranks.settled("update", mine=info is not None)):
+        if self._all_have(info is not None, summaries):
             return cast(StepInfo, info)
         for parameter in {**named, **outside}.values():
             parameter.grad = torch.full_like(parameter, math.inf)
         self.rule._state.clear()
         self.rule._state.update(remembered)
         return StepInfo.of_none()
+
+    def _all_have(self, made: bool, summaries: Sequence[Summary]) -> bool:
+        """Whether every rank has made an update; buffers that are to be alike then are."""
+        if not self._ranks:
+            return made
+        buffers = SharedBuffers(self.model)
+        every = self._ranks.settled("update", mine=(made, buffers.size))
+        sizes = sorted({size for _, size in every})
+        check(len(sizes) == 1, f"model: ranks have buffers of different sizes, {sizes} bytes")
+        if buffers.bytes is not None:
+            called = [bool(summary.parts) or summary.overflowed for summary in summaries]
+            self._ranks.first_(buffers.bytes, called.index(True) if any(called) else 0)
+            buffers.put()
+        return all(made for made, _ in every)
 
     def _looked_up(self) -> given.Columns:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""

@@ -15,6 +15,7 @@ from gradsurgery.ranks.group import Group
 Columns = tuple[Mapping[str, nn.Parameter], Mapping[str, nn.Parameter]]
 Figures = tuple[float, float]
 
+NONE = (0.0, 0.0)
 CHUNK = 1 << 22  # values looked at together
 SAME = 1e-6  # of a norm: processors may round differently
 UNSEEN = ("params", "param_names", "foreach", "fused")  # options that change no step
@@ -30,6 +31,7 @@ class Fingerprint(NamedTuple):
     optimizer: list[tuple[str, Any]]
     steps: dict[str, dict[str, Any]]  # the optimizer's state, by parameter
     project: str
+    observed: dict[str, dict[str, Figures]]  # by the projection
 
 
 def columns_of(columns: Columns) -> int:
@@ -56,6 +58,7 @@ def fingerprint(
         [("class", type(optimizer).__name__), *_options(optimizer)],
         {name: _of_state(optimizer.state.get(p, {})) for name, p in trained.items()},
         type(project).__name__,
+        {} if project is None else _of_projection(project.state_dict()),
     )
 
 
@@ -98,6 +101,14 @@ def check_alike(every: list[Fingerprint], ranks: Group) -> None:
             raise InputError(
                 f"project: {both} have different ones, {first.project} and {other.project}"
             )
+        for name in {**first.observed, **other.observed}:
+            known = (each.observed.get(name) for each in (first, other))
+            a, b = (each if each is not None else {"": NONE} for each in known)
+            if _differs(a, b) is not None:
+                raise InputError(
+                    f"project: {both} have observed different inputs of {name}: give observe the "
+                    "process_group"
+                )
 
 
 def _listed(columns: Columns) -> list[tuple[Any, ...]]:
@@ -145,6 +156,13 @@ def _options(optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Any]]:
                 value = float(value)
             if name not in UNSEEN and isinstance(value, (bool, int, float, str, tuple)):
                 yield f"{name} of group {k}", value
+
+
+def _of_projection(state: Mapping[str, Any]) -> dict[str, dict[str, Figures]]:
+    return {
+        name: {"not held": NONE} if seen is None else {str(d): _figures(t) for d, t in seen.items()}
+        for name, seen in state.items()
+    }
 
 
 def _of_state(entries: Mapping[str, Any]) -> dict[str, Figures]:

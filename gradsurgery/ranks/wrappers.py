@@ -1,5 +1,7 @@
 """Which ranks step together, by how a model is wrapped or by a process group."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -67,6 +69,39 @@ def _handle(process_group: Any) -> Any:
             )
         return process_group.get_group()
     return None
+
+
+def check_apart(module: nn.Module) -> None:
+    """Raise where a forward pass is of the samples of all ranks, and so no row is one sample's."""
+    for name, part in module.named_modules():
+        if isinstance(part, nn.SyncBatchNorm) and part.training:
+            raise InputError(
+                f"model: {name or 'it'} is a SyncBatchNorm in training mode, whose output for a "
+                "sample depends on those of all ranks: call eval() on it, or use GroupNorm"
+            )
+
+
+@contextmanager
+def called_inside(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """In the body, a call of the wrapper in place of the module inside is refused.
+
+    Its own forward pass talks to the ranks, as often as one of them calls it.
+    """
+    if model is module:
+        yield
+        return
+
+    def refuse(*_: Any) -> None:
+        raise InputError(
+            f"loss calls the {type(model).__name__}, and not the model that it is given, the "
+            "module inside"
+        )
+
+    handle = model.register_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check_ddp(model: nn.parallel.DistributedDataParallel) -> None:

@@ -15,7 +15,8 @@ from gradsurgery.capture import tape
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check, check_number, check_rtol, one_of
 from gradsurgery.optimizers import after_steps
-from gradsurgery.surgery.seen import Seen, both, check_fits, copied, made, rounding
+from gradsurgery.ranks.wrappers import opened
+from gradsurgery.surgery.seen import Seen, both, check_fits, copied, made, moved, of_all, rounding
 from gradsurgery.surgery.trial import acting_otherwise, sensitive
 
 
@@ -42,7 +43,8 @@ class InputProjection:
     1e-6, and in float32 hundreds to 1e-4.
 
     Args:
-        model: the model whose parameters are meant, by their names.
+        model: the model whose parameters are meant, by their names; or one in
+            `DistributedDataParallel`, which stands for the module inside.
         others: what happens to parameters that do something else than multiply inputs (biases,
             norms, scales, positions added, weights under a parametrization as weight norm, what an
             operation without a rule takes, what acts past autograd's graph as DoRA's norms do):
@@ -52,7 +54,9 @@ class InputProjection:
     def __init__(self, model: nn.Module, others: Literal["freeze", "leave"] = "freeze") -> None:
         check(isinstance(model, nn.Module), f"model must be a Module, got {type(model).__name__}")
         one_of("others", others, ("freeze", "leave"))
-        self.model, self.others = model, others
+        inside = isinstance(model, nn.parallel.DistributedDataParallel)
+        self.model, self.others = model.module if inside else model, others
+        self._wrapped = model
         self._seen: dict[str, Seen] = {}
         self._projectors: dict[str, dict[int, Tensor]] = {}
 
@@ -61,7 +65,7 @@ class InputProjection:
         """Names of the parameters that observed data depend on otherwise than by their products."""
         return [name for name, seen in self._seen.items() if seen is None]
 
-    def observe(self, batch: Any, loss: Loss) -> None:
+    def observe(self, batch: Any, loss: Loss, *, process_group: Any = None) -> None:
         """Remember the inputs of all weights on a batch; a backward and some forward passes.
 
         A weight of d inputs takes up to three matrices [d, d] of float64, however many batches
@@ -74,6 +78,8 @@ class InputProjection:
         Args:
             batch: any pytree of tensors, leading dimension B.
             loss: (model, batch) -> per-sample losses [B], of all outputs that are to stay.
+            process_group: whose batches are observed, as for `Surgeon`. All ranks must call this,
+                and see the same inputs then; `batch` may be None on some of them.
 
         Raises:
             InputError: samples that depend on each other; random numbers drawn, as by dropout:
@@ -81,7 +87,28 @@ class InputProjection:
                 ignored labels or of margins that are met.
             NonFiniteError: a loss or an input with NaN or infinity.
         """
-        check(callable(loss), f"loss must be a function, got {type(loss).__name__}")
+        _, ranks = opened(self._wrapped, process_group)
+        sizes = {name: p.numel() for name, p in self.model.named_parameters()}
+        with ranks.agreed("observe") as said:
+            check(callable(loss), f"loss must be a function, got {type(loss).__name__}")
+            none = batch is None and bool(ranks)
+            found = None if none else self._observed(batch, loss)
+            said.mine = found if found is None or not ranks else moved(found, torch.device("cpu"))
+        if ranks:
+            devices = {name: p.device for name, p in self.model.named_parameters()}
+            found = of_all(said.every, sizes, devices, ranks)
+        assert found is not None
+        # what was not there, or frozen, when other data were observed, may act on these unseen
+        names = [name for name in found if name in self._seen or not self._seen]
+        check(
+            len(names) > 0, "no parameter trained now was trained when inputs were observed before"
+        )
+        self._seen = {
+            name: both(self._seen.get(name, {}), found[name], sizes[name]) for name in names
+        }
+        self._projectors = {}
+
+    def _observed(self, batch: Any, loss: Loss) -> dict[str, Seen]:
         size = count = batch_size(batch)
         if size == 1:  # the gradient of one sample alone is formed and not kept as tokens
             batch, size = take(batch, [0, 0]), 2
@@ -89,16 +116,7 @@ class InputProjection:
         for seen in found.values():
             for rows in (seen or {}).values():
                 rows *= math.sqrt(count / size)
-        # what was not there, or frozen, when other data were observed, may act on these unseen
-        names = [name for name in found if name in self._seen or not self._seen]
-        check(
-            len(names) > 0, "no parameter trained now was trained when inputs were observed before"
-        )
-        sizes = {name: p.numel() for name, p in self.model.named_parameters()}
-        self._seen = {
-            name: both(self._seen.get(name, {}), found[name], sizes[name]) for name in names
-        }
-        self._projectors = {}
+        return found
 
     def _look(self, batch: Any, loss: Loss, size: int) -> dict[str, Seen]:
         """What trained parameters see of a batch."""

@@ -1,7 +1,7 @@
 """What weights have seen of inputs: kept, checked, and turned into directions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsurgery.capture.moments import added, stack
 from gradsurgery.ops._inputs import check
+from gradsurgery.ranks import Group
 
 # of a parameter, rows [g, r, d] in float64 with the moments of the inputs, by the dimension these
 # run along: {} where the losses do not depend on it, None where it does something else
@@ -23,6 +24,36 @@ def both(one: Seen, other: Seen, size: int) -> Seen:
     if seen is None or len(seen) < 2:
         return seen
     return seen if _one_way(seen, size) else None
+
+
+def moved(found: Mapping[str, Seen], device: torch.device) -> dict[str, Seen]:
+    """The same on a device."""
+    return {name: copied(seen, device) for name, seen in found.items()}
+
+
+def of_all(
+    every: Sequence[Mapping[str, Seen] | None],
+    sizes: Mapping[str, int],
+    devices: Mapping[str, torch.device],
+    ranks: Group,
+) -> dict[str, Seen]:
+    """What all ranks saw, by parameter, in the order of the ranks.
+
+    Args:
+        every: of each rank, on the CPU; None of one without samples.
+        sizes: of the parameters.
+        devices: where they are.
+        ranks: whose it is.
+    """
+    known = [(rank, found) for rank, found in enumerate(every) if found is not None]
+    check(len(known) > 0, "batch must be given on one rank at least, got None on all")
+    first, total = known[0]
+    for rank, found in known[1:]:
+        odd = sorted(found.keys() ^ total.keys())
+        both_names = f"{ranks.name(first)} and {ranks.name(rank)}"
+        check(not odd, f"model: {both_names} train different parameters, as {', '.join(odd[:1])}")
+        total = {name: both(total[name], found[name], sizes[name]) for name in total}
+    return {name: copied(seen, devices[name]) for name, seen in total.items()}
 
 
 def copied(seen: Seen, device: torch.device | None = None) -> Seen:

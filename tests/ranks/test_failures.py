@@ -342,6 +342,10 @@ def _projects(surgeon):
     surgeon.project = gs.OWM(surgeon.model)
 
 
+def _observes_alone(surgeon):
+    surgeon.project.observe(data(2, 5), loss, process_group=False)
+
+
 UNLIKE = {
     "another rule": (gs.PCGrad, _of_the_rule(gs.UPGrad()), "rule: rank 0 and rank 1 have differ"),
     "an option": (gs.GradDrop, _of_the_rule(gs.GradDrop(leak=0.5)), "rule: rank 0 and rank 1"),
@@ -349,6 +353,7 @@ UNLIKE = {
     "weights": (gs.PCGrad, _turned, "parameter layers.0.weight differs between rank 0 and rank 1"),
     "frozen weights": (gs.PCGrad, _frozen_unlike, "parameter layers.0.weight differs"),
     "the learning rate": (gs.PCGrad, _options(lr=0.5), "have different ones: lr of group 0"),
+    "observations": (gs.PCGrad, _observes_alone, "project: rank 0 and rank 1 have observed diff"),
     "projection": (gs.PCGrad, _projects, "project: rank 0 and rank 1 have different ones"),
 }
 
@@ -359,6 +364,9 @@ def _unlike(name, rank, ranks):
     surgeon = _surgeon(make(), rank)
     if name == "frozen weights":
         surgeon.model.layers[0].weight.requires_grad_(False)
+    if name == "observations":
+        surgeon.project = gs.NullSpace(surgeon.model)
+        surgeon.project.observe(data(2, 4), loss, process_group=dist.group.WORLD)
     if rank == 1:
         change(surgeon)
     before = _state(surgeon.model, surgeon.optimizer, surgeon.rule)

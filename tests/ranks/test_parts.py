@@ -1,0 +1,455 @@
+"""Everything a step is made of, on several ranks: as in one process on the samples of all."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import gradsurgery as gs
+from gradsurgery.ranks import table
+from tests.ranks.cases import Network, data, loss, share, whole
+from tests.ranks.processes import run
+
+TILES, ROWS = (1e30, 1.0), (1e30, 1e30)  # table.SPEED with which these are chosen
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1e-1)
+
+
+@dataclass
+class Case:
+    """What is stepped on one process and on several."""
+
+    rule: Any = gs.OrthoGrad
+    network: Any = Network
+    loss: Any = loss
+    data: Any = data  # (size, seed)
+    sizes: dict = field(default_factory=lambda: {"forget": (2, 3), "retain": (3, 2)})
+    options: dict = field(default_factory=dict)
+    alone: dict | None = None  # options in one process, if others
+    how: Any = None  # (surgeon, loss, parts, rank): the step
+    optimizer: Any = adamw
+    wrap: Any = None
+    project: Any = None  # of the wrapped model
+    observed: tuple = (2, 1)  # samples of each rank
+    speed: Any = None
+    steps: int = 2
+    close: tuple = (1e-12, 1e-10)  # of Gramians, of parameters
+    buffers: bool = False  # whether these are those of one process, too
+
+
+# networks
+
+
+class Rows(nn.Module):
+    """[B, 6] to [B, 4]."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 4)).to(dtype)
+
+    def forward(self, x):
+        return self.layers(x.to(self.layers[0].weight.dtype))
+
+
+class Odd(Rows):
+    """Parameters without values, of one value, and one that only some samples use."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {"none": (0, 3), "one": (), "some": (4, 4), "unused": (2,)}.items():
+            self.register_parameter(name, nn.Parameter(torch.ones(shape, dtype=torch.float64)))
+        self.layers[0].bias.requires_grad_(False)
+
+    def forward(self, x):
+        out = super().forward(x) * self.one + self.none.sum()
+        if bool((x[:, 0] > 2).any()):
+            more = torch.where((x[:, 0] > 2)[:, None], out @ self.some, 0)
+            out = out + more
+        return out
+
+
+class Experts(nn.Module):
+    """Each sample goes to one of three experts, whose matrices are one tensor, or are apart."""
+
+    def __init__(self, stacked):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stacked = stacked
+        self.inside = nn.Linear(6, 8)
+        if stacked:
+            self.experts = nn.Parameter(torch.randn(3, 8, 4))
+        else:
+            self.experts = nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
+        self.double()
+
+    def forward(self, x):
+        hidden, out = self.inside(x).tanh(), x.new_zeros(len(x), 4)
+        which = x[:, 0].sign().long() + 1
+        for k in range(3):
+            (mine,) = (which == k).nonzero(as_tuple=True)
+            if len(mine):
+                chosen = hidden[mine]
+                made = chosen @ self.experts[k] if self.stacked else self.experts[k](chosen)
+                out = out.index_add(0, mine, made)
+        return out
+
+
+class Checkpointed(Rows):
+    def forward(self, x):
+        hidden = checkpoint(self.layers[:2], x, use_reentrant=False)
+        return checkpoint(self.layers[2], hidden, use_reentrant=False)
+
+
+class Counting(Rows):
+    """Buffers that no other sample has a part in: a count, and one that is replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x[0, :2].detach().clone()
+        return super().forward(x)
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Tanh(),
+            nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 4),
+        ).double()  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x.view(-1, 1, 4, 4))
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 4))
+    config = peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+    return peft.get_peft_model(base, config).double()
+
+
+# batches and losses
+
+
+def digits(size, seed, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, width, generator=generator, dtype=torch.float64)
+    return {"x": x, "y": torch.randint(4, (size,), generator=generator)}
+
+
+def classified(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+
+
+def widely_scaled(size, seed):
+    powers = torch.linspace(-30, 30, size, dtype=torch.float64)
+    return {**digits(size, seed), "factor": 10.0**powers}
+
+
+def small(size, seed):
+    return {**digits(size, seed), "factor": torch.full((size,), 1e-30, dtype=torch.float64)}
+
+
+def some_zero(size, seed):
+    factor = torch.ones(size, dtype=torch.float64)
+    factor[seed % size] = 0
+    return {**digits(size, seed), "factor": factor}
+
+
+def repeated(size, seed):
+    one = digits(1, seed)
+    return {name: value.repeat(size, *[1] * (value.dim() - 1)) for name, value in one.items()}
+
+
+def factored(model, batch):
+    losses = classified(model, batch)
+    return losses * batch["factor"].to(losses.dtype)
+
+
+def in_bfloat16(model, batch):
+    with torch.autocast("cpu", torch.bfloat16):
+        return classified(model, batch).float()
+
+
+def tasks(model, batch):
+    out = model(batch["x"])
+    targets = out.new_zeros(len(out), 3)
+    return (out[:, :3] - targets).square() + out[:, 3:]
+
+
+def _of_outputs(model, batch):
+    return model(batch["x"]).square().sum(1)
+
+
+def weighted(model, batch):
+    """Of tokens that differ in number: even ones count."""
+    logits = model(batch["x"])
+    each = F.cross_entropy(logits.mT, batch["y"], reduction="none")
+    counts = batch["x"] % 2 == 0
+    number = counts.sum(1)
+    return gs.WeightedLosses((each * counts).sum(1) / number.clamp(min=1), number)
+
+
+class Learned:
+    """A loss with learned weights that the optimizer holds and the model does not."""
+
+    def __init__(self):
+        self.sizes = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+
+    def __call__(self, model, batch):
+        losses = classified(model, batch)
+        return losses * self.sizes[0].exp() + self.sizes[1].square()
+
+
+# ways to step
+
+
+def adds(surgeon, loss, parts, rank):
+    """Micro-batches of unequal number and size; one rank's first retain, then forget."""
+    for part in sorted(parts, reverse=bool(rank)):
+        batch = parts[part]
+        size = 0 if batch is None else len(batch["x"])
+        for at in range(0, size, 1 + (rank or 0)):
+            piece = {name: value[at : at + 1 + (rank or 0)] for name, value in batch.items()}
+            surgeon.add(loss=loss, **{part: piece})
+    return surgeon.step()
+
+
+def listed(surgeon, loss, parts, rank):
+    cut = {
+        part: batch
+        and [{k: v[at : at + 1] for k, v in batch.items()} for at in range(len(batch["x"]))]
+        for part, batch in parts.items()
+    }
+    return surgeon.step(loss=loss, **cut)
+
+
+def backwards(surgeon, loss, parts, rank):
+    info = surgeon.backward(loss=loss, **parts)
+    surgeon.optimizer.step()
+    surgeon.optimizer.zero_grad()
+    return info
+
+
+RETAIN = {"forget": (2, 3), "retain": (3, 2), "memory": (1, 2)}
+BATCH = {"batch": (3, 2)}
+NONE = {"forget": (4, 0), "retain": (5, 0)}
+DIGITS = {"network": Rows, "loss": classified, "data": digits}
+WIDE = {"close": (1e-5, 1e-5)}
+ROUGH = {"close": (3e-2, 1e-2), "optimizer": sgd}
+
+CASES = {
+    "plain": Case(),
+    "add": Case(how=adds),
+    "add, a rank with none": Case(how=adds, sizes=NONE),
+    "add, one kind each": Case(how=adds, sizes={"forget": (4, 0), "retain": (0, 5)}),
+    "a rank with none": Case(sizes=NONE),
+    "the first with none": Case(sizes={"forget": (0, 3), "retain": (0, 4)}),
+    "lists": Case(how=listed),
+    "backward": Case(how=backwards),
+    "micro_batch": Case(options={"micro_batch": 1}),
+    "micro_batch 2": Case(options={"micro_batch": 2}, sizes={"forget": (2, 5), "retain": (6, 2)}),
+    **{f"hold {h}": Case(how=adds, options={"hold": h}) for h in ("pairs", "rows", "auto")},
+    "together": Case(options={"together": True}, **DIGITS),
+    "stored": Case(options={"rows": "stored"}, **DIGITS),
+    "stored, added": Case(options={"rows": "stored"}, alone={}, how=adds, **DIGITS),
+    "stored, none": Case(options={"rows": "stored"}, sizes=NONE, **DIGITS),
+    "stored, mean": Case(
+        rule=partial(gs.OrthoGrad, retain="mean"), options={"rows": "stored"}, **DIGITS
+    ),
+    "mixed rows": Case(rule=gs.PCGrad, sizes=BATCH, **DIGITS),
+    "tasks": Case(rule=gs.UPGrad, sizes=BATCH, network=Rows, loss=tasks, data=digits),
+    "tasks, added": Case(
+        rule=gs.UPGrad, sizes=BATCH, network=Rows, loss=tasks, data=digits, how=adds
+    ),
+    "tasks, none": Case(
+        rule=gs.UPGrad, sizes={"batch": (0, 4)}, network=Rows, loss=tasks, data=digits
+    ),
+    "tasks and memory": Case(
+        rule=gs.GEM, sizes={"batch": (3, 2), "memory": (0, 3)}, network=Rows, loss=tasks,
+        data=digits,
+    ),
+    "token means": Case(loss=weighted),
+    "token means, added": Case(loss=weighted, how=adds),
+    "token means of retain": Case(
+        rule=partial(gs.OrthoGrad, retain="mean"), loss=weighted, how=adds
+    ),
+    "memory": Case(sizes=RETAIN),
+    "memory, added": Case(sizes=RETAIN, how=adds),
+    "memory of one": Case(sizes={**RETAIN, "memory": (0, 2)}),
+    "learned weights": Case(**{**DIGITS, "loss": Learned}),
+    "learned weights, none": Case(sizes=NONE, **{**DIGITS, "loss": Learned}),
+    "odd parameters": Case(**{**DIGITS, "network": Odd}),
+    "odd parameters, none": Case(sizes=NONE, **{**DIGITS, "network": Odd}),
+    "odd parameters, tensor": Case(
+        rule=partial(gs.OrthoGrad, granularity="tensor"), **{**DIGITS, "network": Odd}
+    ),
+    "LoRA": Case(**{**DIGITS, "network": adapted}),
+    "checkpoints": Case(**{**DIGITS, "network": Checkpointed}),
+    "convolutions": Case(
+        network=Convolutions, loss=classified, data=partial(digits, width=16)
+    ),
+    "convolutions by rows": Case(
+        network=Convolutions, loss=classified, data=partial(digits, width=16), speed=ROWS
+    ),
+    "autocast": Case(
+        network=partial(Rows, torch.float32), loss=in_bfloat16, data=digits, **ROUGH
+    ),
+    "bfloat16": Case(network=partial(Rows, torch.bfloat16), loss=classified, data=digits, **ROUGH),
+    "bfloat16, tokens": Case(network=partial(Network, torch.bfloat16), **ROUGH),
+    "float16": Case(network=partial(Rows, torch.float16), loss=classified, data=digits, **ROUGH),
+    "experts": Case(**{**DIGITS, "network": partial(Experts, False)}),
+    "experts in a stack": Case(**{**DIGITS, "network": partial(Experts, True)}),
+    "experts in a stack, tiles": Case(
+        speed=TILES, **{**DIGITS, "network": partial(Experts, True)}
+    ),
+    "GradDrop": Case(rule=gs.GradDrop, sizes=BATCH),
+    "GradDrop of tasks": Case(rule=gs.GradDrop, sizes=BATCH, network=Rows, loss=tasks, data=digits),
+    "SignAgreement": Case(rule=partial(gs.SignAgreement, threshold=0.5), sizes=BATCH),
+    "TrimmedMean": Case(rule=gs.TrimmedMean, sizes=BATCH),
+    "preconditioned": Case(rule=partial(gs.OrthoGrad, precondition="optimizer"), steps=3),
+    "preconditioned, tiles": Case(
+        rule=partial(gs.OrthoGrad, precondition="optimizer"), steps=3, speed=TILES
+    ),
+    "refined": Case(rule=partial(gs.OrthoGrad, refine=2)),
+    "refined, tensors": Case(
+        rule=partial(gs.OrthoGrad, refine=1, granularity="tensor", small_tensors="leave")
+    ),
+    "modules": Case(rule=partial(gs.OrthoGrad, granularity="module")),
+    **{
+        f"{name}, {way}": Case(
+            rule=rule, sizes=sizes, network=partial(Rows, torch.float32), loss=factored,
+            data=made, speed=speed, optimizer=partial(torch.optim.SGD, lr=lr), **WIDE,
+        )
+        for way, speed in {"tiles": TILES, "rows": ROWS}.items()
+        for name, rule, sizes, made, lr in (
+            ("scales of all sizes", gs.Mean, BATCH, widely_scaled, 1e-31),
+            ("small rows", gs.OrthoGrad, {"forget": (2, 3), "retain": (3, 2)}, small, 1e28),
+        )
+    },
+    "zero rows": Case(network=Rows, loss=factored, data=some_zero),
+    "repeated rows": Case(**{**DIGITS, "data": repeated}),
+    "null space": Case(project=gs.NullSpace, **DIGITS),
+    "null space, one rank's": Case(project=gs.NullSpace, observed=(0, 3), **DIGITS),
+    "OWM": Case(project=partial(gs.OWM, alpha=1e-3, others="leave"), **DIGITS),
+    "OWM of DDP": Case(project=gs.OWM, wrap=nn.parallel.DistributedDataParallel, **DIGITS),
+    "counts of DDP": Case(
+        wrap=nn.parallel.DistributedDataParallel, **{**DIGITS, "network": Counting}
+    ),
+}  # fmt: skip
+
+
+def _stepped(name, rank=None):
+    """Parameters, buffers and infos of one process, or of a rank."""
+    case = CASES[name]
+    counted = table.SPEED["cpu"]
+    table.SPEED["cpu"] = case.speed or counted
+    model = case.network()
+    wrapped = model if case.wrap is None or rank is None else case.wrap(model)
+    group = dist.group.WORLD if rank is not None and case.wrap is None else None
+    lost = case.loss() if isinstance(case.loss, type) else case.loss
+    held = [p for p in model.parameters() if p.requires_grad]
+    held += [lost.sizes] if isinstance(lost, Learned) else []
+    options = case.alone if rank is None and case.alone is not None else case.options
+    if case.project is not None:
+        options = {**options, "project": case.project(wrapped)}
+        batch = case.data(sum(case.observed), 90)
+        mine = batch if rank is None else share(batch, case.observed, rank)
+        options["project"].observe(mine, _of_outputs, process_group=group)
+    surgeon = gs.Surgeon(wrapped, case.optimizer(held), case.rule(), process_group=group, **options)
+    infos = []
+    for step in range(case.steps):
+        parts = {}
+        for k, (part, sizes) in enumerate(case.sizes.items()):
+            batch = case.data(sum(sizes), 10 * step + k)
+            parts[part] = batch if rank is None else share(batch, sizes, rank)
+        if case.how is None or rank is None:
+            info = surgeon.step(loss=lost, **parts)
+        else:
+            info = case.how(surgeon, lost, parts, rank)
+        infos.append((info.gramian, info.to_dict()))
+    table.SPEED["cpu"] = counted
+    values = whole(model)
+    if isinstance(lost, Learned):
+        values["sizes"] = lost.sizes.detach().clone()
+    return values, {n: b.clone() for n, b in model.named_buffers()}, infos
+
+
+def _every(rank):
+    """Of each case what this rank found, or said."""
+    found = {}
+    for name in CASES:
+        found[name] = _found(name, rank)
+    return found
+
+
+def _found(name, rank):
+    try:
+        return _stepped(name, rank)
+    except Exception as error:  # all ranks raise, and go on together
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    return run(_every, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parts_are_those_of_one_process(every, name):
+    case, found = CASES[name], [each[name] for each in every]
+    gramian, parameters = case.close
+    values, _, infos = _stepped(name)
+    for each in found:
+        assert not isinstance(each, str), each
+        for (gram, seen), (expected, wanted) in zip(each[2], infos, strict=True):
+            norms = expected.diagonal().sqrt()
+            assert gram.shape == expected.shape
+            assert ((gram - expected).abs() <= gramian * norms[:, None] * norms + 1e-300).all()
+            for key in wanted.keys() - {"seconds"}:
+                close = {"rtol": 10 * gramian, "atol": 10 * gramian}
+                assert_same(key, seen[key], wanted[key], close)
+        for key, value in values.items():
+            largest = float(value.abs().max()) if value.numel() else 0.0
+            close = {"rtol": 0, "atol": parameters * max(1.0, largest)}
+            torch.testing.assert_close(each[0][key], value, **close, msg=partial(_named, key))
+            assert torch.equal(each[0][key], found[0][0][key]), key
+
+
+def _named(key, message):
+    return f"{key}: {message}"
+
+
+def assert_same(key, one, other, close):
+    if one is None or isinstance(one, (bool, str)) or key == "frozen":
+        assert one == other, key
+    else:
+        one, other = torch.tensor(one), torch.tensor(other)
+        torch.testing.assert_close(one, other, equal_nan=True, msg=partial(_named, key), **close)
+
+
+def test_buffers_of_ddp_are_those_of_its_first_rank(every):
+    first, second = (each["counts of DDP"][1] for each in every)
+    assert first["calls"] > 0
+    for name, value in first.items():
+        assert torch.equal(value, second[name])
