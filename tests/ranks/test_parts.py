@@ -140,6 +140,46 @@ class Convolutions(nn.Module):
         return self.layers(x.view(-1, 1, 4, 4))
 
 
+class Turned(Rows):
+    """A matrix that some samples meet the other way round, and a vector that is one of its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.square = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        out = super().forward(x)
+        mine = x[:, 0] > 0
+        if bool(mine.any()):
+            out = torch.where(mine[:, None], out @ self.square, out)
+        if not bool(mine.all()):
+            out = torch.where(mine[:, None], out, out @ self.square.T + self.square[0])
+        return out
+
+
+def normed():
+    model = Rows()
+    nn.utils.parametrizations.weight_norm(model.layers[0])
+    return model
+
+
+def mixture(experts):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=30,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        use_cache=False,
+    )
+    config._attn_implementation, config._experts_implementation = "eager", experts
+    return transformers.MixtralForCausalLM(config)
+
+
 def adapted():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -191,6 +231,11 @@ def in_bfloat16(model, batch):
         return classified(model, batch).float()
 
 
+def next_tokens(model, batch):
+    logits = model(input_ids=batch["x"]).logits
+    return F.cross_entropy(logits.mT, batch["y"], reduction="none").mean(1)
+
+
 def tasks(model, batch):
     out = model(batch["x"])
     targets = out.new_zeros(len(out), 3)
@@ -219,6 +264,12 @@ class Learned:
     def __call__(self, model, batch):
         losses = classified(model, batch)
         return losses * self.sizes[0].exp() + self.sizes[1].square()
+
+
+def weighted_rarely(model, batch):
+    """Only where the first token of a sample is below 10."""
+    made = weighted(model, batch)
+    return gs.WeightedLosses(made.losses, made.weights * (batch["x"][:, 0] < 10))
 
 
 # ways to step
@@ -294,6 +345,10 @@ CASES = {
     "token means of retain": Case(
         rule=partial(gs.OrthoGrad, retain="mean"), loss=weighted, how=adds
     ),
+    "few token means": Case(loss=weighted_rarely, sizes={"forget": (4, 1), "retain": (3, 1)}),
+    "few token means, added": Case(
+        loss=weighted_rarely, sizes={"forget": (4, 1), "retain": (3, 1)}, how=adds
+    ),
     "memory": Case(sizes=RETAIN),
     "memory, added": Case(sizes=RETAIN, how=adds),
     "memory of one": Case(sizes={**RETAIN, "memory": (0, 2)}),
@@ -322,6 +377,32 @@ CASES = {
     "experts in a stack": Case(**{**DIGITS, "network": partial(Experts, True)}),
     "experts in a stack, tiles": Case(
         speed=TILES, **{**DIGITS, "network": partial(Experts, True)}
+    ),
+    "turned": Case(**{**DIGITS, "network": Turned}),
+    "turned, tiles": Case(speed=TILES, **{**DIGITS, "network": Turned}),
+    "turned, rows": Case(speed=ROWS, rule=gs.PCGrad, sizes=BATCH, **{**DIGITS, "network": Turned}),
+    "weight norm": Case(**{**DIGITS, "network": normed}),
+    "weight norm, none": Case(sizes=NONE, **{**DIGITS, "network": normed}),
+    "weight norm, refined": Case(
+        rule=partial(gs.OrthoGrad, refine=1, granularity="tensor"),
+        **{**DIGITS, "network": normed},
+    ),
+    "weight norm, GradDrop": Case(rule=gs.GradDrop, sizes=BATCH, **{**DIGITS, "network": normed}),
+    **{
+        f"mixture, {experts}, {way}": Case(
+            network=partial(mixture, experts), loss=next_tokens, sizes=sizes, speed=speed,
+            optimizer=sgd, **WIDE,
+        )
+        for experts in ("eager", "grouped_mm")
+        for way, speed, sizes in (
+            ("counted", None, {"forget": (2, 1), "retain": (1, 2)}),
+            ("tiles, none", TILES, {"forget": (2, 0), "retain": (3, 0)}),
+            ("rows", ROWS, {"forget": (2, 1), "retain": (1, 2)}),
+        )
+    },
+    "convolutions, none": Case(
+        network=Convolutions, loss=classified, data=partial(digits, width=16), sizes=NONE,
+        how=adds, options={"hold": "rows"},
     ),
     "GradDrop": Case(rule=gs.GradDrop, sizes=BATCH),
     "GradDrop of tasks": Case(rule=gs.GradDrop, sizes=BATCH, network=Rows, loss=tasks, data=digits),
