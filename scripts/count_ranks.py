@@ -82,21 +82,29 @@ def parameters(model: Model, lora: bool) -> Iterator[Parameter]:
 
 
 def entries(kind: str, shape: tuple[int, ...], ranks: int, samples: int) -> list[Entry]:
-    """What each rank has of a parameter: the forget row's part, and a row for each retained sample.
+    """What each rank has of a parameter: its part of the forget row, and its retained samples.
 
-    The part is scaled by the share of this rank's samples, and so in float32.
+    The part is a plane where a rank's own Gramian would keep one, else tokens, scaled by its share
+    of the samples and so in float32.
     """
     left = torch.int64 if kind == "embedding" else WEIGHT
     plane = None if len(shape) == 1 else (shape[0], shape[1])
+    forget = Form(kind, samples, TOKENS, (left, ROW), (0,) * samples)
+    if samples > 1 and plane is not None and _keeps(plane, kind, samples):
+        forget = Form("rows", 1, 1, (ROW,), (0,))
     found = []
     for rank in range(ranks):
         own = tuple(range(1 + rank * samples, 1 + (rank + 1) * samples))
-        forms = (
-            Form(kind, samples, TOKENS, (left, ROW), (0,) * samples),
-            Form(kind, samples, TOKENS, (left, WEIGHT), own),
-        )
-        found.append(Entry(forms, plane, 1, False, samples + 1))
+        retain = Form(kind, samples, TOKENS, (left, WEIGHT), own)
+        found.append(Entry((forget, retain), plane, 1, False, samples + 1))
     return found
+
+
+def _keeps(plane: tuple[int, int], kind: str, samples: int) -> bool:
+    blocks = (0, 0) if kind == "embedding" else (samples, samples)
+    picked = samples * TOKENS if kind == "embedding" else 0
+    work = Work(*plane, TOKENS, *blocks, device=DEVICE, picked=picked, picked_group=picked)
+    return plan(work).cross != "none"
 
 
 def cost(parameter: Parameter, ranks: int, samples: int) -> Cost:
@@ -104,30 +112,27 @@ def cost(parameter: Parameter, ranks: int, samples: int) -> Cost:
     shape, kind = parameter.shape, parameter.kind
     every = entries(kind, shape, ranks, samples)
     known = way(every, shape, DEVICE, False)
-    rows, tokens = 1 + ranks * samples, 2 * ranks * samples * TOKENS
+    work = cut([known], [samples + 1] * ranks) if known.tiles is None else [Tiles(0, known, every)]
+    sent = sum(each.size(0, other) for each in work for other in range(1, ranks))
+    rows = 1 + ranks * samples
+    # a plane of the forget row is made for the update in any case
+    tokens = sum(f.blocks * f.tokens for f in every[0].forms if f.kind != "rows") * ranks
     if known.tiles is None:
-        sent = _others([work.sizes(0) for work in cut([known], [samples + 1] * ranks)])
         height, width = known.plane
         total = (tokens / ranks + rows * rows / (2 * ranks)) * height * width
         return Cost(sent, total, False)
-    sent = _others([Tiles(0, known, every).sizes(0)])
-    return Cost(sent, _of_tile(known, kind, rows, tokens), True)
+    return Cost(sent, _of_tile(known, kind, rows, tokens, every[0].forms[0].kind == "rows"), True)
 
 
-def _others(sizes: list[list[int]]) -> float:
-    """Bytes to all ranks but the first itself."""
-    return float(sum(sum(each[1:]) for each in sizes))
-
-
-def _of_tile(known: Way, kind: str, rows: int, tokens: int) -> float:
+def _of_tile(known: Way, kind: str, rows: int, tokens: int, kept: bool) -> float:
     """Multiplications of the cheaper path on a rank's tile."""
     assert known.tiles is not None
     (h, w), (a, b) = known.plane, known.tiles
     height, width = -(-h // a), -(-w // b)
     picked = tokens if kind == "embedding" else 0
     there = tokens - picked
-    path = plan(Work(height, width, TOKENS, there // TOKENS, 0, False, DEVICE, picked)).path
-    if path == "direct":
+    inside = Work(height, width, TOKENS, there // TOKENS, 0, kept, DEVICE, picked)
+    if plan(inside, not kept).path == "direct":
         return (tokens + rows * rows / 2) * height * width
     return (there**2 * (height + width) + picked**2 * width) / 2
 
@@ -172,7 +177,7 @@ def table() -> str:
         *("Gramian, GB", "update, GB", "Gramian, TFLOP", "of a plain step's"),
     )
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 3 + "---|" + "---:|" * 4]
-    for lora, samples in ((True, 8), (False, 1)):
+    for lora, samples in ((True, 8), (False, 2)):
         for model in MODELS:
             lines += [line(model, lora, ranks, samples) for ranks in RANKS]
     return "\n".join(lines)

@@ -1,8 +1,12 @@
 """The pages tell the truth: their code runs, and what they name exists."""
 
 import dataclasses
+import os
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPERATORS = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
 RULES = (ROOT / "docs" / "rules.md").read_text(encoding="utf-8")
+DISTRIBUTED = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 SURGEON = (ROOT / "docs" / "surgeon.md").read_text(encoding="utf-8")
 
 
@@ -100,6 +105,26 @@ def test_the_readme_repeats_the_results():
     assert numbers
     for number in numbers:
         assert number in results, number
+
+
+def test_the_example_of_many_ranks_runs_on_two(tmp_path):
+    ((code, _),) = blocks(DISTRIBUTED, "py")
+    (tmp_path / "example.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node", "2", str(tmp_path / "example.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "17 rows of all ranks, forget loss" in done.stdout
+
+
+def test_the_table_of_counted_costs_is_the_script():
+    script = runpy.run_path(str(ROOT / "scripts" / "count_ranks.py"))
+    assert DISTRIBUTED.split(script["MARK"])[1].strip() == script["table"]()
 
 
 @pages

@@ -30,7 +30,7 @@ SHARED = [name for name, kind in ALL.items() if kind.shared]
 # options of every method, and how many samples a batch has: some give a rank less, or nothing
 SIZES = {"uneven": {"forget": 5, "retain": 7}, "one": {"forget": 1, "retain": 3}}
 METHOD = {"surgery": {"rule": "orthograd", "rule_options": ("alpha=0.3",)}}
-JOBS = ("neggradplus", "orthograd")
+JOBS = ("neggradplus",)
 
 
 def samples(count, seed):
@@ -198,7 +198,7 @@ def work(rank, folder):
 def every(tmp_path_factory):
     """What each rank found, and the folder of the jobs."""
     folder = tmp_path_factory.mktemp("ranks")
-    return run(work, 2, folder, folder), folder / "jobs"
+    return run(work, 2, folder, folder, seconds=200), folder / "jobs"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -294,8 +294,8 @@ def test_what_jobs_do_not_share_is_refused_by_name(every):
 
 def test_the_command_is_started_by_torchrun(tmp_path):
     out = tmp_path / "run"
-    options = ["unlearn", "digits", "--task", "class", "--method", "neggradplus", "--seeds", "1"]
-    options += ["--training.steps", "6", "--neggradplus.steps", "2", "--out", str(out)]
+    options = ["unlearn", "digits", "--task", "class", "--method", "orthograd", "--seeds", "1"]
+    options += ["--training.steps", "6", "--orthograd.steps", "2", "--out", str(out)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launcher, "--nproc_per_node", "2", "-m", "gradsurgery", *options],
