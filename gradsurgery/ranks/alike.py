@@ -54,7 +54,7 @@ def fingerprint(
         re.sub(r" at 0x[0-9a-f]+", "", repr(rule)),
         _listed(columns),
         {name: _figures(p) for name, p in named.items()},
-        {name: _figures(value) for name, value in rule._state.items()},
+        {name: _figures(value) for name, value in getattr(rule, "_state", {}).items()},
         [("class", type(optimizer).__name__), *_options(optimizer)],
         {name: _of_state(optimizer.state.get(p, {})) for name, p in trained.items()},
         type(project).__name__,

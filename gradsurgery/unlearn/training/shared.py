@@ -6,15 +6,16 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gradsurgery.ops._inputs import check
 from gradsurgery.ranks import Group
+from gradsurgery.ranks.alike import check_alike, fingerprint
 from gradsurgery.ranks.group import Said
 from gradsurgery.ranks.table import share
 from gradsurgery.ranks.update import Buckets
-from gradsurgery.ranks.wrappers import check_alike, fingerprint
 from gradsurgery.unlearn.objectives.base import Batch, batch_size, take
 from gradsurgery.unlearn.training.data import Data, digests
 
@@ -46,10 +47,13 @@ def summed(parameters: Sequence[nn.Parameter], ranks: Group) -> Iterator[Said]:
         reached = [any(each) for each in zip(*(flags for _, flags in said.every), strict=True)]
         said.every = [told for told, _ in said.every]
         buckets = Buckets(parameters, reached, set(), ranks)
-        totals = {}
-        for k, total in buckets.sums(iter(own.items()), set(own)):
+        totals: dict[int, Tensor] = {}
+
+        def take(k: int, total: Tensor) -> None:
             grad, known = total.to(parameters[k].dtype, copy=True), before[k]
             totals[k] = grad if known is None else known + grad
+
+        buckets.sums(iter(own.items()), set(own), take)
         after |= totals
     finally:
         for k, parameter in enumerate(parameters):
@@ -68,7 +72,12 @@ def _check_no_hooks(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def check_shared(
-    ranks: Group, about: str, data: Mapping[str, Data], trained: Mapping[str, nn.Parameter]
+    ranks: Group,
+    about: str,
+    data: Mapping[str, Data],
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Raise `InputError` on all ranks where they do not have the same method, samples and model.
 
@@ -76,7 +85,9 @@ def check_shared(
         ranks: who step together.
         about: the method and its options.
         data: the sets, by name.
-        trained: the parameters, by name.
+        model: a replica on each.
+        trained: its parameters that train, by name.
+        optimizer: of these.
     """
     if not ranks:
         return
@@ -90,7 +101,7 @@ def check_shared(
             )
             if samples is not None:
                 sets[kind] = hashlib.sha256(b"".join(digests(samples))).hexdigest()
-        said.mine = about, sets, fingerprint(dict(trained), None)
+        said.mine = about, sets, fingerprint(model, (trained, {}), None, optimizer, None)
     first = said.every[0]
     for rank, other in enumerate(said.every):
         both = f"{ranks.name(0)} and {ranks.name(rank)}"

@@ -173,7 +173,9 @@ class Trainer(Described, Loop[C], ABC):
             self.schedule = None if schedule is None else schedule(self.optimizer)
             if schedule is not None:
                 given.check_schedule(self.schedule)
-            check_shared(self.ranks, f"{name}, {config}, seed {seed}", self.data, self.trained)
+            about = f"{name}, {config}, seed {seed}"
+            trained, made = self.trained, self.optimizer
+            check_shared(self.ranks, about, self.data, model, trained, made)
         # those that a function for `optimizer` left out stay where they are
         self._left_out = self.trained.keys() - self.held().keys()
         self._peaks: list[float] = []
