@@ -14,6 +14,7 @@ from gradsurgery.jacobian import DenseJacobian, DenseSums, SummedRows, concat
 from gradsurgery.ops._inputs import check
 from gradsurgery.passes import Part, Pass, Passes, check_outside
 from gradsurgery.ranks import Group, RanksJacobian
+from gradsurgery.spread import local
 from gradsurgery.surgery import Rule
 
 ROLES = ("forget", "retain", "batch", "memory")  # the order of their rows
@@ -109,13 +110,18 @@ class Added:
         )
 
     def take(
-        self, passes: Passes, batches: Sequence[dict[str, Any]], overflows: bool = False
+        self,
+        passes: Passes,
+        batches: Sequence[dict[str, Any]],
+        columns: Mapping[str, nn.Parameter],
+        overflows: bool = False,
     ) -> None:
         """Make and add the rows of batches, which are `torn` until `settle`.
 
         An error leaves what was added before.
 
         Args:
+            columns: the parameters, as they are between passes.
             overflows: rows or losses that are not finite are noted, and raise nothing.
         """
         self.torn = True
@@ -136,7 +142,7 @@ class Added:
             self.torn = self.overflowed = True
         else:
             self._join(new)
-        self._columns = {**passes.named, **passes.outside}
+        self._columns = dict(columns)
         self._values = _values(self._columns.values()) if passes.adds else None
 
     def settle(self) -> None:
@@ -211,6 +217,7 @@ class Added:
         columns: tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]],
         ranks: Group,
         every: Sequence[Summary],
+        stand_ins: Mapping[str, nn.Parameter] | None = None,
     ) -> Collected:
         """All rows, in the order of `ROLES`. What was added is given away.
 
@@ -219,6 +226,7 @@ class Added:
             columns: the model's parameters, and others that the losses may depend on.
             ranks: who has rows; those of one batch come in the order of the ranks.
             every: what each has.
+            stand_ins: of the model's parameters, whole, where ranks have shards of them.
         """
         named, outside = columns
         if ranks:
@@ -236,7 +244,7 @@ class Added:
                 starts[part] += sum(each.rows for parts in before for each in parts)
         jacobians, ids, factors = self._in_order(known, starts)
         self._sums, self._samples, self._last = {}, [], []
-        whole = _whole(jacobians, {**named, **outside})
+        whole = _whole(jacobians, {**named, **(stand_ins or {}), **outside})
         others = None
         m, reached = sum(counts.values()), list(whole.reached or [])
         if ranks:
@@ -249,7 +257,8 @@ class Added:
 
         def rows(jacobian: Stored, used: Sequence[bool]) -> Stored | SummedRows | RanksJacobian:
             if ranks:
-                return RanksJacobian(jacobian, ranks, ids, factors, m, used)
+                real = [{**named, **outside}[name] for name in jacobian.names]
+                return RanksJacobian(jacobian, ranks, ids, factors, m, used, real)
             sums = torch.zeros(m, len(ids), dtype=torch.float64, device="cpu")
             sums[ids, torch.arange(len(ids), device="cpu")] = factors
             plain = torch.equal(sums, torch.eye(m, dtype=sums.dtype, device="cpu"))
@@ -334,9 +343,9 @@ def _whole(jacobians: Sequence[Stored], columns: Mapping[str, nn.Parameter]) -> 
 
 def _values(parameters: Iterable[nn.Parameter]) -> list[tuple[int, Tensor]]:
     """Versions and norms, for fused optimizers and `.data` change no version."""
-    each = list(parameters)
+    each = list(map(local, parameters))
     with torch.no_grad():
-        norms = torch.ops.aten._foreach_norm([p.detach() for p in each])
+        norms = torch.ops.aten._foreach_norm(each)
     return [(p._version, norm) for p, norm in zip(each, norms, strict=True)]
 
 

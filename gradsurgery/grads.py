@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import NonFiniteError
+from gradsurgery.spread import local
 
 
 def own(grads: list[Any]) -> list[Any]:
@@ -82,7 +83,7 @@ def run_hooks(parameter: Tensor) -> None:
 
 def check_held(parameters: dict[str, nn.Parameter]) -> None:
     """Raise where the update of finite rows is more than its dtype holds."""
-    grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    grads = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
     if not grads:
         return
     # one wait for all: the sum over an infinity or a NaN is one, and of what is finite it may be

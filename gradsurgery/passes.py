@@ -81,9 +81,17 @@ class Passes:
     adds: bool  # whether the rows may be added to those of other batches
     scale: float
     trials: dict[Hashable, Trial]  # those done, by loss and batches
+    # the same rows, where the parameters of passes are there for these alone
+    kept: Callable[[FactoredJacobian | DenseJacobian], FactoredJacobian | DenseJacobian] | None
 
     def of(self, parts: dict[str, Any]) -> Iterator[Pass]:
         """The passes over batches, by name, each made when it is asked for."""
+        for made in self._made(parts):
+            if self.kept is not None:
+                made = made._replace(jacobian=self.kept(made.jacobian))
+            yield made
+
+    def _made(self, parts: dict[str, Any]) -> Iterator[Pass]:
         if self.rows == "stored":
             yield from self._stored(parts)
             return

@@ -1,9 +1,12 @@
 """What several processes or devices hold together is refused, by name: no rows are summed there."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
 
@@ -21,21 +24,46 @@ MODULES = (
 OPTIMIZERS = ("torch.distributed.", "deepspeed.", "fairscale.", "horovod.")
 # what these classes are called by those who use them
 KNOWN = {"FSDPModule": "fully_shard (FSDP2)", "ReplicateModule": "replicate", "DDP": "replicate"}
+_served: ContextVar[nn.Module | None] = ContextVar("served", default=None)
+
+
+@contextmanager
+def served(model: nn.Module) -> Iterator[None]:
+    """Inside, what `fully_shard` and `replicate` did to this model is no reason to refuse it."""
+    token = _served.set(model)
+    try:
+        yield
+    finally:
+        _served.reset(token)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, without its history; all of one that is not spread."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def check_one_rank(model: nn.Module) -> None:
     """Raise where the model, a part of it or a parameter is spread over ranks or devices."""
+    fine = set(KNOWN.values()) if _served.get() is model else set()
     # in every step: names are looked for where there is something to name
-    if any(_kind(kind, MODULES) for kind in {type(module) for module in model.modules()}):
+    kinds = {_kind(kind, MODULES) for kind in {type(module) for module in model.modules()}}
+    if kinds - fine - {None}:
         for name, module in model.named_modules():
             kind = _kind(type(module), MODULES)
-            if kind is not None:
+            if kind is not None and kind not in fine:
                 raise _refused(f"model: {name} is" if name else "model is", kind)
-    if any(_kind_of_parameter(parameter) for parameter in model.parameters()):
-        for name, parameter in model.named_parameters():
-            kind = _kind_of_parameter(parameter)
-            if kind is not None:
-                raise _refused(f"model: parameter {name} is", kind)
+    if kinds & fine:
+        fine.add("DTensor")
+    check_whole(dict(model.named_parameters()), fine)
+
+
+def check_whole(parameters: dict[str, nn.Parameter], fine: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Raise where a parameter is spread, but by one of the kinds that are `fine`."""
+    for name, parameter in parameters.items():
+        kind = _kind_of_parameter(parameter)
+        if kind is not None and kind not in fine:
+            raise _refused(f"model: parameter {name} is", kind)
 
 
 def check_one_rank_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -33,7 +33,9 @@ from gradsurgery.optimizers import (
 from gradsurgery.passes import Passes
 from gradsurgery.ranks.alike import check_alike, columns_of, fingerprint
 from gradsurgery.ranks.buffers import SharedBuffers
+from gradsurgery.ranks.shards import Shards, kind_of
 from gradsurgery.ranks.wrappers import called_inside, check_apart, opened
+from gradsurgery.spread import check_whole, served
 from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
 from gradsurgery.update import add_update, fits, solve
@@ -146,6 +148,12 @@ class Surgeon:
         self._added = Added(hold)
         self.process_group = process_group
         self._module, self._ranks = opened(model, process_group)
+        spread = bool(self._ranks) and any(kind_of(self._module))
+        self._shards = Shards(self._module) if spread else None
+        check(
+            self._shards is None or project is None,
+            "project: steps of a model in fully_shard or replicate are not projected",
+        )
         self._alike = False  # whether ranks have looked at each other's replicas
         self._observed: Any = None  # what the projection then had seen
         self.project = project
@@ -181,11 +189,11 @@ class Surgeon:
             batches = given.batches(
                 self.rule, forget=forget, retain=retain, batch=batch, memory=memory
             )
-            check(len(batches) > 0, f"add: no batch was given; {given.takes(self.rule)}")
             columns = self._looked_up()
             undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
-                self._take(batches, loss, columns, adds=True)
+                known = self._take("add", batches, loss, columns, adds=True)
+                check(known, f"add: no batch was given; {given.takes(self.rule)}")
                 undo.keep()
             self._added.settle()
 
@@ -226,7 +234,7 @@ class Surgeon:
                     "project= is of steps, and backward takes none: leave it out, and step "
                     "within `with kept.steps(): optimizer.step()`",
                 )
-                columns = self._taken(parts, loss)
+                columns = self._taken("backward", parts, loss)
                 every = self._met("backward", columns, scale)
                 for parameter, grad in undo.grads:  # copies, which hooks may see grow
                     parameter.grad = None if grad is None else grad.clone()
@@ -296,7 +304,7 @@ class Surgeon:
                 check_needs_no_closure(self.optimizer)
                 if self.scaler is not None:
                     check_stage(self.scaler, self.optimizer)
-                columns = self._taken(parts, loss)
+                columns = self._taken("step", parts, loss)
                 every = self._met("step", columns, 1.0)
                 for parameter, _ in undo.grads:  # no parameter is moved by an old gradient
                     parameter.grad = None
@@ -347,14 +355,13 @@ class Surgeon:
                 forget_stage(self.scaler, self.optimizer)
             raise
 
-    def _taken(self, parts: dict[str, Any], loss: AnyLoss | None) -> given.Columns:
+    def _taken(self, where: str, parts: dict[str, Any], loss: AnyLoss | None) -> given.Columns:
         """Add the rows of batches, if there are any, after all that is wrong with them is told."""
         batches = given.batches(self.rule, **parts)
         if not self._ranks:
             given.check_complete(self.rule, self._added, *batches)
         columns = self._looked_up()
-        if batches:
-            self._take(batches, loss, columns, adds=bool(self._added))
+        if self._take(where, batches, loss, columns, adds=bool(self._added)):
             self._added.settle()
         return columns
 
@@ -378,23 +385,47 @@ class Surgeon:
 
     def _take(
         self,
+        where: str,
         batches: list[dict[str, Any]],
         loss: AnyLoss | None,
         columns: given.Columns,
         adds: bool,
+    ) -> bool:
+        """Add the rows of batches; where it raises, nothing is added. Whether any rank has some."""
+        named, outside = columns
+        if batches:
+            if loss is None or not callable(loss):
+                raise InputError(f"loss must be a function, got {type(loss).__name__}")
+            self._added.check_columns({**named, **outside})
+        if self._shards is None:
+            if batches:
+                self._pass(batches, cast(AnyLoss, loss), columns, named, adds)
+            return bool(batches)
+        # parameters are gathered by all ranks together, and for those that have samples
+        if not any(self._ranks.settled(f"{where}'s passes", mine=bool(batches))):
+            return False
+        with self._shards.gathered(named) as whole:
+            if batches:
+                self._pass(batches, cast(AnyLoss, loss), columns, whole, adds)
+        return True
+
+    def _pass(
+        self,
+        batches: list[dict[str, Any]],
+        loss: AnyLoss,
+        columns: given.Columns,
+        whole: dict[str, nn.Parameter],
+        adds: bool,
     ) -> None:
-        """Add the rows of batches; where it raises, nothing is added."""
-        if loss is None or not callable(loss):
-            raise InputError(f"loss must be a function, got {type(loss).__name__}")
+        """The passes over batches; `whole`: the model's parameters, as these have them."""
         named, outside = columns
         if self._ranks:
             check_apart(self._module)
-        self._added.check_columns({**named, **outside})
         passes = Passes(
             model=self._module,
             rule=self.rule,
             loss=loss,
-            named=named,
+            named=whole,
             outside=outside,
             rows=self.rows,
             together=self.together,
@@ -403,9 +434,11 @@ class Surgeon:
             adds=adds or len(batches) > 1,
             scale=self._scale(next(iter(named.values()))),
             trials=self._trials,
+            kept=None if self._shards is None else self._shards.kept,
         )
+        overflows = self.scaler is not None
         with called_inside(self.model, self._module):
-            self._added.take(passes, batches, overflows=self.scaler is not None)
+            self._added.take(passes, batches, {**named, **outside}, overflows)
 
     def _scale(self, like: Tensor) -> float:
         """What the scaler multiplies losses by; asked in this way, for it is made when it is."""
@@ -429,7 +462,8 @@ class Surgeon:
         try:
             if overflowed:
                 raise NonFiniteError("rows: scaled losses overflow")
-            rows = added.collected(self.rule, columns, self._ranks, summaries)
+            stand_ins = None if self._shards is None else self._shards.stand_ins(named)
+            rows = added.collected(self.rule, columns, self._ranks, summaries, stand_ins)
             with without_autocast(next(iter(named.values()))):  # autocast is for the loss
                 solution, update = solve(self.rule, self.optimizer, rows, self._ranks)
                 self.rule.note_columns(rows.jacobian.names)
@@ -468,7 +502,13 @@ class Surgeon:
 
     def _looked_up(self) -> given.Columns:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""
-        named, outside = given.looked_up(self._module, self.optimizer, self._known)
+        if self._shards is None:
+            named, outside = given.looked_up(self._module, self.optimizer, self._known)
+        else:
+            self._shards.rest()
+            with served(self._module):
+                named, outside = given.looked_up(self._module, self.optimizer, self._known)
+            check_whole(outside)
         if not self._ranks:
             opened(self.model, self.process_group)  # there may be more ranks than there were
         self.rule.check_columns(list(named))

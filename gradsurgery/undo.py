@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradsurgery.buffers import Buffers
 from gradsurgery.capture.hooks import register
 from gradsurgery.optimizers import Note, runs_foreign_code
+from gradsurgery.spread import local
 from gradsurgery.surgery import Rule
 
 
@@ -51,7 +52,7 @@ class Undo:
         else:
             self._counts = _counts(self.optimizer)
         self._known = set(self.optimizer.state)
-        self._versions = [parameter._version for parameter in self.held]
+        self._versions = [local(parameter)._version for parameter in self.held]
 
     @property
     def grads(self) -> list[tuple[Tensor, Tensor | None]]:
@@ -131,7 +132,7 @@ class Undo:
         """Whether torch's own optimizer has changed a parameter."""
         if self._versions is None or self._taken is not None:
             return False
-        return [parameter._version for parameter in self.held] != self._versions
+        return [local(parameter)._version for parameter in self.held] != self._versions
 
     def _put_back(self) -> None:
         with torch.no_grad():
@@ -194,7 +195,7 @@ def _counts(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
     """A state's tensors of one value, as the steps taken, which are counted before all that may
     raise in an optimizer of torch, with copies."""
     found = [
-        value
+        local(value)
         for entries in optimizer.state.values()
         for value in entries.values()
         if isinstance(value, Tensor) and value.numel() == 1

@@ -11,6 +11,7 @@ from gradsurgery.grads import add_to, own, run_hooks
 from gradsurgery.jacobian import DenseJacobian, Jacobian, SummedRows
 from gradsurgery.optimizers import metric
 from gradsurgery.ranks import Group, RanksJacobian
+from gradsurgery.ranks.places import grad_of, whole_of
 from gradsurgery.surgery import Rule, Solution
 
 
@@ -32,6 +33,9 @@ def solve(
         ]
     columns = dict(zip(jacobian.names, jacobian.parameters or (), strict=True))
     known = weighting.precondition and metric(optimizer, columns, rows.reached)
+    if known and ranks:
+        ranks.settled("metric")
+        known = list(map(whole_of, known))
     solution = weighting.solve(jacobian, metric=known or None, **given)
     if ranks:  # unlike processors may round it differently
         ranks.settled("rule")
@@ -62,7 +66,7 @@ def add_update(
         # one that no loss depends on has no gradient, as in an ordinary step: no decay
         if used:
             with torch.no_grad():
-                add_to(parameter, grad.to(parameter.dtype))
+                add_to(parameter, grad_of(grad, parameter))
                 run_hooks(parameter)
 
 

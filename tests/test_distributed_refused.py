@@ -155,6 +155,7 @@ def told(tmp_path_factory):
 
 CALLS = {
     **{f"{kind}, {name}": WRAPPED[kind][1] for kind in WRAPPED for name in ENTRIES},
+    "DDP, tape": "accepted",
     "DDP, Surgeon": "process_group: DistributedDataParallel has its own",
     "unwrapped": "torch.distributed runs 2 ranks: pass process_group=.*WORLD",
     "ranks come later": "torch.distributed runs 2 ranks",

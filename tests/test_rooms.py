@@ -16,9 +16,9 @@ ORDER = (
     "errors",
     "text",
     "ranking",
+    "spread",
     "grads",
     "buffers",
-    "spread",
     "kernels",  # nothing of the operators that call them
     "ops",  # no models
     "batch",

@@ -351,7 +351,7 @@ class FactoredJacobian:
                     out[k].index_add_(0, use.rows.on(device), part.to(device))
         return out
 
-    @property
+    @cached_property
     def bent(self) -> list[str]:
         """Parameters whose rows of sums of losses are not the sums of rows: hooks or Functions are
         not linear.

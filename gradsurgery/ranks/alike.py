@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.ranks.group import Group
+from gradsurgery.ranks.places import place_of
+from gradsurgery.spread import local
 
 # the model's parameters that have rows, and others that the optimizer holds
 Columns = tuple[Mapping[str, nn.Parameter], Mapping[str, nn.Parameter]]
@@ -32,6 +34,8 @@ class Fingerprint(NamedTuple):
     steps: dict[str, dict[str, Any]]  # the optimizer's state, by parameter
     project: str
     observed: dict[str, dict[str, Figures]]  # by the projection
+    piece: int  # of shards, which this rank has
+    shards: dict[str, Figures]
 
 
 def columns_of(columns: Columns) -> int:
@@ -49,16 +53,19 @@ def fingerprint(
     """What must be the same on all ranks; parameters in figures, those that are frozen too."""
     named = {**dict(model.named_parameters()), **columns[1]}
     trained = {**columns[0], **columns[1]}
+    places = [place for place in map(place_of, named.values()) if place is not None]
     return Fingerprint(
         # functions among a rule's options have an address of their own
         re.sub(r" at 0x[0-9a-f]+", "", repr(rule)),
         _listed(columns),
-        {name: _figures(p) for name, p in named.items()},
+        {name: _figures(p) for name, p in named.items() if place_of(p) is None},
         {name: _figures(value) for name, value in getattr(rule, "_state", {}).items()},
         [("class", type(optimizer).__name__), *_options(optimizer)],
         {name: _of_state(optimizer.state.get(p, {})) for name, p in trained.items()},
         type(project).__name__,
         {} if project is None else _of_projection(project.state_dict()),
+        places[0].piece if places else 0,
+        {name: _figures(p) for name, p in named.items() if place_of(p) is not None},
     )
 
 
@@ -78,6 +85,10 @@ def check_alike(every: list[Fingerprint], ranks: Group) -> None:
         if odd is not None:
             raise InputError(f"model: {both} train different parameters, as {odd[0]}")
         name = _differs(first.parameters, other.parameters)
+        if name is None:  # of shards, each replica has the same
+            like = next(k for k, each in enumerate(every) if each.piece == other.piece)
+            name = _differs(every[like].shards, other.shards)
+            both = f"{ranks.name(like)} and {ranks.name(rank)}" if name is not None else both
         if name is not None:
             raise InputError(
                 f"model: parameter {name} differs between {both}: let all begin with the same "
@@ -141,7 +152,7 @@ def _figures(tensor: Tensor) -> Figures:
     """The norm, and a product with a vector that tells what is turned or in another order."""
     square = product = 0.0
     with torch.no_grad():
-        for k, part in enumerate(tensor.detach().flatten().split(CHUNK)):
+        for k, part in enumerate(local(tensor).flatten().split(CHUNK)):
             values = part.double()
             ramp = torch.arange(len(part), dtype=torch.float64, device=part.device) + k * CHUNK
             square += float(values.square().sum())
@@ -169,5 +180,5 @@ def _of_state(entries: Mapping[str, Any]) -> dict[str, Figures]:
     return {
         name: _figures(value) if isinstance(value, Tensor) else (float(value), 0.0)
         for name, value in entries.items()
-        if isinstance(value, (Tensor, int, float))
+        if isinstance(value, (Tensor, int, float)) and place_of(value) is None
     }

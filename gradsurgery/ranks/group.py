@@ -32,10 +32,11 @@ class Group:
 
     Args:
         handle: a process group; None for this process alone, which talks to nobody.
+        alone: whether one rank counts as several, as where it has shards of parameters.
     """
 
-    def __init__(self, handle: Any = None) -> None:
-        self.handle = handle
+    def __init__(self, handle: Any = None, alone: bool = False) -> None:
+        self.handle, self.alone = handle, alone
         self.size = 1 if handle is None else dist.get_world_size(handle)
         self.rank = 0 if handle is None else dist.get_rank(handle)
         # whether what this rank raises is no news: others raise, too, or wait for it no more
@@ -43,7 +44,7 @@ class Group:
 
     def __bool__(self) -> bool:
         """Whether there are several."""
-        return self.size > 1
+        return self.size > 1 or self.alone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
         return self

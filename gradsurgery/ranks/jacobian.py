@@ -16,6 +16,7 @@ from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_shapes, wide
 from gradsurgery.ranks.gramian import Exchange
 from gradsurgery.ranks.group import Group
+from gradsurgery.ranks.places import Place, as_grad, place_of
 from gradsurgery.ranks.update import Buckets
 
 
@@ -32,6 +33,8 @@ class RanksJacobian:
         factors: what each is multiplied by before, [own.m] float64 on the CPU.
         m: rows of all ranks.
         reached: the parameters that the losses of any rank depend on.
+        parameters: whose `.grad` weighted sums are left in, where this rank has shards of them,
+            and `own` has stand-ins.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class RanksJacobian:
         factors: Tensor,
         m: int,
         reached: Sequence[bool],
+        parameters: Sequence[nn.Parameter] | None = None,
     ) -> None:
         self.own = own if isinstance(own, FactoredJacobian) else captured(own)
         self.ranks, self.m, self.reached = ranks, m, list(reached)
-        self.names, self.sizes, self.parameters = own.names, own.sizes, self.own.parameters
+        self.names, self.sizes = own.names, own.sizes
+        self.parameters = list(self.own.parameters if parameters is None else parameters)
         self._ids, self._factors = ids, factors
         self._exchange = Exchange(self.own, ranks, ids, factors, m)
         self._grams: dict[bool, Tensor] = {}
@@ -91,38 +96,43 @@ class RanksJacobian:
             return self._grams[apart].clone()
 
     def combine(self, weights: Tensor) -> list[Tensor]:
-        """w^T J as a list like the parameters, the same on every rank."""
+        """w^T J as a list like the parameters, whole and the same on every rank."""
         with self.ranks.agreed("combine"):
-            out = [torch.zeros_like(p) for p in self.parameters]
+            out = [torch.zeros_like(p) for p in self.own.parameters]
             self._sum(weights, False, lambda k, grad: out[k].copy_(grad))
         return out
 
     def backward(self, weights: Tensor, *, release: bool = False) -> None:
         """Add w^T J to the parameters' `.grad`, the same on every rank.
 
-        It is the sum over ranks, and no mean: weights have all there is to divide by. Hooks run
-        when all gradients are there.
+        It is the sum over ranks, and no mean: weights have all there is to divide by. Of a sharded
+        parameter each gets its shard. Hooks run when all gradients are there.
         """
 
         def take(k: int, grad: Tensor) -> None:
-            parameter = self.parameters[k]
-            add_to(parameter, grad.to(parameter.dtype, copy=True))
+            add_to(self.parameters[k], as_grad(grad, self.parameters[k]))
 
         with self.ranks.agreed("backward"), torch.no_grad():
-            self._sum(weights, release, take)
+            self._sum(weights, release, take, list(map(place_of, self.parameters)))
             for used, parameter in zip(self.reached, self.parameters, strict=True):
                 if used:
                     run_hooks(parameter)
 
-    def _sum(self, weights: Tensor, release: bool, take: Callable[[int, Tensor], Any]) -> None:
-        """Give w^T J of all ranks to `take`, parameter by parameter."""
+    def _sum(
+        self,
+        weights: Tensor,
+        release: bool,
+        take: Callable[[int, Tensor], Any],
+        places: Sequence[Place | None] | None = None,
+    ) -> None:
+        """Give w^T J of all ranks to `take`, by parameter; by `places`, this rank's shard of it."""
         own = self.own
         mine = weights.double()[..., self._ids.to(weights.device)]
         mine = own._weights(mine * self._factors.to(weights.device))
         derived = {own._column[id(p)] for each in own._derived for p in each.parameters}
         there = {k for k, used in enumerate(own.reached) if used}
-        with torch.no_grad(), without_autocast(self.parameters[0]):
-            buckets = Buckets(self.parameters, self.reached, derived, self.ranks)
+        with torch.no_grad(), without_autocast(own.parameters[0]):
+            buckets = Buckets(own.parameters, self.reached, derived, self.ranks, places)
             self.ranks.settled("sums")
             buckets.sums(own._updates(mine, False, release, exact=True), there, take)
         if release:
@@ -132,7 +142,7 @@ class RanksJacobian:
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64."""
         with self.ranks.agreed("products"):
-            part = self.own.products(vectors) * self._factors.to(self.parameters[0].device)
+            part = self.own.products(vectors) * self._factors.to(self.own.parameters[0].device)
             out = part.new_zeros(len(part), self.m)
             out.index_add_(1, self._ids.to(part.device), part)
         return self.ranks.sum_(out)

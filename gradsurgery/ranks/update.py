@@ -1,15 +1,28 @@
 """Weighted sums of rows, added up over ranks: in buckets, each on its way while others are made."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsurgery.ops._inputs import wide
 from gradsurgery.ranks.group import Group
+from gradsurgery.ranks.places import Place
 
 BUCKET = 25 << 20  # bytes, as in data parallelism
+# its name since torch 2.13, and before
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class _Sent(NamedTuple):
+    """A bucket on its way."""
+
+    handle: Any
+    given: Tensor  # in use until it has arrived
+    received: Tensor
+    views: dict[int, Tensor]  # of what is received, by parameter
+    replicas: Any  # who adds it up then
 
 
 class Buckets:
@@ -20,6 +33,7 @@ class Buckets:
         reached: which of them the losses of any rank depend on: the same on all ranks.
         several: which may come in several parts.
         ranks: who adds.
+        places: of each parameter, where its shards go; None for sums that all ranks get whole.
     """
 
     def __init__(
@@ -28,15 +42,17 @@ class Buckets:
         reached: Sequence[bool],
         several: set[int],
         ranks: Group,
+        places: Sequence[Place | None] | None = None,
     ) -> None:
         self.parameters, self.several, self.ranks = parameters, several, ranks
+        self.places = [None] * len(parameters) if places is None else places
         self.buckets: list[list[int]] = []
         room, before = 0, None
         for k, parameter in enumerate(parameters):
             if not reached[k]:
                 continue
-            kind = wide(parameter.detach()[:0] if parameter.dim() else parameter.detach()).dtype
-            size = parameter.numel() * kind.itemsize
+            dtype = wide(parameter.detach().new_empty(0)).dtype
+            kind, size = (dtype, self.places[k]), parameter.numel() * dtype.itemsize
             if not self.buckets or kind != before or room + size > BUCKET:
                 self.buckets.append([])
                 room = 0
@@ -44,7 +60,7 @@ class Buckets:
             room, before = room + size, kind
         self._where = {k: i for i, bucket in enumerate(self.buckets) for k in bucket}
         self._flat: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
-        self._sent: list[tuple[int, Any]] = []
+        self._sent: list[_Sent] = []
 
     def sums(
         self,
@@ -52,7 +68,9 @@ class Buckets:
         mine: set[int],
         take: Callable[[int, Tensor], None],
     ) -> None:
-        """Give each parameter's, of all ranks, to `take`: a view of a bucket that is then dropped.
+        """Give each parameter's, of all ranks, or this rank's piece of it, to `take`.
+
+        It is a view of a bucket that is then dropped.
 
         All buckets are sent whatever this rank's own updates raise, or `take` does, which is raised
         at the end.
@@ -100,23 +118,34 @@ class Buckets:
         return self._flat[i][1]
 
     def _send(self, i: int) -> None:
-        self._bucket(i)
-        flat = self._flat[i][0]
+        views = self._bucket(i)
+        flat, _ = self._flat.pop(i)
+        place = self.places[self.buckets[i][0]]
+        if place is None:
+            with self.ranks.heard():
+                handle = dist.all_reduce(flat, group=self.ranks.handle, async_op=True)
+            self._sent.append(_Sent(handle, flat, flat, views, None))
+            return
+        dealt = place.dealt(list(views.values()))
+        mine = dealt.new_empty(dealt.numel() // place.pieces)
+        pieces = place.taken(mine, [view.shape for view in views.values()])
         with self.ranks.heard():
-            handle = dist.all_reduce(flat, group=self.ranks.handle, async_op=True)
-        self._sent.append((i, handle))
+            handle = _reduce_scatter(mine, dealt, group=place.group, async_op=True)
+        known = dict(zip(views, pieces, strict=True))
+        self._sent.append(_Sent(handle, dealt, mine, known, place.replicas))
 
     def _arrived(
         self, most: int, take: Callable[[int, Tensor], None], failed: list[Exception]
     ) -> None:
         """Take what has been summed; up to `most` buckets stay on their way."""
         while len(self._sent) > most:
-            i, handle = self._sent.pop(0)
+            sent = self._sent.pop(0)
             with self.ranks.heard():
-                handle.wait()
-            sums = self._flat.pop(i)[1]
+                sent.handle.wait()
+                if sent.replicas is not None:
+                    dist.all_reduce(sent.received, group=sent.replicas)
             try:
-                for k, grad in sums.items() if not failed else ():
+                for k, grad in sent.views.items() if not failed else ():
                     take(k, grad)
             except Exception as error:
                 failed.append(error)

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gradsurgery.errors import InputError
 from gradsurgery.ranks.group import Group
+from gradsurgery.ranks.shards import group_of
 
 
 def opened(model: nn.Module, process_group: Any) -> tuple[nn.Module, Group]:
@@ -17,7 +18,8 @@ def opened(model: nn.Module, process_group: Any) -> tuple[nn.Module, Group]:
 
     Args:
         model: a module each rank has a replica of, or one in `DistributedDataParallel`, whose
-            module inside is returned: its reducer has no part in a step.
+            module inside is returned: its reducer has no part in a step; or one that `fully_shard`
+            or `replicate` was called on, whose ranks are those of its mesh.
         process_group: a ProcessGroup or a DeviceMesh of one dimension; False for this rank alone;
             None for that of the wrapper, or alone where torch.distributed runs no other rank.
 
@@ -36,6 +38,15 @@ def opened(model: nn.Module, process_group: Any) -> tuple[nn.Module, Group]:
             )
         _check_ddp(model)
         return model.module, Group(own if dist.get_world_size(own) > 1 else None)
+    if process_group is not False:
+        own = group_of(model)
+        if own is not None:
+            if process_group is not None and _handle(process_group) is not own:
+                raise InputError(
+                    "process_group: fully_shard and replicate have their own, that of their mesh; "
+                    "leave it out"
+                )
+            return model, Group(own, alone=True)
     if process_group is None:
         if several:
             raise InputError(
