@@ -1,6 +1,6 @@
 """What several processes or devices hold together is refused, by name: no rows are summed there."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -58,7 +58,7 @@ def check_one_rank(model: nn.Module) -> None:
     check_whole(dict(model.named_parameters()), fine)
 
 
-def check_whole(parameters: dict[str, nn.Parameter], fine: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def check_whole(parameters: dict[str, nn.Parameter], fine: Collection[str] = ()) -> None:
     """Raise where a parameter is spread, but by one of the kinds that are `fine`."""
     for name, parameter in parameters.items():
         kind = _kind_of_parameter(parameter)

@@ -96,8 +96,8 @@ class Undo:
         for parameter, old in self.grads:
             new = parameter.grad
             if old is not None and new is not None and old.layout == new.layout == torch.strided:
-                olds.append(old)
-                news.append(new)
+                olds.append(local(old))
+                news.append(local(new))
                 new = old
             self._kept.append(new)
         with torch.no_grad():

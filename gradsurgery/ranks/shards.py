@@ -181,10 +181,12 @@ def _without_hooks(module: Any) -> Iterator[None]:
 
     # as while a checkpoint recomputes within a backward pass: parameters are there, hooks too
     state = module._get_fsdp_state()
+    casts = hasattr(state, "_cast_forward_inputs") and hasattr(state, "_cast_output_dtype")
+    policy = state._mp_policy
     check(
-        hasattr(state, "_cast_output_dtype") or state._mp_policy.output_dtype is None,
-        f"model: fully_shard(mp_policy=...) with an output_dtype is not served in torch "
-        f"{torch.__version__}: update torch, or cast in the loss",
+        casts or (policy.param_dtype is None and policy.output_dtype is None),
+        "model: in this torch, fully_shard(mp_policy=...) does not cast in all passes: update it, "
+        "or use torch.autocast in the loss",
     )
     before = state._training_state
     state._training_state = TrainingState.PRE_BACKWARD

@@ -107,7 +107,7 @@ def whole(model):
 
 
 def _whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
 def assert_alike(every, expected, gramian=1e-12, parameters=1e-10):

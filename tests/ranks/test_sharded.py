@@ -29,13 +29,13 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Tied tokens, learned tokens that layers multiply, a convolution, blocks."""
+    """Tied tokens, learned ones that a layer multiplies as they are, a convolution, blocks."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
         torch.manual_seed(0)
         self.tokens = nn.Embedding(30, 12)
-        self.learned = nn.Parameter(torch.randn(2, 12))
+        self.learned, self.first = nn.Parameter(torch.randn(12)), nn.Linear(12, 12)
         self.mix = nn.Conv1d(12, 12, 3, padding=1)
         self.blocks = nn.ModuleList([Block(), Block()])
         self.to(dtype)
@@ -43,10 +43,10 @@ class Network(nn.Module):
     def forward(self, x):
         hidden = self.tokens(x)
         hidden = hidden + self.mix(hidden.mT).mT
-        hidden = torch.cat([self.learned.expand(len(x), -1, -1), hidden], 1)
+        hidden = hidden + self.first(self.learned.expand(len(x), -1))[:, None]
         for block in self.blocks:
             hidden = block(hidden)
-        return hidden[:, 2:] @ self.tokens.weight.T
+        return hidden @ self.tokens.weight.T
 
 
 class Frozen(Network):
@@ -71,7 +71,7 @@ def _root(model):
     return fully_shard(model)
 
 
-def _blocks(model, **options):
+def sharded_blocks(model, **options):
     for block in model.blocks:
         fully_shard(block, **options)
     return fully_shard(model, **options)
@@ -80,7 +80,7 @@ def _blocks(model, **options):
 def _recomputed(model):
     for block in model.blocks:
         block.recomputes = True
-    return _blocks(model)
+    return sharded_blocks(model)
 
 
 def _recomputed_outside(model):
@@ -96,16 +96,10 @@ def _a_part(model):
     return model
 
 
-def _composed(model):
+def composed(model, **options):
     from torch.distributed._composable.replicate import replicate
 
-    return replicate(model)
-
-
-def _composed_with_unused(model):
-    from torch.distributed._composable.replicate import replicate
-
-    return replicate(model, find_unused_parameters=True)
+    return replicate(model, **options)
 
 
 def _replicated(model):
@@ -116,24 +110,29 @@ def _replicated(model):
     return replicate(model)
 
 
+def _offloaded(model):
+    return sharded_blocks(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
 def _hybrid(model):
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
-    return _blocks(model, mesh=mesh)
+    return sharded_blocks(model, mesh=mesh)
 
 
 WRAPPED = {
     "root": _root,
-    "blocks": _blocks,
-    "kept": lambda model: _blocks(model, reshard_after_forward=False),
-    "resharded": lambda model: _blocks(model, reshard_after_forward=True),
+    "blocks": sharded_blocks,
+    "kept": lambda model: sharded_blocks(model, reshard_after_forward=False),
+    "resharded": lambda model: sharded_blocks(model, reshard_after_forward=True),
     "checkpoints": _recomputed,
     "checkpoints outside": _recomputed_outside,
     "a part": _a_part,
-    "offloaded": lambda model: _blocks(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
-    "replicate": _composed,
-    "replicate, unused parameters": _composed_with_unused,
+    "offloaded": _offloaded,
+    "replicate": composed,
+    "replicate, unused parameters": lambda m: composed(m, find_unused_parameters=True),
+    "replicate, static graph": lambda m: composed(m, static_graph=True),
     "replicate by FSDP": _replicated,
     "hybrid": _hybrid,
 }
