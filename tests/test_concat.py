@@ -31,6 +31,34 @@ def test_concat_stacks_rows_in_order():
     assert torch.equal(both.losses, torch.cat([first.losses, second.losses]))
 
 
+def test_a_parameter_that_passes_see_as_other_matrices():
+    cube = torch.nn.Parameter(torch.randn(2, 3, 4).double())
+    model = torch.nn.ParameterList([cube])
+    x, y = torch.randn(3, 6).double(), torch.randn(4, 2).double()
+    losses = [
+        lambda: (x @ cube.view(6, 4)).square().sum(1),
+        lambda: (y @ cube.view(2, 12)).square().sum(1),
+    ]
+    parts = []
+    for one in losses:
+        with gs.tape(model) as tape:
+            parts.append(tape.jacobian(one()))
+    rows = [
+        torch.autograd.grad(each, cube, retain_graph=True)[0]
+        for one in losses
+        for each in one().unbind()
+    ]
+    expected = gs.DenseJacobian([torch.stack(rows)])
+    weights = torch.arange(7.0).double()
+    for several in (parts, parts[::-1]):
+        both = gs.concat(several)
+        order = [*range(7)] if several is parts else [3, 4, 5, 6, 0, 1, 2]
+        gram = expected.gramian()[order][:, order]
+        torch.testing.assert_close(both.gramian(), gram, rtol=1e-12, atol=0)
+        update, wanted = both.combine(weights[order])[0], expected.combine(weights)[0]
+        torch.testing.assert_close(update, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "other,message",
     [

@@ -15,6 +15,7 @@ from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.ranges import WEIGHTS, unit, within
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import hooks_are_linear
+from gradsurgery.capture.seen_as import seen_alike
 from gradsurgery.capture.stack import plane_for
 from gradsurgery.capture.uses import HALVES, Renumbered, RowsUse, Use, largest_group
 from gradsurgery.capture.weighted import Graph
@@ -100,6 +101,7 @@ class FactoredJacobian:
                 into.extend(moved(use) for use in mine)
             derived.extend(part.with_uses(moved) for part in jacobian._derived)
             start += jacobian.m
+        uses = [seen_alike(mine) for mine in uses]
         losses = torch.cat([jacobian.losses for jacobian in jacobians])
         fallbacks = dict.fromkeys(each for j in jacobians for each in j.fallbacks)
         return cls(

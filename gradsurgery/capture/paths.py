@@ -3,6 +3,7 @@
 None forms rows that do not exist, but for slices of them.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -57,7 +58,7 @@ def direct(
     if height == 0 or width == 0 or count == 0:
         return torch.zeros(m, m, dtype=torch.float64, device=like.device)
     # as many lines at a time as fit the buffer for all rows, cut where each use can be cut
-    grain = max([use.grain for use in uses], default=1)
+    grain = math.lcm(*(use.grain for use in uses))
     step = max(1, chunk(like.device) // max(1, count * width * grain)) * grain
     buffer = like.new_empty(count * min(step, height) * width)
     for lo in range(0, height, step):

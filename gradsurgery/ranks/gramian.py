@@ -1,5 +1,6 @@
 """The Gramian of the rows of all ranks: each multiplies its part of the columns, then one sum."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ class Exchange:
         return Entry(
             tuple(form_of(use, self._rows(use), self.scaled(use) is not None) for use in uses),
             made[0].plane if made else None,
-            max((use.grain for use in uses), default=1),
+            math.lcm(*(use.grain for use in uses)),
             wide,
             self.own.m,
         )

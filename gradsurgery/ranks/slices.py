@@ -10,6 +10,7 @@ from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.paths import to_rows
 from gradsurgery.capture.ranges import SQUARES, in_range, within
 from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.seen_as import seen_as
 from gradsurgery.capture.uses import RowsUse, Use
 from gradsurgery.ops.gramian import gramian_unchecked
 from gradsurgery.ranks.kept import formed
@@ -102,13 +103,14 @@ class Rows:
         self.uses, self.ways, self.count = uses, ways, count
         self.factors, self.metric, self.like = factors, metric, like
         self.lost = False  # whether float32 lost some of them
+        self._turned: dict[int, Use] = {}  # uses that others see as another matrix, by their id
         self._fine: dict[int, bool] = {}  # by parameter: whether its tokens are in float32's range
 
     def formed(self, piece: Piece, dtype: torch.dtype) -> Tensor:
         """[count, values]; zeros for rows that do not depend on the parameter."""
         k, lo, hi, width = piece
         out = self.like.new_empty(self.count, hi - lo, width, dtype=dtype)
-        uses = [_seen(use, self._plane(k)) for use in self.uses[k] if use.n]
+        uses = [self._seen(use, self._plane(k)) for use in self.uses[k] if use.n]
         for i, use in enumerate(uses):
             use = use.double() if dtype == torch.float64 else use.wide()
             (use.add_rows if i else use.write_rows)(out, use.rows, lo, hi)
@@ -139,12 +141,15 @@ class Rows:
             self._fine[k] = all(map(in_range, made))
         self.lost = not self._fine[k]
 
-
-def _seen(use: Use, plane: tuple[int, int]) -> Use:
-    use = formed(use)
-    if isinstance(use, RowsUse):
-        return use if use.plane == plane else use.viewed(plane)
-    return use.best() if isinstance(use, ConvolutionUse) else use
+    def _seen(self, use: Use, plane: tuple[int, int]) -> Use:
+        use = formed(use)
+        if use.plane == plane:
+            return use.best() if isinstance(use, ConvolutionUse) else use
+        if isinstance(use, RowsUse):
+            return use.viewed(plane)
+        if id(use) not in self._turned:  # for all pieces of it
+            self._turned[id(use)] = seen_as(use, plane)
+        return self._turned[id(use)]
 
 
 def cut(ways: Sequence[Way | None], counts: Sequence[int]) -> list[Slices]:

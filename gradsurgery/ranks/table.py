@@ -80,11 +80,14 @@ def way(entries: Sequence[Entry], shape: Sequence[int], device: str, formed: boo
         plane = (shape[0], math.prod(shape[1:])) if len(shape) else (1, 1)
     double = any(entry.double for entry in entries)
     dtype = torch.float64 if double else torch.float32
-    grain = max(entry.grain for entry in entries)
+    grain = math.lcm(*(entry.grain for entry in entries))
     forms = [form for entry in entries for form in entry.forms]
     kinds = {form.kind for form in forms}
     tiles = None
-    if grain == 1 and not formed and kinds & {"matrix", "embedding"} and "other" not in kinds:
+    # ranks may have seen it as different matrices, which only rows that are formed have in common
+    alike = len({e.plane for e in entries if e.plane is not None}) < 2
+    served = bool(kinds & {"matrix", "embedding"}) and "other" not in kinds
+    if alike and grain == 1 and not formed and served:
         tiles = _tiles(entries, forms, plane, device)
     return Way(plane, tiles, grain, dtype)
 

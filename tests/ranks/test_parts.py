@@ -157,6 +157,33 @@ class Turned(Rows):
         return out
 
 
+class Viewed(nn.Module):
+    """Matrices that samples see in one of two ways: as other matrices, and as a table of lines."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cube = nn.Parameter(torch.randn(2, 3, 4, dtype=torch.float64))
+        self.table = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+
+    def forward(self, x):
+        (a,), (b,) = (flag.nonzero(as_tuple=True) for flag in (x[:, 0] > 0, x[:, 0] <= 0))
+        out = x.new_zeros(len(x), 4)
+        if len(a):
+            made = x[a] @ self.cube.view(6, 4) + self.table[(x[a][:, 1] > 0).long()]
+            out = out.index_add(0, a, made)
+        if len(b):
+            wide = (x[b][:, :2] @ self.cube.view(2, 12)).view(-1, 3, 4)
+            out = out.index_add(0, b, wide.tanh().sum(1) + (x[b][:, :5] @ self.table).tanh())
+        return out
+
+
+def ordered(size, seed):
+    batch = digits(size, seed)
+    order = batch["x"][:, 0].argsort(descending=True)
+    return {name: value[order] for name, value in batch.items()}
+
+
 def normed():
     model = Rows()
     nn.utils.parametrizations.weight_norm(model.layers[0])
@@ -381,6 +408,14 @@ CASES = {
     "turned": Case(**{**DIGITS, "network": Turned}),
     "turned, tiles": Case(speed=TILES, **{**DIGITS, "network": Turned}),
     "turned, rows": Case(speed=ROWS, rule=gs.PCGrad, sizes=BATCH, **{**DIGITS, "network": Turned}),
+    **{
+        f"viewed, {rule.__name__}, {way}": Case(
+            rule=rule, sizes=sizes, speed=speed, how=how,
+            **{**DIGITS, "network": Viewed, "data": ordered},
+        )
+        for way, speed, how in (("tiles", TILES, None), ("rows", ROWS, adds))
+        for rule, sizes in ((gs.OrthoGrad, Case().sizes), (gs.PCGrad, BATCH))
+    },
     "weight norm": Case(**{**DIGITS, "network": normed}),
     "weight norm, none": Case(sizes=NONE, **{**DIGITS, "network": normed}),
     "weight norm, refined": Case(
@@ -481,6 +516,11 @@ def _every(rank):
     found = {}
     for name in CASES:
         found[name] = _found(name, rank)
+    for name, (call, _) in REFUSED.items():
+        with pytest.raises(gs.InputError) as caught:
+            call()
+        found[name] = str(caught.value)
+    found["own buffers"] = _buffers_of_its_own(rank)
     return found
 
 
@@ -489,6 +529,109 @@ def _found(name, rank):
         return _stepped(name, rank)
     except Exception as error:  # all ranks raise, and go on together
         return f"{type(error).__name__}: {error}"
+
+
+# what is not served on several ranks, and what the error says
+
+
+def _surgeon(model, **options):
+    held = [p for p in model.parameters() if p.requires_grad]
+    return gs.Surgeon(model, torch.optim.SGD(held, lr=0.1), gs.Mean(), **options)
+
+
+def _calls_the_wrapper():
+    model = nn.parallel.DistributedDataParallel(Rows())
+    lost = lambda _, batch: classified(model, batch)  # noqa: E731
+    _surgeon(model).step(batch=digits(2, 0), loss=lost)
+
+
+def _sync_batch_norm():
+    model = nn.Sequential(nn.Linear(6, 4), nn.SyncBatchNorm(4)).double()
+    _surgeon(model, process_group=dist.group.WORLD).step(batch=digits(2, 0), loss=classified)
+
+
+def _observes_without_a_group():
+    gs.OWM(Rows()).observe(digits(2, 0), _of_outputs)
+
+
+def _observes_nothing():
+    gs.OWM(Rows()).observe(None, _of_outputs, process_group=dist.group.WORLD)
+
+
+def _observes_other_parameters():
+    model = Rows()
+    if dist.get_rank() == 1:
+        model.layers[0].weight.requires_grad_(False)
+    gs.OWM(model).observe(digits(2, 0), _of_outputs, process_group=dist.group.WORLD)
+
+
+def _is_flat_on_one():
+    batch = digits(2, 0)
+    lost = lambda model, b: _of_outputs(model, b) * (dist.get_rank() == 0)  # noqa: E731
+    gs.OWM(Rows()).observe(batch, lost, process_group=dist.group.WORLD)
+
+
+REFUSED = {
+    "loss calls the wrapper": (_calls_the_wrapper, "loss calls the DistributedDataParallel"),
+    "SyncBatchNorm": (_sync_batch_norm, "model: 1 is a SyncBatchNorm in training mode"),
+    "observe without a group": (_observes_without_a_group, "runs 2 ranks: pass process_group"),
+    "observe nothing": (_observes_nothing, "batch must be given on one rank at least"),
+    "observe others": (_observes_other_parameters, "train different parameters, as layers.0.weig"),
+    "observe flat losses": (_is_flat_on_one, "loss is flat on the data observed"),
+}
+
+
+def _buffers_of_its_own(rank):
+    """Those of DDP that leaves them alone, and those of a plain replica."""
+    found = []
+    for options in ({"broadcast_buffers": False}, None):
+        model = Counting()
+        group = dist.group.WORLD if options is None else None
+        wrapped = (
+            model if options is None else nn.parallel.DistributedDataParallel(model, **options)
+        )
+        surgeon = _surgeon(wrapped, process_group=group)
+        surgeon.step(batch=digits(2, rank), loss=classified)
+        found.append(torch.equal(model.last, digits(2, rank)["x"][0, :2]))
+    return found
+
+
+def _in_a_group_of_two(rank):
+    """The last two of three ranks step together, the first alone; a mesh is a group, too."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    group = dist.new_group([1, 2])
+    mesh = init_device_mesh("cpu", (3,))
+    alone, together, all_three = Rows(), Rows(), Rows()
+    _surgeon(alone, process_group=False).step(batch=digits(2, rank), loss=classified)
+    if rank:
+        surgeon = _surgeon(together, process_group=group)
+        surgeon.step(batch=share(digits(5, 9), (0, 3, 2), rank), loss=classified)
+        try:
+            bad = digits(2, 0) if rank == 1 else "text"
+            surgeon.step(batch=bad, loss=classified)
+        except gs.InputError as error:
+            said = str(error)
+    _surgeon(all_three, process_group=mesh).step(
+        batch=share(digits(5, 9), (1, 2, 2), rank), loss=classified
+    )
+    return whole(alone), whole(together), whole(all_three), said if rank else None
+
+
+def test_groups_of_some_ranks(tmp_path):
+    found = run(_in_a_group_of_two, 3, tmp_path)
+    expected, first = Rows(), Rows()
+    _surgeon(expected).step(batch=digits(5, 9), loss=classified)
+    _surgeon(first).step(batch=digits(2, 0), loss=classified)
+    for rank, (alone, together, all_three, said) in enumerate(found):
+        for name, value in whole(expected).items():
+            for each in (all_three, together) if rank else (all_three,):
+                torch.testing.assert_close(each[name], value, rtol=0, atol=1e-12)
+        if rank == 0:
+            assert all(torch.equal(alone[name], value) for name, value in whole(first).items())
+        else:
+            assert ("rank 2: " in said) == (rank == 1)
+            assert "batch must hold tensors" in said
 
 
 @pytest.fixture(scope="module")
@@ -534,3 +677,13 @@ def test_buffers_of_ddp_are_those_of_its_first_rank(every):
     assert first["calls"] > 0
     for name, value in first.items():
         assert torch.equal(value, second[name])
+
+
+def test_buffers_that_nobody_keeps_alike(every):
+    assert [each["own buffers"] for each in every] == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_served(every, name):
+    for each in every:
+        assert REFUSED[name][1] in each[name]
