@@ -14,12 +14,7 @@ from gradsurgery.unlearn.jobs.directory import FACTS, RunDirectory, new_director
 from gradsurgery.unlearn.jobs.environment import environment
 from gradsurgery.unlearn.jobs.pipeline import Run
 from gradsurgery.unlearn.jobs.progress import Silent, make_progress
-from gradsurgery.unlearn.jobs.ranks import (
-    check_shared,
-    launched,
-    of_first,
-    shared_directory,
-)
+from gradsurgery.unlearn.jobs.ranks import check_together, launched, of_first, shared_directory
 from gradsurgery.unlearn.jobs.tune import check, tune
 from gradsurgery.unlearn.jobs.yaml import read_yaml
 from gradsurgery.unlearn.report.finish import finish
@@ -91,17 +86,19 @@ def run_job(job: Job[Any, Any], invocation: Invocation) -> None:
 def _run_together(job: Job[Any, Any], invocation: Invocation, ranks: Group) -> None:
     config = invocation.job = job.resolved(invocation.job)
     with ranks.agreed("options"):
-        check_shared(config, ranks)
+        check_together(config, ranks)
         job.check(config)
         check(config)
     progress = make_progress() if ranks.rank == 0 else Silent()
     path = of_first(ranks, "--out", lambda: choose_directory(job, invocation))
-    again = f"gradsurgery unlearn {job.name} --config {path}/config.yaml --out {path} --resume auto"
+    command = f"torchrun --nproc_per_node {ranks.size} -m gradsurgery" if ranks else "gradsurgery"
+    again = f"{command} unlearn {job.name} --config {path}/config.yaml --out {path} --resume auto"
     try:
         with shared_directory(path, ranks) as (own, directory):
             progress.say(f"run directory {path}")
             facts = job.facts(config)
-            of_first(ranks, "options", lambda: open_directory(own, config, facts))
+            size = ranks.size
+            of_first(ranks, "options", lambda: open_directory(own, config, facts, size))
             run = Run(job, config, directory, progress, ranks)
             if config.tune:
                 run = replace(run, config=tune(run))
@@ -166,7 +163,10 @@ def stored_options(directory: RunDirectory, config: JobConfig) -> dict[str, Any]
 
 
 def open_directory(
-    directory: RunDirectory, config: JobConfig, facts: dict[str, str | int] | None = None
+    directory: RunDirectory,
+    config: JobConfig,
+    facts: dict[str, str | int] | None = None,
+    ranks: int = 1,
 ) -> None:
     """Write the options, and what data and model are, into a new run directory; in an old one,
     insist that they are the same."""
@@ -193,4 +193,4 @@ def open_directory(
                 f"--resume: {show(directory.path)} was started with other options: "
                 f"{'; '.join(changed)}"
             )
-    directory.write_json("env.json", environment(config.threads))
+    directory.write_json("env.json", environment(config.threads, ranks))

@@ -184,7 +184,7 @@ def work(rank, folder):
 def every(tmp_path_factory):
     """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    return run(work, RANKS, folder, folder)
+    return run(work, RANKS, folder, folder, seconds=200)
 
 
 def alike(every, key, other):

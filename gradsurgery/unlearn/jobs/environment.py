@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, ranks: int = 1) -> dict[str, Any]:
     """What a run depended on besides its options."""
     packages = ("gradsurgery", "torch", "numpy", "scikit-learn", "matplotlib", "safetensors")
     return {
@@ -20,6 +20,7 @@ def environment(threads: int) -> dict[str, Any]:
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "threads": threads,
+        "ranks": ranks,  # processes that made it together
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "packages": {package: _version(package) for package in packages},
     }

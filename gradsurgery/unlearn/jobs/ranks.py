@@ -45,7 +45,7 @@ def launched() -> Iterator[Group]:
             dist.destroy_process_group()
 
 
-def check_shared(config: JobConfig, ranks: Group) -> None:
+def check_together(config: JobConfig, ranks: Group) -> None:
     """Raise `InputError` naming what several processes do not share."""
     if not ranks:
         return
@@ -73,7 +73,8 @@ def of_first(ranks: Group, where: str, call: Callable[[], T]) -> T:
         if ranks.rank == 0:
             found[0] = call()
     if ranks:
-        dist.broadcast_object_list(found, group=ranks.handle, group_src=0)
+        with ranks.heard():
+            dist.broadcast_object_list(found, group=ranks.handle, group_src=0)
     return found[0]
 
 
@@ -111,8 +112,7 @@ class SharedDirectory:
         of_first(self.ranks, "load_model", lambda: self.own.load_model(model, stage))
         with torch.no_grad():
             for tensor in model.state_dict().values():
-                whole = tensor.contiguous()
-                dist.broadcast(whole, group=self.ranks.handle, group_src=0)
+                whole = self.ranks.first_(tensor.contiguous())
                 if whole is not tensor:
                     tensor.copy_(whole)
 
