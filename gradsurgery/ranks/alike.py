@@ -151,6 +151,8 @@ def _differs(first: Mapping[str, Figures], other: Mapping[str, Figures]) -> str 
 def _figures(tensor: Tensor) -> Figures:
     """The norm, and a product with a vector that tells what is turned or in another order."""
     square = product = 0.0
+    if tensor.is_meta:  # offloaded until it is used
+        return NONE
     with torch.no_grad():
         for k, part in enumerate(local(tensor).flatten().split(CHUNK)):
             values = part.double()

@@ -111,14 +111,18 @@ class Group:
         try:
             yield said
         except Exception as error:
-            if not self._told:
-                self._told = True
-                # where the others cannot be told any more, this error is still the one to show
-                with suppress(RuntimeError):
-                    self.gather((where, _told(error), None))
+            self.tell(where, error)
             raise
         if wait:
             said.every = self.settled(where, None, said.mine)
+
+    def tell(self, where: str, error: Exception) -> None:
+        """What is about to be raised here, to the others, where they meet next; if it is news."""
+        if not self._told:
+            self._told = True
+            # where the others cannot be told any more, this error is still the one to show
+            with suppress(RuntimeError):
+                self.gather((where, _told(error), None))
 
     def settled(self, where: str, error: Exception | None = None, mine: Any = None) -> list[Any]:
         """Meet: what each rank says, if none has an error; else this rank's own, or the first's."""

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from gradsurgery import capture
 from gradsurgery.capture import Tape
+from gradsurgery.ops._inputs import check
+from gradsurgery.ranks.alike import columns_of
 from gradsurgery.ranks.group import Group
 from gradsurgery.ranks.jacobian import RanksJacobian
 from gradsurgery.ranks.wrappers import opened
@@ -19,6 +21,7 @@ class RanksTape:
 
     def __init__(self, own: Tape, ranks: Group) -> None:
         self.own, self.ranks = own, ranks
+        self.met = False  # whether the others know of this pass, or raise as this rank does
 
     def jacobian(self, losses: Tensor, groups: Tensor | None = None) -> RanksJacobian:
         """The gradients of the losses of all ranks, those of lower ranks first.
@@ -32,11 +35,15 @@ class RanksTape:
         Raises:
             InputError, NonFiniteError: as for one rank; the message of another's has its number.
         """
+        self.met = True
         with self.ranks.agreed("tape.jacobian") as said:
             own = self.own.jacobian(losses, groups)
-            said.mine = own.m, own.reached
-        rows = [m for m, _ in said.every]
-        reached = [any(each) for each in zip(*(used for _, used in said.every), strict=True)]
+            columns = dict(zip(own.names, own.parameters, strict=True))
+            said.mine = own.m, own.reached, columns_of((columns, {}))
+        numbers = {number for *_, number in said.every}
+        check(len(numbers) == 1, "model: ranks record other parameters: freeze the same on all")
+        rows = [m for m, *_ in said.every]
+        reached = [any(each) for each in zip(*(used for _, used, _ in said.every), strict=True)]
         start = sum(rows[: self.ranks.rank])
         ids = torch.arange(start, start + own.m, device="cpu")
         ones = torch.ones(own.m, dtype=torch.float64, device="cpu")
@@ -77,7 +84,16 @@ def tape(
     group = False if process_group is None and not _has_group(model) else process_group
     module, ranks = opened(model, group)
     with capture.tape(module, parameters=parameters, coupled=coupled, outside=outside) as recorder:
-        yield RanksTape(recorder, ranks) if ranks else recorder
+        if not ranks:
+            yield recorder
+            return
+        made = RanksTape(recorder, ranks)
+        try:
+            yield made
+        except Exception as error:
+            if not made.met:  # the others wait for this rank's losses
+                ranks.tell("tape", error)
+            raise
 
 
 def _has_group(model: nn.Module) -> bool:

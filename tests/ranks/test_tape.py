@@ -41,6 +41,7 @@ def _work(rank):
             "both": both.gramian(),
             "solved": gs.PCGrad().solve(both).weights,
         }
+    found["in the body"], found["frozen"] = _failed(rank)
     alone = _rows(rank, Network(), data(2, rank))
     found["alone"] = {"gramian": alone.gramian()}
     try:
@@ -50,6 +51,25 @@ def _work(rank):
     except gs.NonFiniteError as error:
         found["said"] = str(error)
     return found
+
+
+def _failed(rank):
+    """What is said where one rank's loss raises, and where it has frozen another parameter."""
+    said, model = [], Network()
+    try:
+        with gs.tape(model, process_group=dist.group.WORLD) as tape:
+            if rank == 1:
+                raise KeyError("mine")
+            tape.jacobian(loss(model, data(1, 0)))
+    except (KeyError, gs.RankError) as error:
+        said.append(f"{type(error).__name__}: {error}")
+    if rank == 1:
+        model.scale.requires_grad_(False)
+    try:
+        _rows(rank, model, data(1, 0), process_group=dist.group.WORLD)
+    except gs.InputError as error:
+        said.append(str(error))
+    return said
 
 
 def test_rows_of_all_ranks(tmp_path):
@@ -77,3 +97,6 @@ def test_rows_of_all_ranks(tmp_path):
         alone = _rows(0, Network(), data(2, rank)).gramian()
         torch.testing.assert_close(found["alone"]["gramian"], alone)
         assert found["said"].startswith("" if rank == 2 else "rank 2: losses: row 0 is not finite")
+        told = "KeyError: 'mine'" if rank == 1 else "RankError: rank 1: KeyError: 'mine'"
+        assert found["in the body"] == told
+        assert found["frozen"] == "model: ranks record other parameters: freeze the same on all"
