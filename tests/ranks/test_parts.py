@@ -64,6 +64,16 @@ class Rows(nn.Module):
         return self.layers(x.to(self.layers[0].weight.dtype))
 
 
+class OneMatrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x):
+        return self.layer(x.float())
+
+
 class Odd(Rows):
     """Parameters without values, of one value, and one that only some samples use."""
 
@@ -235,6 +245,13 @@ def widely_scaled(size, seed):
 
 def small(size, seed):
     return {**digits(size, seed), "factor": torch.full((size,), 1e-30, dtype=torch.float64)}
+
+
+def faint(size, seed):
+    """Inputs and gradients that float32 holds, and products that it does not."""
+    batch = digits(size, seed)
+    factor = torch.full((size,), 1e-20, dtype=torch.float64)
+    return {**batch, "x": batch["x"] * 1e-20, "factor": factor}
 
 
 def some_zero(size, seed):
@@ -462,6 +479,13 @@ CASES = {
             ("scales of all sizes", gs.Mean, BATCH, widely_scaled, 1e-31),
             ("small rows", gs.OrthoGrad, {"forget": (2, 3), "retain": (3, 2)}, small, 1e28),
         )
+    },
+    **{
+        f"faint products, {way}": Case(
+            rule=gs.PCGrad, sizes=BATCH, network=OneMatrix, loss=factored, data=faint, speed=way,
+            **WIDE,
+        )
+        for way in (TILES, ROWS)
     },
     "zero rows": Case(network=Rows, loss=factored, data=some_zero),
     "repeated rows": Case(**{**DIGITS, "data": repeated}),
