@@ -68,7 +68,8 @@ class Surgeon:
     percent.
 
     Args:
-        model: in the mode (train or eval) its losses are wanted in, held by one process.
+        model: in the mode (train or eval) its losses are wanted in. One in `fully_shard` is
+            gathered whole for the passes of each step.
         optimizer: its parameters are the ones edited; one wrapped by accelerate is looked through.
         rule: what makes one update of the rows.
         rows: "captured", from one recorded forward and backward pass, never stored; "stored", one
@@ -94,8 +95,9 @@ class Surgeon:
         process_group: whose samples a step is of, where torch.distributed runs several ranks: a
             ProcessGroup or a DeviceMesh of one dimension, which all have replicas of the model;
             False for this rank alone, whose replica may part from the others; None for the group of
-            `DistributedDataParallel`. Rows, the Gramian and the update are then those of all ranks,
-            and all must call `step`, or `backward`, equally often. A rank may have no samples.
+            `DistributedDataParallel`, or that of the mesh of `fully_shard` or `replicate`. Rows,
+            the Gramian and the update are then those of all ranks, and all must call `step`, or
+            `backward`, equally often; of a sharded model `add`, too. A rank may have no samples.
 
     Raises:
         InputError: an option, by name; an optimizer that needs sparse gradients; a model or an
@@ -183,7 +185,8 @@ class Surgeon:
         samples added, or over their tokens where the loss returns `gs.WeightedLosses`. The losses
         of a sample must not depend on the others of its micro-batch, nor on how many there are.
 
-        Arguments and errors are those of `step`. What raises leaves the rows added before.
+        Arguments and errors are those of `step`. What raises leaves the rows added before. A rank
+        of a sharded model gives no batch where it has none and others do.
         """
         with self._ranks.agreed("add", wait=False):
             batches = given.batches(
@@ -402,7 +405,7 @@ class Surgeon:
                 self._pass(batches, cast(AnyLoss, loss), columns, named, adds)
             return bool(batches)
         # parameters are gathered by all ranks together, and for those that have samples
-        if not any(self._ranks.settled(f"{where}'s passes", mine=bool(batches))):
+        if not any(self._ranks.settled(where, mine=bool(batches))):
             return False
         with self._shards.gathered(named) as whole:
             if batches:

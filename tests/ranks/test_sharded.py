@@ -121,6 +121,13 @@ def _hybrid(model):
     return sharded_blocks(model, mesh=mesh)
 
 
+def _in_pairs(model):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("apart", "replicas", "shards"))
+    return sharded_blocks(model, mesh=mesh["replicas", "shards"])
+
+
 WRAPPED = {
     "root": _root,
     "blocks": sharded_blocks,
@@ -135,6 +142,7 @@ WRAPPED = {
     "replicate, static graph": lambda m: composed(m, static_graph=True),
     "replicate by FSDP": _replicated,
     "hybrid": _hybrid,
+    "in pairs": _in_pairs,
 }
 NETWORKS = {"plain": Network, "frozen": Frozen, "normalized": Normalized}
 
@@ -142,12 +150,13 @@ NETWORKS = {"plain": Network, "frozen": Frozen, "normalized": Normalized}
 def _cases(ranks):
     """(wrapped, network, rule, samples, steps)"""
     if ranks == 4:
-        return [("hybrid", "plain", rule, 0, 3) for rule in ("OrthoGrad", "GRU", "PCGrad")]
+        found = [("hybrid", "plain", rule, 0, 3) for rule in ("OrthoGrad", "GRU", "PCGrad")]
+        return [*found, ("in pairs", "plain", "OrthoGrad", 0, 2)]
     # of these, a rank without samples of one batch, or of all
     two = [("OrthoGrad", 0), ("UPGrad", 1)]
     found = [("root", "plain", rule, 0, 5) for rule in RULES]
     found += [("blocks", "plain", *each, 3) for each in two]
-    others = [wrap for wrap in WRAPPED if wrap not in ("root", "blocks", "hybrid")]
+    others = [wrap for wrap in WRAPPED if wrap not in ("root", "blocks", "hybrid", "in pairs")]
     found += [(wrap, "plain", *each, 2) for wrap in others for each in two]
     return found + [("blocks", name, *each, 2) for name in ("frozen", "normalized") for each in two]
 
@@ -157,6 +166,8 @@ def _work(rank, ranks):
 
 
 def _trained(wrap, network, rule, samples, steps, ranks, rank=None):
+    if wrap == "in pairs":  # which know nothing of each other
+        ranks, rank = 2, None if rank is None else rank % 2
     found, seen = trained(
         RULES[rule](),
         SHARES[ranks][samples],
