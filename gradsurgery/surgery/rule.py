@@ -101,8 +101,13 @@ class Rule:
         return {**dict(zip(self.roles, given, strict=False)), **roles}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule remembers of former calls, as tensors; empty for most rules."""
-        return {name: value.clone() for name, value in self._state.items()}
+        """What the rule remembers of former calls, as tensors; {} for most rules.
+
+        One that was not yet called has tensors without elements in their place, so that whoever
+        fills a state in place, as torch.distributed.checkpoint does, cannot miss what was saved.
+        """
+        none = {name: torch.empty(0, device="cpu") for name in self.remembers}
+        return {**none, **{name: value.clone() for name, value in self._state.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`; an empty one is that of a rule not yet called."""
@@ -113,7 +118,7 @@ class Rule:
         for key, value in state.items():
             check(isinstance(value, Tensor), f"state of {key} must be a Tensor, got {shown(value)}")
         self._state.clear()
-        self._state.update({name: value.clone() for name, value in state.items()})
+        self._state.update({name: v.clone() for name, v in state.items() if v.numel()})
 
     def check_columns(self, names: Sequence[str]) -> None:
         """Raise `InputError` where what is remembered is of other parameters than these."""
