@@ -18,12 +18,32 @@ MODULES = (
     "torch.distributed._composable.",
     "torch.distributed._shard.",
     "torch.distributed.tensor.",
-    "deepspeed.runtime.",
+    "torch.distributed.pipelining.",
+    "deepspeed.",
+    "megatron.core.",
     "fairscale.nn.",
+    "colossalai.",
 )
-OPTIMIZERS = ("torch.distributed.", "deepspeed.", "fairscale.", "horovod.")
+OPTIMIZERS = (
+    "torch.distributed.",
+    "deepspeed.",
+    "megatron.",
+    "fairscale.",
+    "colossalai.",
+    "horovod.",
+)
 # what these classes are called by those who use them
 KNOWN = {"FSDPModule": "fully_shard (FSDP2)", "ReplicateModule": "replicate", "DDP": "replicate"}
+ALONE = "a model that one process holds on its own"
+INSTEAD = {
+    "DistributedDataParallel": "the module inside, model.module; Surgeon and gs.tape take the "
+    "wrapper around the whole model",
+    "FullyShardedDataParallel": "fully_shard (FSDP2), which Surgeon takes, or " + ALONE,
+    "DataParallel": "DistributedDataParallel, which Surgeon takes, with a process for each device",
+    "ZeroRedundancyOptimizer": "the optimizer that it is made of; fully_shard shards its state too",
+    "PostLocalSGDOptimizer": "the optimizer that it is made of",
+    "Pipe": "the model that was split, whole on each rank",
+}
 _served: ContextVar[nn.Module | None] = ContextVar("served", default=None)
 
 
@@ -87,11 +107,13 @@ def _kind_of_parameter(parameter: nn.Parameter) -> str | None:
         return "FullyShardedDataParallel"
     if hasattr(parameter, "ds_id"):
         return "DeepSpeed's ZeRO"
+    if getattr(parameter, "tensor_model_parallel", False):
+        return "Megatron's tensor parallelism"
     return _kind(type(parameter), MODULES)
 
 
 def _refused(what: str, kind: str) -> InputError:
     return InputError(
         f"{what} spread over several processes or devices by {kind}, and rows are not summed over "
-        "these: use a model that one process holds on its own"
+        f"these: use {INSTEAD.get(kind, ALONE)}"
     )

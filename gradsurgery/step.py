@@ -34,7 +34,7 @@ from gradsurgery.passes import Passes
 from gradsurgery.ranks.alike import check_alike, columns_of, fingerprint
 from gradsurgery.ranks.buffers import SharedBuffers
 from gradsurgery.ranks.shards import Shards, kind_of
-from gradsurgery.ranks.wrappers import called_inside, check_apart, opened
+from gradsurgery.ranks.wrappers import called_inside, check_apart, check_wrapper, opened
 from gradsurgery.spread import check_whole, served
 from gradsurgery.surgery import InputProjection, Rule
 from gradsurgery.undo import Undo
@@ -505,6 +505,7 @@ class Surgeon:
 
     def _looked_up(self) -> given.Columns:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""
+        check_wrapper(self.model)
         if self._shards is None:
             named, outside = given.looked_up(self._module, self.optimizer, self._known)
         else:

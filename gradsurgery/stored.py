@@ -20,6 +20,7 @@ from gradsurgery.batch import (
 )
 from gradsurgery.capture.graph import roots
 from gradsurgery.capture.leaves import without_autocast
+from gradsurgery.capture.passing import refuse_passing, several
 from gradsurgery.capture.snapshot import functions
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
@@ -73,6 +74,7 @@ def mean_row(model: nn.Module, named: Mapping[str, nn.Parameter], batch: Any, lo
     params = list(named.values())
     with torch.enable_grad():
         losses = per_sample_losses(loss(model, batch), batch_size(batch))
+        refuse_passing(losses)
         with without_autocast(losses):
             grads = list(gradients(losses.mean(), params))
     reached = [g is not None for g in grads]
@@ -98,6 +100,10 @@ def sample_rows(
         moves: buffers of the model that an ordinary forward pass is known to change. Where there
             are some, one of the whole batch is run, last, for what it changes.
     """
+    if several():
+        devices = {p.device.index or 0 for p in named.values() if p.is_cuda}
+        with torch.random.fork_rng(sorted(devices)):
+            refuse_passing(first_loss(model, batch, loss))
     holder, size = Holder(model, loss), batch_size(batch)
     # copies, made for each pass anew: what torch.func makes must not stay on the model, and every
     # sample sees buffers as they are before the batch

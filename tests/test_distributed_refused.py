@@ -49,6 +49,19 @@ def _flat(model):
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
 
 
+def _flat_parts(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+def _split(model):
+    from torch.distributed.pipelining import SplitPoint, pipeline
+
+    half = {"2": SplitPoint.BEGINNING}
+    return pipeline(model, mb_args=(torch.randn(2, 5),), split_spec=half)
+
+
 def _ddp(model):
     return nn.parallel.DistributedDataParallel(model)
 
@@ -74,6 +87,148 @@ def _zero(model):
     return ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
 
 
+def _averaging(model):
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
+    return PostLocalSGDOptimizer(sgd(model), PeriodicModelAverager(2))
+
+
+def _hooked(model):
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+    model = _ddp(model)
+    model.register_comm_hook(None, fp16_compress_hook)
+    return model
+
+
+def _hooked_inside(model):
+    model = _ddp(model)
+    model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    return model
+
+
+def _joined(model):
+    from torch.distributed.algorithms.join import Join
+
+    model = _ddp(model)
+    with Join([model]):
+        return model
+
+
+# what communicates in a forward pass or a loss
+
+
+def _by_torch(x):
+    return torch.distributed.nn.functional.all_reduce(x)
+
+
+def _gathered(x):
+    return torch.stack(torch.distributed.nn.functional.all_gather(x)).sum(0)
+
+
+def _functional(x):
+    return torch.distributed._functional_collectives.all_reduce(x, "sum", dist.group.WORLD)
+
+
+def _summed(x):
+    dist.all_reduce(x)
+    return x
+
+
+class OwnSum(torch.autograd.Function):
+    """As models have it that are split by hand."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return _summed(x.clone())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class OwnCopy(torch.autograd.Function):
+    """Which communicates in the backward pass alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        import torch.distributed as ranks
+
+        grad = grad.clone()
+        ranks.all_reduce(grad)
+        return grad
+
+
+class Counted(torch.autograd.Function):
+    """Which asks who it is, and communicates with nobody."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * (dist.get_rank() + 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (dist.get_rank() + 1)
+
+
+class Split(nn.Module):
+    def __init__(self, passes):
+        super().__init__()
+        self.inside, self.passes = network(), passes
+
+    def forward(self, x):
+        return self.passes(self.inside(x))
+
+
+BY_HAND = {
+    "by torch": (_by_torch, "_AllReduce passes tensors between ranks"),
+    "gathered": (_gathered, "_AllGather passes tensors between ranks"),
+    "functional": (_functional, "all_reduce passes tensors between ranks"),
+    "own sum": (OwnSum.apply, "OwnSum.* passes tensors between ranks"),
+    "own copy": (OwnCopy.apply, "OwnCopy passes tensors between ranks"),
+    "counted": (Counted.apply, "accepted"),
+}
+ROWS = {
+    "Surgeon": lambda model: _surgeon(model).step(batch=data(), loss=loss),
+    "mean": lambda model: _surgeon(model).step(batch=data(), loss=_mean_loss),
+    "tape": lambda model: _taped(model),
+    "check": lambda model: _checked(model),
+    "stored": lambda model: gs.DenseJacobian.from_model(model, data(), loss),
+    "stored mean": lambda model: gs.DenseJacobian.from_model(model, data(), loss, rows="mean"),
+}
+
+
+def _surgeon(model):
+    return gs.Surgeon(model, sgd(model), gs.Mean(), process_group=False)
+
+
+def _mean_loss(model, batch):
+    return loss(model, batch)[:, None].expand(-1, 2)
+
+
+def _taped(model):
+    with gs.tape(model) as tape:
+        losses = loss(model, data())
+    tape.jacobian(losses)
+
+
+def _checked(model):
+    refused = gs.check(model, data(), loss=loss).refused
+    if refused is not None:
+        raise gs.InputError(refused)
+
+
 # of each: the model made of a network, and what the error names
 WRAPPED = {
     "fully_shard": (_shard, "model is spread .* by fully_shard"),
@@ -84,9 +239,17 @@ WRAPPED = {
         "model: parameter _flat_param is spread .* by FullyShardedDataParallel",
     ),
     "DDP": (_ddp, "model is spread .* by DistributedDataParallel"),
+    "FSDP, parameters kept": (_flat_parts, "model is spread .* by FullyShardedDataPa.*fully_shard"),
+    "Pipe": (_split, "model is spread .* by Pipe"),
     "DDP inside": (lambda m: nn.Sequential(_ddp(m)), "model: 0 is spread .* by DistributedDataP"),
     "replicate": (_composed, "model is spread .* by replicate"),
     "DTensor": (_tensor, r"model: parameter 0\.weight is spread .* by DTensor"),
+}
+OPTIMIZERS = {"zero": _zero, "averaging": _averaging}
+DDP = {
+    "DDP with a hook": _hooked,
+    "DDP with a hook of its own": _hooked_inside,
+    "DDP, joined": _joined,
 }
 ENTRIES = {
     "Surgeon": lambda model: gs.Surgeon(model, sgd(model), gs.Mean(), process_group=False),
@@ -94,6 +257,10 @@ ENTRIES = {
     "check": lambda model: gs.check(model, data(), loss=loss),
     "stored": lambda model: gs.DenseJacobian.from_model(model, data(), loss),
 }
+
+
+def _stepped_by(model, optimizer):
+    gs.Surgeon(model, optimizer, gs.Mean(), process_group=False)
 
 
 def _said(call):
@@ -136,7 +303,19 @@ def _work(rank, folder):
     told["ranks come later"] = _said(lambda: early.step(batch=data(), loss=loss))
     told["wrapped later"] = _said(_wrapped_later)
     told["alone"] = _said(_alone)
-    told["zero"] = _said(lambda: gs.Surgeon(model, _zero(model), gs.Mean(), process_group=False))
+    for kind, make in OPTIMIZERS.items():
+        told[kind] = _said(lambda make=make: _stepped_by(model, make(model)))
+    for kind, wrap in DDP.items():
+        made = wrap(network())
+        told[kind] = _said(lambda made=made: gs.Surgeon(made, sgd(made), gs.Mean()))
+    made = _ddp(network())
+    surgeon = gs.Surgeon(made, sgd(made), gs.Mean())
+    made._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    told["DDP, hooked later"] = _said(lambda: surgeon.step(batch=data(), loss=loss))
+    for kind, (passes, _) in BY_HAND.items():
+        for name, entry in ROWS.items():
+            made = Split(passes)
+            told[f"{kind}, {name}"] = _said(lambda entry=entry, m=made: entry(m))
     for name in ("tape", "check", "stored"):
         told[f"unwrapped, {name}"] = _said(lambda name=name: ENTRIES[name](network()))
     with open(f"{folder}/{rank}.json", "w") as file:
@@ -157,11 +336,19 @@ CALLS = {
     **{f"{kind}, {name}": WRAPPED[kind][1] for kind in WRAPPED for name in ENTRIES},
     "DDP, tape": "accepted",
     "DDP, Surgeon": "process_group: DistributedDataParallel has its own",
+    "DDP, tape": "accepted",
     "unwrapped": "torch.distributed runs 2 ranks: pass process_group=.*WORLD",
     "ranks come later": "torch.distributed runs 2 ranks",
     "wrapped later": "model is spread .* by fully_shard",
     "alone": "accepted",
     "zero": "optimizer is spread .* by ZeroRedundancyOptimizer",
+    "averaging": "optimizer is spread .* by PostLocalSGDOptimizer",
+    "DDP with a hook": "communication hook, fp16_compress_hook",
+    "DDP with a hook of its own": "communication hook, .*FP16_COMPRESS",
+    "DDP, hooked later": "communication hook, .*FP16_COMPRESS",
+    "DDP, joined": "Join context",
+    **{f"{kind}, {name}": BY_HAND[kind][1] for kind in BY_HAND for name in ROWS},
+    "counted, stored": "Function Counted has no setup_context",
     **dict.fromkeys(("unwrapped, tape", "unwrapped, check", "unwrapped, stored"), "accepted"),
 }
 
@@ -185,8 +372,24 @@ class Engine(nn.Module):
         self.module = module
 
 
+class ColumnParallelLinear(nn.Linear):
+    """As Megatron's, which is not installed here either."""
+
+    __module__ = "megatron.core.tensor_parallel.layers"
+
+
+def _with_columns(model):
+    model[0] = ColumnParallelLinear(5, 7)
+    return model
+
+
 def _partitioned(model):
     model[2].weight.ds_id = 0
+    return model
+
+
+def _sliced(model):
+    model[2].weight.tensor_model_parallel = True
     return model
 
 
@@ -195,6 +398,8 @@ def _partitioned(model):
     [
         (nn.DataParallel, "model is spread .* by DataParallel"),
         (lambda m: nn.Sequential(nn.Flatten(), Engine(m)), "model: 1 is spread .* by Engine"),
+        (_with_columns, "model: 0 is spread .* by ColumnParallelLinear"),
+        (_sliced, r"model: parameter 2\.weight is spread .* by Megatron's tensor parallelism"),
         (_partitioned, r"model: parameter 2\.weight is spread .* by DeepSpeed's ZeRO"),
     ],
 )

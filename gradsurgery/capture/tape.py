@@ -14,6 +14,7 @@ from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.graph import roots, under
 from gradsurgery.capture.hooks import Clock, refuse_unseen_accumulation
 from gradsurgery.capture.leaves import without_autocast
+from gradsurgery.capture.passing import refuse_passing
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.trace import misused
@@ -70,7 +71,7 @@ class Tape:
             retain_graph: keep the graph for another backward pass, as in `Tensor.backward`.
 
         Raises:
-            InputError: losses that do not depend on the parameters.
+            InputError: losses that do not depend on the parameters, or do on other ranks.
             CoupledSamplesError: samples that depend on each other, unless the tape was made with
                 coupled="exact"; it says by which operation, and what parameters are below.
             NonFiniteError: a loss with NaN or infinity.
@@ -101,6 +102,7 @@ class Tape:
                 if bad:
                     value = float(wide[bad[0]])
                     raise NonFiniteError(f"losses: row {bad[0]} is not finite: {value}")
+            refuse_passing(losses)
             try:
                 with without_autocast(losses), self._accumulating_nothing():
                     snapshot = collector.run(rows, retain_graph, weighted=combine == "backward")

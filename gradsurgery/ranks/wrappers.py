@@ -36,7 +36,7 @@ def opened(model: nn.Module, process_group: Any) -> tuple[nn.Module, Group]:
                 "process_group: DistributedDataParallel has its own; leave it out, or pass the "
                 "module inside, model.module"
             )
-        _check_ddp(model)
+        check_wrapper(model)
         return model.module, Group(own if dist.get_world_size(own) > 1 else None)
     if process_group is not False:
         own = group_of(model)
@@ -115,9 +115,25 @@ def called_inside(model: nn.Module, module: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def _check_ddp(model: nn.parallel.DistributedDataParallel) -> None:
+def check_wrapper(model: nn.Module) -> None:
+    """Raise where `DistributedDataParallel` was told to do what a step leaves out."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return
     if getattr(model, "mixed_precision", None) is not None:
         raise InputError(
             "model: DistributedDataParallel(mixed_precision=...) casts parameters by hooks of its "
             "own forward pass, which a step leaves out: use torch.autocast in the loss"
         )
+    hook = model._get_ddp_logging_data().get("comm_hook", "")
+    if hook:
+        raise InputError(
+            f"model: DistributedDataParallel has a communication hook, {hook}, and its reducer has "
+            "no part in a step, whose gradients are summed exactly: make it without"
+        )
+    if model._join_config.enable:
+        raise InputError(
+            "model: DistributedDataParallel was given to a Join context, which a step has no part "
+            "in: pass model.module and process_group=model.process_group, and call step without "
+            "batches on a rank that has no samples"
+        )
+
