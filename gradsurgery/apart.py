@@ -15,6 +15,7 @@ from torch.func import functional_call
 from gradsurgery.batch import AnyLoss, WeightedLosses, batch_size, take, tensors
 from gradsurgery.buffers import Buffers
 from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.spread import beside, local
 
 # What rounding may do to a loss: this often a unit in the last place of the largest one, and this
 # often what losses move by when all parameters do by such a unit. A forward pass adds up many
@@ -184,7 +185,7 @@ def _move(
 
     def moved(parameter: Tensor) -> Tensor:
         signs = torch.randint(2, parameter.shape, generator=generator, device="cpu") * 2 - 1
-        found = parameter.detach() * (1 + eps * signs.to(parameter))
+        found = parameter.detach() * (1 + eps * beside(signs.to(local(parameter)), parameter))
         return found.requires_grad_(parameter.requires_grad)
 
     values = {

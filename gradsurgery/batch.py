@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check
-from gradsurgery.spread import check_one_rank
+from gradsurgery.spread import check_one_rank, is_split
 from gradsurgery.text import show
 
 # (model, batch) -> per-sample losses [B], where it is asked for them also [B, tasks] or weighted
@@ -223,6 +223,7 @@ def per_sample_losses(losses: Any, size: int) -> Tensor:
 
 
 def check_floating(losses: Tensor) -> None:
+    check(not is_split(losses), "losses are a DTensor: return losses.full_tensor()")
     check(
         losses.is_floating_point(),
         f"loss must be floating point, got {losses.dtype}: whole numbers, as of an accuracy, have "

@@ -14,6 +14,7 @@ from gradsurgery.jacobian import DenseJacobian, DenseSums, SummedRows, concat
 from gradsurgery.ops._inputs import check
 from gradsurgery.passes import Part, Pass, Passes, check_outside
 from gradsurgery.ranks import Group, RanksJacobian
+from gradsurgery.ranks.tensor import TensorJacobian
 from gradsurgery.spread import local
 from gradsurgery.surgery import Rule
 
@@ -218,6 +219,7 @@ class Added:
         ranks: Group,
         every: Sequence[Summary],
         stand_ins: Mapping[str, nn.Parameter] | None = None,
+        split: Group | None = None,
     ) -> Collected:
         """All rows, in the order of `ROLES`. What was added is given away.
 
@@ -227,6 +229,7 @@ class Added:
             ranks: who has rows; those of one batch come in the order of the ranks.
             every: what each has.
             stand_ins: of the model's parameters, whole, where ranks have shards of them.
+            split: ranks that each have all samples, and shards of parameters.
         """
         named, outside = columns
         if ranks:
@@ -262,6 +265,9 @@ class Added:
             sums = torch.zeros(m, len(ids), dtype=torch.float64, device="cpu")
             sums[ids, torch.arange(len(ids), device="cpu")] = factors
             plain = torch.equal(sums, torch.eye(m, dtype=sums.dtype, device="cpu"))
+            if split is not None and isinstance(jacobian, FactoredJacobian):
+                real = [{**named, **outside}[name] for name in jacobian.names]
+                jacobian = cast(Any, TensorJacobian(jacobian, real, split))
             return jacobian if plain else SummedRows(jacobian, sums)
 
         losses = {part: _row_losses(found) for part, found in known.items()}

@@ -41,6 +41,19 @@ def check_precondition(rule: Rule, optimizer: torch.optim.Optimizer) -> None:
     )
 
 
+def check_split(rule: Rule, rows: str, project: Any) -> None:
+    """Raise `InputError` where something needs rows or steps whole, and the model is split."""
+    split = "a model that parallelize_module split"
+    check(rows == "captured", f"rows='stored': {split} has captured rows only")
+    check(project is None, f"project: steps of {split} are not projected")
+    name, weighting = type(rule).__name__, rule.weighting
+    check(weighting is not None, f"rule: {name} needs whole rows, and no rank of {split} has them")
+    check(
+        weighting is None or weighting.precondition is None,
+        f"precondition='optimizer': {split} has plain inner products only",
+    )
+
+
 def looked_up(
     model: nn.Module, optimizer: torch.optim.Optimizer, known: Mapping[str, nn.Parameter]
 ) -> Columns:

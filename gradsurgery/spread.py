@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ INSTEAD = {
     "DataParallel": "DistributedDataParallel, which Surgeon takes, with a process for each device",
     "ZeroRedundancyOptimizer": "the optimizer that it is made of; fully_shard shards its state too",
     "PostLocalSGDOptimizer": "the optimizer that it is made of",
+    "DTensor": "Surgeon, where parallelize_module split the model over all ranks, or " + ALONE,
     "Pipe": "the model that was split, whole on each rank",
 }
 _served: ContextVar[nn.Module | None] = ContextVar("served", default=None)
@@ -49,7 +51,7 @@ _served: ContextVar[nn.Module | None] = ContextVar("served", default=None)
 
 @contextmanager
 def served(model: nn.Module) -> Iterator[None]:
-    """Inside, what `fully_shard` and `replicate` did to this model is no reason to refuse it."""
+    """Inside, what split this model's parameters over ranks is no reason to refuse it."""
     token = _served.set(model)
     try:
         yield
@@ -63,6 +65,35 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
+def beside(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """What all ranks have, as it can be computed with together with a parameter."""
+    if not is_split(parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which ranks have shards or replicas."""
+    return hasattr(tensor, "placements")
+
+
+def mesh_of(model: nn.Module) -> Any:
+    """The mesh of one dimension over which `parallelize_module` split parameters; None else."""
+    meshes = {parameter.device_mesh for parameter in model.parameters() if is_split(parameter)}  # type: ignore[attr-defined]
+    whole = not any(_kind(type(module), MODULES) for module in model.modules())
+    mesh = meshes.pop() if meshes and whole else None
+    return mesh if mesh is not None and not meshes and mesh.ndim == 1 else None
+
+
+def gathers(model: nn.Module) -> bool:
+    """Whether its forward pass gathers parameters, as `fully_shard` has it."""
+    kinds = {type(module) for module in model.modules()}
+    return any(_kind(kind, MODULES) in KNOWN.values() for kind in kinds)
+
+
 def check_one_rank(model: nn.Module) -> None:
     """Raise where the model, a part of it or a parameter is spread over ranks or devices."""
     fine = set(KNOWN.values()) if _served.get() is model else set()
@@ -73,7 +104,7 @@ def check_one_rank(model: nn.Module) -> None:
             kind = _kind(type(module), MODULES)
             if kind is not None and kind not in fine:
                 raise _refused(f"model: {name} is" if name else "model is", kind)
-    if kinds & fine:
+    if _served.get() is model:
         fine.add("DTensor")
     check_whole(dict(model.named_parameters()), fine)
 

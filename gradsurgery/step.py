@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -31,9 +31,11 @@ from gradsurgery.optimizers import (
     steppable,
 )
 from gradsurgery.passes import Passes
+from gradsurgery.ranks import Group
 from gradsurgery.ranks.alike import check_alike, columns_of, fingerprint
 from gradsurgery.ranks.buffers import SharedBuffers
 from gradsurgery.ranks.shards import Shards, kind_of
+from gradsurgery.ranks.tensor import tensor_group
 from gradsurgery.ranks.wrappers import called_inside, check_apart, check_wrapper, opened
 from gradsurgery.spread import check_whole, served
 from gradsurgery.surgery import InputProjection, Rule
@@ -149,7 +151,12 @@ class Surgeon:
         )
         self._added = Added(hold)
         self.process_group = process_group
-        self._module, self._ranks = opened(model, process_group)
+        self._split = tensor_group(model, process_group)
+        if self._split is None:
+            self._module, self._ranks = opened(model, process_group)
+        else:
+            self._module, self._ranks = model, Group()
+            given.check_split(rule, rows, project)
         spread = bool(self._ranks) and any(kind_of(self._module))
         self._shards = Shards(self._module) if spread else None
         check(
@@ -312,7 +319,8 @@ class Surgeon:
                 for parameter, _ in undo.grads:  # no parameter is moved by an old gradient
                     parameter.grad = None
                 info = self._update(columns, 1.0, every)
-                self._move(undo, any(known.runs_foreign_code for known in every))
+                foreign = bool(self._split) and runs_foreign_code(self.optimizer)
+                self._move(undo, foreign or any(known.runs_foreign_code for known in every))
                 if self.scaler is not None:
                     self.scaler.update()
                     note_skipped(self._wrapped, info.skipped)
@@ -327,6 +335,7 @@ class Surgeon:
                 that raises, all put back what moved; else a rank that runs out of memory there is
                 alone with it, and replicas are looked at anew in its next step.
         """
+        ranks = self._split or self._ranks
         undo.begin(copies=shared or self.project is not None)
         if self.project is None and not shared:
             self._ranks.leave()
@@ -335,7 +344,7 @@ class Surgeon:
             self._alike = before
             return
         with (
-            self._ranks.agreed("the optimizer's step"),
+            ranks.agreed("the optimizer's step"),
             nullcontext() if self.project is None else self.project.steps(undo.held),
         ):
             if self.scaler is None:
@@ -440,8 +449,11 @@ class Surgeon:
             kept=None if self._shards is None else self._shards.kept,
         )
         overflows = self.scaler is not None
-        with called_inside(self.model, self._module):
+        with called_inside(self.model, self._module), self._served():
             self._added.take(passes, batches, {**named, **outside}, overflows)
+
+    def _served(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._split is None else served(self._module)
 
     def _scale(self, like: Tensor) -> float:
         """What the scaler multiplies losses by; asked in this way, for it is made when it is."""
@@ -452,6 +464,10 @@ class Surgeon:
 
     def _update(self, columns: given.Columns, scale: float, every: Sequence[Known]) -> StepInfo:
         """Add the update of all rows, times `scale`, to `.grad`; the rows are used up."""
+        with (self._split or Group()).agreed("update", wait=False):
+            return self._added_up(columns, scale, every)
+
+    def _added_up(self, columns: given.Columns, scale: float, every: Sequence[Known]) -> StepInfo:
         named, outside = columns
         added, summaries = self._added, [known.summary for known in every]
         overflowed = added.overflowed or any(summary.overflowed for summary in summaries)
@@ -466,7 +482,9 @@ class Surgeon:
             if overflowed:
                 raise NonFiniteError("rows: scaled losses overflow")
             stand_ins = None if self._shards is None else self._shards.stand_ins(named)
-            rows = added.collected(self.rule, columns, self._ranks, summaries, stand_ins)
+            rows = added.collected(
+                self.rule, columns, self._ranks, summaries, stand_ins, self._split
+            )
             with without_autocast(next(iter(named.values()))):  # autocast is for the loss
                 solution, update = solve(self.rule, self.optimizer, rows, self._ranks)
                 self.rule.note_columns(rows.jacobian.names)
@@ -491,6 +509,8 @@ class Surgeon:
 
     def _all_have(self, made: bool, summaries: Sequence[Summary]) -> bool:
         """Whether every rank has made an update; buffers that are to be alike then are."""
+        if self._split is not None:
+            return all(self._split.settled("update", mine=made))
         if not self._ranks:
             return made
         buffers = SharedBuffers(self.model)
@@ -507,13 +527,14 @@ class Surgeon:
         """What the optimizer holds and is not frozen: the model's parameters, and others."""
         check_wrapper(self.model)
         if self._shards is None:
-            named, outside = given.looked_up(self._module, self.optimizer, self._known)
+            with self._served():
+                named, outside = given.looked_up(self._module, self.optimizer, self._known)
         else:
             self._shards.rest()
             with served(self._module):
                 named, outside = given.looked_up(self._module, self.optimizer, self._known)
             check_whole(outside)
-        if not self._ranks:
+        if not self._ranks and self._split is None:
             opened(self.model, self.process_group)  # there may be more ranks than there were
         self.rule.check_columns(list(named))
         if self.project is not None:

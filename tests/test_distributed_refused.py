@@ -337,6 +337,7 @@ CALLS = {
     "DDP, tape": "accepted",
     "DDP, Surgeon": "process_group: DistributedDataParallel has its own",
     "DDP, tape": "accepted",
+    "DTensor, Surgeon": "process_group: parallelize_module has its own",
     "unwrapped": "torch.distributed runs 2 ranks: pass process_group=.*WORLD",
     "ranks come later": "torch.distributed runs 2 ranks",
     "wrapped later": "model is spread .* by fully_shard",

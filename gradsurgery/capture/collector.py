@@ -22,6 +22,7 @@ from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import Rowwise
 from gradsurgery.capture.separate import separate
 from gradsurgery.capture.snapshot import Snapshot, as_before, functions, is_function
+from gradsurgery.capture.split import settled
 from gradsurgery.capture.trace import Junction, Leaf, Trace, trace
 from gradsurgery.capture.unknown import by_row, of_broadcast, one_by_one
 from gradsurgery.capture.uses import RowsUse, Use, on_one_plane, plane_of
@@ -29,6 +30,7 @@ from gradsurgery.capture.views import resolve
 from gradsurgery.capture.weighted import expect_linear
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
+from gradsurgery.spread import is_split
 
 if TYPE_CHECKING:
     from gradsurgery.capture.tape import Tape
@@ -180,7 +182,7 @@ class Collector:
         # one row is right whatever hooks do; a sum with rows of other passes need not be
         asks = (self.weighted is not None or self.owner.summed) and self._may_bend()
         snapshot = self.weighted or Snapshot(functions([roots(self.losses)[0]]) if asks else ())
-        grads = list(
+        grads: list[Tensor | None] = list(
             torch.autograd.grad(
                 self.losses,
                 self.owner.parameters,
@@ -194,6 +196,10 @@ class Collector:
             self._expect_linear(grads, rows, snapshot)
             self.all_watched = True
         only = RowNumbers(torch.tensor([row], device="cpu"))
+        for k, parameter in enumerate(self.owner.parameters):
+            if is_split(parameter) and (grad := grads[k]) is not None:
+                self._add(k, RowsUse(settled(grad, parameter).unsqueeze(0), only))
+                grads[k] = None
         for k, grad in enumerate(own(grads)):  # each may be scaled in its place, as a `.grad`
             if grad is not None:
                 self._add(k, RowsUse(grad.unsqueeze(0), only))

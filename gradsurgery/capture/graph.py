@@ -52,3 +52,9 @@ def under(place: Place) -> tuple[set[Any], list[nn.Parameter]]:
             found.append(variable)
         stack.extend(child for child, _ in node.next_functions)
     return seen, found
+
+
+def is_of_mesh(node: Any) -> bool:
+    """Whether it is one of the Functions in which torch's DTensors begin, end or are moved."""
+    made_by = getattr(type(node), "_forward_cls", None)
+    return made_by is not None and made_by.__module__.startswith("torch.distributed.tensor.")

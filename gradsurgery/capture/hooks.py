@@ -26,6 +26,7 @@ from gradsurgery.capture.layout import Layout
 from gradsurgery.capture.older import LiveHooks
 from gradsurgery.capture.snapshot import Snapshot
 from gradsurgery.errors import InputError
+from gradsurgery.spread import is_split
 
 Sampled = dict[Any, dict[int, Layout]]  # operations, losses first: the layouts of their outputs
 # how much smaller and larger losses are made to see whether all below is linear in them
@@ -269,7 +270,9 @@ def near(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype | Non
 
 def _at(watch: Watch, node: Any, nr: int) -> Tensor | None:
     taken = watch.taken.get(node)
-    return None if taken is None else taken[nr]
+    grad = None if taken is None else taken[nr]
+    # of what ranks have parts of, the whole
+    return grad.full_tensor() if grad is not None and is_split(grad) else grad  # type: ignore[operator]
 
 
 def _roundings(like: Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.graph import is_of_mesh, ordered, roots
 from gradsurgery.errors import InputError
 
 # where Functions live that pass tensors between ranks, and what autograd calls such operations
@@ -42,13 +42,16 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def refuse_passing(losses: Tensor) -> None:
-    """Raise where the graph of the losses leads through other ranks."""
+def refuse_passing(losses: Tensor, meshes: bool = False) -> None:
+    """Raise where the graph of the losses leads through other ranks.
+
+    `meshes`: as DTensors do, is allowed.
+    """
     if not losses.requires_grad or not several():
         return
     for node in ordered(roots(losses)[0]):
         name = _passes(node)
-        if name is not None:
+        if name is not None and not (meshes and is_of_mesh(node)):
             raise InputError(
                 f"losses: {name} passes tensors between ranks, and rows are of what one rank "
                 "computes: use a model whose forward pass needs no other rank, as a replica or one "

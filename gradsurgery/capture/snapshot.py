@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _unsafe_set_version_counter
 from torch.nn.modules._functions import BackwardHookFunction
 
-from gradsurgery.capture.graph import ordered
+from gradsurgery.capture.graph import is_of_mesh, ordered
 
 BINDS = "STORE_GLOBAL"  # the instruction of an assignment to a global variable
 DEPTH = 3  # of attributes of attributes that are looked into; a bound, or it might be everything
@@ -29,7 +29,8 @@ SIMPLE = (bool, int, float, complex, str, type(None), Tensor, *CONTAINERS)
 
 def is_function(node: Any) -> bool:
     """Whether a node is a torch.autograd.Function of somebody's."""
-    return hasattr(node, "apply") and type(node) is not BackwardHookFunction._backward_cls
+    own = type(node) is BackwardHookFunction._backward_cls or is_of_mesh(node)
+    return hasattr(node, "apply") and not own
 
 
 def functions(roots: Iterable[Any]) -> list[Any]:

@@ -17,12 +17,14 @@ from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.passing import refuse_passing
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.split import refuse_derived, shards_of, stand_in
 from gradsurgery.capture.trace import misused
 from gradsurgery.capture.uses import Use
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import DTYPES
 from gradsurgery.ops._inputs import check as require
+from gradsurgery.spread import is_split
 
 NO_ROWS = (
     "losses do not depend on the model's parameters: they were detached, computed under "
@@ -102,7 +104,7 @@ class Tape:
                 if bad:
                     value = float(wide[bad[0]])
                     raise NonFiniteError(f"losses: row {bad[0]} is not finite: {value}")
-            refuse_passing(losses)
+            refuse_passing(losses, meshes=any(map(is_split, self.parameters)))
             try:
                 with without_autocast(losses), self._accumulating_nothing():
                     snapshot = collector.run(rows, retain_graph, weighted=combine == "backward")
@@ -116,9 +118,15 @@ class Tape:
             if not any(uses[: self.own]) and not self.reaches(losses):
                 raise NoRowsError(NO_ROWS)
         graph = Graph(losses, rows.tensor, snapshot) if combine == "backward" else None
+        parameters = list(self.parameters)
+        if any(map(is_split, parameters)):
+            refuse_derived(self.names, parameters, collector.derived)
+            named = zip(self.names, parameters, uses, strict=True)
+            uses = [shards_of(name, parameter, mine) for name, parameter, mine in named]
+            parameters = list(map(stand_in, parameters))
         return FactoredJacobian(
             list(self.names),
-            list(self.parameters),
+            parameters,
             m,
             summed,
             uses,

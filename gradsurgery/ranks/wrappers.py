@@ -136,4 +136,3 @@ def check_wrapper(model: nn.Module) -> None:
             "in: pass model.module and process_group=model.process_group, and call step without "
             "batches on a rank that has no samples"
         )
-
