@@ -88,12 +88,6 @@ def mesh_of(model: nn.Module) -> Any:
     return mesh if mesh is not None and not meshes and mesh.ndim == 1 else None
 
 
-def gathers(model: nn.Module) -> bool:
-    """Whether its forward pass gathers parameters, as `fully_shard` has it."""
-    kinds = {type(module) for module in model.modules()}
-    return any(_kind(kind, MODULES) in KNOWN.values() for kind in kinds)
-
-
 def check_one_rank(model: nn.Module) -> None:
     """Raise where the model, a part of it or a parameter is spread over ranks or devices."""
     fine = set(KNOWN.values()) if _served.get() is model else set()

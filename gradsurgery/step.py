@@ -100,6 +100,7 @@ class Surgeon:
             `DistributedDataParallel`, or that of the mesh of `fully_shard` or `replicate`. Rows,
             the Gramian and the update are then those of all ranks, and all must call `step`, or
             `backward`, equally often; of a sharded model `add`, too. A rank may have no samples.
+            None also for a model that `parallelize_module` split, whose ranks have the same ones.
 
     Raises:
         InputError: an option, by name; an optimizer that needs sparse gradients; a model or an
