@@ -15,6 +15,7 @@ from torch.func import functional_call
 from gradsurgery.batch import AnyLoss, WeightedLosses, batch_size, take, tensors
 from gradsurgery.buffers import Buffers
 from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.passing import Looking
 from gradsurgery.spread import beside, local
 
 # What rounding may do to a loss: this often a unit in the last place of the largest one, and this
@@ -91,6 +92,21 @@ def tried(model: nn.Module, loss: AnyLoss, together: Any, parts: Sequence[Any]) 
         return Trial()
     finally:
         before.put_back()
+
+
+def written_over(model: nn.Module, loss: AnyLoss, batch: Any) -> Trial:
+    """The collective, if there is one, that writes over a tensor that gradients flow through.
+
+    The loss is called once more; what it changes is put back.
+    """
+    before, looking = _Before(model, loss, batch), Looking()
+    try:
+        with torch.enable_grad(), looking, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss(model, batch)
+    finally:
+        before.put_back()
+    return Trial(looking.name)
 
 
 def identity(loss: Any, depth: int = 3) -> Hashable:

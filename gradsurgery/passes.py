@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.apart import Trial, few, identity, in_parts, tried
+from gradsurgery.apart import Trial, few, identity, in_parts, tried, written_over
 from gradsurgery.batch import (
     DETACHED,
     AnyLoss,
@@ -24,6 +24,7 @@ from gradsurgery.batch import (
     tokens,
 )
 from gradsurgery.capture import FactoredJacobian, tape
+from gradsurgery.capture.passing import collectives, refused
 from gradsurgery.errors import InputError
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check
@@ -196,7 +197,11 @@ class Passes:
     ) -> tuple[Tensor, Tensor | None]:
         """Losses, [B] or [B, tasks], and weights [B] of the samples in means, if there are any."""
         size, several = sum(sizes.values()), set(parts) <= {"batch", "memory"}
+        before = collectives()
         losses: Any = self.loss(self.model, whole)
+        if collectives() != before:
+            found = self._trial("between", partial(written_over, self.model, self.loss, whole))
+            check(found.coupled is None, refused(f"loss: {found.coupled}"))
         weights = None
         if isinstance(losses, WeightedLosses):
             losses, weights = losses.checked(size)

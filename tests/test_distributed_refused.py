@@ -182,6 +182,21 @@ class Counted(torch.autograd.Function):
         return grad * (dist.get_rank() + 1)
 
 
+def _written(x):
+    x = x * 1
+    dist.all_reduce(x)
+    return x
+
+
+def _measured(x):
+    with torch.no_grad():
+        mean = x.mean()
+        dist.all_reduce(mean)
+        each = [torch.empty_like(x) for _ in range(RANKS)]
+        dist.all_gather(each, x)
+    return x
+
+
 class Split(nn.Module):
     def __init__(self, passes):
         super().__init__()
@@ -206,6 +221,12 @@ ROWS = {
     "check": lambda model: _checked(model),
     "stored": lambda model: gs.DenseJacobian.from_model(model, data(), loss),
     "stored mean": lambda model: gs.DenseJacobian.from_model(model, data(), loss, rows="mean"),
+}
+
+
+IN_PLACE = {
+    "written": (_written, "loss: allreduce passes tensors between ranks"),
+    "measured": (_measured, "accepted"),
 }
 
 
@@ -318,6 +339,8 @@ def _work(rank, folder):
             told[f"{kind}, {name}"] = _said(lambda entry=entry, m=made: entry(m))
     for name in ("tape", "check", "stored"):
         told[f"unwrapped, {name}"] = _said(lambda name=name: ENTRIES[name](network()))
+    for kind, (passes, _) in IN_PLACE.items():
+        told[kind] = _said(lambda passes=passes: ROWS["Surgeon"](Split(passes)))
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(told, file)
     dist.barrier()
@@ -349,6 +372,7 @@ CALLS = {
     "DDP, hooked later": "communication hook, .*FP16_COMPRESS",
     "DDP, joined": "Join context",
     **{f"{kind}, {name}": BY_HAND[kind][1] for kind in BY_HAND for name in ROWS},
+    **{kind: said for kind, (_, said) in IN_PLACE.items()},
     "counted, stored": "Function Counted has no setup_context",
     **dict.fromkeys(("unwrapped, tape", "unwrapped, check", "unwrapped, stored"), "accepted"),
 }

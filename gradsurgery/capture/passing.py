@@ -5,12 +5,15 @@ As in tensor or sequence parallelism by hand, where a parameter's gradient is ma
 
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gradsurgery.capture.graph import is_of_mesh, ordered, roots
 from gradsurgery.errors import InputError
@@ -42,6 +45,34 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def collectives() -> tuple[int, ...]:
+    """How many calls each group of this process has seen; () where one process runs."""
+    groups: Any = dist.distributed_c10d._world.pg_map if several() else ()
+    found = []
+    for group in list(groups):
+        with suppress(RuntimeError):  # of a backend that does not count
+            found.append(group._get_sequence_number_for_group())
+    return tuple(found)
+
+
+class Looking(TorchDispatchMode):
+    """Notes, in `name`, a collective that writes over a tensor that gradients flow through.
+
+    Autograd does not see it: nothing of it is in the graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and args:
+            written = (each for each in tree_leaves(args[0]) if isinstance(each, Tensor))
+            if any(tensor.requires_grad for tensor in written):
+                self.name = func._opname.strip("_")
+        return func(*args, **(kwargs or {}))
+
+
 def refuse_passing(losses: Tensor, meshes: bool = False) -> None:
     """Raise where the graph of the losses leads through other ranks.
 
@@ -52,11 +83,16 @@ def refuse_passing(losses: Tensor, meshes: bool = False) -> None:
     for node in ordered(roots(losses)[0]):
         name = _passes(node)
         if name is not None and not (meshes and is_of_mesh(node)):
-            raise InputError(
-                f"losses: {name} passes tensors between ranks, and rows are of what one rank "
-                "computes: use a model whose forward pass needs no other rank, as a replica or one "
-                "in DistributedDataParallel, and a loss of this rank's own samples"
-            )
+            raise InputError(refused(f"losses: {name}"))
+
+
+def refused(what: str) -> str:
+    """What is said of that which passes tensors between ranks, and what to do instead."""
+    return (
+        f"{what} passes tensors between ranks, and rows are of what one rank computes: use a model "
+        "whose forward pass needs no other rank, as a replica or one in DistributedDataParallel, "
+        "and a loss of this rank's own samples"
+    )
 
 
 def _passes(node: Any) -> str | None:
