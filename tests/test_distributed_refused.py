@@ -359,7 +359,6 @@ CALLS = {
     **{f"{kind}, {name}": WRAPPED[kind][1] for kind in WRAPPED for name in ENTRIES},
     "DDP, tape": "accepted",
     "DDP, Surgeon": "process_group: DistributedDataParallel has its own",
-    "DDP, tape": "accepted",
     "DTensor, Surgeon": "process_group: parallelize_module has its own",
     "unwrapped": "torch.distributed runs 2 ranks: pass process_group=.*WORLD",
     "ranks come later": "torch.distributed runs 2 ranks",
