@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import BuiltinCommHookType, FileStore
 from torch.multiprocessing.spawn import spawn
 
 import gradsurgery as gs
@@ -104,7 +104,7 @@ def _hooked(model):
 
 def _hooked_inside(model):
     model = _ddp(model)
-    model._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    model._register_builtin_comm_hook(BuiltinCommHookType.FP16_COMPRESS)
     return model
 
 
@@ -150,7 +150,7 @@ class OwnSum(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad
 
 
@@ -162,7 +162,7 @@ class OwnCopy(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         import torch.distributed as ranks
 
         grad = grad.clone()
@@ -178,7 +178,7 @@ class Counted(torch.autograd.Function):
         return x * (dist.get_rank() + 1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad * (dist.get_rank() + 1)
 
 
@@ -331,7 +331,7 @@ def _work(rank, folder):
         told[kind] = _said(lambda made=made: gs.Surgeon(made, sgd(made), gs.Mean()))
     made = _ddp(network())
     surgeon = gs.Surgeon(made, sgd(made), gs.Mean())
-    made._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    made._register_builtin_comm_hook(BuiltinCommHookType.FP16_COMPRESS)
     told["DDP, hooked later"] = _said(lambda: surgeon.step(batch=data(), loss=loss))
     for kind, (passes, _) in BY_HAND.items():
         for name, entry in ROWS.items():

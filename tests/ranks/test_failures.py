@@ -176,10 +176,10 @@ def _frozen(surgeon, given):
 @contextmanager
 def _infinite_grad(surgeon, given):
     given["call"] = "backward"
-    grad = surgeon.model.layers[0].weight.grad
-    surgeon.model.layers[0].weight.grad = torch.full_like(grad, float("inf"))
+    grad = surgeon.model.get_parameter("layers.0.weight").grad
+    surgeon.model.get_parameter("layers.0.weight").grad = torch.full_like(grad, float("inf"))
     yield
-    surgeon.model.layers[0].weight.grad = grad
+    surgeon.model.get_parameter("layers.0.weight").grad = grad
 
 
 @contextmanager
@@ -291,7 +291,7 @@ def _failed(name, rank, ranks):
     rule = RULES.get(name, gs.OrthoGrad)()
     surgeon = _surgeon(rule, rank)
     surgeon.step(loss=loss, **batches(rule, 0, rank, ranks))
-    surgeon.model.layers[0].weight.grad = torch.ones(20, 6).double()
+    surgeon.model.get_parameter("layers.0.weight").grad = torch.ones(20, 6).double()
     given = {"loss": loss, **batches(rule, 1, rank, ranks)}
     if name in BOTH_BACKWARD:
         given["call"] = "backward"
@@ -316,7 +316,7 @@ def _turned(surgeon):
 
 
 def _frozen_unlike(surgeon):
-    surgeon.model.layers[0].weight.requires_grad_(False)[0] += 1
+    surgeon.model.get_parameter("layers.0.weight").requires_grad_(False)[0] += 1
 
 
 def _remembers(surgeon):
@@ -363,7 +363,7 @@ def _unlike(name, rank, ranks):
     make, change, _ = UNLIKE[name]
     surgeon = _surgeon(make(), rank)
     if name == "frozen weights":
-        surgeon.model.layers[0].weight.requires_grad_(False)
+        surgeon.model.get_parameter("layers.0.weight").requires_grad_(False)
     if name == "observations":
         surgeon.project = gs.NullSpace(surgeon.model)
         surgeon.project.observe(data(2, 4), loss, process_group=dist.group.WORLD)

@@ -630,7 +630,7 @@ def _in_a_group_of_two(rank):
 
     group = dist.new_group([1, 2])
     mesh = init_device_mesh("cpu", (3,))
-    alone, together, all_three = Rows(), Rows(), Rows()
+    alone, together, all_three, said = Rows(), Rows(), Rows(), None
     _surgeon(alone, process_group=False).step(batch=digits(2, rank), loss=classified)
     if rank:
         surgeon = _surgeon(together, process_group=group)
@@ -643,7 +643,7 @@ def _in_a_group_of_two(rank):
     _surgeon(all_three, process_group=mesh).step(
         batch=share(digits(5, 9), (1, 2, 2), rank), loss=classified
     )
-    return whole(alone), whole(together), whole(all_three), said if rank else None
+    return whole(alone), whole(together), whole(all_three), said
 
 
 def test_groups_of_some_ranks(tmp_path):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import gradsurgery as gs
 from tests.ranks.cases import Network, assert_alike, batches, loss, trained, whole
@@ -62,7 +63,7 @@ def _saved(rank, ranks, folder):
     for name, wrap in CASES:
         model, surgeon = _surgeon(RULES[name](), WRAPPED[wrap])
         infos = _steps(surgeon, SHARES[ranks], rank, range(SAVED))
-        dcp.save(_state(surgeon), checkpoint_id=_folder(folder, name, wrap))
+        save(_state(surgeon), checkpoint_id=_folder(folder, name, wrap))
         infos += _steps(surgeon, SHARES[ranks], rank, range(SAVED, STEPS))
         found[name, wrap] = whole(model), infos
     return found
@@ -80,7 +81,7 @@ def _resumed(rank, ranks, folder):
             for parameter in model.parameters():
                 parameter.zero_()
         state = _state(surgeon)
-        dcp.load(state, checkpoint_id=_folder(folder, name, saved))
+        load(state, checkpoint_id=_folder(folder, name, saved))
         set_state_dict(
             surgeon.model,
             surgeon.optimizer,
@@ -123,9 +124,9 @@ def _in_place(rank, folder):
     """A state of tensors by name, which is of no size before a first call."""
     _, surgeon = _surgeon(gs.GradVac(), None)
     _steps(surgeon, SHARES[1], rank, range(1))
-    dcp.save({"rule": surgeon.rule.state_dict()}, checkpoint_id=folder)
+    save({"rule": surgeon.rule.state_dict()}, checkpoint_id=folder)
     try:
-        dcp.load({"rule": gs.GradVac().state_dict()}, checkpoint_id=folder)
+        load({"rule": gs.GradVac().state_dict()}, checkpoint_id=folder)
     except CheckpointException as error:
         return str(error)
     return "loaded"

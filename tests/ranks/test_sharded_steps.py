@@ -99,10 +99,11 @@ def _steps(**options):
     def scenario(rank):
         model = made(rank)
         surgeon = gs.Surgeon(model, adamw(model), gs.OrthoGrad(), **options)
+        infos = []
         for step in range(2):
             mine = {"forget": part(rank, step, (4, 1)), "retain": part(rank, step + 20, (1, 3))}
-            info = surgeon.step(loss=loss, **mine)
-        return whole(model), info.gramian
+            infos.append(surgeon.step(loss=loss, **mine))
+        return whole(model), infos[-1].gramian
 
     return scenario
 
@@ -111,9 +112,8 @@ def _stepped_by(optimizer):
     def scenario(rank):
         model = made(rank)
         surgeon = gs.Surgeon(model, optimizer(model), gs.UPGrad())
-        for step in range(2):
-            info = surgeon.step(loss=loss, batch=part(rank, step))
-        return whole(model), info.gramian
+        infos = [surgeon.step(loss=loss, batch=part(rank, step)) for step in range(2)]
+        return whole(model), infos[-1].gramian
 
     return scenario
 
@@ -129,9 +129,8 @@ def _adapted():
 def adapters(rank):
     model = made(rank, _adapted)
     surgeon = gs.Surgeon(model, adamw(model), gs.OrthoGrad())
-    for step in range(3):
-        info = surgeon.step(loss=loss, **both(rank, step))
-    return whole(model), info.gramian
+    infos = [surgeon.step(loss=loss, **both(rank, step)) for step in range(3)]
+    return whole(model), infos[-1].gramian
 
 
 def a_parameter_left_out(rank):

@@ -130,7 +130,8 @@ def resumed(rank):
     whole = network(nn.Dropout(0.3))
     first = trainer_of(NegGradPlus, whole, group=dist.group.WORLD)
     steps = first.fit()
-    next(steps), next(steps)
+    next(steps)
+    next(steps)
     state = [first.state_dict()]
     dist.broadcast_object_list(state, 0)
     list(steps)
