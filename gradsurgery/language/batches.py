@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,7 +107,8 @@ class PairSampler(Sampler):
 
     Args:
         forget, retain: how many samples there are.
-        retain_per_forget: retain samples for each forget sample.
+        retain_per_forget: retain samples for each forget sample, a number above 0. At 1.5 pairs
+            have one and two by turns, at 0.25 each fourth pair has one, and so has the last.
         seed: a whole number.
         rank, ranks: every `ranks`-th pair from number `rank` on. All have as many: up to
             `ranks - 1` pairs of an epoch are left out.
@@ -117,14 +119,14 @@ class PairSampler(Sampler):
         forget: int,
         retain: int,
         *,
-        retain_per_forget: int = 1,
+        retain_per_forget: float = 1,
         seed: int = 0,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
         check_count("forget", forget)
         check_count("retain", retain)
-        check_count("retain_per_forget", retain_per_forget)
+        check_ratio(retain_per_forget)
         check_count("ranks", ranks)
         check_number("seed", seed, int)
         known = isinstance(rank, int) and 0 <= rank < ranks <= forget
@@ -146,15 +148,25 @@ class PairSampler(Sampler):
         def order(count: int) -> Tensor:
             return torch.randperm(count, generator=generator, device="cpu")
 
-        forget = order(self.forget).tolist()
-        rounds = -(-self.forget * each // self.retain)
+        forget, pairs = order(self.forget).tolist(), len(self) * self.ranks
+        rounds = math.ceil((self.forget * each + 1) / self.retain)
         retain = torch.cat([order(self.retain) for _ in range(rounds)]).tolist()
-        for place in range(self.rank, len(self) * self.ranks, self.ranks):
-            yield Pair(forget[place], tuple(retain[place * each : (place + 1) * each]))
+        for place in range(self.rank, pairs, self.ranks):
+            first, end = math.floor(place * each), math.floor((place + 1) * each)
+            end += first == end and place == pairs - 1
+            yield Pair(forget[place], tuple(retain[first:end]))
+
+
+def check_ratio(retain_per_forget: float) -> None:
+    """Raise `InputError` unless it is a number above 0."""
+    check_number("retain_per_forget", retain_per_forget)
+    check(retain_per_forget > 0, f"retain_per_forget must be above 0, got {retain_per_forget}")
 
 
 class PairCollator:
     """Pairs as two batches, {"forget": ..., "retain": ...}, of the samples of each.
+
+    Where no pair has a retain sample, there is no "retain".
 
     Args:
         collate: makes a batch of samples; `id` need not be known to it.
@@ -166,7 +178,8 @@ class PairCollator:
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         forget = [pair["forget"] for pair in pairs]
         retain = [sample for pair in pairs for sample in pair["retain"]]
-        return {"forget": self.batch(forget), "retain": self.batch(retain)}
+        parts = {"forget": forget, "retain": retain}
+        return {part: self.batch(samples) for part, samples in parts.items() if samples}
 
     def batch(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """One batch of numbered samples.

@@ -71,6 +71,24 @@ def test_training_is_that_of_a_plain_loop_on_whole_batches(name, tmp_path):
             assert entry["rank"] == info.rank
 
 
+def test_fewer_retain_than_forget_samples(tmp_path):
+    data, rule = samples(7, 1), gs.OrthoGrad(objective="lower")
+    model = made()
+    other, losses = copy.deepcopy(model), losses_of("npo", model, data)
+    options = {
+        "rule": copy.deepcopy(rule), "forget_loss": "npo", "retain_loss": "nll",
+        "forget_dataset": data, "retain_per_forget": 0.5,
+    }  # fmt: skip
+    args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer_of(model, tmp_path, args={**args, "max_grad_norm": CLIP}, **options).train()
+    steps = list(steps_of(EPOCHS, 4, data, each=0.5))
+    assert [len(step["retain"]["id"]) for step in steps] == [2, 2, 2, 2]
+    plain(other, rule, steps, *losses)
+    assert_same(model, other)
+    with pytest.raises(gs.InputError, match=r"batches of 1 forget samples .* at least 1"):
+        trainer_of(made(), tmp_path, **options).train()
+
+
 def micro_batches(folder, parts, model, data, args):
     """The model after two steps of eight forget samples, each in so many parts."""
     sizes = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}

@@ -230,7 +230,7 @@ def loss_options():
         "pdu": ({"mean": "token", "forget_loss": "pdu"}, "mean='token' of PDU is that of its publ"),
         "ceiling": ({"ceiling": 3.0}, "ceiling is for forget losses that are raised; NPO is lower"),
         "no ceiling": ({"ceiling": math.nan}, "ceiling must be a number, got nan"),
-        "none": ({"retain_per_forget": 0}, "retain_per_forget must be 1 or more, got 0"),
+        "none": ({"retain_per_forget": 0}, "retain_per_forget must be above 0, got 0"),
         "empty": ({"retain_dataset": []}, "retain dataset is empty"),
         "stream": ({"forget_dataset": iter(FORGET)}, "forget dataset must have a length"),
         "train": ({"train_dataset": FORGET, "retain_loss": nll}, "train_dataset is made of"),

@@ -85,6 +85,26 @@ def test_an_epoch_has_every_forget_sample_once_and_retain_samples_by_turns():
     assert len(set(retain[10:])) == 4
 
 
+@pytest.mark.parametrize(
+    "ratio,counts",
+    [(0.25, [0, 0, 0, 1, 0, 0, 1]), (0.5, [0, 1] * 3 + [1]), (1.5, [1, 2] * 3 + [1])],
+)
+def test_any_ratio_of_retain_to_forget_samples(ratio, counts):
+    sampler = PairSampler(7, 5, retain_per_forget=ratio)
+    found = list(sampler)
+    assert [len(pair.retain) for pair in found] == counts
+    retain = [place for pair in found for place in pair.retain]
+    assert len(set(retain[:5])) == min(5, len(retain))
+    ranks = [list(PairSampler(7, 5, retain_per_forget=ratio, rank=r, ranks=2)) for r in range(2)]
+    dealt = [pair for step in zip(*ranks, strict=True) for pair in step]
+    assert dealt[:5] == found[:5] and dealt[-1].retain
+    pairs = Pairs(DATA, OTHER)
+    alone = PairCollator()([pairs[pair._replace(forget=0, retain=())] for pair in found[:2]])
+    assert set(alone) == {"forget"}
+    with pytest.raises(gs.InputError, match="retain_per_forget must be above 0, got -1"):
+        PairSampler(7, 5, retain_per_forget=-1)
+
+
 def test_draws_follow_from_seed_and_epoch_alone():
     first = drawn(1, seed=3)
     torch.manual_seed(5)

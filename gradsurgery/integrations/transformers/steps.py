@@ -86,13 +86,14 @@ class Steps:
         if self.surgeon is not None:
             self.surgeon.discard()
 
-    def add(self, forget: Batch, retain: Batch) -> None:
-        """The rows of a micro-batch."""
+    def add(self, forget: Batch, retain: Batch | None) -> None:
+        """The rows of a micro-batch, whose retain samples may all be on other ranks."""
         assert self.surgeon is not None
         with self._context():  # each its own: casts that autocast keeps sum gradients in 16 bits
             self.surgeon.add(forget=forget, loss=self.parts.forget)
-        with self._context():
-            self.surgeon.add(retain=retain, loss=self.parts.retain)
+        if retain is not None:
+            with self._context():
+                self.surgeon.add(retain=retain, loss=self.parts.retain)
 
     def backward(self) -> float:
         """Leave the update in `.grad`; the loss, for the log."""

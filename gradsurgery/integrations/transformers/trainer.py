@@ -24,8 +24,16 @@ from gradsurgery.integrations.transformers.losses import (
 )
 from gradsurgery.integrations.transformers.refused import check_served
 from gradsurgery.integrations.transformers.steps import Steps
-from gradsurgery.language.batches import Pair, PairCollator, Pairs, PairSampler, Sample, collate
-from gradsurgery.ops._inputs import check, check_count, one_of
+from gradsurgery.language.batches import (
+    Pair,
+    PairCollator,
+    Pairs,
+    PairSampler,
+    Sample,
+    check_ratio,
+    collate,
+)
+from gradsurgery.ops._inputs import check, one_of
 
 FILE = "surgery.pt"  # beside the optimizer's in a checkpoint
 RETAIN = "retained"  # its name among those of evaluation, while a Trainer is made
@@ -69,7 +77,9 @@ class SurgeryMixin:
             what else the model takes, and `alternate` where the loss wants one. Each is in an
             epoch once. A sample's `id` is its place.
         retain_dataset: samples that are retained, of which some are drawn for each forget sample.
-        retain_per_forget: how many. A micro-batch has `per_device_train_batch_size` forget samples.
+        retain_per_forget: how many, a number above 0, such as 0.5. A micro-batch has
+            `per_device_train_batch_size` forget samples, and at least one retain sample, which may
+            be on another rank.
         mean: "sequence" weights samples alike; "token" weights them by their tokens, over the
             whole step, as public code does within a batch, in losses that are means over tokens
             (NLL, GradAscent, WGA, SatImp, CE-U, IdkNLL).
@@ -96,14 +106,14 @@ class SurgeryMixin:
         retain_loss: NamedLoss = "nll",
         forget_dataset: Any,
         retain_dataset: Any,
-        retain_per_forget: int = 1,
+        retain_per_forget: float = 1,
         mean: Literal["sequence", "token"] = "sequence",
         reference: Reference = None,
         ceiling: float = math.inf,
         hold: Hold = "auto",
         **kwargs: Any,
     ) -> None:
-        check_count("retain_per_forget", retain_per_forget)
+        check_ratio(retain_per_forget)
         one_of("hold", hold, ("auto", "pairs", "rows"))
         check(
             kwargs.pop("train_dataset", None) is None,
@@ -137,6 +147,12 @@ class SurgeryMixin:
         processes, each has its own."""
         trainer: Any = self
         args, pairs = trainer.args, trainer.train_dataset
+        together = trainer._train_batch_size * args.world_size
+        check(
+            together * self._retain_per_forget >= 1,
+            f"retain_per_forget={self._retain_per_forget} leaves batches of {together} forget "
+            f"samples without a retain sample: at least {1 / together:.3g}",
+        )
         sampler = PairSampler(
             len(pairs.forget),
             len(pairs.retain),
@@ -212,7 +228,7 @@ class SurgeryMixin:
         inputs = trainer._prepare_inputs(inputs)
         if self._steps.surgeon is None:
             self._begin(model)
-        self._steps.add(inputs["forget"], inputs["retain"])
+        self._steps.add(inputs["forget"], inputs.get("retain"))
         steps, loss = trainer.accelerator.sync_gradients, 0.0
         self._parts_left -= 1
         check(
@@ -257,7 +273,8 @@ class SurgeryMixin:
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         for part in ("forget", "retain"):
-            super()._track_num_input_tokens(inputs[part])  # type: ignore[misc]
+            if part in inputs:
+                super()._track_num_input_tokens(inputs[part])  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in any Trainer; what steps saw goes with the training loss."""
@@ -308,7 +325,7 @@ class SurgeryTrainer(SurgeryMixin, Trainer):
         retain_loss: NamedLoss = "nll",
         forget_dataset: Any,
         retain_dataset: Any,
-        retain_per_forget: int = 1,
+        retain_per_forget: float = 1,
         mean: Literal["sequence", "token"] = "sequence",
         reference: Reference = None,
         ceiling: float = math.inf,
