@@ -369,7 +369,7 @@ def test_a_mapping_that_cannot_be_made_again_is_named():
         ({"micro_batch": 1.5}, "micro_batch must be 1 or more or None, got 1.5"),
         ({"chunk_size": "x"}, "chunk_size must be 1 or more, got 'x'"),
         ({"together": 1}, "together must be True, False or None, got int"),
-        ({"process_group": "world"}, "process_group must be False, for this rank alone, or None"),
+        ({"process_group": "world"}, "process_group must be a ProcessGroup, a DeviceMesh, False"),
     ],
 )
 def test_options_that_are_none(options, message):
