@@ -62,6 +62,7 @@ def served(model: nn.Module) -> Iterator[None]:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, without its history; all of one that is not spread."""
     tensor = tensor.detach()
+    # here and below: that a tensor may be a DTensor, its type does not say
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 

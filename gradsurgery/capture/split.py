@@ -19,6 +19,7 @@ from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use
 from gradsurgery.errors import InputError
 from gradsurgery.spread import is_split
 
+# in what follows types are silenced where a parameter is a DTensor, which its type does not say
 _stand_ins = WeakTensorKeyDictionary()
 
 

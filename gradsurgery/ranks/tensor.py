@@ -186,6 +186,7 @@ class TensorJacobian:
 
 
 def _is_shard(parameter: nn.Parameter) -> bool:
+    # here and below: that a parameter may be a DTensor, its type does not say
     return is_split(parameter) and parameter.placements[0].is_shard()  # type: ignore[attr-defined]
 
 
