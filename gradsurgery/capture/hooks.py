@@ -272,6 +272,7 @@ def _at(watch: Watch, node: Any, nr: int) -> Tensor | None:
     taken = watch.taken.get(node)
     grad = None if taken is None else taken[nr]
     # of what ranks have parts of, the whole
+    # a DTensor, which its type does not say
     return grad.full_tensor() if grad is not None and is_split(grad) else grad  # type: ignore[operator]
 
 

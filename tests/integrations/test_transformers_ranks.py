@@ -16,6 +16,7 @@ from tests.ranks.processes import run
 
 transformers = pytest.importorskip("transformers")
 
+# what follows needs transformers, and comes after the look for it
 import accelerate  # noqa: E402
 
 from gradsurgery.integrations.open_unlearning.registry import surgery_of  # noqa: E402
