@@ -205,7 +205,8 @@ def _move(
         return found.requires_grad_(parameter.requires_grad)
 
     values = {
-        f"model.{name}": moved(parameter)
+        # asked for as a pass does: it may be gathered for that
+        f"model.{name}": moved(model.get_parameter(name))
         for name, parameter in model.named_parameters()
         if parameter.is_floating_point()
     }

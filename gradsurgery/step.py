@@ -159,7 +159,7 @@ class Surgeon:
             self._module, self._ranks = model, Group()
             given.check_split(rule, rows, project)
         spread = bool(self._ranks) and any(kind_of(self._module))
-        self._shards = Shards(self._module) if spread else None
+        self._shards = Shards(self._module, self._ranks) if spread else None
         check(
             self._shards is None or project is None,
             "project: steps of a model in fully_shard or replicate are not projected",
@@ -417,7 +417,7 @@ class Surgeon:
         # parameters are gathered by all ranks together, and for those that have samples
         if not any(self._ranks.settled(where, mine=bool(batches))):
             return False
-        with self._shards.gathered(named) as whole:
+        with self._shards.gathered(named, whole=self.rows == "stored") as whole:
             if batches:
                 self._pass(batches, cast(AnyLoss, loss), columns, whole, adds)
         return True

@@ -90,7 +90,9 @@ def refusal(error: Exception, losses: Tensor) -> str | None:
         node.name()
         for node in ordered(roots(losses)[0])
         for saved in saved_by(node)
-        if saved.unpack_hook is not None and not hasattr(saved.data, "handles")
+        if saved.unpack_hook is not None
+        # of a checkpoint, or of what says that it can be read as often as asked
+        and not (hasattr(saved.data, "handles") or getattr(saved.data, "lasting", False))
     }
     if not names:
         return None

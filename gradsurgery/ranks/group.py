@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -66,6 +67,16 @@ class Group:
         with self.heard():
             dist.all_gather_object(every, value, group=self.handle)
         return every
+
+    def numbers(self, mine: int, device: torch.device) -> list[int]:
+        """A whole number of each rank, in order of the ranks; `device`: one the group talks on."""
+        if self.handle is None:
+            return [mine]
+        own = torch.tensor([mine], device=device)
+        every = list(own.new_empty(self.size, 1))
+        with self.heard():
+            dist.all_gather(every, own, group=self.handle)
+        return torch.cat(every).tolist()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, of all ranks, added up in place; the same bits on each."""

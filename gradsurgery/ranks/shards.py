@@ -15,6 +15,8 @@ from gradsurgery.capture.uses import Use
 from gradsurgery.errors import InputError
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check
+from gradsurgery.ranks.blocks import GROUPS, Blocks
+from gradsurgery.ranks.group import Group
 from gradsurgery.spread import check_whole, served
 
 
@@ -85,16 +87,18 @@ def _begun(module: Any) -> nn.parallel.DistributedDataParallel:
 class Shards:
     """What a step does with a model that `fully_shard` or `replicate` holds on several ranks.
 
-    For its passes all parameters are gathered, and nothing else of these wrappers takes part: they
-    hang no hook on the graph, and no rank waits for another. So ranks may make different passes, or
-    none. Then the gathered parameters are freed, and rows that outlive them have stand-ins.
+    Nothing of these wrappers takes part in its passes but their casts: `Blocks` gathers parameters
+    where they are used. So ranks may make different passes, or none. Rows that outlive them have
+    stand-ins.
 
     Args:
         model: with modules in `fully_shard` or `replicate`.
+        ranks: all that hold it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, ranks: Group) -> None:
+        self.model, self.ranks = model, ranks
+        self._blocks: Blocks | None = None
         self._stand_ins: dict[str, nn.Parameter] = {}
 
     def rest(self) -> None:
@@ -103,30 +107,35 @@ class Shards:
             module.reshard()
 
     @contextmanager
-    def gathered(self, named: Mapping[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
+    def gathered(
+        self, named: Mapping[str, nn.Parameter], whole: bool = False
+    ) -> Iterator[dict[str, nn.Parameter]]:
         """Inside, the model computes with whole parameters; to be entered by all ranks.
 
         Args:
             named: those that have rows, as the optimizer holds them.
+            whole: whether all are gathered at once, and stay.
 
         Yields:
-            The same, whole, in the dtype that forward passes have them in.
+            The same, whole, in the dtype that forward passes have them in. Only while a pass uses
+            them do they have values.
         """
         sharded, replicas = kind_of(self.model)
         with ExitStack() as stack:
             stack.enter_context(served(self.model))
+            if self._blocks is None or not self._blocks.are_of(self.model):
+                self._blocks = Blocks(self.model, sharded, self.ranks)
             for module in sharded:
-                stack.callback(module.reshard)
-                module.unshard()
-                stack.enter_context(_without_hooks(module))
+                stack.enter_context(without_hooks(module))
             for module in replicas:
                 stack.enter_context(_without_reducer(_begun(module)))
+            stack.enter_context(self._blocks.used(whole))
             own = dict(self.model.named_parameters())
             check_whole(own)
-            whole = {name: own[name] for name in named}
-            for name, parameter in whole.items():
+            found = {name: own[name] for name in named}
+            for name, parameter in found.items():
                 self._stand_in(name, parameter)
-            yield whole
+            yield found
 
     def _stand_in(self, name: str, parameter: nn.Parameter) -> None:
         known = self._stand_ins.get(name)
@@ -147,12 +156,12 @@ class Shards:
         if isinstance(jacobian, DenseJacobian):
             jacobian.parameters = known
             return jacobian
-        gathered = {p.untyped_storage()._cdata for p in self.model.parameters()}
+        blocks = cast(Blocks, self._blocks)
         with torch.no_grad(), without_autocast(parameters[0]):
             # ways back from what was computed of parameters: these would be gone
             through = jacobian._through_derived()
             uses = [
-                [*(_alone(use, gathered) for use in mine), *through.get(k, ())]
+                [*(_alone(use, blocks) for use in mine), *through.get(k, ())]
                 for k, mine in enumerate(jacobian._uses)
             ]
         made = FactoredJacobian(
@@ -167,15 +176,15 @@ class Shards:
         return made
 
 
-def _alone(use: Use, gathered: set[int]) -> Use:
+def _alone(use: Use, blocks: Blocks) -> Use:
     """The use, with copies of what is in a parameter's memory: as of tokens that are learned."""
-    if any(tensor.untyped_storage()._cdata in gathered for tensor in use.values):
-        return use._with(lambda t: t.clone() if t.untyped_storage()._cdata in gathered else t)
+    if any(map(blocks.has, use.values)):
+        return use._with(lambda t: t.clone() if blocks.has(t) else t)
     return use
 
 
 @contextmanager
-def _without_hooks(module: Any) -> Iterator[None]:
+def without_hooks(module: Any) -> Iterator[None]:
     """A module of `fully_shard` casts what goes in and out, and does nothing else."""
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
@@ -188,12 +197,16 @@ def _without_hooks(module: Any) -> Iterator[None]:
         "model: in this torch, fully_shard(mp_policy=...) does not cast in all passes: update it, "
         "or use torch.autocast in the loss",
     )
-    before = state._training_state
+    before, groups = state._training_state, vars(state).get(GROUPS)
     state._training_state = TrainingState.PRE_BACKWARD
+    if groups is not None:  # which would be gathered
+        vars(state)[GROUPS] = []
     try:
         yield
     finally:
         state._training_state = before
+        if groups is not None:
+            vars(state)[GROUPS] = groups
         state._modules_to_run_forward.clear()
 
 

@@ -1,0 +1,201 @@
+"""Blocks of a sharded model: whole only while they are used, however unlike the ranks' passes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+import gradsurgery as gs
+from tests.ranks.cases import data, share, whole
+from tests.ranks.processes import run
+from tests.ranks.test_sharded_steps import adamw, said
+
+
+class Block(nn.Module):
+    """Reads a weight before another block is called within, and uses it after that."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.inner, self.note = inner, None
+
+    def forward(self, x):
+        weight, bias = self.down.weight, self.down.bias
+        hidden = self.up(x).tanh()
+        if self.inner is not None:
+            x = x + self.inner(x)
+        if self.note is not None:
+            self.note()
+            hidden.register_hook(lambda _: self.note())
+        return x + nn.functional.linear(hidden, weight, bias)
+
+
+class Network(nn.Module):
+    """Blocks one after another, one within another, one beside, and one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(30, 8)
+        self.blocks = nn.ModuleList([Block(), Block(), Block(Block()), Block(), Block()])
+        self.beside, self.head = Block(), nn.Linear(8, 30, bias=False)
+        self.double()
+
+    def forward(self, x):
+        hidden = self.tokens(x)
+        beside = self.beside(hidden)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(self.blocks[0](hidden) + beside)
+
+
+def sharded(**options):
+    model = Network()
+    for block in reversed(list(model.modules())):  # what is within another first
+        if isinstance(block, Block):
+            fully_shard(block, **options)
+    return fully_shard(model)
+
+
+def loss(model, batch):
+    logits = model(batch["x"])
+    return nn.functional.cross_entropy(logits.mT, batch["y"], reduction="none").mean(1)
+
+
+def mine(rank, seed, sizes=(4, 2)):
+    batch = data(sum(sizes), seed)
+    return batch if rank is None else share(batch, sizes, rank)
+
+
+def stepped(rank, loss=loss, sharded=sharded, **options):
+    """Parameters and the last Gramian of steps; ranks have unlike numbers of passes."""
+    model = Network() if rank is None else sharded()
+    surgeon = gs.Surgeon(model, adamw(model), gs.OrthoGrad(), **options)
+    for step in range(3):
+        pair = {"forget": mine(rank, step), "retain": mine(rank, step + 50, (1, 3))}
+        info = surgeon.step(loss=loss, **pair)
+    return whole(model), info.gramian
+
+
+def other_ways(model, batch):
+    """Ranks call blocks in other orders, and read weights without calling their modules."""
+    hidden, order = model.tokens(batch["x"]), [model.blocks[3], model.beside]
+    order = order[::-1] if dist.is_initialized() and dist.get_rank() == 1 else order
+    found = {block: block(hidden) for block in order}
+    hidden = found[model.beside] * found[model.blocks[3]]
+    hidden = hidden @ model.blocks[4].up.weight.T @ model.blocks[1].up.weight
+    logits = model.head(hidden)
+    return nn.functional.cross_entropy(logits.mT, batch["y"], reduction="none").mean(1)
+
+
+def with_torch_func(model, batch):
+    taken = torch.func.grad(lambda x: x.square().sum())(batch["y"].double())
+    return loss(model, batch) + 0 * taken.mean(1)
+
+
+SAME = {
+    "nested": {},
+    "micro-batches": {"micro_batch": 1},
+    "rows held": {"micro_batch": 2, "hold": "rows"},
+    "stored": {"rows": "stored"},
+    "in other ways": {"loss": other_ways},
+    "torch.func": {
+        "loss": with_torch_func,
+        "sharded": lambda: sharded(reshard_after_forward=False),
+    },
+}
+
+
+def _held(rank):
+    """The most parameters that have values at once, in passes, beside those of the root."""
+    model, held = sharded(), []
+
+    def note():
+        parts = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
+        with_values = [
+            part for part in parts if part.up._parameters.copy()["weight"].stride() != (0, 0)
+        ]
+        held.append(len(with_values))
+
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.note = note
+    surgeon = gs.Surgeon(model, adamw(model), gs.UPGrad())
+    for step in range(2):
+        surgeon.step(loss=loss, batch=mine(rank, step))
+    return max(held), len(held)
+
+
+def _told(rank):
+    model = sharded()
+    surgeon = gs.Surgeon(model, adamw(model), gs.UPGrad())
+
+    def step(loss):
+        before = whole(model)
+        told = said(lambda: surgeon.step(loss=loss, batch=mine(rank, 7)))
+        assert told == "accepted" or all(torch.equal(p, before[n]) for n, p in whole(model).items())
+        return told
+
+    def in_the_middle(model, batch):
+        if rank == 1:
+            model.blocks[1](model.tokens(batch["x"]))
+            raise ValueError("mine")
+        return loss(model, batch)
+
+    def writes_over(model, batch):
+        hidden = model.blocks[1](model.tokens(batch["x"])).exp()
+        hidden.add_(1)  # exp's backward pass needs what it gave
+        return loss(model, batch) + hidden.mean((1, 2))
+
+    def writes_to_a_parameter(model, batch):
+        with torch.no_grad():
+            model.blocks[1].up.weight.mul_(2)
+        return loss(model, batch)
+
+    told = [step(each) for each in (in_the_middle, writes_over, writes_to_a_parameter)]
+    return [*told, step(with_torch_func), step(loss)]
+
+
+def _work(rank):
+    return {name: stepped(rank, **options) for name, options in SAME.items()}
+
+
+def _others(rank):
+    return _held(rank), _told(rank)
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    """What each of two ranks found."""
+    return run(_work, 2, tmp_path_factory.mktemp("blocks"))
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_as_in_one_process(name, every):
+    options = {k: v for k, v in SAME[name].items() if k != "sharded"}
+    expected, gramian = stepped(None, **options)
+    for each in every:
+        torch.testing.assert_close(each[name][0], expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(each[name][1], gramian, rtol=0, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    return run(_others, 2, tmp_path_factory.mktemp("blocks"))
+
+
+def test_few_blocks_are_whole_at_once(others):
+    for (most, noted), _ in others:
+        assert noted >= 2 * 2 * 7
+        assert most <= 3  # one, what it is within, and what was used last
+
+
+def test_what_ranks_are_told(others):
+    wrote = "model: a pass writes to parameter blocks.1.up.weight"
+    for rank, (_, (middle, over, parameter, func, after)) in enumerate(others):
+        assert middle == ("RankError: rank 1: ValueError: mine", "ValueError: mine")[rank]
+        assert "modified by an inplace operation" in over
+        assert wrote in parameter
+        assert "give it reshard_after_forward=False" in func
+        assert after == "accepted"
