@@ -261,7 +261,7 @@ class Blocks:
             if tensor.layout == torch.strided and not (tensor.is_conj() or tensor.is_neg()):
                 found = self._loaded.get(tensor.untyped_storage()._cdata)
                 if found is not None and not found[0].stays and tensor.dtype == found[1].dtype:
-                    where = tensor.shape, tensor.stride(), tensor.storage_offset()
+                    where = tensor.shape, tensor.stride(), int(tensor.storage_offset())
                     return _OfBlock(*found, where)
         return _Kept(tensor, tensor._version)
 

@@ -26,8 +26,9 @@ class Block(nn.Module):
         if self.inner is not None:
             x = x + self.inner(x)
         if self.note is not None:
-            self.note()
-            hidden.register_hook(lambda _: self.note())
+            note = self.note
+            note()
+            hidden.register_hook(lambda _: note())
         return x + nn.functional.linear(hidden, weight, bias)
 
 
@@ -72,10 +73,11 @@ def stepped(rank, loss=loss, sharded=sharded, **options):
     """Parameters and the last Gramian of steps; ranks have unlike numbers of passes."""
     model = Network() if rank is None else sharded()
     surgeon = gs.Surgeon(model, adamw(model), gs.OrthoGrad(), **options)
-    for step in range(3):
-        pair = {"forget": mine(rank, step), "retain": mine(rank, step + 50, (1, 3))}
-        info = surgeon.step(loss=loss, **pair)
-    return whole(model), info.gramian
+    infos = [
+        surgeon.step(loss=loss, forget=mine(rank, step), retain=mine(rank, step + 50, (1, 3)))
+        for step in range(3)
+    ]
+    return whole(model), infos[-1].gramian
 
 
 def other_ways(model, batch):
