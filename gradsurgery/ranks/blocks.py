@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from gradsurgery.capture.hooks import register
 from gradsurgery.errors import InputError
 from gradsurgery.ranks.group import Group
 
@@ -171,11 +173,10 @@ class Blocks:
                 if any(id(m) in owners for m in module.modules()):
                     mine.setdefault(module, []).append(block)
         for module, blocks in mine.items():
-            for handle in (
-                module.register_forward_pre_hook(_adds(blocks, 1), prepend=True),
-                module.register_forward_hook(_adds(blocks, -1), always_call=True),
-            ):
-                stack.callback(handle.remove)
+            before = partial(module.register_forward_pre_hook, prepend=True)
+            after = partial(module.register_forward_hook, always_call=True)
+            for method, count in ((before, 1), (after, -1)):
+                stack.callback(register(method, _adds(blocks, count)).remove)
 
     def _want(self, parameter: Any) -> None:
         """Have the values of a parameter, if it is one that has none."""

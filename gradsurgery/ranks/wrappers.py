@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from gradsurgery.capture.hooks import register
 from gradsurgery.errors import InputError
 from gradsurgery.ranks.group import Group
 from gradsurgery.ranks.shards import group_of
@@ -108,7 +109,7 @@ def called_inside(model: nn.Module, module: nn.Module) -> Iterator[None]:
             "module inside"
         )
 
-    handle = model.register_forward_pre_hook(refuse)
+    handle = register(model.register_forward_pre_hook, refuse)
     try:
         yield
     finally:

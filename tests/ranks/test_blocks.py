@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import gradsurgery as gs
+from gradsurgery.capture.hooks import _others as others_made
 from tests.ranks.cases import data, share, whole
 from tests.ranks.processes import run
 from tests.ranks.test_sharded_steps import adamw, said
@@ -129,6 +130,18 @@ def _held(rank):
     return max(held), len(held)
 
 
+def _handles(rank):
+    """How many hooks a step seems to have made: where it did, the next one looks through memory."""
+    made = []
+    for model in (sharded(), nn.parallel.DistributedDataParallel(Network())):
+        surgeon = gs.Surgeon(model, adamw(model), gs.UPGrad())
+        surgeon.step(loss=loss, batch=mine(rank, 3))
+        before = others_made()
+        surgeon.step(loss=loss, batch=mine(rank, 4))
+        made.append(others_made() - before)
+    return made
+
+
 def _told(rank):
     model = sharded()
     surgeon = gs.Surgeon(model, adamw(model), gs.UPGrad())
@@ -164,7 +177,7 @@ def _work(rank):
 
 
 def _others(rank):
-    return _held(rank), _told(rank)
+    return _held(rank), _told(rank), _handles(rank)
 
 
 @pytest.fixture(scope="module")
@@ -188,16 +201,20 @@ def others(tmp_path_factory):
 
 
 def test_few_blocks_are_whole_at_once(others):
-    for (most, noted), _ in others:
+    for (most, noted), *_ in others:
         assert noted >= 2 * 2 * 7
         assert most <= 3  # one, what it is within, and what was used last
 
 
 def test_what_ranks_are_told(others):
     wrote = "model: a pass writes to parameter blocks.1.up.weight"
-    for rank, (_, (middle, over, parameter, func, after)) in enumerate(others):
+    for rank, (_, (middle, over, parameter, func, after), _) in enumerate(others):
         assert middle == ("RankError: rank 1: ValueError: mine", "ValueError: mine")[rank]
         assert "modified by an inplace operation" in over
         assert wrote in parameter
         assert "give it reshard_after_forward=False" in func
         assert after == "accepted"
+
+
+def test_steps_make_no_hooks_of_others(others):
+    assert all(made == [0, 0] for *_, made in others)
