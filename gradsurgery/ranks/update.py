@@ -10,7 +10,9 @@ from gradsurgery.ops._inputs import wide
 from gradsurgery.ranks.group import Group
 from gradsurgery.ranks.places import Place
 
-BUCKET = 25 << 20  # bytes, as in data parallelism
+BUCKET = 25 << 20  # bytes at most, as in data parallelism
+SHARE = 8  # three buckets are there at once: of a small model each is this part, but no less than
+LEAST = 1 << 20  # bytes
 # its name since torch 2.13, and before
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -47,13 +49,15 @@ class Buckets:
         self.parameters, self.several, self.ranks = parameters, several, ranks
         self.places = [None] * len(parameters) if places is None else places
         self.buckets: list[list[int]] = []
+        total = sum(p.numel() for p, used in zip(parameters, reached, strict=True) if used)
+        most = min(BUCKET, max(LEAST, 4 * total // SHARE))
         room, before = 0, None
         for k, parameter in enumerate(parameters):
             if not reached[k]:
                 continue
             dtype = wide(parameter.detach().new_empty(0)).dtype
             kind, size = (dtype, self.places[k]), parameter.numel() * dtype.itemsize
-            if not self.buckets or kind != before or room + size > BUCKET:
+            if not self.buckets or kind != before or room + size > most:
                 self.buckets.append([])
                 room = 0
             self.buckets[-1].append(k)
