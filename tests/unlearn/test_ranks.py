@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,21 +19,22 @@ from torch.utils.data import DataLoader
 from gradsurgery.ranks import Group
 from gradsurgery.unlearn import METHODS, Finetune, NegGradPlus, Retrain, cross_entropy, unlearning
 from gradsurgery.unlearn.command import Invocation, open_directory, run_job
+from gradsurgery.unlearn.jobs import tune
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.pipeline import Run
 from gradsurgery.unlearn.jobs.progress import Silent
-from gradsurgery.unlearn.jobs.ranks import of_first, shared_directory
+from gradsurgery.unlearn.jobs.ranks import check_together, of_first, shared_directory
 from tests.ranks.processes import run
 from tests.unlearn.tiny import JOB, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = {**METHODS, "retrain": Retrain}
-SHARED = [name for name, kind in ALL.items() if kind.shared]
 # options of every method, and how many samples a batch has: some give a rank less, or nothing
 SIZES = {"uneven": {"forget": 5, "retain": 7}, "one": {"forget": 1, "retain": 3}}
 METHOD = {
     "surgery": {"rule": "orthograd", "rule_options": ("alpha=0.3",)},
     "ssd": {"alpha": 0.8},  # by which some weights are dampened
+    "ltu": {"models": 2, "model_steps": 5, "refresh": 3},
 }
 JOBS = ("neggradplus",)
 
@@ -56,7 +59,7 @@ def trainer_of(kind, model, *, sizes=None, loss=cross_entropy, sets=None, group=
     for name, size in (sizes or SIZES["uneven"]).items():
         if hasattr(config, f"{name}_batch"):
             setattr(config, f"{name}_batch", size)
-    sets = sets or {"forget": samples(12, 1), "retain": samples(24, 2)}
+    sets = sets or {"forget": samples(12, 1), "retain": samples(24, 2), "validation": samples(9, 5)}
     return kind(model, loss, **sets, config=config, seed=3, process_group=group)
 
 
@@ -69,8 +72,8 @@ def trained(name, size, group=None, **options):
     return model.state_dict(), [{k: v for k, v in r.items() if k != "seconds"} for r in records]
 
 
-CASES = [(name, size, None) for name in SHARED for size in SIZES]
-CASES += [(name, "uneven", 2) for name in ("neggradplus", "random_label", "surgery")]
+CASES = [(name, size, None) for name in ALL for size in SIZES]
+CASES += [(name, "uneven", 2) for name in ("neggradplus", "random_label", "surgery", "ltu")]
 
 
 def said(work):
@@ -106,7 +109,6 @@ def refused(rank):
         apart[0].weight += rank
     cases = {
         "none": lambda: trainer_of(Finetune, network()),
-        "ltu": lambda: trainer_of(METHODS["ltu"], network(), group=world),
         "loader": lambda: trainer_of(Finetune, network(), sets=sets, group=world),
         "samples": lambda: trainer_of(Finetune, network(), sets=other, group=world),
         "config": lambda: trainer_of(Finetune, network(), group=world, lr=0.1 + rank),
@@ -173,8 +175,25 @@ def completed(config, path, ranks):
         return Run(JOB, config, directory, Silent(), ranks).complete()
 
 
+def searched(path, ranks):
+    """The options that a search chooses, and what a run with them and shadow models measures."""
+    config, kept = config_of(tune=2, shadows=2), tune.draws
+    tune.draws = lambda *_: [{"lr": lr, "steps": 3} for lr in (1e-3, 0.1)]
+    try:
+        with shared_directory(path, ranks) as (own, directory):
+            of_first(ranks, "options", lambda: open_directory(own, config))
+            run = Run(JOB, config, directory, Silent(), ranks)
+            chosen = tune.tune(run)
+            replace(run, config=chosen).complete()
+            results = {each["method"]: each["metrics"] for each in directory.results()}
+            return chosen.neggradplus.lr, results["neggradplus"]
+    finally:
+        tune.draws = kept
+
+
 def jobs(folder):
     ranks = Group(dist.group.WORLD)
+    searches = searched(folder / "searched", ranks)
     config = config_of(checkpoint_every=1)
     completed(config, folder / "whole", ranks)
     if ranks.rank == 0:  # as if it had come no further than the last method
@@ -184,11 +203,10 @@ def jobs(folder):
         stopped = said(lambda: completed(config, folder / "stopped", ranks))
     completed(config, folder / "stopped", ranks)
     wrong = {
-        "ltu": lambda: run_job(JOB, Invocation(config_of(("ltu",)))),
-        "tune": lambda: run_job(JOB, Invocation(config_of(tune=2))),
+        "device": lambda: check_together(SimpleNamespace(device="cuda:0"), ranks),
         "out": lambda: run_job(JOB, Invocation(config_of(), out=folder / "whole")),
     }
-    return stopped, {name: said(work) for name, work in wrong.items()}
+    return stopped, {name: said(work) for name, work in wrong.items()}, searches
 
 
 def work(rank, folder):
@@ -222,7 +240,6 @@ def test_a_method_on_two_ranks_is_one_process(every, case):
 REFUSED = {
     "none": "torch.distributed runs 2 ranks: pass process_group=",
     "function": "torch.distributed runs 2 ranks: pass process_group=",
-    "ltu": "process_group: LTUTrainer has steps of its own, which ranks do not share",
     "loader": "retain: a DataLoader on several ranks would give each a batch of its own",
     "samples": "retain: rank 0 and rank 1 have other samples",
     "config": "config: rank 0 and rank 1 differ, Finetune",
@@ -281,16 +298,20 @@ def test_a_job_goes_on_where_it_stopped(every):
         assert mine["losses"] == theirs["losses"]
 
 
-def test_what_jobs_do_not_share_is_refused_by_name(every):
-    wanted = {
-        "ltu": "--method: LTU has steps of its own, which 2 processes do not share",
-        "tune": "--tune is for one process, and there are 2",
-    }
+def test_a_search_and_shadow_models_on_two_ranks_are_those_of_one_process(every, tmp_path):
+    lr, metrics = searched(tmp_path / "alone", Group())
+    assert {"ulira", "ulira_auc"} <= metrics.keys()
     for found in every[0]:
-        for name, message in wanted.items():
-            kind, text = found["jobs"][1][name]
-            assert kind == "InputError"
-            assert text.startswith(message)
+        assert found["jobs"][2][0] == lr
+        assert found["jobs"][2][1] == every[0][0]["jobs"][2][1]
+        assert found["jobs"][2][1] == pytest.approx(metrics, rel=1e-3, abs=1e-3)
+
+
+def test_what_jobs_do_not_share_is_refused_by_name(every):
+    for found in every[0]:
+        kind, text = found["jobs"][1]["device"]
+        assert kind == "InputError"
+        assert text.startswith("--device: cuda:0 is one for 2 processes")
         kind, text = found["jobs"][1]["out"]
         assert kind == "InputError"
         assert "exists and is not empty" in text

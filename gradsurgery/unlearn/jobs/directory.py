@@ -346,14 +346,15 @@ class RunDirectory(CheckedFolder):
         self.write("tuning.jsonl", b"".join(self._read_lines("tuning.jsonl")))
         return found
 
-    def add_trial(self, trial: dict[str, Any]) -> None:
-        """Append a line to tuning.jsonl; it survives a loss of power as soon as this returns."""
+    def add_trial(self, trial: dict[str, Any]) -> dict[str, Any]:
+        """Append a line to tuning.jsonl; it survives a loss of power as soon as this gives it."""
         line = files.seal(self._trials, files.to_json(trial, indent=None))
         with self._appending("tuning.jsonl") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self._trials = files.check(self._trials, line)
+        return trial
 
 
 def _stage_name(stage: Stage) -> str:

@@ -18,7 +18,6 @@ from gradsurgery.ranks.group import world
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs.base import JobConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage
-from gradsurgery.unlearn.methods import METHODS
 
 if TYPE_CHECKING:
     from gradsurgery.unlearn.training.trainer import Trainer
@@ -49,15 +48,6 @@ def check_together(config: JobConfig, ranks: Group) -> None:
     """Raise `InputError` naming what several processes do not share."""
     if not ranks:
         return
-    for name in dict.fromkeys(variant.method for variant in config.variants):
-        if not METHODS[name].shared:
-            raise InputError(
-                f"--method: {METHODS[name].title} has steps of its own, which {ranks.size} "
-                "processes do not share: leave it out, or run it in one process"
-            )
-    for option in ("tune", "shadows"):
-        if getattr(config, option):
-            raise InputError(f"--{option} is for one process, and there are {ranks.size}")
     device = str(getattr(config, "device", "cpu"))
     if ":" in device:
         raise InputError(
@@ -110,6 +100,14 @@ class SharedDirectory:
     def load_model(self, model: nn.Module, stage: Stage) -> None:
         """The weights of a finished stage."""
         of_first(self.ranks, "load_model", lambda: self.own.load_model(model, stage))
+        self._as_first(model)
+
+    def load_weights(self, model: nn.Module, name: str) -> None:
+        """The weights in a file."""
+        of_first(self.ranks, "load_weights", lambda: self.own.load_weights(model, name))
+        self._as_first(model)
+
+    def _as_first(self, model: nn.Module) -> None:
         with torch.no_grad():
             for tensor in model.state_dict().values():
                 whole = self.ranks.first_(tensor.contiguous())

@@ -123,8 +123,7 @@ def tune(run: Run) -> JobConfig:
                         line = {**first, "final": True}  # one that failed is not run again
                         if "gap" in first:
                             line = final(first, tried(method, decoded(first), FINAL_SEEDS))
-                    lines.append(line)
-                    directory.add_trial(line)
+                    lines.append(directory.add_trial(line))  # several ranks take the first one's
                     advance(len(lines))
             won = winner(lines)
             if "gap" not in won:

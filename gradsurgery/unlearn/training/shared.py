@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -42,22 +43,49 @@ def summed(parameters: Sequence[nn.Parameter], ranks: Group) -> Iterator[Said]:
         with ranks.agreed("gradients") as said:
             _check_no_hooks(parameters)
             yield said
-            own = {k: p.grad for k, p in enumerate(parameters) if p.grad is not None}
-            said.mine = said.mine, [k in own for k in range(len(parameters))]
-        reached = [any(each) for each in zip(*(flags for _, flags in said.every), strict=True)]
+            own = [p.grad for p in parameters]
+            said.mine = said.mine, [grad is not None for grad in own]
+        flags = [known for _, known in said.every]
         said.every = [told for told, _ in said.every]
-        buckets = Buckets(parameters, reached, set(), ranks)
-        totals: dict[int, Tensor] = {}
-
-        def take(k: int, total: Tensor) -> None:
-            grad, known = total.to(parameters[k].dtype, copy=True), before[k]
-            totals[k] = grad if known is None else known + grad
-
-        buckets.sums(iter(own.items()), set(own), take)
-        after |= totals
+        for k, total in enumerate(_totals(parameters, own, flags, ranks)):
+            if total is not None:
+                known = before[k]
+                after[k] = total if known is None else known + total
     finally:
         for k, parameter in enumerate(parameters):
             parameter.grad = after[k]
+
+
+def added_up(
+    parameters: Sequence[nn.Parameter], ranks: Group, grads: list[Tensor | None], value: Tensor
+) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients of parameters, None where there is none, and a number [], of all ranks."""
+    if not ranks:
+        return grads, value
+    with ranks.agreed("sums of gradients") as said:
+        said.mine = float(value), [grad is not None for grad in grads]
+    flags = [known for _, known in said.every]
+    summed = math.fsum(own for own, _ in said.every)
+    total = torch.tensor(summed, dtype=torch.float64, device=parameters[0].device)
+    return _totals(parameters, grads, flags, ranks), total
+
+
+def _totals(
+    parameters: Sequence[nn.Parameter],
+    grads: Sequence[Tensor | None],
+    flags: Sequence[Sequence[bool]],
+    ranks: Group,
+) -> list[Tensor | None]:
+    """Sums over ranks, of which each said by `flags` what it has."""
+    own = {k: grad for k, grad in enumerate(grads) if grad is not None}
+    reached = [any(each) for each in zip(*flags, strict=True)]
+    found: list[Tensor | None] = [None] * len(parameters)
+
+    def take(k: int, total: Tensor) -> None:
+        found[k] = total.to(parameters[k].dtype, copy=True)
+
+    Buckets(parameters, reached, set(), ranks).sums(iter(own.items()), set(own), take)
+    return found
 
 
 def _check_no_hooks(parameters: Sequence[nn.Parameter]) -> None:

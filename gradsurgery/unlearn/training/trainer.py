@@ -94,7 +94,6 @@ class Trainer(Described, Loop[C], ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # sets it cannot do without and draws no batches from
     passes_over: ClassVar[tuple[str, ...]] = ()  # sets of which it uses no batch of one sample
     uses_optimizer: ClassVar[bool] = True
-    shared: ClassVar[bool] = True  # whether ranks can share its steps
     instead_of_loss: ClassVar[str] = ""  # what it computes where it never calls `loss`
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
@@ -123,11 +122,6 @@ class Trainer(Described, Loop[C], ABC):
         check_one_rank(model)
         _, self.ranks = opened(model, process_group)
         self.process_group = process_group
-        if self.ranks and not self.shared:
-            raise InputError(
-                f"process_group: {name} has steps of its own, which ranks do not share: run it in "
-                "one process"
-            )
         given.check_loss(loss)
         given.check_instance("config", config, self.Config)
         try:

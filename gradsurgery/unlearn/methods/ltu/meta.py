@@ -16,6 +16,12 @@ from gradsurgery.errors import InputError
 from gradsurgery.ops.group_norm import group_norm
 
 Scalar = Callable[[nn.Module], Tensor]  # a function of a model -> []
+Grads = list[Tensor | None]
+
+
+def own(grads: Grads, total: Tensor) -> tuple[Grads, Tensor]:
+    """Gradients and a sum of one process, which are all there is."""
+    return grads, total
 
 
 def meta_gradient(
@@ -25,7 +31,8 @@ def meta_gradient(
     rate: float,
     *,
     order: Literal["first", "second"] = "second",
-) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    of_all: Callable[[Grads, Tensor], tuple[Grads, Tensor]] = own,
+) -> tuple[Grads, Tensor, Tensor]:
     """The gradient of L(t) + M(t - a grad L(t)) at the model's parameters t.
 
     With g = grad L(t), H the Hessian of L at t and v = grad M(t - a g), it is g + v - a H v; first
@@ -36,6 +43,8 @@ def meta_gradient(
         tune: L as a sum of functions, model -> scalar, one or more.
         test: M, likewise. Where there are several, each graph is let go before the next is made.
         rate: a, 0 or more.
+        of_all: where several ranks have parts of L and M, as of their samples: given the
+            gradients and the sum of its own functions, those of all ranks. Called on each as often.
 
     Returns:
         the gradient, one tensor [*p.shape] per parameter, None where neither L nor M depends on
@@ -52,22 +61,26 @@ def meta_gradient(
     with _twice_differentiable(exact):
         values = (drawn.kept(part, model) for drawn, part in zip(draws, tune, strict=True))
         grads, before = _gradient(values, parameters, whole)
-    with _moved(parameters, grads, rate):
+    detached, before = of_all([None if g is None else g.detach() for g in grads], before)
+    with _moved(parameters, detached, rate):
         ahead, after = _gradient((part(model) for part in test), parameters)
-    detached = [None if grad is None else grad.detach() for grad in grads]
+    ahead, after = of_all(ahead, after)
     result = [_sum(grad, v) for grad, v in zip(detached, ahead, strict=True)]
     if exact:
         # of several parts each is computed again, with the same draws of dropout: no more than
         # one graph is held
+        bent: Grads = [None] * len(parameters)
         for drawn, part in zip(draws, tune, strict=True):
             with _twice_differentiable(True):
                 again = [] if whole else [drawn.again(part, model)]
                 first = grads if whole else _gradient(again, parameters, graph=True)[0]
                 curved = _curved(first, parameters, ahead)
-            result = [
-                _sum(total, None if bent is None else -rate * bent)
-                for total, bent in zip(result, curved, strict=True)
-            ]
+            bent = [_sum(total, more) for total, more in zip(bent, curved, strict=True)]
+        bent, _ = of_all(bent, before)
+        result = [
+            _sum(total, None if more is None else -rate * more)
+            for total, more in zip(result, bent, strict=True)
+        ]
     return result, before, after
 
 
@@ -103,9 +116,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def _moved(
-    parameters: list[nn.Parameter], grads: list[Tensor | None], rate: float
-) -> Iterator[None]:
+def _moved(parameters: list[nn.Parameter], grads: Grads, rate: float) -> Iterator[None]:
     """Parameters at t - a g inside. Their data is exchanged, not the parameters: whoever holds
     them, under whatever name, computes at the tuned point, also where it recomputes."""
     held = [p.data for p in parameters]
@@ -139,9 +150,9 @@ class _Draws:
 
 def _gradient(
     values: Iterable[Tensor], parameters: Sequence[Tensor], graph: bool = False
-) -> tuple[list[Tensor | None], Tensor]:
+) -> tuple[Grads, Tensor]:
     """Of the sum of scalars, and that sum."""
-    grads: list[Tensor | None] = [None] * len(parameters)
+    grads: Grads = [None] * len(parameters)
     total = torch.zeros(())
     for value in values:
         parts = torch.autograd.grad(value, parameters, create_graph=graph, allow_unused=True)
@@ -150,9 +161,7 @@ def _gradient(
     return grads, total
 
 
-def _curved(
-    grads: list[Tensor | None], parameters: Sequence[Tensor], along: list[Tensor | None]
-) -> Sequence[Tensor | None]:
+def _curved(grads: Grads, parameters: Sequence[Tensor], along: Grads) -> Sequence[Tensor | None]:
     """H v, of grads with a graph; those of a linear loss have none."""
     bent = [
         (grad, v)

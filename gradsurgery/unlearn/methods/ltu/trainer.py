@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ from gradsurgery.unlearn.objectives.classification import Classification, intege
 from gradsurgery.unlearn.training.described import PAIRED, Asked, LogUniform, Space
 from gradsurgery.unlearn.training.given import check_functions
 from gradsurgery.unlearn.training.modes import evaluating
+from gradsurgery.unlearn.training.shared import added_up, part_of
 from gradsurgery.unlearn.training.trainer import (
     Record,
     Trainer,
@@ -148,7 +150,6 @@ class LTUTrainer(Trainer[LTUConfig]):
         "mislabeled": {"audit_labels": ("forget",)},
     }
     Config = LTUConfig
-    shared = False
     draws = ("forget", "retain")
     passes_over = ("retain",)
     keeps = ("auditors",)
@@ -191,6 +192,10 @@ class LTUTrainer(Trainer[LTUConfig]):
         self._train_auditors()
 
     def gradients(self) -> Record:
+        with self.ranks.agreed("gradients", wait=False):
+            return self._gradients()
+
+    def _gradients(self) -> Record:
         refresh = self.config.refresh
         if self.auditors is not None and refresh and self.step and self.step % refresh == 0:
             self._train_auditors()
@@ -240,7 +245,8 @@ class LTUTrainer(Trainer[LTUConfig]):
         self, tune: list[Scalar], test: list[Scalar]
     ) -> tuple[list[Tensor | None], Tensor, Tensor]:
         rate = self.config.tune_lr if self.config.meta else 0.0
-        return meta_gradient(self.model, tune, test, rate, order=self.config.order)
+        order, shared = self.config.order, partial(added_up, self.parameters, self.ranks)
+        return meta_gradient(self.model, tune, test, rate, order=order, of_all=shared)
 
     def _filled(self, grads: list[Tensor | None], factor: float = 1.0) -> list[Tensor]:
         """Gradients of one dtype, the widest of the parameters', zero where there is none."""
@@ -253,10 +259,14 @@ class LTUTrainer(Trainer[LTUConfig]):
     def _objectives(
         self, batch: Batch, values: Callable[[nn.Module, Batch], Tensor]
     ) -> list[Scalar]:
-        """The mean of values(model, batch) [B] as a sum over parts that fit a forward pass."""
-        size = batch_size(batch)
+        """The mean of values(model, batch) [B] as a sum over parts that fit a forward pass.
+
+        Of several ranks each has the parts of its own samples.
+        """
+        size, mine = batch_size(batch), part_of(batch, self.ranks)
+        own = 0 if mine is None else batch_size(mine)
         length = self.config.micro_batch or size
-        parts = [take(batch, slice(at, at + length)) for at in range(0, size, length)]
+        parts = [take(mine, slice(at, at + length)) for at in range(0, own, length)]
 
         def share(part: Batch) -> Scalar:
             return lambda model: differentiable(values(model, part)).sum() / size
