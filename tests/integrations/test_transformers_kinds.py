@@ -274,9 +274,8 @@ def test_what_takes_several_devices_is_refused_by_name(tmp_path, monkeypatch):
     args = SimpleNamespace(**{**vars(trainer.args), "n_gpu": 1, "world_size": 1})
     fake = SimpleNamespace(
         args=args,
-        accelerator=SimpleNamespace(distributed_type="NO"),
+        accelerator=SimpleNamespace(distributed_type="NO", state=None),
         is_deepspeed_enabled=False,
-        is_fsdp_enabled=False,
         model_init=None,
     )
     check_served(fake)
@@ -289,9 +288,26 @@ def test_what_takes_several_devices_is_refused_by_name(tmp_path, monkeypatch):
         changed = SimpleNamespace(**{**vars(args), **change})
         with pytest.raises(gs.InputError, match=match):
             check_served(SimpleNamespace(**{**vars(fake), "args": changed}))
-    for name in ("deepspeed", "fsdp"):
-        with pytest.raises(gs.InputError, match=f"{name} is not served"):
-            check_served(SimpleNamespace(**{**vars(fake), f"is_{name}_enabled": True}))
+    with pytest.raises(gs.InputError, match="deepspeed is not served"):
+        check_served(SimpleNamespace(**{**vars(fake), "is_deepspeed_enabled": True}))
+    with pytest.raises(gs.InputError, match="fsdp_config xla is not served"):
+        check_served(SimpleNamespace(**{**vars(fake), "is_fsdp_xla_enabled": True}))
+    for version, sizes, match in (
+        (1, None, "fsdp version 1 is not served: .* take version 2"),
+        (2, 2, "parallelism_config is not served: .* take dp_replicate_size"),
+        (2, 1, None),
+    ):
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+        parallel = sizes and SimpleNamespace(non_data_parallel_size=sizes)
+        sharded = SimpleNamespace(distributed_type="FSDP", state=state, parallelism_config=parallel)
+        args.world_size = 4
+        given = SimpleNamespace(**{**vars(fake), "accelerator": sharded})
+        if match is None:
+            check_served(given)
+            continue
+        with pytest.raises(gs.InputError, match=match):
+            check_served(given)
+    args.world_size = 1
     with pytest.raises(gs.InputError, match="model_init is not served"):
         trainer_of(None, tmp_path, rule=LOWER, model_init=lambda: llama())
 

@@ -17,6 +17,7 @@ from gradsurgery.language.base import Objective, TokenLoss
 from gradsurgery.language.registry import FORGET, RETAIN, forget_loss, retain_loss
 from gradsurgery.language.tokens import Batch
 from gradsurgery.ops._inputs import check, is_number, one_of, shown
+from gradsurgery.ranks.shards import kind_of
 from gradsurgery.surgery import Rule
 
 Reference = LogProbs | Frozen | WithoutAdapter | None
@@ -98,6 +99,12 @@ class _Original:
         check(
             reference is None or isinstance(reference, kinds),
             f"reference must be LogProbs, Frozen, WithoutAdapter or None, got {shown(reference)}",
+        )
+        check(
+            not (isinstance(reference, Frozen) and any(kind_of(reference.original))),
+            "reference: Frozen holds a model in fully_shard, whose passes wait for all ranks, and "
+            "ranks make as many as they have batches: give each a copy of its own, or take LogProbs"
+            " or WithoutAdapter",
         )
         self.model, self.reference, self.taken = model, reference, reference is None
         self.log_probs: LogProbs | None = None

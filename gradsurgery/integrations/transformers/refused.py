@@ -24,7 +24,6 @@ def check_served(trainer: Any) -> None:
             "DataParallel splits batches over replicas; set CUDA_VISIBLE_DEVICES to one GPU",
         ),
         "deepspeed": (trainer.is_deepspeed_enabled, "it steps on gradients that it sums itself"),
-        "fsdp": (trainer.is_fsdp_enabled, "parameters are spread over processes"),
         **_processes(trainer),
         f"optim={optim!r}": (
             "lomo" in optim or "layerwise" in optim,
@@ -72,19 +71,37 @@ def check_served(trainer: Any) -> None:
 
 
 def _processes(trainer: Any) -> dict[str, tuple[bool, str]]:
-    """Of several processes, all that is not a replica of the model on each."""
+    """Of several processes, all that is neither a replica on each nor shards of FSDP2."""
     args, accelerator = trainer.args, trainer.accelerator
     several, kind = args.world_size > 1, accelerator.distributed_type
+    kind = str(getattr(kind, "value", kind))
     config, dealt = args.accelerator_config, "pairs are dealt out over processes by the sampler"
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    sharded = plugin is not None and plugin.fsdp_version == 2
+    parallel = getattr(accelerator, "parallelism_config", None)
     found = {
-        f"{args.world_size} processes of {getattr(kind, 'value', kind)}": (
+        "fsdp version 1": (
+            plugin is not None and not sharded,
+            "its parameters have no rows: take version 2, as of fsdp_config={'version': 2}, or "
+            "--fsdp_version 2 of accelerate launch",
+        ),
+        "fsdp_config xla": (
+            getattr(trainer, "is_fsdp_xla_enabled", False),
+            "its parameters have no rows: take fsdp of torch",
+        ),
+        "torch_compile with fsdp": (
+            sharded and args.torch_compile,
+            "the model is compiled before it is sharded, and steps run uncompiled: leave it out",
+        ),
+        f"{args.world_size} processes of {kind}": (
             # accelerate's names of DistributedDataParallel on devices of each kind
-            several and not str(getattr(kind, "value", kind)).startswith("MULTI_"),
-            "each is to have a replica of the model",
+            several and not sharded and not kind.startswith("MULTI_"),
+            "each is to have a replica of the model, or shards of fsdp",
         ),
         "parallelism_config": (
-            getattr(accelerator, "parallelism_config", None) is not None,
-            "each process is to have a replica of the model, and samples of its own",
+            parallel is not None and not (sharded and parallel.non_data_parallel_size == 1),
+            "each process is to have samples of its own, and a replica of the model or shards of "
+            "fsdp: take dp_replicate_size and dp_shard_size alone",
         ),
     }
     for name in ("split_batches", "dispatch_batches"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
@@ -16,6 +16,7 @@ from gradsurgery.integrations.transformers.losses import Parts
 from gradsurgery.language.reference import LogProbs, WithoutAdapter
 from gradsurgery.language.tokens import Batch
 from gradsurgery.ops._inputs import check
+from gradsurgery.ranks.shards import kind_of
 from gradsurgery.ranks.wrappers import opened
 from gradsurgery.step import Surgeon
 
@@ -47,7 +48,8 @@ class Steps:
         """Ask the original, if it is wanted, and be ready for rows.
 
         Args:
-            model: as the loop calls it, in `DistributedDataParallel` where several ranks step.
+            model: as the loop calls it, where several ranks step in `DistributedDataParallel` or
+                sharded by `fully_shard`.
             optimizer: the loop's, wrapped or not.
             forget: all batches of the forget set.
             begun: whether the model has moved already, in a run that is resumed.
@@ -64,9 +66,10 @@ class Steps:
             )
             found = LogProbs()
             with ranks.agreed("log-probabilities of the original") as said:
-                for batch in islice(forget(), ranks.rank, None, ranks.size):
+                # as many passes on each, for of a sharded model ranks wait for each other in them
+                for batches in _turns(forget(), ranks.size):
                     with context():
-                        found.add(module, batch)
+                        found.add(module, batches[ranks.rank % len(batches)])
                 said.mine = found.state_dict()
             columns = {name: torch.cat([each[name] for each in said.every]) for name in said.mine}
             known.load_state_dict(columns)  # all of them, or none
@@ -91,7 +94,7 @@ class Steps:
         assert self.surgeon is not None
         with self._context():  # each its own: casts that autocast keeps sum gradients in 16 bits
             self.surgeon.add(forget=forget, loss=self.parts.forget)
-        if retain is not None:
+        if retain is not None or any(kind_of(self.surgeon.model)):  # of shards all ranks add
             with self._context():
                 self.surgeon.add(retain=retain, loss=self.parts.retain)
 
@@ -147,6 +150,13 @@ class Steps:
         self.parts.rule.load_state_dict(memory)
         if known is not None and state["log_probs"] is not None:
             known.load_state_dict(state["log_probs"])
+
+
+def _turns(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """So many at a time, and at last what is left."""
+    each = iter(batches)
+    while turn := list(islice(each, size)):
+        yield turn
 
 
 def _check_fresh(model: nn.Module, batch: Batch) -> None:

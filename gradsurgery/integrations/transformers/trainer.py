@@ -53,9 +53,10 @@ class SurgeryMixin:
     Trainer's own: clipping, callbacks, the optimizer, schedules, saving, evaluation. What the rule
     remembers and what is known of the original are saved with a checkpoint, and found there again.
 
-    Started as several processes, with a replica of the model on each (`DistributedDataParallel`, as
-    the Trainer makes it), the rows are those of all of them, and so is the update. Pairs are dealt
-    out: up to a pair less than there are processes is left out of an epoch.
+    Started as several processes, with a replica of the model on each or with shards of it
+    (`DistributedDataParallel` or FSDP2, as the Trainer makes it), the rows are those of all of
+    them, and so is the update. Pairs are dealt out: up to a pair less than there are processes is
+    left out of an epoch.
 
     `compute_loss` is asked in evaluation alone. Batches are made by the Trainer's own data
     collator, of samples that its own constructor may have prepared, as TRL's tokenizes them. With
@@ -93,7 +94,7 @@ class SurgeryMixin:
 
     Raises:
         InputError: what does not go together, or is not served: several GPUs in one process,
-            DeepSpeed, FSDP, tensor and context parallelism, reentrant checkpoints, LOMO and other
+            DeepSpeed, FSDP1, tensor and context parallelism, reentrant checkpoints, LOMO and other
             optimizers that step within a backward pass, `compute_loss_func`, label smoothing,
             `model_init`, samplers of the Trainer's, packed samples. The message names it.
     """
