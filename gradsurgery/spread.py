@@ -59,6 +59,11 @@ def served(model: nn.Module) -> Iterator[None]:
         _served.reset(token)
 
 
+def is_served(model: nn.Module) -> bool:
+    """Whether this is inside of `served` for it."""
+    return _served.get() is model
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, without its history; all of one that is not spread."""
     tensor = tensor.detach()

@@ -17,7 +17,7 @@ from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check
 from gradsurgery.ranks.blocks import GROUPS, Blocks
 from gradsurgery.ranks.group import Group
-from gradsurgery.spread import check_whole, served
+from gradsurgery.spread import check_whole, is_served, served
 
 
 def kind_of(model: nn.Module) -> tuple[list[Any], list[Any]]:
@@ -84,6 +84,25 @@ def _begun(module: Any) -> nn.parallel.DistributedDataParallel:
     return state._ddp
 
 
+def rest(model: nn.Module) -> None:
+    """The model's parameters are the shards, though a forward pass left them whole."""
+    for module in kind_of(model)[0]:
+        module.reshard()
+
+
+@contextmanager
+def gathering(model: nn.Module) -> Iterator[None]:
+    """Inside, ranks may make other passes of a sharded model than others; any other is as it is.
+
+    To be entered by all ranks.
+    """
+    if not any(kind_of(model)) or is_served(model):
+        yield
+        return
+    with Shards(model, Group(group_of(model), alone=True)).gathered({}):
+        yield
+
+
 class Shards:
     """What a step does with a model that `fully_shard` or `replicate` holds on several ranks.
 
@@ -103,8 +122,7 @@ class Shards:
 
     def rest(self) -> None:
         """The model's parameters are the shards, though a forward pass left them whole."""
-        for module in kind_of(self.model)[0]:
-            module.reshard()
+        rest(self.model)
 
     @contextmanager
     def gathered(

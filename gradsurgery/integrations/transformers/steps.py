@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from gradsurgery.integrations.transformers.losses import Parts
 from gradsurgery.language.reference import LogProbs, WithoutAdapter
 from gradsurgery.language.tokens import Batch
 from gradsurgery.ops._inputs import check
-from gradsurgery.ranks.shards import kind_of
+from gradsurgery.ranks.shards import gathering, kind_of
 from gradsurgery.ranks.wrappers import opened
 from gradsurgery.step import Surgeon
 
@@ -66,10 +66,10 @@ class Steps:
             )
             found = LogProbs()
             with ranks.agreed("log-probabilities of the original") as said:
-                # as many passes on each, for of a sharded model ranks wait for each other in them
-                for batches in _turns(forget(), ranks.size):
-                    with context():
-                        found.add(module, batches[ranks.rank % len(batches)])
+                with gathering(module):
+                    for batch in islice(forget(), ranks.rank, None, ranks.size):
+                        with context():
+                            found.add(module, batch)
                 said.mine = found.state_dict()
             columns = {name: torch.cat([each[name] for each in said.every]) for name in said.mine}
             known.load_state_dict(columns)  # all of them, or none
@@ -150,13 +150,6 @@ class Steps:
         self.parts.rule.load_state_dict(memory)
         if known is not None and state["log_probs"] is not None:
             known.load_state_dict(state["log_probs"])
-
-
-def _turns(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """So many at a time, and at last what is left."""
-    each = iter(batches)
-    while turn := list(islice(each, size)):
-        yield turn
 
 
 def _check_fresh(model: nn.Module, batch: Batch) -> None:

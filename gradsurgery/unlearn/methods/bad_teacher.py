@@ -56,6 +56,7 @@ class BadTeacher(Trainer[BadTeacherConfig]):
     Config = BadTeacherConfig
     draws = ("forget", "retain")
     keeps = ("competent", "incompetent")
+    sharded = False
     instead_of_loss = "it takes divergences of the model's outputs from two teachers'"
 
     def prepare(self) -> None:

@@ -64,6 +64,7 @@ class BoundaryShrink(Trainer[BoundaryShrinkConfig]):
     Config = BoundaryShrinkConfig
     draws = ("forget",)
     keeps = ("original",)
+    sharded = False
 
     def labeled_sets(self) -> tuple[str, ...]:
         return ("forget",)

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from gradsurgery.ranks.places import whole_of
 from gradsurgery.unlearn.training.described import LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 
@@ -58,5 +59,5 @@ class L1Sparse(Trainer[L1SparseConfig]):
         return {
             "retain_loss_batch": retain_losses.mean().item(),
             "l1_weight": weight,
-            "l1_norm": norm.item(),
+            "l1_norm": whole_of(norm.detach()).item(),
         }

@@ -78,6 +78,11 @@ class Retrain(Trainer[RetrainConfig]):
 
     def prepare(self) -> None:
         if self.config.start == "scratch":
+            if self.shards is not None:
+                raise InputError(
+                    "start = scratch: the model is in fully_shard, and weights are drawn whole: "
+                    "draw them before, and take start = given"
+                )
             reset_parameters(self.model, self.seed)
 
     def gradients(self) -> Record:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.ranks.places import grad_of, whole_of
+from gradsurgery.spread import is_split
 from gradsurgery.unlearn.methods.random_label import RandomLabel, RandomLabelConfig
 from gradsurgery.unlearn.objectives.base import batch_size
 from gradsurgery.unlearn.training.described import PAIRED, LogUniform, Space
@@ -76,8 +78,17 @@ class SalUn(RandomLabel[SalUnConfig]):
             ]
         finally:
             self.model.zero_grad()
-        self.masks = largest(sizes, self.config.saliency)  # one [*p.shape] per parameter
+        # one [*p.shape] per parameter
+        self._put(largest([whole_of(size) for size in sizes], self.config.saliency))
         self.ranked = list(self.trained)  # their names
+
+    def _put(self, masks: list[Tensor]) -> None:
+        """Masks, as shards where parameters are."""
+        pairs = zip(masks, self.parameters, strict=True)
+        self.masks = [grad_of(m.to(p.device), p).bool() if is_split(p) else m for m, p in pairs]
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self._put([mask.to(self.device) for mask in state["masks"]])
 
     def check_extra_state(self, state: Mapping[str, Any]) -> None:
         super().check_extra_state(state)

@@ -81,6 +81,7 @@ class SCRUB(Trainer[SCRUBConfig]):
     Config = SCRUBConfig
     draws = ("forget", "retain")
     keeps = ("teacher",)
+    sharded = False
     instead_of_loss = "it takes divergences and the cross-entropy of the model's outputs"
 
     def labeled_sets(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._inputs import wide
+from gradsurgery.ranks.places import whole_of
 from gradsurgery.unlearn.training.described import LogUniform, Space
 from gradsurgery.unlearn.training.modes import evaluating
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
@@ -83,7 +84,7 @@ class SSD(Trainer[SSDConfig]):
             chosen = importance > self.config.alpha * overall
             factor = (self.config.dampening * overall / importance).clamp(max=1)
             factors.append(torch.where(chosen, factor, 1))
-            dampened += int(chosen.sum())
+            dampened += int(whole_of(chosen.sum()))
         with torch.no_grad():
             for p, factor in zip(self.parameters, factors, strict=True):
                 p.mul_(factor)

@@ -145,9 +145,10 @@ class SurgeryTrainer(SurgicalTrainer[SurgeryConfig]):
         surgeon = self.made_surgeon()
         surgeon.discard()
         mine, others = part_of(forget, self.ranks), part_of(retain, self.ranks)
-        if mine is not None:  # a rank may have none
+        # a rank may have none, but of a sharded model all ranks add
+        if mine is not None or self.shards is not None:
             surgeon.add(forget=mine, loss=self._forget_loss)
-        if others is not None:
+        if others is not None or self.shards is not None:
             surgeon.add(retain=others, loss=self._retain_loss)
         return surgeon.backward()
 

@@ -13,6 +13,8 @@ from gradsurgery import language
 from gradsurgery.language import Frozen, LanguageLoss, LogProbs, WithoutAdapter
 from gradsurgery.language.reference import alternate
 from gradsurgery.language.tokens import predictions
+from gradsurgery.ops._inputs import check
+from gradsurgery.ranks.shards import kind_of
 from gradsurgery.unlearn.objectives.base import Batch, Named, Objective, Outputs
 
 
@@ -87,4 +89,9 @@ def _named(loss: LanguageLoss) -> Named:
 def _original(model: nn.Module) -> Frozen | WithoutAdapter:
     if hasattr(model, "disable_adapter"):
         return WithoutAdapter()
+    check(
+        not any(kind_of(model)),
+        "loss: it needs the original model, and one in fully_shard is not copied: take an adapter, "
+        "below which is the original, or a loss that needs log-probabilities alone",
+    )
     return Frozen(copy.deepcopy(model))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradsurgery.batch import DETACHED, per_sample_losses
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ranks import Group
+from gradsurgery.ranks.shards import Shards
 from gradsurgery.unlearn.objectives.base import Batch, Objective, Outputs, batch_size, fresh, take
 from gradsurgery.unlearn.objectives.classification import Classification
 from gradsurgery.unlearn.training.given import checked_outputs
@@ -37,6 +38,7 @@ class Asking(Generic[C]):
     generator: torch.Generator  # of the method's draws
     parameters: list[nn.Parameter]  # those that train
     ranks: Group  # who share the batches
+    shards: Shards | None  # that they have of the model
 
     def draw(self, kind: str) -> Batch:
         """The next batch of a set, on the model's device."""
@@ -112,7 +114,7 @@ class Asking(Generic[C]):
         if not self.ranks:
             seen = self._backward(batch, values, scale)
         else:
-            with summed(self.moved(), self.ranks) as said:
+            with summed(self.moved(), self.model, self.ranks, self.shards) as said:
                 mine = part_of(batch, self.ranks)
                 said.mine = None if mine is None else self._backward(mine, values, scale).cpu()
             seen = torch.cat([each for each in said.every if each is not None])

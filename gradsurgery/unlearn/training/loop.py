@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from gradsurgery.errors import InputError, NonFiniteError, TrainingError
+from gradsurgery.ranks.shards import rest
+from gradsurgery.spread import local
 from gradsurgery.surgery import Rule
 from gradsurgery.undo import Undo
 from gradsurgery.unlearn.training import given
@@ -179,6 +181,7 @@ class Loop(Asking[C]):
 
     def _look_up(self) -> None:
         """The parameters that train now. Raises `InputError` where a step could not move one."""
+        rest(self.model)
         self.trained = given.trained(self.model)
         self.parameters = list(self.trained.values())
         self._note_peaks()
@@ -237,8 +240,11 @@ class Loop(Asking[C]):
 
     def _check_model(self) -> None:
         """A step's losses are those before it: what it did to the weights shows in them alone."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
+        rest(self.model)
+        named = self.model.named_parameters()
+        broken = (name for name, p in named if not bool(local(p).isfinite().all()))
+        for name in self.ranks.gather(next(broken, None)):  # of shards, perhaps one rank's alone
+            if name is not None:
                 raise self._diverged(f"{name} is no longer finite", self.step)
 
     def _diverged(self, what: str, step: int) -> TrainingError:

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from gradsurgery.ranks.shards import rest
+from gradsurgery.spread import local
+
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
@@ -47,12 +50,15 @@ def values_undone_by_errors(model: nn.Module) -> Iterator[None]:
 
     The copy is in the CPU's memory, where there is more of it.
     """
+    rest(model)
     owned = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
     trained = [p for p in model.parameters() if p.requires_grad]
-    copies = [(t, t.detach().to("cpu", copy=True)) for t in (*trained, *model.buffers())]
+    held = [local(tensor) for tensor in (*trained, *model.buffers())]
+    copies = [(tensor, tensor.to("cpu", copy=True)) for tensor in held]
     try:
         yield
     except BaseException:
+        rest(model)
         with torch.no_grad():
             for module, name, buffer in owned:
                 module._buffers[name] = buffer

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradsurgery.errors import InputError
+from gradsurgery.ranks.places import grad_of, whole_of
+from gradsurgery.ranks.shards import rest
+from gradsurgery.spread import is_split
 from gradsurgery.text import brief, show
 from gradsurgery.unlearn.training.data import LoaderBatches
 
@@ -39,6 +42,7 @@ def names(trainer: Trainer) -> dict[str, str | None]:
 
 def state_of(trainer: Trainer) -> State:
     """All that later steps depend on, in copies."""
+    rest(trainer.model)
     cuda = trainer.device.type == "cuda"
     schedule = trainer.schedule
     state = {
@@ -72,17 +76,21 @@ def _rng_of_ranks(trainer: Trainer) -> State:
 
 def load(trainer: Trainer, state: Any) -> None:
     """Check a state, then load it; an error leaves the trainer as it was."""
+    rest(trainer.model)
     check(trainer, state)
     with _undone_by_errors(trainer):
         with _naming("optimizer"):
-            trainer.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            trainer.optimizer.load_state_dict(_dealt_out(trainer, state["optimizer"]))
         if trainer.schedule is not None:
             with _naming("schedule"):
                 trainer.schedule.load_state_dict(state["schedule"])
         with _naming("extra"):
             trainer.load_extra_state(state["extra"])
         with _naming("model"):
-            trainer.model.load_state_dict(state["model"])
+            own = trainer.model.state_dict()
+            trainer.model.load_state_dict(
+                {k: _as(v, own.get(k)) for k, v in state["model"].items()}
+            )
         for kind, drawn in state["batches"].items():
             trainer.batches[kind].load_state_dict(drawn)
         for kind, own in trainer._generators().items():
@@ -97,6 +105,25 @@ def load(trainer: Trainer, state: Any) -> None:
         trainer.samples.update(state["samples"])
         trainer.step, trainer.seconds = state["step"], state["seconds"]
         trainer.stopped = state["stopped"]
+
+
+def _dealt_out(trainer: Trainer, state: State) -> State:
+    """An optimizer's state of whole tensors, as shards where parameters are."""
+    made = copy.deepcopy(state)
+    for theirs, mine in zip(made["param_groups"], trainer.optimizer.param_groups, strict=True):
+        for k, parameter in zip(theirs["params"], mine["params"], strict=True):
+            entry = made["state"].get(k, {})
+            for name, value in entry.items():
+                if isinstance(value, Tensor) and value.dim() and is_split(parameter):
+                    if value.shape != parameter.shape:
+                        fail(f"optimizer: {name} is not as its parameter, and is not dealt out")
+                    entry[name] = _as(value, parameter)
+    return made
+
+
+def _as(value: Tensor, own: Any) -> Tensor:
+    """A whole tensor, as shards where the trainer has these."""
+    return grad_of(value, own) if isinstance(own, Tensor) and is_split(own) else value
 
 
 # -- what must fit
@@ -349,4 +376,5 @@ def _undone_by_errors(trainer: Trainer) -> Iterator[None]:
 
 
 def _cloned(state: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
+    """With copies of tensors, whole ones of shards."""
+    return pytree.tree_map_only(Tensor, lambda tensor: whole_of(tensor.detach()).clone(), state)

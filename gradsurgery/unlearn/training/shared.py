@@ -15,6 +15,8 @@ from gradsurgery.ops._inputs import check
 from gradsurgery.ranks import Group
 from gradsurgery.ranks.alike import check_alike, fingerprint
 from gradsurgery.ranks.group import Said
+from gradsurgery.ranks.places import as_grad, place_of
+from gradsurgery.ranks.shards import Shards
 from gradsurgery.ranks.table import share
 from gradsurgery.ranks.update import Buckets
 from gradsurgery.unlearn.objectives.base import Batch, batch_size, take
@@ -30,10 +32,13 @@ def part_of(batch: Batch, ranks: Group) -> Batch | None:
 
 
 @contextmanager
-def summed(parameters: Sequence[nn.Parameter], ranks: Group) -> Iterator[Said]:
+def summed(
+    parameters: Sequence[nn.Parameter], model: nn.Module, ranks: Group, shards: Shards | None
+) -> Iterator[Said]:
     """Around backward passes of this rank's part: to `.grad` is added what those of all give.
 
-    The ranks raise alike, and know afterwards what each said.
+    The ranks raise alike, and know afterwards what each said. Of a sharded model the passes see
+    whole parameters, and `.grad` gets shards.
     """
     before = [parameter.grad for parameter in parameters]
     after = dict(enumerate(before))
@@ -42,12 +47,13 @@ def summed(parameters: Sequence[nn.Parameter], ranks: Group) -> Iterator[Said]:
             parameter.grad = None
         with ranks.agreed("gradients") as said:
             _check_no_hooks(parameters)
-            yield said
-            own = [p.grad for p in parameters]
+            with _computed_with(parameters, model, shards) as computed:
+                yield said
+                own = [p.grad for p in computed]
             said.mine = said.mine, [grad is not None for grad in own]
         flags = [known for _, known in said.every]
         said.every = [told for told, _ in said.every]
-        for k, total in enumerate(_totals(parameters, own, flags, ranks)):
+        for k, total in enumerate(_totals(parameters, computed, own, flags, ranks)):
             if total is not None:
                 known = before[k]
                 after[k] = total if known is None else known + total
@@ -67,25 +73,51 @@ def added_up(
     flags = [known for _, known in said.every]
     summed = math.fsum(own for own, _ in said.every)
     total = torch.tensor(summed, dtype=torch.float64, device=parameters[0].device)
-    return _totals(parameters, grads, flags, ranks), total
+    return _totals(parameters, parameters, grads, flags, ranks), total
 
 
 def _totals(
     parameters: Sequence[nn.Parameter],
+    computed: Sequence[nn.Parameter],
     grads: Sequence[Tensor | None],
     flags: Sequence[Sequence[bool]],
     ranks: Group,
 ) -> list[Tensor | None]:
-    """Sums over ranks, of which each said by `flags` what it has."""
+    """Sums over ranks, of which each said by `flags` what it has, as parameters have them.
+
+    `computed`: what gradients are of, whole where parameters are shards.
+    """
     own = {k: grad for k, grad in enumerate(grads) if grad is not None}
     reached = [any(each) for each in zip(*flags, strict=True)]
     found: list[Tensor | None] = [None] * len(parameters)
 
     def take(k: int, total: Tensor) -> None:
-        found[k] = total.to(parameters[k].dtype, copy=True)
+        found[k] = as_grad(total, parameters[k])
 
-    Buckets(parameters, reached, set(), ranks).sums(iter(own.items()), set(own), take)
+    buckets = Buckets(computed, reached, set(), ranks, list(map(place_of, parameters)))
+    buckets.sums(iter(own.items()), set(own), take)
     return found
+
+
+@contextmanager
+def _computed_with(
+    parameters: Sequence[nn.Parameter], model: nn.Module, shards: Shards | None
+) -> Iterator[list[nn.Parameter]]:
+    """What passes inside find in the place of parameters; of one that has no shards, itself."""
+    if shards is None:
+        yield list(parameters)
+        return
+    shards.rest()
+    held = {id(parameter) for parameter in parameters}
+    named = {name: p for name, p in model.named_parameters() if id(p) in held}
+    names = {id(p): name for name, p in named.items()}
+    with shards.gathered(named) as whole:
+        found = [whole.get(names.get(id(p), ""), p) for p in parameters]
+        try:
+            yield found
+        finally:
+            for parameter in found:
+                parameter.grad = None
 
 
 def _check_no_hooks(parameters: Sequence[nn.Parameter]) -> None:

@@ -10,6 +10,7 @@ import copy
 import time
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,8 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gradsurgery.errors import InputError
+from gradsurgery.ranks.shards import Shards, kind_of
 from gradsurgery.ranks.wrappers import opened
-from gradsurgery.spread import check_one_rank
+from gradsurgery.spread import check_one_rank, served
 from gradsurgery.unlearn.objectives.base import (
     Objective,
     PerSampleLoss,
@@ -86,7 +88,8 @@ class Trainer(Described, Loop[C], ABC):
             for data that has duplicates.
         process_group: as of `Surgeon`, where torch.distributed runs several ranks: all ranks are
             given the same samples, options and weights, each takes its part of every batch, and a
-            step is that of the whole. Records are the same on all, but for seconds.
+            step is that of the whole. Records are the same on all, but for seconds. None for a
+            model that `fully_shard` was called on, whose ranks are those of its mesh.
     """
 
     Config: ClassVar[type[TrainerConfig]] = TrainerConfig
@@ -94,6 +97,7 @@ class Trainer(Described, Loop[C], ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # sets it cannot do without and draws no batches from
     passes_over: ClassVar[tuple[str, ...]] = ()  # sets of which it uses no batch of one sample
     uses_optimizer: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True  # whether the model may be in fully_shard
     instead_of_loss: ClassVar[str] = ""  # what it computes where it never calls `loss`
     # attributes, modules or lists of tensors, that a resumed run must find again
     keeps: ClassVar[tuple[str, ...]] = ()
@@ -119,9 +123,17 @@ class Trainer(Described, Loop[C], ABC):
     ) -> None:
         name = type(self).__name__
         given.check_model(model)
-        check_one_rank(model)
+        sharded = process_group is not False and bool(kind_of(model)[0])
+        with served(model) if sharded else nullcontext():
+            check_one_rank(model)
         _, self.ranks = opened(model, process_group)
         self.process_group = process_group
+        self.shards = Shards(model, self.ranks) if sharded else None
+        if sharded and not self.sharded:
+            raise InputError(
+                f"model: it is in fully_shard, and {name} needs all of it at once: give each rank "
+                "a replica, and process_group="
+            )
         given.check_loss(loss)
         given.check_instance("config", config, self.Config)
         try:

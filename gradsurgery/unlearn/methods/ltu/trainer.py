@@ -150,6 +150,7 @@ class LTUTrainer(Trainer[LTUConfig]):
         "mislabeled": {"audit_labels": ("forget",)},
     }
     Config = LTUConfig
+    sharded = False
     draws = ("forget", "retain")
     passes_over = ("retain",)
     keeps = ("auditors",)
