@@ -2,11 +2,12 @@
 
 from gradsurgery import integrations
 from gradsurgery.batch import WeightedLosses
-from gradsurgery.capture import FactoredJacobian, check
+from gradsurgery.capture import FactoredJacobian
 from gradsurgery.diagnosis import diagnose
 from gradsurgery.errors import CoupledSamplesError, InputError, NonFiniteError, RankError
 from gradsurgery.jacobian import DenseJacobian, concat
 from gradsurgery.ops import combine, gramian, harmonize, orthonormalize, project_out
+from gradsurgery.ranks.check import check
 from gradsurgery.ranks.tape import tape
 from gradsurgery.step import Surgeon
 from gradsurgery.surgery import (

@@ -151,11 +151,11 @@ def _compared(
         losses = _losses(model, loss, part)
         if losses is None or losses.shape[1:] != whole.shape[1:]:
             return Trial(None, moves)
-        each.append(losses.detach())
+        each.append(losses)
     before.put_back_buffers()
     away = float(_away(whole, torch.cat(each)).max())
     eps = _unit(whole, list(model.parameters()))
-    limit = ROUNDINGS * eps * _largest(whole.detach())
+    limit = ROUNDINGS * eps * _largest(whole)
     if not away <= limit:
         limit += ROUNDINGS * _move(model, loss, together, whole, eps, before)
     if away <= limit:
@@ -179,7 +179,8 @@ def _losses(model: nn.Module, loss: AnyLoss, batch: Any) -> Tensor | None:
     if isinstance(losses, WeightedLosses):
         losses = losses.losses
     wanted = isinstance(losses, Tensor) and losses.is_floating_point() and losses.dim() > 0
-    return losses if wanted and len(losses) == batch_size(batch) else None
+    # without its graph, which would be there while others are made
+    return losses.detach() if wanted and len(losses) == batch_size(batch) else None
 
 
 def _away(a: Tensor, b: Tensor) -> Tensor:

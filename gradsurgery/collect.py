@@ -135,7 +135,9 @@ class Added:
                     new._fold()
                 for each in passes.of(parts):
                     new._add(each)
-                    if each.cut:
+                    cut = each.cut
+                    del each  # folded, it holds nothing while the next one is made
+                    if cut:
                         new._fold()
         except NonFiniteError:
             if not overflows:

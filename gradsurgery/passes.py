@@ -91,6 +91,7 @@ class Passes:
             if self.kept is not None:
                 made = made._replace(jacobian=self.kept(made.jacobian))
             yield made
+            del made  # whoever asks for the next one may have dropped it
 
     def _made(self, parts: dict[str, Any]) -> Iterator[Pass]:
         if self.rows == "stored":

@@ -53,9 +53,9 @@ What is kept
 - moment: the sum of x x^T over the inputs x that a parameter multiplies.
 """
 
-from gradsurgery.capture.check import Checked, check
+from gradsurgery.capture.check import Checked, checked
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.fallback import Fallback
 from gradsurgery.capture.tape import Tape, tape
 
-__all__ = ["Checked", "FactoredJacobian", "Fallback", "Tape", "check", "tape"]
+__all__ = ["Checked", "FactoredJacobian", "Fallback", "Tape", "checked", "tape"]

@@ -1,10 +1,10 @@
 """check: whether captured rows of a model are exact, how they are got, and what they cost."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from gradsurgery.batch import (
     DETACHED,
     Loss,
     batch_size,
+    map_batch,
     per_sample_losses,
     take,
     tensors,
@@ -29,12 +30,20 @@ from gradsurgery.capture.exactness import (
 )
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.fallback import Fallback
-from gradsurgery.capture.memory import needed
-from gradsurgery.capture.table import folded, mib, table
+from gradsurgery.capture.held import Hold, held
+from gradsurgery.capture.memory import Parts, needed
+from gradsurgery.capture.on_meta import on_meta
+from gradsurgery.capture.planner import device_of
+from gradsurgery.capture.probe import NoValuesError
+from gradsurgery.capture.standing import of_model, of_optimizer
+from gradsurgery.capture.table import amount, folded, mib, table
 from gradsurgery.capture.tape import NoRowsError, Tape, tape
 from gradsurgery.capture.whole_batch import at_batch, paths_of
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check as require
+from gradsurgery.ops._inputs import check_count, one_of
+from gradsurgery.optimizers import steppable
+from gradsurgery.spread import local
 
 REFUSED = "refused"
 
@@ -43,8 +52,9 @@ REFUSED = "refused"
 class Checked:
     """What `check` found. Errors and memory are None where the rows are refused."""
 
-    # two captured rows, and the gradients made of them, agree with a loop of backward passes
-    exact: bool
+    # two captured rows, and the gradients made of them, agree with a loop of backward passes; None
+    # for a model on the meta device, which has no values
+    exact: bool | None
     rtol: float  # the relative error allowed for that
     samples: int  # B
     rows: int  # m
@@ -60,9 +70,18 @@ class Checked:
     worst: str | None = None  # the parameter whose errors these are: the largest of all
     # bytes for a Jacobian, its Gramian and its `backward`: by which a process grows on a CPU, alive
     # at once on a GPU; and some of what that is made of: "passes", the forward and the backward
-    # pass at their highest, "pairs" kept of them, "gradients" of the model's size, "buffers"
+    # pass at their highest, "pairs" kept of them, or rows, "gradients" of the model's size, and
+    # "buffers"
     memory: int | None = None
     memory_parts: dict[str, int] = field(default_factory=dict)
+    # bytes that a process holds at the highest of a step: "model", its parameters and buffers,
+    # "optimizer", the state of that, and "step", `memory` or what the optimizer's step takes
+    needs: int | None = None
+    needs_parts: dict[str, int] = field(default_factory=dict)
+    ranks: int = 1
+    # bytes that leave each of several ranks in a step: for the "Gramian" and for the "update";
+    # "plain" are those of a step of DistributedDataParallel
+    sent: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -71,15 +90,28 @@ class Checked:
     def __str__(self) -> str:
         if self.refused is not None:
             lines = [f"refused: {self.refused}"]
+        elif self.exact is None:
+            lines = ["exact: not known, a model on the meta device has no values"]
         else:
             lines = [
                 f"exact: {'yes' if self.exact else f'NO, worst in {self.worst}'}; Gramian "
                 f"{self.gramian_error:.0e}, update {self.update_error:.0e}, up to {self.rtol:.0e}"
             ]
+        each = " a rank" if self.ranks > 1 else ""
+        if self.needs is not None:
+            parts = ", ".join(f"{k} {amount(v)}" for k, v in self.needs_parts.items())
+            lines.append(f"needs about {amount(self.needs)}{each} ({parts})")
+        if self.sent:
+            total = amount(self.sent["Gramian"] + self.sent["update"])
+            gramian, update, plain = map(amount, self.sent.values())
+            lines.append(
+                f"sends {total}{each} in a step (Gramian {gramian}, update {update}); "
+                f"a plain step of DistributedDataParallel {plain}"
+            )
         if self.memory is not None:
             parts = ", ".join(f"{k} {mib(v)}" for k, v in self.memory_parts.items())
             lines.append(f"memory: {mib(self.memory)} MiB ({parts})")
-        lines.append(f"samples: {self.samples} in {self.rows} rows")
+        lines.append(f"samples: {self.samples} in {self.rows} rows{each}")
         lines += table(self.paths, self.shapes)
         lines += [f"{name}: {why}" for name, why in self.slow.items()]
         if self.frozen:
@@ -88,35 +120,29 @@ class Checked:
         return "\n".join(lines)
 
 
-def check(
+class Found(NamedTuple):
+    """What `checked` found, and rows like those of the whole batch, which take no memory."""
+
+    report: Checked
+    whole: FactoredJacobian | None  # None where they are refused
+
+
+def checked(
     model: nn.Module,
     batch: Any,
-    *,
     loss: Loss,
+    *,
     groups: Tensor | None = None,
     rtol: float | None = None,
-) -> Checked:
-    """Whether this library's rows of your model are right, and what they will cost.
-
-    The captured rows of two samples are compared with a loop of backward passes over the same two
-    losses, and so is what their weighted sums leave in `.grad`: at once, and after gradients were
-    changed in place and added to. All else is counted on runs of two and four samples. The model,
-    its buffers, `.grad` and torch's random numbers are as they were afterwards. Hooks that run
-    after accumulation are not called.
-
-    Args:
-        model: in the mode (train or eval) its losses are wanted in.
-        batch: any pytree of tensors with leading dimension B; handed to `loss`, some samples of it.
-        loss: (model, batch) -> per-sample losses [B], not reduced.
-        groups: int64 [B], the row each loss is summed into, as for `Tape.jacobian`.
-        rtol: relative error up to which rows are exact: 1e-10 in float64, 1e-4 in float32, 3e-2 in
-            bfloat16, 4e-3 in float16.
-
-    Raises:
-        InputError: a reduced loss, or one without gradient, an empty or ragged batch, bad groups.
-            Rows that are refused are no error here: see `Checked.refused`.
-    """
+    optimizer: torch.optim.Optimizer | None = None,
+    micro_batch: int | None = None,
+    hold: Hold = "auto",
+) -> Found:
+    """As `gradsurgery.check` says it, for one process."""
     require(isinstance(model, nn.Module), f"model must be a Module, got {type(model).__name__}")
+    one_of("hold", hold, ("auto", "pairs", "rows"))
+    if micro_batch is not None:
+        check_count("micro_batch", micro_batch, " or None")
     size = batch_size(batch)
     rows = _rows(groups, size)
     m = int(rows.max()) + 1
@@ -125,49 +151,100 @@ def check(
     shapes = {name: list(p.shape) for name, p in named.items()}
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     result = {"samples": size, "rows": m, "shapes": shapes, "frozen": frozen}
+    meta = any(p.is_meta for p in named.values())
+    if meta:
+        batch = map_batch(lambda tensor: tensor.to("meta"), batch)
+    parts = _parts(rows, micro_batch)
+    if parts is not None and parts.alone <= parts.most:
+        hold = "pairs"  # of the last part, nothing is formed
 
-    def run(samples: int) -> FactoredJacobian:
-        one = torch.zeros(samples, dtype=torch.int64, device="cpu") if m == 1 else None
+    def run(samples: int, what: Literal["rows", "sum", "losses"] = "rows") -> Any:
+        whole = m == 1 or what == "sum"
+        one = torch.zeros(samples, dtype=torch.int64, device="cpu") if whole else None
         with tape(model) as recorder:
-            return _quiet(recorder, _losses(model, _some(batch, samples), loss), one)
+            losses = _losses(model, _some(batch, samples), loss)
+            if what == "losses":
+                return losses
+            jacobian = _quiet(recorder, losses, one)
+        return jacobian if parts is None or whole else held(jacobian, hold)
 
     jacobian, refused = None, None
-    with _undone(model, batch), torch.enable_grad():
+    with _undone(model, batch), torch.enable_grad(), on_meta(meta):
         # one forward pass for both: dropout, and whatever else is random, is the same
         with tape(model) as recorder:
             losses = _losses(model, _some(batch, 2), loss)
-            exact = loop(losses, list(named.values()))
+            exact = None if meta else loop(losses, list(named.values()))
             try:
                 jacobian = _quiet(recorder, losses)
-            except (NonFiniteError, NoRowsError):
+            except (NonFiniteError, NoRowsError, NoValuesError):
                 raise
             except InputError as error:
                 refused = str(error)
+        allowed = TOLERANCES[coarsest(list(named.values()))] if rtol is None else rtol
         if jacobian is None:
             paths, slow = _refused(model, _some(batch, 2), loss, named)
-            allowed = TOLERANCES[coarsest(list(named.values()))] if rtol is None else rtol
-            return Checked(
-                exact=False, rtol=allowed, paths=paths, slow=slow, refused=refused, **result
+            return Found(
+                Checked(
+                    exact=False, rtol=allowed, paths=paths, slow=slow, refused=refused, **result
+                ),
+                None,
             )
-        dtype = coarsest(values(jacobian))
-        gramian = gramian_errors(jacobian, exact, SHARES[dtype])
-        update = update_errors(jacobian, exact, SHARES[dtype])
-        whole = at_batch(jacobian, rows, m)
-        memory = needed(run, whole, jacobian, size)
-    allowed = TOLERANCES[dtype] if rtol is None else rtol
-    largest = [max(pair) for pair in zip(gramian, update, strict=True)]
-    return Checked(
-        exact=max(largest) <= allowed,
-        rtol=allowed,
-        gramian_error=max(gramian),
-        update_error=max(update),
-        worst=jacobian.names[largest.index(max(largest))],
+        agreement: dict[str, Any] = {"exact": None, "rtol": allowed}
+        if exact is not None:
+            agreement = _agreement(jacobian, exact, rtol)
+        if parts is None:
+            whole = at_batch(jacobian, rows, m)
+        else:
+            whole = at_batch(held(jacobian, hold), rows, m, _summed(rows))
+        memory = needed(run, whole, jacobian, size, parts)
+    total = memory.pop("total")
+    kept = made = 0
+    if optimizer is not None:
+        kept, made = of_optimizer(steppable(optimizer), device_of(losses))
+    grads = sum(local(p).nbytes for p in named.values())
+    standing = {"model": of_model(model), "optimizer": kept, "step": max(total, grads + made)}
+    report = Checked(
         paths=paths_of(jacobian, whole),
         slow=_slow(jacobian.fallbacks),
-        memory=memory.pop("total"),
+        memory=total,
         memory_parts=memory,
+        needs=sum(standing.values()),
+        needs_parts=standing,
+        **agreement,
         **result,
     )
+    return Found(report, whole)
+
+
+def _agreement(
+    jacobian: FactoredJacobian, exact: Sequence[Tensor], rtol: float | None
+) -> dict[str, Any]:
+    """What a report says of the rows' errors."""
+    dtype = coarsest(values(jacobian))
+    gramian = gramian_errors(jacobian, exact, SHARES[dtype])
+    update = update_errors(jacobian, exact, SHARES[dtype])
+    allowed = TOLERANCES[dtype] if rtol is None else rtol
+    largest = [max(pair) for pair in zip(gramian, update, strict=True)]
+    return {
+        "exact": max(largest) <= allowed,
+        "rtol": allowed,
+        "gramian_error": max(gramian),
+        "update_error": max(update),
+        "worst": jacobian.names[largest.index(max(largest))],
+    }
+
+
+def _summed(rows: Tensor) -> list[int]:
+    """Rows of several samples."""
+    return (rows[rows >= 0].bincount() > 1).nonzero().flatten().tolist()
+
+
+def _parts(rows: Tensor, micro_batch: int | None) -> Parts | None:
+    if micro_batch is None or micro_batch >= len(rows):
+        return None
+    summed = torch.tensor(_summed(rows), dtype=torch.int64, device="cpu")
+    alone = (rows >= 0) & ~torch.isin(rows, summed)
+    return Parts(micro_batch, int(alone.sum()), len(summed))
 
 
 def _rows(groups: Tensor | None, size: int) -> Tensor:
@@ -209,7 +286,7 @@ def _undone(model: nn.Module, batch: Any) -> Iterator[None]:
             for module, buffers in owned:
                 module._buffers.update(buffers)
             for buffer, before in copies:
-                if not torch.equal(buffer, before):
+                if not buffer.is_meta and not torch.equal(buffer, before):
                     buffer.copy_(before)
         for p, grad in grads:
             p.grad = grad

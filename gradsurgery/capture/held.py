@@ -33,11 +33,11 @@ def held(jacobian: FactoredJacobian, hold: Hold = "auto") -> FactoredJacobian:
     sharers = Counter(
         storage
         for uses in (*jacobian._uses, *(_of_leaves(each) for each in jacobian._derived))
-        for storage in _storages(uses)
+        for storage in storages(uses)
     )
 
     def formed_is_smaller(uses: Sequence[Use], rows: int, values: int) -> bool:
-        pairs = sum(size / max(sharers[key], 1) for key, size in _storages(uses).items())
+        pairs = sum(size / max(sharers[key], 1) for key, size in storages(uses).items())
         return hold == "rows" or rows * values * _itemsize(uses) < pairs
 
     with torch.no_grad(), without_autocast(jacobian.parameters[0]):
@@ -167,7 +167,7 @@ def _formed(uses: Sequence[Use], rows: RowNumbers, shape: Sequence[int]) -> Rows
         return out.flatten(1)
 
     out = formed([use.wide() for use in best])
-    if out.dtype == torch.float32:
+    if out.dtype == torch.float32 and not out.is_meta:
         # of rows near 1 nothing was lost; else tokens tell, and they are many
         squares = torch.linalg.vector_norm(out, dim=1).square()
         if not bool(within(squares, SQUARES).all()) and not all(map(in_range, uses)):
@@ -185,10 +185,10 @@ def _of_leaves(derived: Derived) -> list[Use]:
     return [use for _, uses in derived.leaves for use in uses]
 
 
-def _storages(uses: Iterable[Use]) -> dict[int, int]:
-    """Memory of some uses, in bytes by its address."""
+def storages(uses: Iterable[Use]) -> dict[int, int]:
+    """Memory of some uses, in bytes by what holds it, which has no address of its own on meta."""
     storages = [tensor.untyped_storage() for use in uses for tensor in use.values]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return {storage._cdata: storage.nbytes() for storage in storages}
 
 
 def _itemsize(uses: Sequence[Use]) -> int:

@@ -241,7 +241,9 @@ def vjps(
 def without_autocast(like: Tensor) -> AbstractContextManager:
     """Every tensor is computed with in its own dtype, inside a user's autocast too."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    known = torch.amp.is_autocast_available(kind)  # of tensors on meta there is none
+    enabled = known and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def dense_rows(uses: Sequence[Use], m: int) -> Tensor:

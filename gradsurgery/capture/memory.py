@@ -3,7 +3,8 @@
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsurgery.capture.convolution import PATCHES, ConvolutionUse
 from gradsurgery.capture.factored import FactoredJacobian
+from gradsurgery.capture.held import storages
 from gradsurgery.capture.paths import chunk
 from gradsurgery.capture.plane import PRODUCTS, Plane
+from gradsurgery.capture.planner import device_of
 from gradsurgery.capture.stack import Stack
 from gradsurgery.capture.tokens import PADDING, TokenUse
 from gradsurgery.capture.trace import Leaf
@@ -63,8 +66,20 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
+class Parts(NamedTuple):
+    """Samples taken in parts, of each of which rows are held while others are made."""
+
+    most: int  # of a part
+    alone: int  # of the batch, in rows of their own
+    summed: int  # rows that sum several samples
+
+
 def needed(
-    run: Callable[[int], object], whole: FactoredJacobian, few: FactoredJacobian, size: int
+    run: Callable[..., object],
+    whole: FactoredJacobian,
+    few: FactoredJacobian,
+    size: int,
+    parts: Parts | None = None,
 ) -> dict[str, int]:
     """Bytes at the highest, "total", and what makes them up.
 
@@ -73,27 +88,41 @@ def needed(
     lies in pieces, and a tenth more.
 
     Args:
-        run: makes the Jacobian of so many samples.
+        run: makes the Jacobian of so many samples, and has what is held of it where that is in
+            parts; of `what="sum"` that of one row, of "losses" these alone.
         whole: that of `size` samples, of tensors without memory.
         few: that of a few samples, for its leaves computed from parameters.
         size: samples.
+        parts: if they are not taken at once.
     """
-    counted = []
-    for samples in (2, 4):  # their difference tells what grows with the batch
-        with Live() as live:
-            jacobian = run(samples)
-        counted.append((live.peak, live.now))
-        del jacobian
-    # linear in the samples: what does not grow with them, and half the difference for each more
-    passes, pairs = (
-        int(two + (four - two) / 2 * (size - 2)) for two, four in zip(*counted, strict=True)
-    )
+    if parts is None:
+        passes, pairs = _counted(run, size, size)
+    else:
+        last = min(parts.most, parts.alone)
+        passes, pairs = _counted(run, last, parts.alone) if last else (0, 0)
+        sums = parts.summed * sum(
+            p.numel() * _value(p)
+            for p, used in zip(whole.parameters, whole.reached, strict=True)
+            if used
+        )
+        # a part is taken while the rows of those before are held
+        passes += sums + pairs - pairs * last // max(parts.alone, 1)
+        if max(parts.alone, size - parts.alone) > parts.most:
+            # the first step ends with a trial of some samples: whether they may be taken apart
+            trial, _ = _counted(partial(run, what="losses"), 2 + min(parts.most, 2), 0)
+            passes = max(passes, sums + pairs + trial)
+        if parts.summed:
+            summed, _ = _counted(partial(run, what="sum"), min(parts.most, size - parts.alone), 0)
+            passes, pairs = max(passes, sums + summed), pairs + sums
     m, planes = whole.m, [plane for plane in whole._planes if plane is not None]
     below = {id(p): p for part in few._derived for p in part.parameters}
     rows = 0  # of parameters that other tensors are computed from, and of those tensors
     for part in few._derived:
         sizes = [*(p.numel() for p in part.parameters), *(_numel(leaf) for leaf, _ in part.leaves)]
         rows += m * sum(sizes) * _value(part.parameters[0])
+    given = storages(use for mine in whole._uses for use in mine)
+    made = storages(use for plane in planes for use in plane.uses)
+    rows += sum(size for key, size in made.items() if key not in given)  # that planes formed
     grams = 8 * m * m * (len(planes) + 1)
     kept = sum(
         plane.parameter.numel() * _value(plane.parameter)
@@ -107,8 +136,10 @@ def needed(
     adding = max(kept, grads), grams + max(map(_adding, planes), default=0)
     gradients, buffers = max(forming, adding, key=sum)
     total = max(passes, pairs + gradients + buffers)
-    if whole.parameters[0].is_cpu:  # eight models grow by 0.81 to 1.13 of it, one with LoRA 1.6
-        total = (max(passes, pairs) + gradients + buffers) * 11 // 10
+    if device_of(whole.parameters[0]) == "cpu":
+        # eight models grow by 0.81 to 1.13 of it, one with LoRA 1.6; what small parts free is used
+        total = total if parts is not None else max(passes, pairs) + gradients + buffers
+        total = total * 11 // 10
     return {
         "total": total,
         "passes": passes,
@@ -116,6 +147,19 @@ def needed(
         "gradients": gradients,
         "buffers": buffers,
     }
+
+
+def _counted(run: Callable[[int], object], most: int, size: int) -> tuple[int, int]:
+    """Bytes at the highest of a pass over `most` samples, and those left of `size`."""
+    counted = []
+    for samples in (2, 4):  # their difference tells what grows with the batch
+        with Live() as live:
+            jacobian = run(samples)
+        counted.append((live.peak, live.now))
+        del jacobian
+    # linear in the samples: what does not grow with them, and half the difference for each more
+    (peak, now), (more, left) = counted
+    return int(peak + (more - peak) / 2 * (most - 2)), int(now + (left - now) / 2 * (size - 2))
 
 
 def _forming(plane: Plane) -> int:
@@ -139,7 +183,7 @@ def _forming(plane: Plane) -> int:
         return copies + (values + tokens * (height + width)) * value
     count = sum(len(use.rows.ids) for use in plane.uses) + 1
     slices = min(
-        max(chunk(plane.parameter.device), count * min(height, width)), count * height * width
+        max(chunk(device_of(plane.parameter)), count * min(height, width)), count * height * width
     )
     return copies + (values + slices) * value
 
@@ -151,7 +195,7 @@ def _adding(plane: Plane) -> int:
     if plane.plan is None:
         planes += 1
     # one side is scaled in a copy; the CPU's kernel for products of tokens makes none
-    kernel = p.is_cpu and native_available("cpu")
+    kernel = device_of(p) == "cpu" and native_available("cpu")
     sides = sum(
         min(t.numel() for t in use.values)
         for use in plane.uses

@@ -22,9 +22,9 @@ _CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 PICKED = 1 << 24  # products of tokens with picked tokens at a time
 
 
-def chunk(device: torch.device) -> int:
-    """Values of all rows' slices that are formed at a time."""
-    return _CHUNK.get(device.type, _CHUNK["cpu"])
+def chunk(device: str) -> int:
+    """Values of all rows' slices that are formed at a time, on a device of this type."""
+    return _CHUNK.get(device, _CHUNK["cpu"])
 
 
 def to_rows(blocks: Tensor, rows: RowNumbers, m: int) -> Tensor:
@@ -59,7 +59,7 @@ def direct(
         return torch.zeros(m, m, dtype=torch.float64, device=like.device)
     # as many lines at a time as fit the buffer for all rows, cut where each use can be cut
     grain = math.lcm(*(use.grain for use in uses))
-    step = max(1, chunk(like.device) // max(1, count * width * grain)) * grain
+    step = max(1, chunk(like.device.type) // max(1, count * width * grain)) * grain
     buffer = like.new_empty(count * min(step, height) * width)
     for lo in range(0, height, step):
         hi = min(lo + step, height)

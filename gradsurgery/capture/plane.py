@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.paths import direct, embedded, factored, same_dtype, stored
-from gradsurgery.capture.planner import Plan, Work, plan
+from gradsurgery.capture.planner import Plan, Work, device_of, plan
 from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, magnitudes, within
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.tokens import TokenUse
@@ -54,7 +54,7 @@ class Plane:
             count = counts[isinstance(use, EmbeddingUse)]
             count[0] += (use.n - inside) * tokens
             count[1] += inside * tokens
-        device = self.parameter.device.type
+        device = device_of(self.parameter)
         own, summed = (-(-count // longest) for count in counts[False])
         height, width = self.uses[0].plane
         kept = self.whole is not None
@@ -257,7 +257,7 @@ def _formed(uses: list[Use]) -> list[Use]:
     """
     products = [use for use in uses if isinstance(use, MatrixUse)]
     small = products and all(
-        use.left.device.type in FORMED_ON
+        device_of(use.left) in FORMED_ON
         and use.left.dim() == 3
         and 2 * math.prod(use.plane) <= use.tokens * sum(use.plane)
         for use in products

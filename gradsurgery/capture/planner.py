@@ -13,7 +13,12 @@ other rows, by the plane or by its tokens.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
+
+from torch import Tensor
 
 from gradsurgery.errors import InputError
 
@@ -31,6 +36,23 @@ FORM = {"cpu": 0, "cuda": 300}
 PAIR = {"cpu": 1.0, "cuda": 1.4}
 # and what the launches of a way cost, which a CPU does not notice: 0.6 ms and 0.15 ms
 LAUNCHES = {"cuda": {"direct": 2e11, "factored": 5e10}}
+
+_planned: ContextVar[str] = ContextVar("planned", default="cuda")
+
+
+@contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """Inside, tensors on meta stand for those on a device of this type."""
+    token = _planned.set(device)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def device_of(tensor: Tensor) -> str:
+    """The type of the device that a tensor is on, or is planned for."""
+    return _planned.get() if tensor.is_meta else tensor.device.type
 
 
 class Work(NamedTuple):

@@ -16,6 +16,10 @@ from gradsurgery.capture.snapshot import as_before, is_function
 from gradsurgery.errors import InputError, NonFiniteError
 
 
+class NoValuesError(InputError):
+    """An operation on the meta device, which cannot be asked."""
+
+
 def call(node: Any, grads: Sequence[Tensor | None], *, summed: bool = True) -> list[Tensor | None]:
     """A node's backward for the gradients of its outputs: one gradient for each edge.
 
@@ -94,6 +98,11 @@ def probe(
         InputError: a backward that does not answer the same when it is asked again.
         NonFiniteError: gradients that are not finite however small what they are asked with.
     """
+    if any(meta.device.type == "meta" for meta in node._input_metadata):
+        raise NoValuesError(
+            f"{node.name()} has to be asked which rows it keeps apart, and on the meta device "
+            "there are no values to ask it with: check a small model of this kind that has values"
+        )
     with torch.no_grad():
         question = _answered(node, outs)
         answers = _layouts(node, question, ins, count)

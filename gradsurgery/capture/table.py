@@ -5,6 +5,15 @@ def mib(size: int) -> str:
     return f"{size / 2**20:.1f}" if size < 100 * 2**20 else f"{size / 2**20:.0f}"
 
 
+def amount(count: int) -> str:
+    """Bytes, as people speak of them."""
+    unit = next(unit for unit in ("GB", "MB", "kB") if count >= UNITS[unit] or unit == "kB")
+    return f"{count / UNITS[unit]:.3g} {unit}"
+
+
+UNITS = {"GB": 10**9, "MB": 10**6, "kB": 10**3}
+
+
 def folded(items: dict[str, tuple[str, ...]]) -> list[str]:
     """A line for all names that differ in numbers only, if they come with the same values."""
     found: dict[tuple, list[list[str]]] = {}

@@ -98,7 +98,7 @@ class Tape:
         uses: list[list[Use]] = [[] for _ in self.parameters]
         collector, snapshot = Collector(self, losses, uses), None
         if m > 0:
-            if not bool(summed.isfinite().all()):
+            if not summed.is_meta and not bool(summed.isfinite().all()):
                 summed = wide  # the sum of finite losses may leave their dtype's range
                 bad = (~wide.isfinite()).nonzero().flatten().tolist()
                 if bad:

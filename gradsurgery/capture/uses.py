@@ -272,6 +272,8 @@ class EmbeddingUse(Use):
         return kernels_take_halves(self.grads.device.type)
 
     def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
+        if out.is_meta:
+            return  # which lines were picked is not known there
         inside = (self.indices >= lo) & (self.indices < hi)
         block, _ = where = inside.nonzero(as_tuple=True)
         line = index.tensor.to(block.device)[block] * (hi - lo) + self.indices[where] - lo

@@ -1,6 +1,7 @@
 """What the Jacobian of two samples tells of the whole batch's: the path of every parameter."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,26 +10,37 @@ from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.tokens import TokenUse
 from gradsurgery.capture.uses import RowsUse, Use, Within
+from gradsurgery.ops._inputs import wide
 
 SLOW, STORED, UNREACHED = "one row at a time", "stored rows", "not reached"
 
 
-def at_batch(jacobian: FactoredJacobian, rows: Tensor, m: int) -> FactoredJacobian:
-    """What two samples' Jacobian would be for samples of these rows; without memory."""
+def at_batch(
+    jacobian: FactoredJacobian, rows: Tensor, m: int, summed: Sequence[int] = ()
+) -> FactoredJacobian:
+    """What two samples' Jacobian would be for samples of these rows; without memory.
+
+    `summed`: those of the rows that exist, as sums of what was made in parts.
+    """
     # tensors of device "meta" have shapes only: paths are planned from these
     like = [p.detach().to("meta") for p in jacobian.parameters]
-    one = RowNumbers(torch.tensor([0], device="cpu"))
-    if m == 1:
-        reached = [
-            bool(mine) or any(p is q for part in jacobian._derived for q in part.parameters)
-            for p, mine in zip(jacobian.parameters, jacobian._uses, strict=True)
-        ]
-        uses: list[list[Use]] = [
-            [RowsUse(p.unsqueeze(0), one)] if r else [] for p, r in zip(like, reached, strict=True)
-        ]
-    else:
-        known: dict[tuple[int, int], RowNumbers] = {}
-        uses = [[_scaled(use, rows, known) for use in mine] for mine in jacobian._uses]
+    derived = {id(p) for part in jacobian._derived for p in part.parameters}
+    alone = rows.masked_fill(torch.isin(rows, torch.tensor(summed, dtype=torch.int64)), -1)
+    known: dict[tuple[int, int], RowNumbers] = {}
+
+    def exist(parameter: Tensor, which: Sequence[int]) -> RowsUse:
+        blocks = wide(parameter.new_empty(0)).new_empty(len(which), *parameter.shape)
+        return RowsUse(blocks, RowNumbers(torch.tensor(which, dtype=torch.int64, device="cpu")))
+
+    uses: list[list[Use]] = []
+    for p, meta, mine in zip(jacobian.parameters, like, jacobian._uses, strict=True):
+        made: list[Use] = []
+        if id(p) in derived or (mine and m == 1):
+            made = [exist(meta, range(m))]
+        elif mine:
+            made = [_scaled(use, alone, known) for use in mine if bool((alone >= 0).any())]
+            made += [exist(meta, summed)] if summed else []
+        uses.append(made)
     losses = torch.zeros(m, device="meta")
     return FactoredJacobian(jacobian.names, jacobian.parameters, m, losses, uses)
 

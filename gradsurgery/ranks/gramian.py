@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsurgery.capture import FactoredJacobian
 from gradsurgery.capture.leaves import without_autocast
+from gradsurgery.capture.planner import device_of
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import RowsUse, Use
 from gradsurgery.errors import NonFiniteError
@@ -56,26 +57,14 @@ class Exchange:
         count = len(own.parameters) if apart else 1
         with ranks.agreed("Gramian") as said:
             own._check_usable()
-            uses = self._uses(double)
+            uses = self.uses(double)
             # of each parameter, or of all; then whether a rank lost something, or failed
             total = self.like.new_zeros(count * self.m**2 + 2, dtype=torch.float64)
-            said.mine = tuple(self.ids.tolist()), [self._entry(mine, double) for mine in uses]
+            said.mine = tuple(self.ids.tolist()), self.entries(uses, double)
         order = [i for rows, _ in said.every for i in rows]
         ids = RowNumbers(torch.tensor(order, dtype=torch.int64, device="cpu"))
         entries = [each for _, each in said.every]
-        device = self.like.device.type
-        ways: list[Way | None] = []
-        for k, parameter in enumerate(own.parameters):
-            theirs = [entry[k] for entry in entries]
-            met = any(entry.forms for entry in theirs)
-            ways.append(way(theirs, parameter.shape, device, double) if met else None)
-        counts = [len(rows) for rows, _ in said.every]
-        work: list[Slices | Tiles] = [
-            Tiles(k, known, [entry[k] for entry in entries])
-            for k, known in enumerate(ways)
-            if known is not None and known.tiles is not None
-        ]
-        work += cut(ways, counts)
+        ways, work = work_of(own, entries, [len(rows) for rows, _ in said.every], double)
         grams = total[:-2].view(count, self.m, self.m)
         rows = Rows(uses, ways, own.m, self.factors, metric, self.like)
         failed = None
@@ -100,7 +89,7 @@ class Exchange:
             self._raise_not_finite()
         return grams, False
 
-    def _uses(self, double: bool) -> list[list[Use]]:
+    def uses(self, double: bool) -> list[list[Use]]:
         """What this rank has of each parameter.
 
         The update needs the plane of a row that sums many samples anyway: it stands for their
@@ -115,6 +104,10 @@ class Exchange:
             else:
                 found.append([use for use in (*through.pop(k, ()), *mine) if use.n])
         return found
+
+    def entries(self, uses: Sequence[Sequence[Use]], double: bool) -> list[Entry]:
+        """What others are told of them, parameter by parameter."""
+        return [self._entry(mine, double) for mine in uses]
 
     def _entry(self, uses: Sequence[Use], double: bool) -> Entry:
         made = [use for use in uses if not isinstance(use, RowsUse)]
@@ -227,3 +220,28 @@ class Exchange:
             error = own
         self.ranks.settled("Gramian", error)
         raise NonFiniteError("losses: the squared norm of a row overflows float64")
+
+
+def work_of(
+    own: FactoredJacobian, entries: Sequence[Sequence[Entry]], counts: Sequence[int], double: bool
+) -> tuple[list[Way | None], list[Slices | Tiles]]:
+    """The way of each parameter, and all that passes between ranks, in order; alike on all ranks.
+
+    Args:
+        own: a rank's rows.
+        entries: what each rank has of each parameter.
+        counts: the rows that each has.
+        double: whether rows are formed in float64.
+    """
+    device = device_of(own.parameters[0])
+    ways: list[Way | None] = []
+    for k, parameter in enumerate(own.parameters):
+        theirs = [entry[k] for entry in entries]
+        met = any(entry.forms for entry in theirs)
+        ways.append(way(theirs, parameter.shape, device, double) if met else None)
+    work: list[Slices | Tiles] = [
+        Tiles(k, known, [entry[k] for entry in entries])
+        for k, known in enumerate(ways)
+        if known is not None and known.tiles is not None
+    ]
+    return ways, [*work, *cut(ways, counts)]

@@ -81,8 +81,7 @@ def tape(
     Yields:
         A `Tape`, or a `RanksTape`.
     """
-    group = False if process_group is None and not _has_group(model) else process_group
-    module, ranks = opened(model, group)
+    module, ranks = opened_for(model, process_group)
     with capture.tape(module, parameters=parameters, coupled=coupled, outside=outside) as recorder:
         if not ranks:
             yield recorder
@@ -96,5 +95,7 @@ def tape(
             raise
 
 
-def _has_group(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel)
+def opened_for(model: nn.Module, process_group: Any) -> tuple[nn.Module, Group]:
+    """As `opened`; of a model that has no group of its own, this rank alone unless one is given."""
+    alone = not isinstance(model, nn.parallel.DistributedDataParallel)
+    return opened(model, False if process_group is None and alone else process_group)
