@@ -120,6 +120,15 @@ def wire(call):
     return sent() - before
 
 
+def counted(model, forget, retain, ranks):
+    """Bytes that all ranks send in a step, as `gs.check` knows them before it."""
+    pair = part(forget, 0), part(retain, 0)
+    both = tuple(torch.cat(each) for each in zip(*pair, strict=True))
+    rows = torch.arange(2 * SIZE).sub(SIZE - 1).clamp(min=0)  # those of the forget set are one
+    sent = gs.check(model, both, loss=loss, groups=rows, ranks=ranks).sent
+    return ranks * (sent["Gramian"] + sent["update"])
+
+
 @pytest.mark.parametrize("ranks", (2, 4))
 @pytest.mark.parametrize("name", MODELS)
 def bench_ranks(compare, benchmark, name, ranks):
@@ -150,7 +159,12 @@ def bench_ranks(compare, benchmark, name, ranks):
             rounds=7,
         )
         benchmark.extra_info.update(
-            one_process=ratio, wire=wire(calls["ours"]), wire_of_ddp=wire(calls["plain"])
+            one_process=ratio,
+            sent={
+                "ours": wire(calls["ours"]),
+                "ours, counted": counted(model, forget, retain, ranks),
+                DDP: wire(calls["plain"]),
+            },
         )
         dist.broadcast(torch.tensor(-1), 0)
         others.join()

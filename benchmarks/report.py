@@ -22,6 +22,10 @@ def row(bench):
             got = info["memory_ratio"][name]
             met = f"{'met' if got <= share else '**missed**'} ({got:.2g})"
             verdict.append(f"{share:.2f} of the memory of {name}: {met}")
+    if "sent" in info:  # by several processes, in a step
+        against.append(
+            "sent: " + ", ".join(f"{k} {v / 1e6:.4g} MB" for k, v in info["sent"].items())
+        )
     memory = info["extra_memory"]
     cells = [
         bench["name"].removeprefix("bench_").replace("[", " ").replace("]", ""),
