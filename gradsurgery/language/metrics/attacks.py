@@ -20,6 +20,7 @@ from gradsurgery.language.reference import still
 from gradsurgery.language.tokens import Batch
 from gradsurgery.ops._inputs import check, check_number
 from gradsurgery.ranking import auc
+from gradsurgery.ranks.shards import gathering
 
 Scores = dict[int, float]
 
@@ -116,11 +117,12 @@ def gradient_norms(model: nn.Module, batches: Batch | Iterable[Batch]) -> Scores
         InputError: as `token_scores`, and what `gs.tape` refuses.
     """
     found: Scores = {}
-    for batch, ids in numbered(batches):
-        with still(model), torch.enable_grad(), tape(model) as recorded:
-            gram = recorded.jacobian(mean_losses(model, batch)).gramian()
-        for sample, square in zip(ids, gram.diagonal().tolist(), strict=True):
-            found.setdefault(sample, math.sqrt(square))
+    with gathering(model):
+        for batch, ids in numbered(batches):
+            with still(model), torch.enable_grad(), tape(model) as recorded:
+                gram = recorded.jacobian(mean_losses(model, batch)).gramian()
+            for sample, square in zip(ids, gram.diagonal().tolist(), strict=True):
+                found.setdefault(sample, math.sqrt(square))
     return found
 
 

@@ -15,6 +15,7 @@ from gradsurgery.language.metrics.scores import numbered
 from gradsurgery.language.reference import still
 from gradsurgery.language.tokens import IGNORED, Batch, named
 from gradsurgery.ops._inputs import check_count
+from gradsurgery.ranks.shards import gathering
 
 
 class Generated(NamedTuple):
@@ -62,13 +63,14 @@ def generated(
     if not callable(getattr(model, "generate", None)):
         raise InputError(f"model must have generate, as transformers' have; got {_kind(model)}")
     found: dict[int, Generated] = {}
-    for batch, ids in numbered(batches):
-        prompts = _prompts(batch)
-        for sample, prompt, tokens in zip(
-            ids, prompts, _continued(model, prompts, tokenizer, max_new_tokens), strict=True
-        ):
-            text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-            found.setdefault(sample, Generated(prompt.cpu(), tokens, text))
+    with gathering(model):  # of a sharded one, for texts end after different numbers of passes
+        for batch, ids in numbered(batches):
+            prompts = _prompts(batch)
+            for sample, prompt, tokens in zip(
+                ids, prompts, _continued(model, prompts, tokenizer, max_new_tokens), strict=True
+            ):
+                text = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+                found.setdefault(sample, Generated(prompt.cpu(), tokens, text))
     return found
 
 

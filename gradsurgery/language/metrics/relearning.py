@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from gradsurgery.language.metrics.sums import Sums
 from gradsurgery.language.reference import still
 from gradsurgery.language.tokens import Batch
 from gradsurgery.ops._inputs import check, check_count, check_number, one_of
+from gradsurgery.ranks.shards import kind_of, rest
+from gradsurgery.spread import local
 
 ROUNDING = 1e-9  # what is back up to rounding is back
 
@@ -70,35 +73,59 @@ def relearn_steps(
     check_count("every", every)
     if not isinstance(batches, Sequence) or not batches:
         raise InputError("batches must be a sequence of the forget set's batches, one or more")
-    student = copy.deepcopy(model)
-    trained = [p for p in student.parameters() if p.requires_grad]
-    check(len(trained) > 0, "model has no parameter that trains")
-    plain = optimizer is None
-    made = torch.optim.AdamW(trained, lr=lr, weight_decay=0) if plain else optimizer(trained)
+    with _student(model) as student:
+        trained = [p for p in student.parameters() if p.requires_grad]
+        check(len(trained) > 0, "model has no parameter that trains")
+        plain = optimizer is None
+        made = torch.optim.AdamW(trained, lr=lr, weight_decay=0) if plain else optimizer(trained)
 
-    def back() -> bool:
-        value = _measured(student, batches, measure)
-        if measure == "loss":
-            return value <= original + margin + ROUNDING
-        return value >= original - margin - ROUNDING
+        def back() -> bool:
+            value = _measured(student, batches, measure)
+            if measure == "loss":
+                return value <= original + margin + ROUNDING
+            return value >= original - margin - ROUNDING
 
-    cuda = [trained[0].device] if trained[0].is_cuda else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds every GPU
-        for used in cuda:
-            with torch.cuda.device(used):
-                torch.cuda.manual_seed(seed)
-        if back():
-            return 0
-        student.train()
-        order: list[int] = []
-        generator = torch.Generator().manual_seed(seed)
-        for step in range(1, steps + 1):
-            order = order or torch.randperm(len(batches), generator=generator).tolist()
-            _step(student, made, batches[order.pop()])
-            if step % every == 0 and back():
-                return step
+        cuda = [trained[0].device] if trained[0].is_cuda else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds every GPU
+            for used in cuda:
+                with torch.cuda.device(used):
+                    torch.cuda.manual_seed(seed)
+            if back():
+                return 0
+            student.train()
+            order: list[int] = []
+            generator = torch.Generator().manual_seed(seed)
+            for step in range(1, steps + 1):
+                order = order or torch.randperm(len(batches), generator=generator).tolist()
+                _step(student, made, batches[order.pop()])
+                if step % every == 0 and back():
+                    return step
     return None
+
+
+@contextmanager
+def _student(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of the model; of a sharded one there is none, and it is put back afterwards."""
+    if not any(kind_of(model)):
+        yield copy.deepcopy(model)
+        return
+    rest(model)
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    tensors = [local(t) for t in (*model.parameters(), *model.buffers())]
+    saved = [tensor.clone() for tensor in tensors]
+    try:
+        yield model
+    finally:
+        rest(model)
+        for module, training in modes:
+            module.training = training
+        for parameter, grad in grads:
+            parameter.grad = grad
+        with torch.no_grad():
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.language.metrics import Sums, TokenScores, evaluate, relearn_steps, token_scores
+from gradsurgery.ranks.shards import kind_of
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs.base import (
     COSTS,
@@ -190,9 +191,10 @@ class LanguageJob(Job[Any, TextSplit]):
             options = getattr(update(config, {name: {**variant.changes, "stop": "never"}}), name)
             options.check(name)
             try:
-                # alone on each rank, as the models here are looked at
+                # alone on each rank, as the models here are looked at, if it has a whole one
+                alone = None if any(kind_of(model)) else False
                 trainer = METHODS[name](
-                    model, self.objective, **few, config=options, process_group=False
+                    model, self.objective, **few, config=options, process_group=alone
                 )
                 if isinstance(trainer, SurgeryTrainer):
                     trainer.check_losses()

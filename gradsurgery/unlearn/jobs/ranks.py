@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.ranks import Group
 from gradsurgery.ranks.group import world
+from gradsurgery.ranks.places import place_of, whole_of
+from gradsurgery.ranks.shards import kind_of, rest
+from gradsurgery.spread import local
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs.base import JobConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage
@@ -47,6 +50,11 @@ def launched() -> Iterator[Group]:
 def check_together(config: JobConfig, ranks: Group) -> None:
     """Raise `InputError` naming what several processes do not share."""
     if not ranks:
+        if getattr(config, "fully_shard", False):
+            raise InputError(
+                "--fully-shard is for several processes, and there is one: start them by torchrun, "
+                "or leave it out"
+            )
         return
     device = str(getattr(config, "device", "cpu"))
     if ":" in device:
@@ -97,8 +105,21 @@ class SharedDirectory:
 
         return called
 
+    def finish(self, stage: Stage, model: nn.Module | None, result: dict[str, Any]) -> None:
+        """Keep a stage's numbers and weights, whole ones of a sharded model."""
+        given = model
+        if model is not None and any(kind_of(model)):
+            given = cast(nn.Module, _Weights(model, self.ranks))
+        of_first(self.ranks, "finish", lambda: self.own.finish(stage, given, result))
+
     def load_model(self, model: nn.Module, stage: Stage) -> None:
         """The weights of a finished stage."""
+        if any(kind_of(model)):
+            read = _Weights(model, self.ranks)
+            given = cast(nn.Module, read)
+            of_first(self.ranks, "load_model", lambda: self.own.load_model(given, stage))
+            read.deal_out()
+            return
         of_first(self.ranks, "load_model", lambda: self.own.load_model(model, stage))
         self._as_first(model)
 
@@ -118,3 +139,36 @@ class SharedDirectory:
         """Let each rank's trainer continue from what `checkpoint` found."""
         with self.ranks.agreed("restore"):
             self.own.restore(trainer, state)
+
+
+class _Weights:
+    """Those of a sharded model, whole on the CPU of the first rank, as its files have them.
+
+    All ranks make one, and `deal_out`; the first alone is asked for the rest.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Group) -> None:
+        rest(model)
+        self._held, self.ranks = model.state_dict(), ranks
+        self._whole: dict[str, Tensor] = {}
+        for name, tensor in self._held.items():
+            whole = whole_of(tensor)
+            if ranks.rank == 0:
+                self._whole[name] = whole.cpu()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._whole
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        wanted, given = ({k: v.shape for k, v in each.items()} for each in (self._whole, state))
+        if wanted != given:
+            raise RuntimeError("other tensors")  # as a module says it
+        self._whole = state
+
+    def deal_out(self) -> None:
+        """The model has what was loaded."""
+        for name, tensor in self._held.items():
+            known = self._whole.get(name)
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype) if known is None else known
+            whole, place = self.ranks.first_(whole.contiguous()), place_of(tensor)
+            local(tensor).copy_(whole if place is None else place.own(whole))

@@ -376,5 +376,10 @@ def _undone_by_errors(trainer: Trainer) -> Iterator[None]:
 
 
 def _cloned(state: Any) -> Any:
-    """With copies of tensors, whole ones of shards."""
-    return pytree.tree_map_only(Tensor, lambda tensor: whole_of(tensor.detach()).clone(), state)
+    """With copies of tensors; of shards whole ones, on the CPU, where there is more room."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        found = tensor.detach()
+        return whole_of(found).to("cpu", copy=True) if is_split(found) else found.clone()
+
+    return pytree.tree_map_only(Tensor, copied, state)

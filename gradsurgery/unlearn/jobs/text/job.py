@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -25,7 +25,14 @@ from gradsurgery.unlearn.jobs.language import (
     TextSplit,
 )
 from gradsurgery.unlearn.jobs.text import data
-from gradsurgery.unlearn.jobs.text.model import Adapter, digest, folder, load, tokenizer
+from gradsurgery.unlearn.jobs.text.model import (
+    Adapter,
+    dealt_out,
+    digest,
+    folder,
+    load,
+    tokenizer,
+)
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
 from gradsurgery.unlearn.training.config import update
@@ -91,6 +98,9 @@ class TextConfig(LanguageConfig):
     random_label), where samples bring no alternate. None: 24 of ours."""
     device: str = "cpu"
     """Where the model is trained: cpu, cuda, cuda:1, ..."""
+    fully_shard: bool = False
+    """Deal out weights, gradients and the optimizer's state over the processes (FSDP2), block by
+    block, for a model that is too large for each to have whole."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; an adapter's are float32."""
     epochs: int = 10
@@ -303,8 +313,16 @@ class TextJob(LanguageJob):
         return self._model(config, "model", config.model, seed)
 
     def _model(self, config: TextConfig, option: str, name: str, seed: int) -> nn.Module:
-        made = load(folder(name, option), option, config.dtype, config.device)
-        return made if config.adapter is None else config.adapter.on(made, seed)
+        device = "cpu" if config.fully_shard else config.device  # where there is room for all
+        made = load(folder(name, option), option, config.dtype, device)
+        made = made if config.adapter is None else config.adapter.on(made, seed)
+        return dealt_out(made, config.device) if config.fully_shard else made
+
+    def _whole(self, config: TextConfig) -> nn.Module:
+        """The model, in one process alone."""
+        if config.fully_shard:
+            config = replace(config, fully_shard=False, device="cpu")
+        return self.model(config)
 
     def trained(self, config: TextConfig) -> tuple[str, ...]:
         return ("original", "retrain") if config.retrain_model else ("original",)
@@ -316,7 +334,7 @@ class TextJob(LanguageJob):
         return self._model(config, "retrain-model", config.retrain_model, seed)
 
     def publish(self, config: TextConfig, directory: RunDirectory, stage: Stage) -> None:
-        made: Any = self.model(config)
+        made: Any = self._whole(config)
         directory.load_model(made, stage)
         # its embeddings are never trained, and to ask whether they are would ask the network
         options = {"save_embedding_layers": False} if config.lora else {}
@@ -333,7 +351,7 @@ class TextJob(LanguageJob):
 
     def facts(self, config: TextConfig) -> dict[str, str | int]:
         sets, _ = self._data(config)
-        path, made = folder(config.model, "model"), self.model(config)
+        path, made = folder(config.model, "model"), self._whole(config)
         trains = sum(p.numel() for p in made.parameters() if p.requires_grad)
         own = sum(p.numel() for p in made.parameters()) - (trains if config.lora else 0)
         kind = type(made.get_base_model() if config.lora else made).__name__  # type: ignore[operator]

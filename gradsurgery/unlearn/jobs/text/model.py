@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
@@ -141,6 +142,19 @@ def load(path: Path, option: str, dtype: str, device: str) -> nn.Module:
             f"{show(missing[0], 80)}"
         )
     return model.to(device)
+
+
+def dealt_out(model: nn.Module, device: str) -> nn.Module:
+    """The model in `fully_shard` over all processes, each of its blocks and what else there is."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    kinds = set(getattr(model, "_no_split_modules", None) or ())  # their names
+    for module in list(model.modules()):
+        if type(module).__name__ in kinds:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @contextmanager
