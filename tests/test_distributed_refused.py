@@ -240,7 +240,7 @@ def _mean_loss(model, batch):
 
 def _taped(model):
     with gs.tape(model) as tape:
-        losses = loss(model, data())
+        losses = loss(getattr(model, "module", model), data())
     tape.jacobian(losses)
 
 
@@ -272,9 +272,11 @@ DDP = {
     "DDP with a hook of its own": _hooked_inside,
     "DDP, joined": _joined,
 }
+# by the tape and by the check, with the rows of all ranks
+SERVED = ("DDP", "fully_shard", "a layer of fully_shard", "replicate")
 ENTRIES = {
     "Surgeon": lambda model: gs.Surgeon(model, sgd(model), gs.Mean(), process_group=False),
-    "tape": lambda model: gs.tape(model).__enter__(),
+    "tape": lambda model: _taped(model),
     "check": lambda model: gs.check(model, data(), loss=loss),
     "stored": lambda model: gs.DenseJacobian.from_model(model, data(), loss),
 }
@@ -357,7 +359,7 @@ def told(tmp_path_factory):
 
 CALLS = {
     **{f"{kind}, {name}": WRAPPED[kind][1] for kind in WRAPPED for name in ENTRIES},
-    "DDP, tape": "accepted",
+    **{f"{kind}, {name}": "accepted" for kind in SERVED for name in ("tape", "check")},
     "DDP, Surgeon": "process_group: DistributedDataParallel has its own",
     "DTensor, Surgeon": "process_group: parallelize_module has its own",
     "unwrapped": "torch.distributed runs 2 ranks: pass process_group=.*WORLD",

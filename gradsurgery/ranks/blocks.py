@@ -85,7 +85,7 @@ class Blocks:
         self.each: list[Block] = []
         self._owners: dict[nn.Parameter, Block] = {}
         self._loaded: dict[int, tuple[Block, nn.Parameter]] = {}  # by memory
-        self._busy = False
+        self._busy = self._again = False
         inside = {id(m) for module in sharded for m in module.modules() if m is not module}
         for module in sharded:
             self._find(module, id(module) not in inside)
@@ -119,6 +119,14 @@ class Blocks:
         self.each.append(block)
         self._owners.update(dict.fromkeys(wholes, block))
 
+    @property
+    def taken(self) -> int:
+        """Bytes of what is whole at once, at most: what stays, and the largest of the rest."""
+        sizes = {True: [0], False: [0]}
+        for block in self.each:
+            sizes[block.stays].append(sum(w.nbytes for w in dict.fromkeys(block.wholes)))
+        return sum(sizes[True]) + max(sizes[False])
+
     def are_of(self, model: nn.Module) -> bool:
         """Whether the model has the same parameters as when these were looked up."""
         held = {id(p) for module in model.modules() for p in module._parameters.values()}
@@ -130,12 +138,14 @@ class Blocks:
         )
 
     @contextmanager
-    def used(self, whole: bool) -> Iterator[None]:
+    def used(self, whole: bool, again: bool = False) -> Iterator[None]:
         """Inside, the model computes with whole parameters; to be entered by all ranks.
 
         Args:
             whole: whether all parts are gathered at once and stay.
+            again: whether a graph made inside is used when this is entered another time.
         """
+        self._again = again
         with ExitStack() as stack:
             stack.callback(self._rest)
             if whole:
@@ -146,7 +156,7 @@ class Blocks:
                 vars(module)["_parameters"] = _Watched(module._parameters, self._want)
             for block in self.each:
                 block.put(block.wholes)
-            if not whole and not all(block.stays for block in self.each):
+            if not whole and (again or not all(block.stays for block in self.each)):
                 self._follow(stack)
                 stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
             try:
@@ -261,7 +271,8 @@ class Blocks:
         with suppress(RuntimeError, NotImplementedError):  # a tensor without memory of its own
             if tensor.layout == torch.strided and not (tensor.is_conj() or tensor.is_neg()):
                 found = self._loaded.get(tensor.untyped_storage()._cdata)
-                if found is not None and not found[0].stays and tensor.dtype == found[1].dtype:
+                stays = found is not None and found[0].stays and not self._again
+                if found is not None and not stays and tensor.dtype == found[1].dtype:
                     where = tensor.shape, tensor.stride(), int(tensor.storage_offset())
                     return _OfBlock(*found, where)
         return _Kept(tensor, tensor._version)

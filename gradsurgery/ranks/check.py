@@ -1,5 +1,6 @@
 """`gs.check`: what rows of a model are, and what a step takes of one rank or of many."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,13 @@ from gradsurgery.batch import Loss
 from gradsurgery.capture import Checked, FactoredJacobian, checked
 from gradsurgery.capture.held import Hold
 from gradsurgery.capture.planner import planned_for
+from gradsurgery.capture.standing import of_model
 from gradsurgery.ops._inputs import check as require
 from gradsurgery.ops._inputs import check_count, one_of, wide
 from gradsurgery.ranks.gramian import Exchange, work_of
 from gradsurgery.ranks.group import Group
-from gradsurgery.ranks.tape import opened_for
+from gradsurgery.ranks.shards import kind_of
+from gradsurgery.ranks.tape import Whole, opened_for
 
 
 def check(
@@ -44,7 +47,8 @@ def check(
 
     Args:
         model: in the mode (train or eval) its losses are wanted in. One in
-            `DistributedDataParallel` stands for the module inside.
+            `DistributedDataParallel` stands for the module inside. One in `fully_shard` or
+            `replicate` is checked by all its ranks together, each with a batch of its own.
         batch: any pytree of tensors with leading dimension B; handed to `loss`, some samples of it.
             That of one rank.
         loss: (model, batch) -> per-sample losses [B], not reduced.
@@ -58,7 +62,7 @@ def check(
         hold: what is kept between passes, as for `Surgeon`.
         ranks: how many are to step together, each with replicas of the model and such a batch. What
             leaves a rank in a step is then counted. None: those of `process_group`.
-        process_group: as for `gs.tape`. Each rank checks by itself, and none waits for another.
+        process_group: as for `gs.tape`. Each rank checks its own rows.
         device: the type of device that a model on the meta device is planned for.
 
     Raises:
@@ -80,7 +84,13 @@ def check(
     module, group = opened_for(model, process_group)
     count = group.size if ranks is None else ranks
     kinds = {parameter.device.type for parameter in module.parameters()} - {"meta"}
-    with planned_for(kinds.pop() if kinds else device):
+    sharded, taken = bool(group) and any(kind_of(module)), 0
+    with planned_for(kinds.pop() if kinds else device), ExitStack() as stack:
+        if sharded:  # all ranks gather it together, and part again
+            with group.agreed("check"):
+                kept = Whole(module, group, None)
+            stack.enter_context(kept.shards.gathered(kept.named, whole=True))
+            taken = kept.shards.taken
         report, whole = checked(
             module,
             batch,
@@ -94,9 +104,11 @@ def check(
         if whole is None or count == 1:
             return report
         sent, buffers = _sent(whole, groups, count)
-    assert report.needs is not None
     parts = {**report.needs_parts, "step": report.needs_parts["step"] + buffers}
-    return replace(report, ranks=count, sent=sent, needs=report.needs + buffers, needs_parts=parts)
+    if taken:
+        sent["update"] //= 2  # dealt out, and not put together
+        parts["model"] = of_model(module) + taken
+    return replace(report, ranks=count, sent=sent, needs=sum(parts.values()), needs_parts=parts)
 
 
 def _sent(whole: FactoredJacobian, groups: Tensor | None, ranks: int) -> tuple[dict[str, int], int]:

@@ -16,7 +16,7 @@ from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, check_shapes, wide
 from gradsurgery.ranks.gramian import Exchange
 from gradsurgery.ranks.group import Group
-from gradsurgery.ranks.places import Place, as_grad, place_of
+from gradsurgery.ranks.places import Place, as_grad, place_of, whole_of
 from gradsurgery.ranks.update import Buckets
 
 
@@ -67,6 +67,7 @@ class RanksJacobian:
             torch.cat([each._factors for each in jacobians]),
             sum(each.m for each in jacobians),
             [any(used) for used in zip(*(each.reached for each in jacobians), strict=True)],
+            first.parameters,
         )
 
     @property
@@ -89,6 +90,7 @@ class RanksJacobian:
             check(per in ("model", "tensor"), f"per must be 'model' or 'tensor', got {per!r}")
             if metric is not None:
                 check_shapes(metric, "metric", [p.shape for p in self.parameters])
+                metric = list(map(whole_of, metric))
                 return self._exchange.gramians(metric, per == "tensor")
             apart = per == "tensor"
             if apart not in self._grams:
@@ -142,6 +144,8 @@ class RanksJacobian:
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Inner products of every row with `vectors`, tensor by tensor, [L, m] float64."""
         with self.ranks.agreed("products"):
+            if isinstance(vectors, Sequence):
+                vectors = list(map(whole_of, vectors))
             part = self.own.products(vectors) * self._factors.to(self.own.parameters[0].device)
             out = part.new_zeros(len(part), self.m)
             out.index_add_(1, self._ids.to(part.device), part)

@@ -120,19 +120,25 @@ class Shards:
         self._blocks: Blocks | None = None
         self._stand_ins: dict[str, nn.Parameter] = {}
 
+    @property
+    def taken(self) -> int:
+        """Bytes of the parts that passes have whole at once, at most."""
+        return 0 if self._blocks is None else self._blocks.taken
+
     def rest(self) -> None:
         """The model's parameters are the shards, though a forward pass left them whole."""
         rest(self.model)
 
     @contextmanager
     def gathered(
-        self, named: Mapping[str, nn.Parameter], whole: bool = False
+        self, named: Mapping[str, nn.Parameter], whole: bool = False, again: bool = False
     ) -> Iterator[dict[str, nn.Parameter]]:
         """Inside, the model computes with whole parameters; to be entered by all ranks.
 
         Args:
             named: those that have rows, as the optimizer holds them.
             whole: whether all are gathered at once, and stay.
+            again: whether a graph made inside is used when this is entered another time.
 
         Yields:
             The same, whole, in the dtype that forward passes have them in. Only while a pass uses
@@ -147,7 +153,7 @@ class Shards:
                 stack.enter_context(without_hooks(module))
             for module in replicas:
                 stack.enter_context(_without_reducer(_begun(module)))
-            stack.enter_context(self._blocks.used(whole))
+            stack.enter_context(self._blocks.used(whole, again))
             own = dict(self.model.named_parameters())
             check_whole(own)
             found = {name: own[name] for name in named}
