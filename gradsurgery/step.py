@@ -32,7 +32,7 @@ from gradsurgery.optimizers import (
 )
 from gradsurgery.passes import Passes
 from gradsurgery.ranks import Group
-from gradsurgery.ranks.alike import check_alike, columns_of, fingerprint
+from gradsurgery.ranks.alike import check_alike, check_stepped, columns_of, fingerprint
 from gradsurgery.ranks.buffers import SharedBuffers
 from gradsurgery.ranks.shards import Shards, kind_of
 from gradsurgery.ranks.tensor import tensor_group
@@ -165,6 +165,7 @@ class Surgeon:
             "project: steps of a model in fully_shard or replicate are not projected",
         )
         self._alike = False  # whether ranks have looked at each other's replicas
+        self._failed = False  # whether the optimizer's last step did, where others' may not have
         self._observed: Any = None  # what the projection then had seen
         self.project = project
         self._trials: dict[Hashable, Trial] = {}
@@ -334,15 +335,16 @@ class Surgeon:
             undo: what to put back.
             shared: whether, on one of several ranks, more runs in it than torch's own code. Where
                 that raises, all put back what moved; else a rank that runs out of memory there is
-                alone with it, and replicas are looked at anew in its next step.
+                alone with it: in its next step replicas are looked at anew, and shards refused.
         """
         ranks = self._split or self._ranks
         undo.begin(copies=shared or self.project is not None)
         if self.project is None and not shared:
             self._ranks.leave()
             self._alike, before = False, self._alike
+            self._failed = True
             undo.step(self.scaler)
-            self._alike = before
+            self._alike, self._failed = before, False
             return
         with (
             ranks.agreed("the optimizer's step"),
@@ -389,7 +391,10 @@ class Surgeon:
         every = ranks.settled(where, mine=(known, alike, self._alike and seen is self._observed))
         if not all(looked and theirs[0] == alike[0] for _, theirs, looked in every):
             mine = fingerprint(self._module, columns, self.rule, self.optimizer, self.project)
-            check_alike(ranks.settled("the first step", mine=mine), ranks)
+            found = ranks.settled("the first step", mine=(mine, self._failed))
+            if self._shards is not None:
+                check_stepped([failed for _, failed in found], ranks)
+            check_alike([theirs for theirs, _ in found], ranks)
             self._alike, self._observed = True, seen
         for k, name in ((1, "scale"), (2, "scaler")):
             found = sorted({theirs[k] for _, theirs, _ in every})
@@ -511,7 +516,9 @@ class Surgeon:
     def _all_have(self, made: bool, summaries: Sequence[Summary]) -> bool:
         """Whether every rank has made an update; buffers that are to be alike then are."""
         if self._split is not None:
-            return all(self._split.settled("update", mine=made))
+            found = self._split.settled("update", mine=(made, self._failed))
+            check_stepped([failed for _, failed in found], self._split)
+            return all(made for made, _ in found)
         if not self._ranks:
             return made
         buffers = SharedBuffers(self.model)

@@ -122,6 +122,19 @@ def check_alike(every: list[Fingerprint], ranks: Group) -> None:
                 )
 
 
+def check_stepped(failed: list[bool], ranks: Group) -> None:
+    """Raise `InputError` where the optimizer's last step failed on some ranks and not on others.
+
+    Shards that stayed behind look like any other: no rank has the same.
+    """
+    if any(failed) and not all(failed):
+        some, others = ranks.name(failed.index(True)), ranks.name(failed.index(False))
+        raise InputError(
+            f"optimizer: its last step failed on {some} and not on {others}, whose shards have "
+            "moved: load one checkpoint on all, and make the Surgeon anew"
+        )
+
+
 def _listed(columns: Columns) -> list[tuple[Any, ...]]:
     return [(name, tuple(p.shape), str(p.dtype)) for part in columns for name, p in part.items()]
 

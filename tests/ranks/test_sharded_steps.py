@@ -1,5 +1,8 @@
 """Sharded models in loops, in 16 bits, with adapters, and what ranks are told of each other."""
 
+from contextlib import nullcontext, suppress
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -309,6 +312,15 @@ def _refused(rank):
         fully_shard(model.blocks[1], mesh=meshes["samples"])
         return model
 
+    def left_behind():
+        """No other rank has the shards that one rank's optimizer did not move."""
+        model = made(rank)
+        surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.UPGrad())
+        short = patch.object(torch.optim.SGD, "_init_group", side_effect=torch.OutOfMemoryError)
+        with short if rank == 1 else nullcontext(), suppress(torch.OutOfMemoryError):
+            surgeon.step(loss=loss, batch=part(rank, 1))
+        surgeon.step(loss=loss, batch=part(rank, 2))
+
     other = fully_shard(nn.Linear(3, 3))
     outside = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
     return {
@@ -320,6 +332,7 @@ def _refused(rank):
         "columns": said(lambda: surgeon(columns())),
         "two meshes": said(lambda: surgeon(two_meshes())),
         "outside": said(lambda: gs.Surgeon(model, outside, gs.UPGrad())),
+        "left behind": said(left_behind),
     }
 
 
@@ -340,6 +353,7 @@ TOLD = {
     "other replicas": ("model: parameter mix.bias differs between rank 0 and rank 1",) * 2,
     "columns": ("model: parameter blocks.0.up.weight is placed as",) * 2,
     "two meshes": ("are on different meshes",) * 2,
+    "left behind": ("optimizer: its last step failed on rank 1 and not on rank 0, whose sha",) * 2,
     "outside": ("['params'][18] is spread over several processes or devices by DTensor",) * 2,
 }
 

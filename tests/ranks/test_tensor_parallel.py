@@ -1,7 +1,8 @@
 """Models that parallelize_module split: rows, Gramians and parameters are those of one process."""
 
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -273,6 +274,16 @@ def _refused_on_one_rank():
         raise gs.InputError(str(error)) from error
 
 
+def _left_behind():
+    """Of a step that is too small to be seen in what all ranks have."""
+    model = _model("network", 2)
+    surgeon = gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=1e-12), gs.PCGrad())
+    short = patch.object(torch.optim.SGD, "_init_group", side_effect=torch.OutOfMemoryError)
+    with short if dist.get_rank() == 1 else nullcontext(), suppress(torch.OutOfMemoryError):
+        _step(surgeon, 0)
+    _step(surgeon, 1)
+
+
 REFUSED = {
     "other samples": (_other_samples, "ranks that a model is split over are to be given the same"),
     "other weights": (_other_weights, r"parameter head\.bias differs between rank 0 and rank 1"),
@@ -280,6 +291,7 @@ REFUSED = {
         lambda: _step(_surgeon("scaled"), 0),
         "rows of scale differ between rank 0 and rank 1: it is not split",
     ),
+    "left behind": (_left_behind, "its last step failed on rank 1 and not on rank 0, whose shard"),
     "one rank": (_refused_on_one_rank, "a hook of somebody"),
     "hooks": (
         lambda: _surgeon().step(loss=_hooked, batch=_data(4, 0)),
