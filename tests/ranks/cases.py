@@ -64,14 +64,14 @@ def share(batch, sizes, rank):
     return {k: v[start:end] for k, v in batch.items()} if sizes[rank] else None
 
 
-def batches(rule, sizes, step, rank=None):
+def batches(rule, sizes, step, rank=None, tokens=7):
     """What a step is given: of all samples, or those of a rank."""
     forget, other = sizes
     if "forget" in rule.roles:
         whole = {"forget": (forget, 10 * step), "retain": (other, 10 * step + 1)}
     else:
         whole = {"batch": (other, 10 * step + 1)}
-    made = {part: (data(sum(each), seed), each) for part, (each, seed) in whole.items()}
+    made = {part: (data(sum(each), seed, tokens), each) for part, (each, seed) in whole.items()}
     if rank is None:
         return {part: batch for part, (batch, _) in made.items()}
     return {part: share(batch, each, rank) for part, (batch, each) in made.items()}

@@ -51,12 +51,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, tied=False, checkpoints=False):
+    def __init__(self, tied=False, checkpoints=False, heads=6):
         super().__init__()
         torch.manual_seed(0)
         self.tokens, self.blocks = (
             nn.Embedding(WORDS, 12),
-            nn.ModuleList([Block(12, 6)]),
+            nn.ModuleList([Block(12, heads)]),
         )
         self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, WORDS, bias=False)
         self.checkpoints, self.tied = checkpoints, tied
