@@ -208,9 +208,9 @@ class StageRun:
             directory.restore(trainer, saved)
             run.progress.say(f"{self.label}  continues after step {trainer.step}")
         self._fit(trainer)
-        # of a copy, which there is none of a sharded model
-        times = isinstance(trainer, OrthoGradTrainer) and trainer.shards is None
-        timed = trainer.step_seconds() if times else None
+        timed = None
+        if isinstance(trainer, OrthoGradTrainer) and trainer.shards is None:
+            timed = trainer.step_seconds()  # of a copy, which there is none of a sharded model
         memory = run.peak_memory(self.split, seed, name)
         result = {
             "steps": trainer.step,
