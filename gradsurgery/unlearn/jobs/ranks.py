@@ -114,21 +114,20 @@ class SharedDirectory:
 
     def load_model(self, model: nn.Module, stage: Stage) -> None:
         """The weights of a finished stage."""
-        if any(kind_of(model)):
-            read = _Weights(model, self.ranks)
-            given = cast(nn.Module, read)
-            of_first(self.ranks, "load_model", lambda: self.own.load_model(given, stage))
-            read.deal_out()
-            return
-        of_first(self.ranks, "load_model", lambda: self.own.load_model(model, stage))
-        self._as_first(model)
+        self._load(model, lambda given: self.own.load_model(given, stage))
 
     def load_weights(self, model: nn.Module, name: str) -> None:
         """The weights in a file."""
-        of_first(self.ranks, "load_weights", lambda: self.own.load_weights(model, name))
-        self._as_first(model)
+        self._load(model, lambda given: self.own.load_weights(given, name))
 
-    def _as_first(self, model: nn.Module) -> None:
+    def _load(self, model: nn.Module, read: Callable[[nn.Module], object]) -> None:
+        """What the first rank reads, on all."""
+        if any(kind_of(model)):
+            whole = _Weights(model, self.ranks)
+            of_first(self.ranks, "weights", lambda: read(cast(nn.Module, whole)))
+            whole.deal_out()
+            return
+        of_first(self.ranks, "weights", lambda: read(model))
         with torch.no_grad():
             for tensor in model.state_dict().values():
                 whole = self.ranks.first_(tensor.contiguous())
