@@ -160,10 +160,6 @@ class Surgeon:
             given.check_split(rule, rows, project)
         spread = bool(self._ranks) and any(kind_of(self._module))
         self._shards = Shards(self._module, self._ranks) if spread else None
-        check(
-            self._shards is None or project is None,
-            "project: steps of a model in fully_shard or replicate are not projected",
-        )
         self._alike = False  # whether ranks have looked at each other's replicas
         self._failed = False  # whether the optimizer's last step did, where others' may not have
         self._observed: Any = None  # what the projection then had seen
@@ -348,7 +344,9 @@ class Surgeon:
             return
         with (
             ranks.agreed("the optimizer's step"),
-            nullcontext() if self.project is None else self.project.steps(undo.held),
+            nullcontext()
+            if self.project is None
+            else self.project.steps(undo.held, ranks=self._ranks),
         ):
             if self.scaler is None:
                 self.optimizer.step()

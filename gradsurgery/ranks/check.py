@@ -1,6 +1,5 @@
 """`gs.check`: what rows of a model are, and what a step takes of one rank or of many."""
 
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +15,8 @@ from gradsurgery.ops._inputs import check as require
 from gradsurgery.ops._inputs import check_count, one_of, wide
 from gradsurgery.ranks.gramian import Exchange, work_of
 from gradsurgery.ranks.group import Group
-from gradsurgery.ranks.shards import kind_of
-from gradsurgery.ranks.tape import Whole, opened_for
+from gradsurgery.ranks.shards import at_once
+from gradsurgery.ranks.tape import opened_for
 
 
 def check(
@@ -84,13 +83,7 @@ def check(
     module, group = opened_for(model, process_group)
     count = group.size if ranks is None else ranks
     kinds = {parameter.device.type for parameter in module.parameters()} - {"meta"}
-    sharded, taken = bool(group) and any(kind_of(module)), 0
-    with planned_for(kinds.pop() if kinds else device), ExitStack() as stack:
-        if sharded:  # all ranks gather it together, and part again
-            with group.agreed("check"):
-                kept = Whole(module, group, None)
-            stack.enter_context(kept.shards.gathered(kept.named, whole=True))
-            taken = kept.shards.taken
+    with planned_for(kinds.pop() if kinds else device), at_once(module, group) as taken:
         report, whole = checked(
             module,
             batch,

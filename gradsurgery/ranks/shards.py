@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gradsurgery.batch import trainable
 from gradsurgery.capture import FactoredJacobian
 from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.uses import Use
@@ -198,6 +199,29 @@ class Shards:
         )
         made.bent = jacobian.bent
         return made
+
+
+@contextmanager
+def at_once(model: nn.Module, ranks: Group) -> Iterator[int]:
+    """Inside, all parameters of a sharded model are whole; any other model is as it is.
+
+    Args:
+        model: which nothing is to train inside.
+        ranks: that hold it, and all enter.
+
+    Yields:
+        Bytes that steps would have whole at once, where parts are gathered one after another.
+    """
+    if not (ranks and any(kind_of(model))):
+        yield 0
+        return
+    with ranks.agreed("gathering"):
+        shards = Shards(model, ranks)
+        shards.rest()
+        with served(model):
+            named = trainable(model)
+    with shards.gathered(named, whole=True):
+        yield shards.taken
 
 
 def _alone(use: Use, blocks: Blocks) -> Use:

@@ -15,9 +15,15 @@ from gradsurgery.capture import tape
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops._inputs import check, check_number, check_rtol, one_of
 from gradsurgery.optimizers import after_steps
+from gradsurgery.ranks import Group
+from gradsurgery.ranks.places import grad_of, place_of, whole_of
+from gradsurgery.ranks.shards import at_once, group_of, kind_of
 from gradsurgery.ranks.wrappers import opened
+from gradsurgery.spread import local
 from gradsurgery.surgery.seen import Seen, both, check_fits, copied, made, moved, of_all, rounding
 from gradsurgery.surgery.trial import acting_otherwise, sensitive
+
+PROJECTED = "a projected step"
 
 
 class InputProjection:
@@ -44,7 +50,8 @@ class InputProjection:
 
     Args:
         model: the model whose parameters are meant, by their names; or one in
-            `DistributedDataParallel`, which stands for the module inside.
+            `DistributedDataParallel`, which stands for the module inside. One in `fully_shard` or
+            `replicate` is observed and stepped by all its ranks, as it is.
         others: what happens to parameters that do something else than multiply inputs (biases,
             norms, scales, positions added, weights under a parametrization as weight norm, what an
             operation without a rule takes, what acts past autograd's graph as DoRA's norms do):
@@ -89,7 +96,7 @@ class InputProjection:
         """
         _, ranks = opened(self._wrapped, process_group)
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
-        with ranks.agreed("observe") as said:
+        with at_once(self.model, ranks), ranks.agreed("observe") as said:
             check(callable(loss), f"loss must be a function, got {type(loss).__name__}")
             none = batch is None and bool(ranks)
             found = None if none else self._observed(batch, loss)
@@ -162,7 +169,9 @@ class InputProjection:
         """
         check(len(names) == len(update), f"update has {len(update)} tensors for {len(names)} names")
         self._prepare(names)
-        return [self._project(name, part) for name, part in zip(names, update, strict=True)]
+        pairs = zip(names, map(whole_of, update), strict=True)
+        wholes = [self._project(name, part) for name, part in pairs]
+        return [grad_of(w, part) for w, part in zip(wholes, update, strict=True)]
 
     def check_holds(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Raise `InputError` for the first of these that is no parameter of the model."""
@@ -175,17 +184,30 @@ class InputProjection:
                 )
 
     @contextmanager
-    def steps(self, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+    def steps(
+        self, parameters: Iterable[nn.Parameter] | None = None, *, ranks: Group | None = None
+    ) -> Iterator[None]:
         """Of what the body does to parameters, leaves what may be; if it raises, nothing.
+
+        All ranks of a sharded model enter it; where one raises, all do.
 
         Args:
             parameters: None for all of the model. Those of others are let be.
+            ranks: those of a sharded model, where they are met elsewhere too. None: looked up.
 
         Raises:
             InputError: before the body, a parameter that was frozen or not there when inputs were
                 observed; inputs that leave no weight a direction to move in; parameters of which
                 none is the model's.
         """
+        if not any(kind_of(self.model)):
+            ranks = Group()
+        elif ranks is None:
+            ranks = Group(group_of(self.model), alone=True)
+        with ranks.agreed(PROJECTED, wait=False):
+            yield from self._steps(parameters, ranks)
+
+    def _steps(self, parameters: Iterable[nn.Parameter] | None, ranks: Group) -> Iterator[None]:
         names = {id(p): name for name, p in self.model.named_parameters()}
         given = list(self.model.parameters() if parameters is None else parameters)
         check(
@@ -201,12 +223,22 @@ class InputProjection:
 
         def hold() -> None:
             with torch.no_grad():
-                for name, p in mine.items():
-                    # what was held before, as it is: of what is rounded twice some is lost
-                    if name not in after or not torch.equal(p, after[name]):
-                        old = before[name]
-                        p.copy_(self._after(name, old, p) if name in trained else old)
-                        after[name] = p.detach().clone()
+                # what was held before, as it is: of what is rounded twice some is lost
+                moved = {
+                    name: p
+                    for name, p in mine.items()
+                    if name not in after or not torch.equal(local(p), local(after[name]))
+                }
+                if ranks:  # of a parameter in shards all of it is needed, mostly
+                    every = ranks.settled(PROJECTED, mine=set(moved))
+                    moved = {name: p for name, p in mine.items() if name in set().union(*every)}
+                for name, p in moved.items():
+                    old = before[name]
+                    if name in trained:
+                        self._move(name, old, p)
+                    else:
+                        local(p).copy_(local(old))
+                    after[name] = p.detach().clone()
 
         try:
             with after_steps(mine.values(), hold):
@@ -215,7 +247,7 @@ class InputProjection:
         except BaseException:
             with torch.no_grad():
                 for name, p in mine.items():
-                    p.copy_(before[name])
+                    local(p).copy_(local(before[name]))
             raise
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +320,16 @@ class InputProjection:
             return now
         step = now.double() - before.double()
         return (before.double() + self._project(name, step)).to(before.dtype)
+
+    def _move(self, name: str, before: Tensor, now: Tensor) -> None:
+        """Leave in a parameter, which is `now`, what may be taken of its step."""
+        place, projectors = place_of(now), self._projectors.get(name, {})
+        # each line by itself: a shard is some of these
+        by_line = all(dim == 1 and len(each) == 1 for dim, each in projectors.items())
+        if place is None or (by_line and place.dim == 0):
+            local(now).copy_(self._after(name, local(before), local(now)))
+        else:
+            local(now).copy_(place.own(self._after(name, whole_of(before), whole_of(now))))
 
     def _share(self, values: Tensor, least: float) -> Tensor:
         """Of directions with these singular values [g, k] of inputs, what P leaves.

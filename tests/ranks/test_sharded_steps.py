@@ -349,7 +349,7 @@ TOLD = {
     "own group": ("accepted",) * 2,
     "other group": ("process_group: fully_shard and replicate have their own",) * 2,
     "alone": ("model is spread over several processes or devices by fully_shard",) * 2,
-    "projected": ("project: steps of a model in fully_shard or replicate are not proj",) * 2,
+    "projected": ("is no parameter of the model that project holds",) * 2,
     "other replicas": ("model: parameter mix.bias differs between rank 0 and rank 1",) * 2,
     "columns": ("model: parameter blocks.0.up.weight is placed as",) * 2,
     "two meshes": ("are on different meshes",) * 2,
