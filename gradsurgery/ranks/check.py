@@ -1,5 +1,6 @@
 """`gs.check`: what rows of a model are, and what a step takes of one rank or of many."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from gradsurgery.ops._inputs import check as require
 from gradsurgery.ops._inputs import check_count, one_of, wide
 from gradsurgery.ranks.gramian import Exchange, work_of
 from gradsurgery.ranks.group import Group
+from gradsurgery.ranks.places import Place, place_of
 from gradsurgery.ranks.shards import at_once
 from gradsurgery.ranks.tape import opened_for
 
@@ -83,6 +85,7 @@ def check(
     module, group = opened_for(model, process_group)
     count = group.size if ranks is None else ranks
     kinds = {parameter.device.type for parameter in module.parameters()} - {"meta"}
+    places = {name: place_of(parameter) for name, parameter in module.named_parameters()}
     with planned_for(kinds.pop() if kinds else device), at_once(module, group) as taken:
         report, whole = checked(
             module,
@@ -96,18 +99,25 @@ def check(
         )
         if whole is None or count == 1:
             return report
-        sent, buffers = _sent(whole, groups, count)
+        sent, buffers = _sent(whole, groups, count, places)
     parts = {**report.needs_parts, "step": report.needs_parts["step"] + buffers}
     if taken:
-        sent["update"] //= 2  # dealt out, and not put together
         parts["model"] = of_model(module) + taken
     return replace(report, ranks=count, sent=sent, needs=sum(parts.values()), needs_parts=parts)
 
 
-def _sent(whole: FactoredJacobian, groups: Tensor | None, ranks: int) -> tuple[dict[str, int], int]:
+def _sent(
+    whole: FactoredJacobian, groups: Tensor | None, ranks: int, places: Mapping[str, Place | None]
+) -> tuple[dict[str, int], int]:
     """Bytes that leave a rank in a step, and those of the buffers they lie in.
 
     By the formulas that steps of many ranks choose and send by, as if all had such rows.
+
+    Args:
+        whole: a rank's rows.
+        groups: that they are made by.
+        ranks: how many there are.
+        places: of parameters that they have shards of.
     """
     rows = torch.arange(whole.m, device="cpu") if groups is None else groups[groups >= 0].cpu()
     shared = rows.bincount(minlength=whole.m) > 1  # of all ranks, which have a part each
@@ -117,12 +127,24 @@ def _sent(whole: FactoredJacobian, groups: Tensor | None, ranks: int) -> tuple[d
     entries = [exchange.entries(exchange.uses(False), False)] * ranks
     _, work = work_of(whole, entries, [whole.m] * ranks, False)
     sizes = [[each.size(0, other) for other in range(ranks)] for each in work]
-    passed = 2 * (ranks - 1) / ranks  # of what is summed over ranks
-    trained = [p for p, used in zip(whole.parameters, whole.reached, strict=True) if used]
-    values = sum(p.numel() * wide(p.detach().new_empty(0)).dtype.itemsize for p in trained)
+    named = zip(whole.names, whole.parameters, whole.reached, strict=True)
+    trained = {name: p for name, p, used in named if used}
+    update = sum(
+        p.numel() * wide(p.detach().new_empty(0)).dtype.itemsize * _passed(ranks, places.get(name))
+        for name, p in trained.items()
+    )
+    passed = _passed(ranks, None)
     sent = {
         "Gramian": sum(sum(each[1:]) for each in sizes) + int(passed * (m * m + 2) * 8),
-        "update": int(passed * values),
-        "plain": int(passed * sum(p.numel() * p.element_size() for p in trained)),
+        "update": int(update),
+        "plain": int(passed * sum(p.numel() * p.element_size() for p in trained.values())),
     }
     return sent, 4 * max(map(sum, sizes), default=0)
+
+
+def _passed(ranks: int, place: Place | None) -> float:
+    """How often what is summed over ranks leaves one; what is dealt out is not put together."""
+    if place is None:
+        return 2 * (ranks - 1) / ranks
+    replicas = ranks / place.pieces
+    return (place.pieces - 1 + 2 * (replicas - 1) / replicas) / place.pieces

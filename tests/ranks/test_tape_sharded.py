@@ -95,7 +95,8 @@ def _checked(model, rank):
 
 def _work(rank, ranks):
     if ranks == 4:
-        return {"hybrid": _found(WRAPPED["hybrid"](Network()), _part(rank, 4))}
+        model = WRAPPED["hybrid"](Network())
+        return {"sent": _checked(model, rank).sent, "hybrid": _found(model, _part(rank, 4))}
     found = {}
     for name, (wrap, network) in CASES.items():
         model = wrap(network())
@@ -185,6 +186,9 @@ def test_rows_are_those_of_one_process(name, every):
 def test_rows_of_shards_and_replicas(tmp_path):
     expected = _found(Network(), lambda seed: data(5, seed))
     for found in run(_work, 4, tmp_path, 4):
+        # half leaves a rank for shards, and half for the sum of its own over replicas
+        update = found["sent"]["plain"] / 1.5
+        assert found["sent"]["update"] == pytest.approx(update, rel=1e-6)
         for what, value in expected.items():
             got = found["hybrid"][what]
             torch.testing.assert_close(got, value, rtol=1e-12, atol=1e-12, msg=what)
@@ -206,6 +210,8 @@ def test_check(name, every):
         halved = name in ("root", "blocks", "adapters")
         share = 0.5 if halved else 1.0
         if name != "a part":
+            plain = report.sent["plain"]
+            assert report.sent["update"] == pytest.approx(share * plain, rel=1e-6)
             kept = report.needs_parts["optimizer"] / alone.needs_parts["optimizer"]
             assert kept == pytest.approx(share, rel=0.1)
 
