@@ -1,6 +1,8 @@
 """Models that parallelize_module split: rows, Gramians and parameters are those of one process."""
 
+import os
 import re
+import time
 from contextlib import nullcontext, suppress
 from unittest.mock import patch
 
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradsurgery as gs
 from gradsurgery.errors import RankError
+from gradsurgery.spread import local
 from tests.ranks.cases import whole
 from tests.ranks.processes import run
 
@@ -329,6 +332,29 @@ def _projected():
     model = _model("network", 2)
     kept = gs.OWM(Network())
     gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.Mean(), project=kept)
+
+
+def _ends(rank, folder):
+    """The process of the second rank ends in its loss: the first does not wait for ever."""
+    surgeon = _surgeon()
+    _step(surgeon, 0)
+    before = [local(p.detach()).clone() for p in surgeon.model.parameters()]
+    ends = lambda *_: os._exit(0)  # noqa: E731
+    with suppress(RuntimeError):
+        surgeon.step(loss=ends if rank == 1 else loss, batch=_data(4, 1))
+        (folder / "stepped").touch()
+    after = [local(p.detach()) for p in surgeon.model.parameters()]
+    torch.save(all(map(torch.equal, before, after)), folder / "same")
+    os._exit(0)  # there is no group to be left in good order
+
+
+def test_a_rank_that_ends_in_its_loss_ends_the_others(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError):  # no rank came to its end
+        run(_ends, 2, tmp_path, tmp_path)
+    assert time.monotonic() - start < 40
+    assert not (tmp_path / "stepped").exists()
+    assert torch.load(tmp_path / "same")
 
 
 def _said(call):
