@@ -161,6 +161,11 @@ def _cases(ranks):
     return found + [("blocks", name, *each, 2) for name in ("frozen", "normalized") for each in two]
 
 
+def _smooth(parameters):
+    """Whose metric, 1 / (|u| + eps), does not amplify the rounding of an update u that is small."""
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3)
+
+
 def _work(rank, ranks):
     return [_trained(*case, ranks, rank) for case in _cases(ranks)]
 
@@ -175,6 +180,7 @@ def _trained(wrap, network, rule, samples, steps, ranks, rank=None):
         wrap=WRAPPED[wrap],
         network=NETWORKS[network],
         steps=steps,
+        optimizer=_smooth if rule == "OrthoGrad, optimizer" else None,
     )
     return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in found.items()}, seen
 
@@ -189,6 +195,4 @@ def every(request, tmp_path_factory):
 def test_shards_are_one_process(every):
     ranks, found = every
     for k, case in enumerate(_cases(ranks)):
-        # square roots of squares that are nearly none amplify what rounding does
-        gramian = 1e-11 if case[2] == "OrthoGrad, optimizer" else 1e-12
-        assert_alike([each[k] for each in found], _trained(*case, ranks), gramian=gramian)
+        assert_alike([each[k] for each in found], _trained(*case, ranks))
