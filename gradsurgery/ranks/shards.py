@@ -20,6 +20,8 @@ from gradsurgery.ranks.blocks import GROUPS, Blocks
 from gradsurgery.ranks.group import Group
 from gradsurgery.spread import check_whole, is_served, served
 
+KEPT = "_gradsurgery_blocks"  # in the state of a module that `fully_shard` was called on
+
 
 def kind_of(model: nn.Module) -> tuple[list[Any], list[Any]]:
     """Modules that `fully_shard` made, and those of the `replicate` that is a DDP; mostly none."""
@@ -148,8 +150,7 @@ class Shards:
         sharded, replicas = kind_of(self.model)
         with ExitStack() as stack:
             stack.enter_context(served(self.model))
-            if self._blocks is None or not self._blocks.are_of(self.model):
-                self._blocks = Blocks(self.model, sharded, self.ranks)
+            self._blocks = self._looked_up(sharded)
             for module in sharded:
                 stack.enter_context(without_hooks(module))
             for module in replicas:
@@ -161,6 +162,16 @@ class Shards:
             for name, parameter in found.items():
                 self._stand_in(name, parameter)
             yield found
+
+    def _looked_up(self, sharded: list[Any]) -> Blocks:
+        """The blocks, as they were for whoever had them last, where parameters are the same."""
+        if not sharded:
+            return Blocks(self.model, sharded, self.ranks)
+        kept = vars(sharded[0]._get_fsdp_state())  # as long as there is what they are of
+        known = kept.get(KEPT)
+        if known is None or known.model is not self.model or not known.are_of(self.model):
+            known = kept[KEPT] = Blocks(self.model, sharded, self.ranks)
+        return known
 
     def _stand_in(self, name: str, parameter: nn.Parameter) -> None:
         known = self._stand_ins.get(name)

@@ -1,5 +1,7 @@
 """Blocks of a sharded model: whole only while they are used, however unlike the ranks' passes."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import gradsurgery as gs
 from gradsurgery.capture.hooks import _others as others_made
+from gradsurgery.ranks.blocks import Blocks
 from tests.ranks.cases import data, share, whole
 from tests.ranks.processes import run
 from tests.ranks.test_sharded_steps import adamw, said
@@ -142,6 +145,18 @@ def _handles(rank):
     return made
 
 
+def _looked_up(rank):
+    """How many blocks are gathered to be looked up, for all that is done with one model."""
+    model, find = sharded(), Blocks._find
+    with patch.object(Blocks, "_find", autospec=True, side_effect=find) as found:
+        for step in range(2):
+            surgeon = gs.Surgeon(model, adamw(model), gs.UPGrad())
+            surgeon.step(loss=loss, batch=mine(rank, step))
+            with gs.tape(model) as tape:
+                tape.jacobian(loss(model, mine(rank, step)))
+    return found.call_count
+
+
 def _told(rank):
     model = sharded()
     surgeon = gs.Surgeon(model, adamw(model), gs.UPGrad())
@@ -177,7 +192,7 @@ def _work(rank):
 
 
 def _others(rank):
-    return _held(rank), _told(rank), _handles(rank)
+    return _held(rank), _told(rank), _handles(rank), _looked_up(rank)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +223,7 @@ def test_few_blocks_are_whole_at_once(others):
 
 def test_what_ranks_are_told(others):
     wrote = "model: a pass writes to parameter blocks.1.up.weight"
-    for rank, (_, (middle, over, parameter, func, after), _) in enumerate(others):
+    for rank, (_, (middle, over, parameter, func, after), *_) in enumerate(others):
         assert middle == ("RankError: rank 1: ValueError: mine", "ValueError: mine")[rank]
         assert "modified by an inplace operation" in over
         assert wrote in parameter
@@ -217,4 +232,8 @@ def test_what_ranks_are_told(others):
 
 
 def test_steps_make_no_hooks_of_others(others):
-    assert all(made == [0, 0] for *_, made in others)
+    assert all(made == [0, 0] for _, _, made, _ in others)
+
+
+def test_blocks_are_looked_up_once(others):
+    assert all(count == 8 for *_, count in others)
