@@ -12,17 +12,27 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from gradsurgery.capture.hooks import register
 from gradsurgery.errors import InputError
 from gradsurgery.ranks.group import Group
 
 DONE = -1
+# what takes no values of a parameter
+UNREAD = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "layout", "ndim")),
+    *(getattr(Tensor, name).__get__ for name in ("grad", "requires_grad", "is_leaf")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.storage_offset),
+    *(Tensor.element_size, Tensor.untyped_storage),
+    *(Tensor.requires_grad_, Tensor.is_floating_point),
+}
 GROUPS = "_fsdp_param_groups"  # of a state of `fully_shard`: what gathers parameters
 WRITTEN_OVER = (
     "one of the variables needed for gradient computation has been modified by an inplace "
@@ -68,7 +78,10 @@ class Block:
 
     def put(self, parameters: list[nn.Parameter]) -> None:
         for (module, name), parameter in zip(self.places, parameters, strict=True):
-            module._parameters[name] = parameter
+            if type(module).__setattr__ is nn.Module.__setattr__:
+                module._parameters[name] = parameter
+            else:  # which has it elsewhere, too, as nn.LSTM in a list
+                setattr(module, name, parameter)
 
 
 class Blocks:
@@ -86,9 +99,27 @@ class Blocks:
         self._owners: dict[nn.Parameter, Block] = {}
         self._loaded: dict[int, tuple[Block, nn.Parameter]] = {}  # by memory
         self._busy = self._again = False
+        self._check_untied(sharded)
         inside = {id(m) for module in sharded for m in module.modules() if m is not module}
         for module in sharded:
             self._find(module, id(module) not in inside)
+
+    def _check_untied(self, sharded: list[Any]) -> None:
+        """Raise where calls of `fully_shard` parted what was one parameter."""
+        states = {id(state): state for state in (m._get_fsdp_state() for m in sharded)}
+        known: dict[Any, str] = {}
+        for group in (g for state in states.values() for g in groups_of(state)):
+            for each in group.fsdp_params:
+                uid = getattr(each, "_orig_param_uid", None)  # since torch 2.13
+                info = each._module_info
+                own = next((n for n, m in self.model.named_modules() if m is info.module), "")
+                name = f"{own}.{info.param_name}" if own else info.param_name
+                if uid is not None and uid in known:
+                    raise InputError(
+                        f"model: {known[uid]} and {name} were one parameter, and fully_shard was "
+                        "called on their modules apart, so they part: pass it both, as a list"
+                    )
+                known[uid] = name
 
     @property
     def _device(self) -> torch.device:
@@ -132,9 +163,9 @@ class Blocks:
         held = {id(p) for module in model.modules() for p in module._parameters.values()}
         known = {id(p) for block in self.each for p in block.shards}
         return known <= held and all(
-            m._parameters.get(name) is p and w.requires_grad == p.requires_grad
+            m._parameters.get(name) is p
             for block in self.each
-            for (m, name), p, w in zip(block.places, block.shards, block.wholes, strict=True)
+            for (m, name), p in zip(block.places, block.shards, strict=True)
         )
 
     @contextmanager
@@ -155,7 +186,11 @@ class Blocks:
                 stack.callback(vars(module).__setitem__, "_parameters", module._parameters)
                 vars(module)["_parameters"] = _Watched(module._parameters, self._want)
             for block in self.each:
+                for own, shard in zip(block.wholes, block.shards, strict=True):
+                    own.requires_grad_(shard.requires_grad)  # which one rank may freeze alone
                 block.put(block.wholes)
+            if not whole:
+                stack.enter_context(_Using(self))
             if not whole and (again or not all(block.stays for block in self.each)):
                 self._follow(stack)
                 stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
@@ -197,6 +232,8 @@ class Blocks:
     def _meet(self, wanted: Block | None) -> None:
         """Gather with all ranks what they wait for, until this one has its, or all are done."""
         mine = DONE if wanted is None else self.each.index(wanted)
+        for block in self.each if wanted is not None else ():
+            self._check_unwritten(block)  # before others count on this rank
         while True:
             asked = [each for each in self.ranks.numbers(mine, self._device) if each != DONE]
             if not asked:
@@ -246,7 +283,6 @@ class Blocks:
                 )
 
     def _free(self, block: Block) -> None:
-        self._check_unwritten(block)
         for whole in dict.fromkeys(block.wholes):
             self._loaded.pop(whole.untyped_storage()._cdata, None)
             whole.data = _nothing(whole)
@@ -263,6 +299,10 @@ class Blocks:
             block.put(block.shards)
         self._loaded.clear()
 
+    def owns(self, value: Any) -> bool:
+        """Whether it is a parameter that passes compute with."""
+        return isinstance(value, nn.Parameter) and value in self._owners
+
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor is in the memory of a parameter that is whole now."""
         return tensor.untyped_storage()._cdata in self._loaded
@@ -275,7 +315,7 @@ class Blocks:
                 if found is not None and not stays and tensor.dtype == found[1].dtype:
                     where = tensor.shape, tensor.stride(), int(tensor.storage_offset())
                     return _OfBlock(*found, where)
-        return _Kept(tensor, tensor._version)
+        return _Kept(tensor.detach(), tensor._version)  # not the graph, which would hold itself
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, _OfBlock):
@@ -324,6 +364,32 @@ class _Watched(dict):
         if found is not None:
             self._want(found)
         return found
+
+
+class _Using(TorchFunctionMode):
+    """What a function is called with has its values, though it was read before others were used."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, known = kwargs or {}, self.blocks
+        every = (*args, *kwargs.values())
+        given = (each if isinstance(each, (list, tuple)) else (each,) for each in every)
+        needed = [] if known._busy else [known._owners[p] for p in chain(*given) if known.owns(p)]
+        if not needed or func in UNREAD:
+            return func(*args, **kwargs)
+        for block in needed:
+            block.running += 1
+        try:
+            for block in needed:
+                if not block.versions:
+                    known._meet(block)
+            return func(*args, **kwargs)
+        finally:
+            for block in needed:
+                block.running -= 1
 
 
 def _adds(blocks: list[Block], count: int) -> Any:

@@ -59,10 +59,12 @@ class RanksTape:
             return self.own.jacobian(losses, groups)
         inside = self.whole.close()
         self.ranks.settled("tape.jacobian's pass")
-        with self.whole:
-            found = self.whole.shards.kept(self.own.jacobian(losses, groups))
-        if inside:
-            self.whole.open()
+        try:
+            with self.whole:
+                found = self.whole.shards.kept(self.own.jacobian(losses, groups))
+        finally:
+            if inside:  # though this rank raises: the others close it with this one
+                self.whole.open()
         assert isinstance(found, FactoredJacobian)
         return found
 

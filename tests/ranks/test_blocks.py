@@ -1,5 +1,7 @@
 """Blocks of a sharded model: whole only while they are used, however unlike the ranks' passes."""
 
+import gc
+import weakref
 from unittest.mock import patch
 
 import pytest
@@ -95,6 +97,37 @@ def other_ways(model, batch):
     return nn.functional.cross_entropy(logits.mT, batch["y"], reduction="none").mean(1)
 
 
+def read_early(model, batch):
+    """Weights that are all read before one is used, and a function that takes NaN for a value."""
+    weights = [block.up.weight for block in model.blocks]
+    share = sum((weight > 0).double().mean() + weight.square().mean() for weight in weights)
+    return share * loss(model, batch)
+
+
+class Recurrent(nn.Module):
+    """Whose layer has its weights in a list, too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(30, 8), nn.Linear(8, 30)
+        self.layer = nn.GRU(8, 8, batch_first=True)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.layer(self.tokens(x))[0])
+
+
+def recurrent(rank):
+    model = Recurrent()
+    if rank is not None:
+        fully_shard(model.layer)
+        fully_shard(model)
+    surgeon = gs.Surgeon(model, adamw(model), gs.UPGrad())
+    infos = [surgeon.step(loss=loss, batch=mine(rank, step)) for step in range(2)]
+    return whole(model), infos[-1].gramian
+
+
 def with_torch_func(model, batch):
     taken = torch.func.grad(lambda x: x.square().sum())(batch["y"].double())
     return loss(model, batch) + 0 * taken.mean(1)
@@ -106,6 +139,7 @@ SAME = {
     "rows held": {"micro_batch": 2, "hold": "rows"},
     "stored": {"rows": "stored"},
     "in other ways": {"loss": other_ways},
+    "read early": {"loss": read_early},
     "torch.func": {
         "loss": with_torch_func,
         "sharded": lambda: sharded(reshard_after_forward=False),
@@ -183,16 +217,59 @@ def _told(rank):
             model.blocks[1].up.weight.mul_(2)
         return loss(model, batch)
 
-    told = [step(each) for each in (in_the_middle, writes_over, writes_to_a_parameter)]
-    return [*told, step(with_torch_func), step(loss)]
+    def one_writes(model, batch):
+        return (writes_to_a_parameter if rank == 1 else loss)(model, batch)
+
+    def nan_inside():
+        with gs.tape(model) as tape:
+            losses = loss(model, mine(rank, 8)) * (float("nan") if rank == 1 else 1)
+            tape.jacobian(losses)
+
+    told = [step(each) for each in (in_the_middle, writes_over, writes_to_a_parameter, one_writes)]
+    told += [step(with_torch_func), said(nan_inside)]
+    model.blocks[1].up.weight.requires_grad_(rank == 0)
+    told.append(step(loss))
+    model.blocks[1].up.weight.requires_grad_(True)
+    told.append(step(loss))
+    tied = Network()
+    tied.head.weight = tied.tokens.weight
+    fully_shard(tied.tokens)
+    fully_shard(tied)
+    told.append(
+        said(
+            lambda: gs.Surgeon(tied, adamw(tied), gs.UPGrad()).step(loss=loss, batch=mine(rank, 7))
+        )
+    )
+    return told
+
+
+def _left(rank):
+    """How many activations with a hook outlive steps."""
+    model, seen = sharded(), []
+
+    def hooked(model, batch):
+        hidden = model.tokens(batch["x"])
+        for block in model.blocks:
+            hidden = block(hidden)
+            hidden.register_hook(lambda _: None)
+            seen.append(weakref.ref(hidden))
+        logits = model.head(hidden)
+        return nn.functional.cross_entropy(logits.mT, batch["y"], reduction="none").mean(1)
+
+    surgeon = gs.Surgeon(model, adamw(model), gs.UPGrad())
+    for step in range(2):
+        surgeon.step(loss=hooked, batch=mine(rank, step))
+    gc.collect()
+    return sum(each() is not None for each in seen)
 
 
 def _work(rank):
-    return {name: stepped(rank, **options) for name, options in SAME.items()}
+    found = {name: stepped(rank, **options) for name, options in SAME.items()}
+    return found | {"recurrent": recurrent(rank)}
 
 
 def _others(rank):
-    return _held(rank), _told(rank), _handles(rank), _looked_up(rank)
+    return _held(rank), _told(rank), _handles(rank), _looked_up(rank), _left(rank)
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +278,13 @@ def every(tmp_path_factory):
     return run(_work, 2, tmp_path_factory.mktemp("blocks"))
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", [*SAME, "recurrent"])
 def test_as_in_one_process(name, every):
-    options = {k: v for k, v in SAME[name].items() if k != "sharded"}
-    expected, gramian = stepped(None, **options)
+    options = {k: v for k, v in SAME.get(name, {}).items() if k != "sharded"}
+    one = recurrent(None) if name == "recurrent" else stepped(None, **options)
     for each in every:
-        torch.testing.assert_close(each[name][0], expected, rtol=0, atol=1e-10)
-        torch.testing.assert_close(each[name][1], gramian, rtol=0, atol=1e-12)
+        torch.testing.assert_close(each[name][0], one[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(each[name][1], one[1], rtol=0, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -221,19 +298,35 @@ def test_few_blocks_are_whole_at_once(others):
         assert most <= 3  # one, what it is within, and what was used last
 
 
-def test_what_ranks_are_told(others):
-    wrote = "model: a pass writes to parameter blocks.1.up.weight"
-    for rank, (_, (middle, over, parameter, func, after), *_) in enumerate(others):
-        assert middle == ("RankError: rank 1: ValueError: mine", "ValueError: mine")[rank]
-        assert "modified by an inplace operation" in over
-        assert wrote in parameter
-        assert "give it reshard_after_forward=False" in func
-        assert after == "accepted"
+TOLD = [
+    ("RankError: rank 1: ValueError: mine", "ValueError: mine"),
+    ("modified by an inplace operation",) * 2,
+    ("model: a pass writes to parameter blocks.1.up.weight",) * 2,
+    (
+        "InputError: rank 1: model: a pass writes to parameter b",
+        "model: a pass writes to parameter",
+    ),
+    ("give it reshard_after_forward=False",) * 2,
+    ("NonFiniteError: rank 1: losses: row 0 is", "NonFiniteError: losses: row 0 is"),
+    ("model: rank 0 and rank 1 train different parameters, as blocks.1.up.weight",) * 2,
+    ("accepted",) * 2,
+    ("model: head.weight and tokens.weight were one parameter",) * 2,
+]
+
+
+@pytest.mark.parametrize("k", range(len(TOLD)))
+def test_what_ranks_are_told(others, k):
+    for rank, (_, told, *_) in enumerate(others):
+        assert TOLD[k][rank] in told[k]
 
 
 def test_steps_make_no_hooks_of_others(others):
-    assert all(made == [0, 0] for _, _, made, _ in others)
+    assert all(made == [0, 0] for _, _, made, *_ in others)
 
 
 def test_blocks_are_looked_up_once(others):
-    assert all(count == 8 for *_, count in others)
+    assert all(count == 8 for *_, count, _ in others)
+
+
+def test_nothing_of_a_pass_outlives_it(others):
+    assert all(left == 0 for *_, left in others)

@@ -243,7 +243,8 @@ class Loop(Asking[C]):
         rest(self.model)
         named = self.model.named_parameters()
         broken = (name for name, p in named if not bool(local(p).isfinite().all()))
-        for name in self.ranks.gather(next(broken, None)):  # of shards, perhaps one rank's alone
+        first = next(broken, None)  # of shards, perhaps one rank's alone
+        for name in self.ranks.settled("look at the weights", mine=first):
             if name is not None:
                 raise self._diverged(f"{name} is no longer finite", self.step)
 
