@@ -145,16 +145,18 @@ def _compared(
     moves = before.buffers_changed()
     if whole is None or not parts:
         return Trial(None, moves)
+    eps = _unit(whole, list(model.parameters()))
+    whole = whole.detach()  # without the graph, which would be there while others are made
     each = []
     for part in parts:
         before.put_back_buffers()
         losses = _losses(model, loss, part)
         if losses is None or losses.shape[1:] != whole.shape[1:]:
             return Trial(None, moves)
-        each.append(losses)
+        each.append(losses.detach())
+        del losses  # and its graph
     before.put_back_buffers()
     away = float(_away(whole, torch.cat(each)).max())
-    eps = _unit(whole, list(model.parameters()))
     limit = ROUNDINGS * eps * _largest(whole)
     if not away <= limit:
         limit += ROUNDINGS * _move(model, loss, together, whole, eps, before)
@@ -179,8 +181,7 @@ def _losses(model: nn.Module, loss: AnyLoss, batch: Any) -> Tensor | None:
     if isinstance(losses, WeightedLosses):
         losses = losses.losses
     wanted = isinstance(losses, Tensor) and losses.is_floating_point() and losses.dim() > 0
-    # without its graph, which would be there while others are made
-    return losses.detach() if wanted and len(losses) == batch_size(batch) else None
+    return losses if wanted and len(losses) == batch_size(batch) else None
 
 
 def _away(a: Tensor, b: Tensor) -> Tensor:

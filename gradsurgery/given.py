@@ -11,7 +11,7 @@ from gradsurgery.batch import batch_size, micro_batches, trainable
 from gradsurgery.collect import ROLES, Added
 from gradsurgery.errors import InputError
 from gradsurgery.ops._inputs import check
-from gradsurgery.spread import check_one_rank
+from gradsurgery.spread import check_one_rank, is_split
 from gradsurgery.surgery import Rule
 
 # the model's parameters that have rows, and others that the optimizer holds
@@ -77,6 +77,11 @@ def looked_up(
                 names = group.get("param_names")
                 name = names[k] if names else f"optimizer.param_groups[{g}]['params'][{k}]"
                 outside[name] = parameter
+    check(
+        bool(held.keys() & own) or not any(map(is_split, model.parameters())),
+        "optimizer holds no parameter of the model: make it after fully_shard, or what else "
+        "replaced them",
+    )
     foreign = held.keys() - own
     gone = {name for name, before in known.items() if id(before) in foreign}
     for name, parameter in model.named_parameters() if gone else ():

@@ -29,6 +29,16 @@ WIDE = dict.fromkeys(HALVES, torch.float32)  # rows of a parameter may be wider 
 RELEASED = "this Jacobian was released by backward(weights, release=True)"
 
 
+def check_weights(weights: Tensor, m: int, count: int) -> None:
+    """Raise `InputError` unless these are weights of m rows, or those of each tensor."""
+    kind = type(weights).__name__
+    require(isinstance(weights, Tensor), f"weights must be a Tensor, got {kind}")
+    require(
+        tuple(weights.shape) in ((m,), (count, m)),
+        f"weights must be [{m}] or [{count}, {m}], got {list(weights.shape)}",
+    )
+
+
 class FactoredJacobian:
     """The rows of a model's losses as the pairs of activations and gradients they are made of.
 
@@ -184,12 +194,7 @@ class FactoredJacobian:
 
     def _weights(self, weights: Tensor) -> Tensor:
         m, count = self.m, len(self.parameters)
-        kind = type(weights).__name__
-        require(isinstance(weights, Tensor), f"weights must be a Tensor, got {kind}")
-        require(
-            tuple(weights.shape) in ((m,), (count, m)),
-            f"weights must be [{m}] or [{count}, {m}], got {list(weights.shape)}",
-        )
+        check_weights(weights, m, count)
         # looked at before anything is multiplied: most weights are near 1, and cost no second look
         self._far = not bool((within(weights.abs(), WEIGHTS) | (weights == 0)).all())
         if self._far:

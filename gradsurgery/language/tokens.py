@@ -198,7 +198,7 @@ def _checked(labels: Tensor, counted: Tensor, batch: Batch, which: str = "") -> 
     Raises:
         InputError: naming a sample of which no token counts.
     """
-    if is_functorch_wrapped_tensor(labels):  # under vmap no value decides
+    if is_functorch_wrapped_tensor(labels) or labels.is_meta:  # no value decides
         return 0, counted.shape[1]
     counts = counted.sum(1)
     known = torch.where(labels == IGNORED, 0, labels)

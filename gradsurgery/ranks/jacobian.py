@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture import FactoredJacobian
+from gradsurgery.capture.factored import check_weights
 from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import RowsUse, Use
@@ -112,7 +113,7 @@ class RanksJacobian:
         """
 
         def take(k: int, grad: Tensor) -> None:
-            add_to(self.parameters[k], as_grad(grad, self.parameters[k]))
+            add_to(self.parameters[k], as_grad(grad, self.parameters[k], owned=True))
 
         with self.ranks.agreed("backward"), torch.no_grad():
             self._sum(weights, release, take, list(map(place_of, self.parameters)))
@@ -129,6 +130,7 @@ class RanksJacobian:
     ) -> None:
         """Give w^T J of all ranks to `take`, by parameter; by `places`, this rank's shard of it."""
         own = self.own
+        check_weights(weights, self.m, len(self.parameters))
         mine = weights.double()[..., self._ids.to(weights.device)]
         mine = own._weights(mine * self._factors.to(weights.device))
         derived = {own._column[id(p)] for each in own._derived for p in each.parameters}

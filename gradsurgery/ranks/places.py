@@ -70,9 +70,12 @@ def place_of(parameter: Any) -> Place | None:
     return None
 
 
-def as_grad(part: Tensor, parameter: Tensor) -> Tensor:
-    """What this rank has of a gradient, in memory of its own, as the parameter's `.grad` is."""
-    part = part.to(local(parameter).device, parameter.dtype, copy=True)
+def as_grad(part: Tensor, parameter: Tensor, owned: bool = False) -> Tensor:
+    """What this rank has of a gradient, in memory of its own, as the parameter's `.grad` is.
+
+    `owned`: whether nobody else needs the memory that it is in.
+    """
+    part = part.to(local(parameter).device, parameter.dtype, copy=not owned)
     if not hasattr(parameter, "placements"):
         return part
     from torch.distributed.tensor import DTensor

@@ -170,5 +170,6 @@ def tape(
 
 def opened_for(model: nn.Module, process_group: Any) -> tuple[nn.Module, Group]:
     """As `opened`; of a model that has no group of its own, this rank alone unless one is given."""
+    check(isinstance(model, nn.Module), f"model must be a Module, got {type(model).__name__}")
     alone = not isinstance(model, nn.parallel.DistributedDataParallel) and not any(kind_of(model))
     return opened(model, False if process_group is None and alone else process_group)

@@ -63,6 +63,7 @@ class Buckets:
             self.buckets[-1].append(k)
             room, before = room + size, kind
         self._where = {k: i for i, bucket in enumerate(self.buckets) for k in bucket}
+        self._copied: set[int] = set()
         self._flat: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
         self._sent: list[_Sent] = []
 
@@ -74,7 +75,7 @@ class Buckets:
     ) -> None:
         """Give each parameter's, of all ranks, or this rank's piece of it, to `take`.
 
-        It is a view of a bucket that is then dropped.
+        It is a view of a bucket, of which nobody needs any part again.
 
         All buckets are sent whatever this rank's own updates raise, or `take` does, which is raised
         at the end.
@@ -84,6 +85,7 @@ class Buckets:
             mine: which of them there will be.
             take: called with the number of the parameter, and the sum.
         """
+        self._copied = mine - self.several  # what is written over, and need not be zero before
         missing = [set(bucket) & mine for bucket in self.buckets]
         following, failed = 0, []
         try:
@@ -103,6 +105,8 @@ class Buckets:
             failed.append(error)
         try:
             for i in range(following, len(self.buckets)):
+                for k in missing[i] & self._copied:  # after an error, which all will be told
+                    self._bucket(i)[k].zero_()
                 self._send(i)
                 self._arrived(2, take, failed)
             self._arrived(0, take, failed)
@@ -116,9 +120,11 @@ class Buckets:
         if i not in self._flat:
             first = self.parameters[self.buckets[i][0]].detach()
             sizes = [self.parameters[k].numel() for k in self.buckets[i]]
-            flat = wide(first.new_empty(0)).new_zeros(sum(sizes))
-            views = zip(self.buckets[i], flat.split(sizes), strict=True)
-            self._flat[i] = flat, {k: v.view(self.parameters[k].shape) for k, v in views}
+            flat = wide(first.new_empty(0)).new_empty(sum(sizes))
+            views = dict(zip(self.buckets[i], flat.split(sizes), strict=True))
+            for k in views.keys() - self._copied:
+                views[k].zero_()
+            self._flat[i] = flat, {k: v.view(self.parameters[k].shape) for k, v in views.items()}
         return self._flat[i][1]
 
     def _send(self, i: int) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradsurgery as gs
+from gradsurgery.language import lm_losses
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK, TOKENS, SIZE = 16, 1024, 8
@@ -165,6 +166,19 @@ def test_8_billion_parameters_with_adapters_on_8_gpus(llama):
     assert lines[1].startswith("needs about ")
     assert " a rank (model 16.2 GB, optimizer 336 MB, step " in lines[1]
     assert lines[2].startswith("sends 1.61 GB a rank in a step (Gramian 1.32 GB, update 294 MB); ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_of_language_models_are_planned():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 97}
+    counts = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **counts))
+    ids = torch.zeros(4, 9, dtype=torch.int64)
+    planned = gs.check(model, {"input_ids": ids, "labels": ids}, loss=lm_losses, ranks=2)
+    assert planned.refused is None
+    assert planned.sent["Gramian"] > 0
 
 
 class Asks(nn.Module):

@@ -240,6 +240,17 @@ def _told(rank):
             lambda: gs.Surgeon(tied, adamw(tied), gs.UPGrad()).step(loss=loss, batch=mine(rank, 7))
         )
     )
+    early = Network()
+    optimizer = adamw(early)
+    fully_shard(early)
+    told.append(said(lambda: gs.Surgeon(early, optimizer, gs.UPGrad())))
+
+    def weights_of_its_own_rows():
+        with gs.tape(model) as tape:
+            rows = tape.jacobian(loss(model, mine(rank, 8)))
+            rows.backward(torch.ones(rows.own.m))
+
+    told.append(said(weights_of_its_own_rows))
     return told
 
 
@@ -311,6 +322,8 @@ TOLD = [
     ("model: rank 0 and rank 1 train different parameters, as blocks.1.up.weight",) * 2,
     ("accepted",) * 2,
     ("model: head.weight and tokens.weight were one parameter",) * 2,
+    ("optimizer holds no parameter of the model: make it after fully_shard",) * 2,
+    ("weights must be [6] or [30, 6], got [4]", "weights must be [6] or [30, 6], got [2]"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -45,6 +46,9 @@ def launched() -> Iterator[Group]:
     finally:
         if begins:
             dist.destroy_process_group()
+            # in torch 2.13 a thread of gloo's, that waits for Python to let go of its last tensors,
+            # aborts a process that ends before
+            time.sleep(0.5)
 
 
 def check_together(config: JobConfig, ranks: Group) -> None:

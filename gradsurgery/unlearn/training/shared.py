@@ -92,7 +92,7 @@ def _totals(
     found: list[Tensor | None] = [None] * len(parameters)
 
     def take(k: int, total: Tensor) -> None:
-        found[k] = as_grad(total, parameters[k])
+        found[k] = as_grad(total, parameters[k], owned=True)
 
     buckets = Buckets(computed, reached, set(), ranks, list(map(place_of, parameters)))
     buckets.sums(iter(own.items()), set(own), take)
