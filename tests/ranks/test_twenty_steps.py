@@ -192,7 +192,7 @@ def _cases(wrappers, rules, most=8, **given):
     """Of each wrapper so many rules, all of which have their turn, and so has all else."""
     found: list[Case] = []
     for wrap in wrappers:
-        served = [rule for rule in rules if rule != "OWM" or wrap in REPLICAS]
+        served = [rule for rule in rules if rule != "OWM" or wrap not in SPLIT]
         for _ in served[:most]:
             k = len(found)
             rule, turn = served[k % len(served)], k + k // len(served)
@@ -217,7 +217,7 @@ GROUPS = {
     "parts": (2, _cases(PARTS, RULES, 2) + ADAPTED),
     "split": (2, _cases(SPLIT, WEIGHTED, 2, **ATTENTIVE) + TIED + SPLIT_IN_SINGLE),
     "four replicas": (4, _cases(REPLICAS, RULES, 1) + _cases(("DDP",), RULES, 1, **SINGLE)),
-    "four sharded": (4, _cases(("hybrid", *PARTS), RULES, 1)),
+    "four sharded": (4, _cases(("hybrid", *PARTS), RULES, 1) + _cases(("hybrid",), ("OWM",), 1)),
     "four split": (4, _cases(("sequence",), WEIGHTED, 1, **ATTENTIVE)),
 }
 
