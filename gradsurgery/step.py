@@ -71,7 +71,7 @@ class Surgeon:
 
     Args:
         model: in the mode (train or eval) its losses are wanted in. One in `fully_shard` is
-            gathered whole for the passes of each step.
+            gathered part by part as passes use it, and all of it at once with rows="stored".
         optimizer: its parameters are the ones edited; one wrapped by accelerate is looked through.
         rule: what makes one update of the rows.
         rows: "captured", from one recorded forward and backward pass, never stored; "stored", one

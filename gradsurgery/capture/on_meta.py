@@ -47,6 +47,7 @@ class _Answers(TorchFunctionMode):
             return args[0].answer
         out = func(*args, **(kwargs or {}))
         if func in ANSWERS and isinstance(out, Tensor) and out.is_meta:
+            # which travels with the tensor to whoever asks it; no type says that it is there
             out.answer = ANSWERS[func]  # type: ignore[attr-defined]
         return out
 

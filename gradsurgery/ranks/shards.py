@@ -1,4 +1,4 @@
-"""Parameters that `fully_shard` or `replicate` spread over ranks, whole for a step's passes."""
+"""Parameters that `fully_shard` or `replicate` spread over ranks, whole where passes use them."""
 
 import sys
 from collections.abc import Iterator, Mapping

@@ -334,15 +334,18 @@ def _projected():
     gs.Surgeon(model, torch.optim.SGD(model.parameters(), lr=0.1), gs.Mean(), project=kept)
 
 
+def _ending(*_):
+    os._exit(0)
+
+
 def _ends(rank, folder):
     """The process of the second rank ends in its loss: the first does not wait for ever."""
     surgeon = _surgeon()
     _step(surgeon, 0)
     before = [local(p.detach()).clone() for p in surgeon.model.parameters()]
-    ends = lambda *_: os._exit(0)  # noqa: E731
     start = time.monotonic()
     with suppress(RuntimeError):
-        surgeon.step(loss=ends if rank == 1 else loss, batch=_data(4, 1))
+        surgeon.step(loss=_ending if rank == 1 else loss, batch=_data(4, 1))
         (folder / "stepped").touch()
     waited = time.monotonic() - start
     after = [local(p.detach()) for p in surgeon.model.parameters()]
