@@ -4,7 +4,7 @@ import functools
 import random
 import sys
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -32,6 +32,10 @@ class Trial(NamedTuple):
     moves: Sequence[str] = ()  # names of buffers of the model that a forward pass changes
 
 
+# calls a function, and gives None where it raises
+Attempt = Callable[[Callable[[], Trial]], Trial | None]
+
+
 class Holder(nn.Module):
     """A module whose forward is the loss, so that functional_call swaps the model's parameters."""
 
@@ -43,12 +47,22 @@ class Holder(nn.Module):
         return self.loss(self.model, batch)
 
 
-def in_parts(model: nn.Module, loss: AnyLoss, batch: Any, most: int) -> Trial:
+def attempted(call: Callable[[], Trial]) -> Trial | None:
+    """As an `Attempt` of this process alone."""
+    try:
+        return call()
+    except Exception:
+        return None
+
+
+def in_parts(
+    model: nn.Module, loss: AnyLoss, batch: Any, most: int, attempt: Attempt = attempted
+) -> Trial:
     """Some samples of a batch together, and in parts of no more than `most`: of one or of two."""
     step = min(most, 2)
     together = few(batch, 2 + step)
     parts = [take(together, slice(k, k + step)) for k in range(0, batch_size(together), step)]
-    return tried(model, loss, together, parts if len(parts) > 1 else [])
+    return tried(model, loss, together, parts if len(parts) > 1 else [], attempt)
 
 
 def few(batch: Any, count: int) -> Any:
@@ -70,7 +84,13 @@ def few(batch: Any, count: int) -> Any:
     return take(batch, chosen)
 
 
-def tried(model: nn.Module, loss: AnyLoss, together: Any, parts: Sequence[Any]) -> Trial:
+def tried(
+    model: nn.Module,
+    loss: AnyLoss,
+    together: Any,
+    parts: Sequence[Any],
+    attempt: Attempt = attempted,
+) -> Trial:
     """Losses of samples taken together, and of the same in parts, in order.
 
     The loss is called once for each, and again where they differ. Buffers of the model and of a
@@ -87,9 +107,8 @@ def tried(model: nn.Module, loss: AnyLoss, together: Any, parts: Sequence[Any]) 
     try:
         with eager, torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _compared(model, loss, together, parts, before)
-    except Exception:  # of the loss: where it is wanted, it will raise again
-        return Trial()
+            compared = functools.partial(_compared, model, loss, together, parts, before)
+            return attempt(compared) or Trial()  # where the loss is wanted, it will raise again
     finally:
         before.put_back()
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.apart import Trial, few, identity, in_parts, tried, written_over
+from gradsurgery.apart import Attempt, Trial, few, identity, in_parts, tried, written_over
 from gradsurgery.batch import (
     DETACHED,
     AnyLoss,
@@ -82,6 +82,7 @@ class Passes:
     adds: bool  # whether the rows may be added to those of other batches
     scale: float
     trials: dict[Hashable, Trial]  # those done, by loss and batches
+    attempt: Attempt  # of a trial
     # the same rows, where the parameters of passes are there for these alone
     kept: Callable[[FactoredJacobian | DenseJacobian], FactoredJacobian | DenseJacobian] | None
 
@@ -139,7 +140,8 @@ class Passes:
         """Whether samples of both batches have the losses in one pass that they have in two."""
         some = [few(batch, 3) for batch in parts.values()]
         differs = self._trial(
-            "together", lambda: tried(self.model, self.loss, joined(*some), some)
+            "together",
+            lambda: tried(self.model, self.loss, joined(*some), some, self.attempt),
         ).coupled
         check(
             differs is None or self.together is None,
@@ -150,7 +152,9 @@ class Passes:
 
     def _check_apart(self, what: str, part: str, batch: Any, most: int) -> None:
         """Raise where losses of samples taken in parts of `most` are others than together."""
-        differs = self._trial(part, lambda: in_parts(self.model, self.loss, batch, most)).coupled
+        differs = self._trial(
+            part, lambda: in_parts(self.model, self.loss, batch, most, self.attempt)
+        ).coupled
         check(
             differs is None,
             f"{what}: loss of a sample of {part} depends on the others of its pass: {differs}; "
@@ -249,7 +253,7 @@ class Passes:
                 names = [n for n, g in zip(self.outside, grads, strict=True) if g is not None]
                 if names:
                     check_outside(self.rule, self.rows, names)
-            alone = partial(in_parts, self.model, self.loss, batch, 1)
+            alone = partial(in_parts, self.model, self.loss, batch, 1, self.attempt)
             what = f"{part}, one sample" if batch_size(batch) == 1 else part
             found = DenseJacobian._of(
                 self.model,

@@ -35,7 +35,7 @@ from gradsurgery.ranks import Group
 from gradsurgery.ranks.alike import check_alike, check_stepped, columns_of, fingerprint
 from gradsurgery.ranks.buffers import SharedBuffers
 from gradsurgery.ranks.shards import Shards, kind_of
-from gradsurgery.ranks.tensor import tensor_group
+from gradsurgery.ranks.tensor import split_passes, tensor_group
 from gradsurgery.ranks.wrappers import called_inside, check_apart, check_wrapper, opened
 from gradsurgery.spread import check_whole, served
 from gradsurgery.surgery import InputProjection, Rule
@@ -158,6 +158,7 @@ class Surgeon:
         else:
             self._module, self._ranks = model, Group()
             given.check_split(rule, rows, project)
+        self._all = self._split or self._ranks  # that are told of errors
         spread = bool(self._ranks) and any(kind_of(self._module))
         self._shards = Shards(self._module, self._ranks) if spread else None
         self._alike = False  # whether ranks have looked at each other's replicas
@@ -193,7 +194,7 @@ class Surgeon:
         Arguments and errors are those of `step`. What raises leaves the rows added before. A rank
         of a sharded model gives no batch where it has none and others do.
         """
-        with self._ranks.agreed("add", wait=False):
+        with self._all.agreed("add", wait=False):
             batches = given.batches(
                 self.rule, forget=forget, retain=retain, batch=batch, memory=memory
             )
@@ -233,7 +234,7 @@ class Surgeon:
         """
         start = time.perf_counter()
         parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
-        with self._ranks.agreed("backward", wait=False), self._rows_used_up():
+        with self._all.agreed("backward", wait=False), self._rows_used_up():
             undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
                 check_number("scale", scale)
@@ -247,7 +248,7 @@ class Surgeon:
                 for parameter, grad in undo.grads:  # copies, which hooks may see grow
                     parameter.grad = None if grad is None else grad.clone()
                 info = self._update(columns, scale, every)
-                self._ranks.leave()
+                self._all.leave()
                 undo.keep(grads=True)
         return replace(info, seconds=time.perf_counter() - start)
 
@@ -305,7 +306,7 @@ class Surgeon:
         """
         start = time.perf_counter()
         parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
-        with self._ranks.agreed("step", wait=False), self._rows_used_up():
+        with self._all.agreed("step", wait=False), self._rows_used_up():
             undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
                 check_steps_now(self._wrapped)
@@ -333,17 +334,16 @@ class Surgeon:
                 that raises, all put back what moved; else a rank that runs out of memory there is
                 alone with it: in its next step replicas are looked at anew, and shards refused.
         """
-        ranks = self._split or self._ranks
         undo.begin(copies=shared or self.project is not None)
         if self.project is None and not shared:
-            self._ranks.leave()
+            self._all.leave()
             self._alike, before = False, self._alike
             self._failed = True
             undo.step(self.scaler)
             self._alike, self._failed = before, False
             return
         with (
-            ranks.agreed("the optimizer's step"),
+            self._all.agreed("the optimizer's step"),
             nullcontext()
             if self.project is None
             else self.project.steps(undo.held, ranks=self._ranks),
@@ -352,7 +352,7 @@ class Surgeon:
                 self.optimizer.step()
             else:
                 self.scaler.step(self.optimizer)
-        self._ranks.leave()
+        self._all.leave()
         undo.keep()
 
     @contextmanager
@@ -450,11 +450,15 @@ class Surgeon:
             adds=adds or len(batches) > 1,
             scale=self._scale(next(iter(named.values()))),
             trials=self._trials,
+            attempt=(self._split or Group()).attempt,
             kept=None if self._shards is None else self._shards.kept,
         )
         overflows = self.scaler is not None
-        with called_inside(self.model, self._module), self._served():
+        with called_inside(self.model, self._module), self._in_passes():
             self._added.take(passes, batches, {**named, **outside}, overflows)
+
+    def _in_passes(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._split is None else split_passes(self._module, self._split)
 
     def _served(self) -> AbstractContextManager[None]:
         return nullcontext() if self._split is None else served(self._module)
@@ -468,10 +472,6 @@ class Surgeon:
 
     def _update(self, columns: given.Columns, scale: float, every: Sequence[Known]) -> StepInfo:
         """Add the update of all rows, times `scale`, to `.grad`; the rows are used up."""
-        with (self._split or Group()).agreed("update", wait=False):
-            return self._added_up(columns, scale, every)
-
-    def _added_up(self, columns: given.Columns, scale: float, every: Sequence[Known]) -> StepInfo:
         named, outside = columns
         added, summaries = self._added, [known.summary for known in every]
         overflowed = added.overflowed or any(summary.overflowed for summary in summaries)

@@ -121,10 +121,6 @@ class Blocks:
                     )
                 known[uid] = name
 
-    @property
-    def _device(self) -> torch.device:
-        return self.each[0].wholes[0].device
-
     def _find(self, module: Any, root: bool) -> None:
         """The block of a module, by what becomes whole where it is gathered."""
         places = [(m, name) for m in self.model.modules() for name in m._parameters]
@@ -235,7 +231,7 @@ class Blocks:
         for block in self.each if wanted is not None else ():
             self._check_unwritten(block)  # before others count on this rank
         while True:
-            asked = [each for each in self.ranks.numbers(mine, self._device) if each != DONE]
+            asked = [each for each in self.ranks.gather(mine) if each != DONE]
             if not asked:
                 return
             # what most wait for; of these the first

@@ -6,9 +6,10 @@ tensors of all ranks follows a meeting, with nothing between that may raise on o
 where something does in the middle, that rank sends what the others wait for, and then raises.
 """
 
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,13 @@ from torch import Tensor
 
 from gradsurgery.errors import InputError, NonFiniteError, RankError
 
+# bytes that a rank sends at a meeting, and the first of them, which say how many it has
+SENT, HEAD = 4096, 8
 # errors that other ranks raise as what they are; of any other kind, a RankError
 SAME = {kind.__name__: kind for kind in (NonFiniteError, InputError)}
+
+
+T = TypeVar("T")
 
 
 class Said:
@@ -42,6 +48,7 @@ class Group:
         self.rank = 0 if handle is None else dist.get_rank(handle)
         # whether what this rank raises is no news: others raise, too, or wait for it no more
         self._told = False
+        self.meeting = False  # whether what runs is a collective of this one's
 
     def __bool__(self) -> bool:
         """Whether there are several."""
@@ -60,23 +67,30 @@ class Group:
         return f"rank {dist.get_global_rank(self.handle, rank)}"
 
     def gather(self, value: Any) -> list[Any]:
-        """What each rank gave, in order of the ranks; to be pickled."""
-        if not self:
-            return [value]
-        every: list[Any] = [None] * self.size
-        with self.heard():
-            dist.all_gather_object(every, value, group=self.handle)
-        return every
+        """What each rank gave, in order of the ranks; to be pickled.
 
-    def numbers(self, mine: int, device: torch.device) -> list[int]:
-        """A whole number of each rank, in order of the ranks; `device`: one the group talks on."""
-        if self.handle is None:
-            return [mine]
-        own = torch.tensor([mine], device=device)
-        every = list(own.new_empty(self.size, 1))
+        One collective where all of it is small, as at most meetings; two where some is not.
+        """
+        if self.size == 1:
+            return [value]
+        data = pickle.dumps(value)
+        sent = len(data).to_bytes(HEAD, "little") + data
+        every = self._bytes(sent, SENT)
+        sizes = [HEAD + int.from_bytes(each[:HEAD], "little") for each in every]
+        if max(sizes) > SENT:
+            every = self._bytes(sent, max(sizes))
+        return [pickle.loads(each[HEAD:]) for each in every]
+
+    def _bytes(self, mine: bytes, size: int) -> list[bytes]:
+        """The first `size` of what each rank has, with zeros after it where that is less."""
+        kinds = [kind.split(":")[0] for kind in dist.get_backend_config(self.handle).split(",")]
+        device = "cpu" if "cpu" in kinds else kinds[0]
+        own = torch.frombuffer(bytearray(mine[:size].ljust(size, b"\0")), dtype=torch.uint8)
+        own = own.to(device)
+        every = list(own.new_empty(self.size, size))
         with self.heard():
             dist.all_gather(every, own, group=self.handle)
-        return torch.cat(every).tolist()
+        return [each.cpu().numpy().tobytes() for each in every]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor`, of all ranks, added up in place; the same bits on each."""
@@ -95,11 +109,14 @@ class Group:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Around what needs all ranks: where one is gone, there is nobody to be told of it."""
+        self.meeting = True
         try:
             yield
         except RuntimeError as error:
             self._told = True
             raise RankError(f"a rank of torch.distributed does not answer: {error}") from error
+        finally:
+            self.meeting = False
 
     @contextmanager
     def agreed(self, where: str, *, wait: bool = True) -> Iterator[Said]:
@@ -126,6 +143,16 @@ class Group:
             raise
         if wait:
             said.every = self.settled(where, None, said.mine)
+
+    def attempt(self, call: Callable[[], T]) -> T | None:
+        """What `call` returns; None on all ranks where it raises on one."""
+        try:
+            with self.agreed("an attempt"):
+                found = call()
+            return found  # noqa: RET504 - it counts once all have theirs
+        except Exception:
+            self._told = False  # what this rank raises from here on is news again
+            return None
 
     def tell(self, where: str, error: Exception) -> None:
         """What is about to be raised here, to the others, where they meet next; if it is news."""

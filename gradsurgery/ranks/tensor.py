@@ -1,11 +1,13 @@
 """Rows of a model that `parallelize_module` split: every rank has all samples, and some columns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsurgery.capture import FactoredJacobian
 from gradsurgery.capture.split import stand_in
@@ -13,8 +15,11 @@ from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.grads import add_to, run_hooks
 from gradsurgery.ops._inputs import check
 from gradsurgery.ranks.group import Group
-from gradsurgery.spread import ALONE, is_split, local, mesh_of
+from gradsurgery.spread import ALONE, is_split, local, mesh_of, served
 
+# operations that pass tensors between ranks, and those of them that do not
+PASSING = ("_c10d_functional", "_dtensor", "c10d")
+WAITING = ("wait_tensor", "_wrap_tensor_autograd")
 LOOKED_AT = 1 << 24  # values of Gramians up to which rows are compared by parameter
 
 
@@ -37,6 +42,30 @@ def tensor_group(model: nn.Module, process_group: Any) -> Group | None:
         f"beside replicas or shards is not served; use one of them, or {ALONE}",
     )
     return Group(mesh.get_group() if mesh.size() > 1 else None)
+
+
+@contextmanager
+def split_passes(model: nn.Module, ranks: Group) -> Iterator[None]:
+    """Inside, the model is served, and no rank waits in a pass for one that has raised."""
+    with served(model), _Meetings(ranks):
+        yield
+
+
+class _Meetings(TorchDispatchMode):
+    """Before each collective of a pass ranks meet, and see that all of them come to it."""
+
+    def __init__(self, ranks: Group) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.distributed.tensor import DTensor
+
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # so that it does what it does with the shards in here
+        if func.namespace in PASSING and func._opname not in WAITING and not self.ranks.meeting:
+            self.ranks.settled(f"{func._opname} in a pass")
+        return func(*args, **(kwargs or {}))
 
 
 class TensorJacobian:

@@ -258,6 +258,86 @@ def _other_weights():
     surgeon.step(loss=_without_head, batch=_data(4, 0))
 
 
+def _raising(after):
+    """A loss that raises on the second rank, when it has called the model so often."""
+
+    def raising(model, batch):
+        for _ in range(after):
+            loss(model, batch)
+        if dist.get_rank() == 1:
+            raise ValueError("a loss of somebody")
+        return loss(model, batch)
+
+    return raising
+
+
+def _fails_in_backward(model, batch):
+    """What is computed again there raises on the second rank."""
+    calls = []
+
+    def again(hidden):
+        calls.append(hidden)
+        if len(calls) == 2 and dist.get_rank() == 1:
+            raise ValueError("a backward pass of somebody")
+        return model.up(hidden).tanh()
+
+    hidden = model.tokens(batch["x"])
+    above = model.down(checkpoint(again, hidden, use_reentrant=False))
+    return F.cross_entropy(model.head(hidden + above).mT, batch["y"], reduction="none").mean(1)
+
+
+def _goes_on(fails, **parts):
+    """What a step that fails on one rank says; nothing has changed, and the next one is exact."""
+    surgeon = _surgeon()
+    _step(surgeon, 0)
+    before = whole(surgeon.model)
+    parts = {"batch": _data(4, 1), **parts}
+    try:
+        surgeon.step(loss=fails, **parts)
+    except (ValueError, RankError) as error:
+        after = whole(surgeon.model)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        _step(surgeon, 1)  # and the next one is as if nothing had been
+        model = Network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        alone = gs.Surgeon(model, optimizer, gs.PCGrad(), process_group=False)
+        for k in range(2):
+            _step(alone, k)
+        for name, value in whole(surgeon.model).items():
+            assert (model.state_dict()[name] - value).abs().max() <= 1e-10, name
+        raise gs.InputError(f"{type(error).__name__}: {error}") from error
+
+
+def _bad_batch():
+    """An entry without samples, of one rank: it comes to no pass."""
+    bad = {} if dist.get_rank() == 0 else {"batch": {"x": torch.ones(4), "y": torch.ones(3)}}
+    _goes_on(loss, **bad)
+
+
+def _unlike(model, batch):
+    losses = loss(model, batch)
+    return losses + loss(model, batch) * 0 if dist.get_rank() == 1 else losses
+
+
+def _trial_raises():
+    """A loss that one rank cannot compute of few samples: no trial is made, and the step is."""
+
+    def raising(model, batch):
+        if dist.get_rank() == 1 and len(batch["x"]) < 4:
+            raise ValueError("of few samples")
+        return loss(model, batch)
+
+    surgeon = _surgeon()
+    surgeon.add(loss=raising, batch=_data(4, 0))
+    surgeon.backward()
+    surgeon.add(loss=raising, batch=_data(4, 0))
+    fails = _raising(0)
+    try:
+        surgeon.add(loss=fails, batch=_data(4, 0))
+    except (ValueError, RankError) as error:
+        raise gs.InputError(str(error)) from error
+
+
 def _refused_on_one_rank():
     """An optimizer's hook that raises on the second rank: neither has moved."""
     surgeon = _surgeon()
@@ -295,6 +375,20 @@ REFUSED = {
         "rows of scale differ between rank 0 and rank 1: it is not split",
     ),
     "left behind": (_left_behind, "its last step failed on rank 1 and not on rank 0, whose shard"),
+    **{
+        f"the loss of one rank, after {k}": (
+            lambda k=k: _goes_on(_raising(k)),
+            "(ValueError|RankError: rank 1: ValueError): a loss of somebody",
+        )
+        for k in (0, 1, 2)
+    },
+    "the backward pass of one rank": (
+        lambda: _goes_on(_fails_in_backward),
+        "(ValueError|RankError: rank 1: ValueError): a backward pass of somebody",
+    ),
+    "the batch of one rank": (_bad_batch, "batch"),
+    "a pass more of one rank": (lambda: _goes_on(_unlike), "in a pass"),
+    "a trial of one rank": (_trial_raises, "(rank 1: ValueError: )?a loss of somebody"),
     "one rank": (_refused_on_one_rank, "a hook of somebody"),
     "hooks": (
         lambda: _surgeon().step(loss=_hooked, batch=_data(4, 0)),
