@@ -364,7 +364,7 @@ CALLS = {
     "DTensor, Surgeon": "process_group: parallelize_module has its own",
     "unwrapped": "torch.distributed runs 2 ranks: pass process_group=.*WORLD",
     "ranks come later": "torch.distributed runs 2 ranks",
-    "wrapped later": "model is spread .* by fully_shard",
+    "wrapped later": "optimizer holds no parameter of the model: make it after fully_shard",
     "alone": "accepted",
     "zero": "optimizer is spread .* by ZeroRedundancyOptimizer",
     "averaging": "optimizer is spread .* by PostLocalSGDOptimizer",
