@@ -14,7 +14,12 @@ from gradsurgery.unlearn.training.trainer import make_optimizer
 
 SAMPLES = 64  # to forget, and as many to retain
 # at most so many times the plain step
-TARGETS = {"ltu, second order": 4.0, "ltu, first order": 2.5, "orthograd": None}
+# of N query sets, second order: 2.5 + 1.1 N
+TARGETS = {
+    "ltu, second order": 2.5 + 1.1 * LTUConfig().queries,
+    "ltu, first order": 2.5,
+    "orthograd": None,
+}
 
 
 def trainer_of(name, model, data, **options):

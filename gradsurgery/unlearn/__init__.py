@@ -12,7 +12,8 @@ from gradsurgery.unlearn.methods.gdr_gma import GDRGMAConfig, GDRGMATrainer
 from gradsurgery.unlearn.methods.graddiff import GradDiff, GradDiffConfig
 from gradsurgery.unlearn.methods.gru import GRUConfig, GRUTrainer
 from gradsurgery.unlearn.methods.l1_sparse import L1Sparse, L1SparseConfig
-from gradsurgery.unlearn.methods.ltu.trainer import LTUConfig, LTUTrainer
+from gradsurgery.unlearn.methods.ltu.config import LTUConfig
+from gradsurgery.unlearn.methods.ltu.trainer import LTUTrainer
 from gradsurgery.unlearn.methods.neggrad import NegGrad, NegGradConfig
 from gradsurgery.unlearn.methods.neggradplus import NegGradPlus, NegGradPlusConfig
 from gradsurgery.unlearn.methods.orthograd import OrthoGradConfig, OrthoGradTrainer

@@ -34,7 +34,7 @@ SIZES = {"uneven": {"forget": 5, "retain": 7}, "one": {"forget": 1, "retain": 3}
 METHOD = {
     "surgery": {"rule": "orthograd", "rule_options": ("alpha=0.3",)},
     "ssd": {"alpha": 0.8},  # by which some weights are dampened
-    "ltu": {"models": 2, "model_steps": 5, "refresh": 3},
+    "ltu": {"model_steps": 5, "refresh": 3},
 }
 JOBS = ("neggradplus",)
 

@@ -11,7 +11,7 @@ from torch import nn
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import LTUConfig, LTUTrainer
 from gradsurgery.unlearn.methods.ltu.membership import MembershipModels, features, halves
-from gradsurgery.unlearn.methods.ltu.trainer import shifted
+from gradsurgery.unlearn.methods.ltu.sets import dealt, shifted
 
 EVERYTHING = 64
 
@@ -48,57 +48,82 @@ def moved(model, direction):
 def step_by_hand(problem, trainer, config):
     """One update from the definition, in plain torch, from the draws the trainer will make."""
     state = trainer.generator.get_state()
-    drawn = [next(copy.copy(trainer.batches[kind])) for kind in ("forget", "retain")]
-    support, query = trainer._split(drawn[1])
+    forget, retain = (next(copy.copy(trainer.batches[kind])) for kind in ("forget", "retain"))
+    sets = trainer._split(retain)
+    if config.support == "forget" and config.tune_loss == "random_label":
+        relabeled = trainer.relabel(forget)
     order = torch.randperm(config.models, generator=trainer.generator)
     trainer.generator.set_state(state)
-    half = math.ceil(config.models / 2)
 
     def verdict(which):
         def value(model):
-            seen = features(model(drawn[0]["image"]), drawn[0]["label"])
+            seen = features(model(forget["image"]), forget["label"])
             # cross-entropy of "member" with "no": -log(1 - sigmoid(logit))
             return -(1 - trainer.auditors(seen, which).sigmoid()).log().mean()
 
         return value
 
-    sides = {
-        "retain": [lambda m, part=part: problem.loss(m, part).mean() for part in (support, query)],
-        "forget": [verdict(order[:half]), verdict(order[half:])],
-    }
-    found = {}
-    for name, (tune, test) in sides.items():
+    def label_loss(batch):
+        return lambda model: problem.loss(model, batch).mean()
+
+    def mean(parts):
+        return lambda model: sum(part(model) for part in parts) / len(parts)
+
+    first, *others = map(verdict, order.tensor_split(config.queries + 1))
+    forgetting = first, mean(others)
+    if config.support == "retain":
+        remembering = label_loss(sets[0]), mean([label_loss(each) for each in sets[1:]])
+    else:
+        tried = {"membership": verdict(slice(None))}
+        if config.tune_loss == "random_label":
+            tried["random_label"] = label_loss(relabeled)
+        remembering = tried[config.tune_loss], mean([label_loss(each) for each in sets])
+    found = []
+    for tune, test in (forgetting, remembering):
         g = gradients(problem, tune)
-        v = gradients(problem, test, moved(problem.model, -config.tune_lr * g))
+        v = config.query_weight * gradients(
+            problem, test, moved(problem.model, -config.tune_lr * g)
+        )
         # H v by central differences of g
         h = 1e-5 / max(1.0, v.norm().item())
         ends = [gradients(problem, tune, moved(problem.model, sign * h * v)) for sign in (1, -1)]
-        found[name] = g + v - config.tune_lr * (ends[0] - ends[1]) / (2 * h)
-    forget, retain = found["forget"], found["retain"]
-    dot = (forget @ retain).item()
-    update = forget + retain
+        found.append(g + v - config.tune_lr * (ends[0] - ends[1]) / (2 * h))
+    f, r = found
+    dot = (f @ r).item()
+    update = f + r
     if config.harmonize in ("forget", "both"):
-        update = update - min(0.0, dot) / (retain @ retain) * retain
+        update = update - min(0.0, dot) / (r @ r) * r
     if config.harmonize in ("retain", "both"):
-        update = update - min(0.0, dot) / (forget @ forget) * forget
+        update = update - min(0.0, dot) / (f @ f) * f
     return weights(problem.model) - config.lr * update, dot
 
 
+EARLIER = {"support": "retain", "queries": 1}  # as it was read from the text alone
+READINGS = {
+    "seen": {},
+    "verdicts tried": {"tune_loss": "membership", "query_weight": 2.0},
+    "earlier": EARLIER,
+    "earlier, three": {"support": "retain", "query_weight": 0.5},
+    "two queries of five models": {"queries": 2, "models": 5},
+}
+
+
+@pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("harmonize", ["forget", "retain", "both", "none"])
-def test_a_step_is_the_one_of_the_definition(harmonize, problem, unseen):
+def test_a_step_is_the_one_of_the_definition(harmonize, reading, problem, unseen):
     conflicts = 0
-    for seed in range(6):
+    for seed in range(8):
         torch.manual_seed(seed)
         for p in problem.model.parameters():
             nn.init.normal_(p, std=0.7)
-        trainer = make(problem, unseen, harmonize=harmonize, tune_lr=0.3)
+        trainer = make(problem, unseen, harmonize=harmonize, tune_lr=0.3, **READINGS[reading])
         expected, dot = step_by_hand(problem, trainer, trainer.config)
         conflicts += dot < 0
         trainer.run()
         torch.testing.assert_close(
             weights(problem.model), expected, rtol=0, atol=1e-6
         )  # differences
-    assert 0 < conflicts < 6  # both branches were taken
+    assert 0 < conflicts < 8  # both branches were taken
 
 
 def test_without_meta_the_tuning_step_is_none(problem, unseen):
@@ -123,20 +148,47 @@ def test_micro_batches_take_the_same_step(problem, unseen):
     torch.testing.assert_close(*ends, rtol=0, atol=1e-10)
 
 
-def test_support_and_query_share_no_class(problem, unseen):
-    trainer = make(problem, unseen)
-    for _ in range(5):
-        support, query = trainer._split(problem.retain)
-        sides = [set(part["label"].tolist()) for part in (support, query)]
-        assert sides[0] and sides[1] and not sides[0] & sides[1]
-        assert len(support["label"]) + len(query["label"]) == len(problem.retain["label"])
+@pytest.mark.parametrize("sets", [1, 2, 3, 5])
+def test_sets_share_no_class(sets):
+    classes = torch.randint(7, (90,), generator=torch.Generator().manual_seed(1)) * 10
+    assert len(classes.unique()) == 7
+    for seed in range(20):
+        parts = dealt(classes, sets, torch.Generator().manual_seed(seed))
+        assert sorted(torch.cat(parts).tolist()) == list(range(90))
+        theirs = [set(classes[part].tolist()) for part in parts]
+        assert sum(map(len, theirs)) == 7
+        sizes = [len(part) for part in parts]
+        # a class has some 13 samples: a cut is no further from an even one than half of it allows
+        assert max(sizes) - min(sizes) <= 2 * int(classes.unique(return_counts=True)[1].max())
 
 
-def test_one_class_is_split_by_samples(problem, unseen):
-    trainer = make(problem, unseen)
-    one = {**problem.retain, "label": torch.zeros_like(problem.retain["label"])}
-    support, query = trainer._split(one)
-    assert len(support["label"]) == len(query["label"]) == 12
+def test_which_classes_go_together_is_drawn():
+    classes = torch.arange(6).repeat(4)
+    found = {
+        tuple(classes[dealt(classes, 3, torch.Generator().manual_seed(seed))[0]].unique().tolist())
+        for seed in range(40)
+    }
+    assert len(found) > 8  # of 15 pairs
+
+
+@pytest.mark.parametrize("classes", [[4] * 12, [4] * 6 + [7] * 6])
+def test_fewer_classes_than_sets_are_cut_evenly(classes):
+    parts = dealt(torch.tensor(classes), 3, torch.Generator().manual_seed(0))
+    assert [len(part) for part in parts] == [4, 4, 4]
+    assert sorted(torch.cat(parts).tolist()) == list(range(12))
+
+
+def test_as_many_samples_as_sets():
+    parts = dealt(torch.tensor([3, 3, 1]), 3, torch.Generator().manual_seed(0))
+    assert sorted(map(len, parts)) == [1, 1, 1]
+
+
+def test_each_of_many_small_classes_finds_a_set():
+    """One class of nearly all samples leaves a class for each of the other sets."""
+    classes = torch.tensor([0] * 50 + [1, 2])
+    for seed in range(10):
+        parts = dealt(classes, 3, torch.Generator().manual_seed(seed))
+        assert sorted(len(part) for part in parts) == [1, 1, 50]
 
 
 def test_images_move_and_keep_their_labels():
@@ -153,16 +205,18 @@ def test_images_move_and_keep_their_labels():
         shifted({"image": torch.ones(5, 6), "label": torch.ones(5)}, torch.Generator())
 
 
-def test_augment_makes_the_query(problem, unseen):
+def test_augment_makes_the_other_sets(problem, unseen):
     def halved(batch, generator):
         return {**batch, "image": batch["image"] / 2}
 
     config = LTUConfig(split="augmentation", steps=1)
     data = {"forget": problem.forget, "retain": problem.retain, "validation": unseen}
     trainer = LTUTrainer(problem.model, problem.loss, **data, config=config, augment=halved)
-    support, query = trainer._split(problem.retain)
-    assert support is problem.retain
-    assert torch.equal(query["image"], problem.retain["image"] / 2)
+    first, *others = trainer._split(problem.retain)
+    assert first is problem.retain
+    assert len(others) == 2
+    for each in others:
+        assert torch.equal(each["image"], problem.retain["image"] / 2)
 
 
 def test_random_labels_need_no_held_out_samples(problem):
@@ -179,7 +233,7 @@ def test_forgetting_lowers_what_the_auditors_say(which, problem, unseen):
         with torch.no_grad():
             for p, g in zip(problem.model.parameters(), grads, strict=True):
                 p -= 0.5 * g
-    trainer = make(problem, unseen, steps=40, lr=0.02, model_features=which)
+    trainer = make(problem, unseen, steps=40, lr=0.02, model_features=which, **EARLIER)
 
     def looked_at():
         return features(problem.model(problem.forget["image"]), problem.forget["label"], which)
@@ -196,7 +250,10 @@ def test_forgetting_lowers_what_the_auditors_say(which, problem, unseen):
     assert after < before - 0.1
 
 
-@pytest.mark.parametrize("options", [{}, {"refresh": 3}, {"feedback": "random_label"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, EARLIER, {"refresh": 3, "tune_loss": "membership"}, {"feedback": "random_label"}],
+)
 def test_a_resumed_run_ends_at_the_same_bits(options, problem, unseen):
     start = copy.deepcopy(problem.model.state_dict())
     options = {"steps": 8, "forget_batch": 5, "retain_batch": 6, "optimizer": "adam", **options}
@@ -313,9 +370,16 @@ def test_missing_validation_is_named(problem):
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"models": 1}, "models must be at least 2"),
+        ({"models": 3}, "models must be at least 4, for a support and 3 query sets, got 3"),
+        ({"queries": 0}, "queries must be at least 1"),
+        ({"query_weight": -1.0}, "query-weight must be finite and at least 0"),
+        (
+            {"feedback": "random_label", "tune_loss": "membership"},
+            "tune-loss must be random_label where feedback is",
+        ),
         ({"tune_lr": -1.0}, "tune-lr must be finite and at least 0"),
-        ({"retain_batch": 1}, "retain-batch must be at least 2"),
+        ({"retain_batch": 2}, "retain-batch must be at least 3, one for each set, got 2"),
+        ({"retain_batch": 3, "support": "retain"}, "retain-batch must be at least 4"),
         ({"refresh": -1}, "refresh must be at least 0"),
     ],
 )
@@ -324,7 +388,7 @@ def test_nonsense_options_are_named(options, message, problem, unseen):
         make(problem, unseen, **options)
 
 
-def test_one_retain_sample_cannot_be_split(problem, unseen):
+def test_fewer_retain_samples_than_sets_are_named(problem, unseen):
     problem.retain = {key: value[:1] for key, value in problem.retain.items()}
-    with pytest.raises(InputError, match="got 1 sample"):
+    with pytest.raises(InputError, match="deals out a batch of 3 samples or more, got 1"):
         make(problem, unseen).run()

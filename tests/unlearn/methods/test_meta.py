@@ -51,6 +51,26 @@ def test_both_orders_on_a_quadratic_by_hand(bowls, rate):
     assert model.at.grad is None
 
 
+@pytest.mark.parametrize("queries", [1, 3, 5])
+@pytest.mark.parametrize("weight", [0.0, 0.4, 5.0])
+def test_several_query_sets_on_a_quadratic_by_hand(bowls, queries, weight):
+    """g + w (I - a A) mean_i (C_i t' - d_i) at t' = t - a g."""
+    model, (a, b), _ = bowls
+    others = [(symmetric(5), torch.randn(5, dtype=torch.float64)) for _ in range(queries)]
+    t, rate = model.at.detach().clone(), 0.3
+    g = a @ t - b
+    tuned = t - rate * g
+    v = sum((c @ tuned - d for c, d in others), torch.zeros(5, dtype=torch.float64)) / queries
+    expected = {"first": g + weight * v, "second": g + weight * (v - rate * a @ v)}
+    test = [quadratic(c / queries, d / queries) for c, d in others]
+    for order, gradient in expected.items():
+        (found,), _, after = meta_gradient(
+            model, [quadratic(a, b)], test, rate, weight=weight, order=order
+        )
+        torch.testing.assert_close(found, gradient, rtol=1e-14, atol=1e-14 * float(g.norm()))
+        torch.testing.assert_close(after, sum(one(Point(tuned)).detach() for one in test))
+
+
 def test_one_dimension_by_hand():
     """L = t^2, M = 3 t, at t = 2 with a = 1/4: the tuned point is 1, g = 4, v = 3, H = 2."""
     model = Point(torch.tensor([2.0]))

@@ -30,19 +30,21 @@ def meta_gradient(
     test: Sequence[Scalar],
     rate: float,
     *,
+    weight: float = 1.0,
     order: Literal["first", "second"] = "second",
     of_all: Callable[[Grads, Tensor], tuple[Grads, Tensor]] = own,
 ) -> tuple[Grads, Tensor, Tensor]:
-    """The gradient of L(t) + M(t - a grad L(t)) at the model's parameters t.
+    """The gradient of L(t) + w M(t - a grad L(t)) at the model's parameters t.
 
-    With g = grad L(t), H the Hessian of L at t and v = grad M(t - a g), it is g + v - a H v; first
-    order leaves out the last term. H v is a derivative of g along v, never a matrix.
+    With g = grad L(t), H the Hessian of L at t and v = grad M(t - a g), it is g + w (v - a H v);
+    first order leaves out the last term. H v is a derivative of g along v, never a matrix.
 
     Args:
         model: its parameters that require gradients are t, and are left alone.
         tune: L as a sum of functions, model -> scalar, one or more.
         test: M, likewise. Where there are several, each graph is let go before the next is made.
         rate: a, 0 or more.
+        weight: w.
         of_all: where several ranks have parts of L and M, as of their samples: given the
             gradients and the sum of its own functions, those of all ranks. Called on each as often.
 
@@ -65,6 +67,8 @@ def meta_gradient(
     with _moved(parameters, detached, rate):
         ahead, after = _gradient((part(model) for part in test), parameters)
     ahead, after = of_all(ahead, after)
+    if weight != 1:
+        ahead = [None if v is None else weight * v for v in ahead]
     result = [_sum(grad, v) for grad, v in zip(detached, ahead, strict=True)]
     if exact:
         # of several parts each is computed again, with the same draws of dropout: no more than

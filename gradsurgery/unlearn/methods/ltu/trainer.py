@@ -1,16 +1,15 @@
 """LTU: learn to unlearn, by steps that also help what comes after them.
 
-g_r = grad [L_r(t; S) + L_r(t - a grad L_r(t; S); Q)], g_f alike of membership models' verdicts;
-descend g_r + g_f, made not to conflict.
+g_r = grad [L(t; S) + w mean_i L_r(t - a grad L(t; S); Q_i)], where L forgets and L_r remembers; g_f
+alike of membership models' verdicts; descend g_r + g_f, made not to conflict.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +18,19 @@ from torch.nn.utils import parameters_to_vector
 
 from gradsurgery.errors import InputError, NonFiniteError
 from gradsurgery.ops import harmonize
-from gradsurgery.unlearn.methods.ltu.membership import Features, MembershipModels, features, halves
+from gradsurgery.unlearn.methods.ltu.config import LTUConfig
+from gradsurgery.unlearn.methods.ltu.membership import MembershipModels, features, halves
 from gradsurgery.unlearn.methods.ltu.meta import Scalar, meta_gradient
+from gradsurgery.unlearn.methods.ltu.sets import dealt, shifted
 from gradsurgery.unlearn.objectives.base import (
     Batch,
-    Objective,
     Outputs,
     batch_size,
     fresh,
     per_sample,
     take,
 )
-from gradsurgery.unlearn.objectives.classification import Classification, integers
+from gradsurgery.unlearn.objectives.classification import integers
 from gradsurgery.unlearn.training.described import PAIRED, Asked, LogUniform, Space
 from gradsurgery.unlearn.training.given import check_functions
 from gradsurgery.unlearn.training.modes import evaluating
@@ -38,93 +38,34 @@ from gradsurgery.unlearn.training.shared import added_up, part_of
 from gradsurgery.unlearn.training.trainer import (
     Record,
     Trainer,
-    TrainerConfig,
     differentiable,
-    finite,
-    require,
 )
 
 Augment = Callable[[Batch, torch.Generator], Batch]
 
 
-@dataclass
-class LTUConfig(TrainerConfig):
-    """Options of LTU. The paper's text leaves many open: those are marked (inferred)."""
-
-    batch_norm: Literal["train", "eval"] = "eval"
-    forget_batch: int = 64
-    retain_batch: int = 64
-    """Retain samples of a step, half of them support and half query."""
-    meta: bool = True
-    """False: no tuning step, which leaves the plain gradients of the same samples."""
-    order: Literal["first", "second"] = "second"
-    """second: through the tuning step; first: with the gradient at the tuned parameters."""
-    tune_lr: float = 0.01
-    """a, the rate of the tuning step, an ordinary gradient step. (inferred)"""
-    split: Literal["class", "augmentation"] = "class"
-    """How support and query differ: in their classes, or the query is an augmented support.
-    (inferred)"""
-    feedback: Literal["membership", "random_label"] = "membership"
-    """What says whether a sample is forgotten: membership models, or, without any, the loss at
-    random wrong labels."""
-    models: int = 4
-    """K, membership models, at least 2; each step takes half of them as support, drawn anew.
-    (inferred)"""
-    model_features: Features = "outputs"
-    """What a membership model sees of a sample: outputs, the sorted softmax, the loss and the
-    label; loss, that alone, which leaves fewer ways to deceive it. (inferred)"""
-    model_hidden: int = 32
-    """Units of a membership model's hidden layer. (inferred)"""
-    model_steps: int = 200
-    """Steps of Adam in which the membership models are trained. (inferred)"""
-    model_lr: float = 0.01
-    refresh: int = 0
-    """Train the membership models anew on the present outputs after so many steps; 0: never.
-    (inferred)"""
-    audit_labels: Literal["true", "forget"] = "true"
-    """Labels of the held-out samples that stand for non-members: their own, or labels drawn from
-    the forget set's, for a forget set of one class or of wrong labels, which unseen samples with
-    labels of their own do not resemble. (inferred)"""
-    harmonize: Literal["forget", "retain", "both", "none"] = "forget"
-    """Which gradient gives way where the two conflict. (inferred)"""
-    granularity: Literal["model", "tensor"] = "model"
-    """Where conflicts are looked for: in the whole gradients or tensor by tensor. (inferred)"""
-    forget_weight: float = 1.0
-    """Factor of the forgetting gradient. (inferred)"""
-
-    def check(self, name: str) -> None:
-        super().check(name)
-        require(self.retain_batch >= 2, f"{name}.retain-batch", "at least 2", self.retain_batch)
-        for field in ("tune_lr", "forget_weight"):
-            value = getattr(self, field)
-            option = f"{name}.{field.replace('_', '-')}"
-            require(finite(value) and value >= 0, option, "finite and at least 0", value)
-        require(self.models >= 2, f"{name}.models", "at least 2", self.models)
-        require(self.model_hidden >= 1, f"{name}.model-hidden", "at least 1", self.model_hidden)
-        require(self.model_steps >= 0, f"{name}.model-steps", "at least 0", self.model_steps)
-        rate = self.model_lr
-        require(finite(rate) and rate > 0, f"{name}.model-lr", "positive and finite", rate)
-        require(self.refresh >= 0, f"{name}.refresh", "at least 0", self.refresh)
-
-
 class LTUTrainer(Trainer[LTUConfig]):
     """Meta-tune, meta-test, meta-update, with remembering and forgetting feedback.
 
-    Remembering lowers the loss on retain samples, forgetting the cross-entropy of membership
-    models' answer to "a member?" with "no". Each is tuned on a support and tested on a query: other
-    samples there, other models here. The forget loss itself is never climbed, so a sample that
-    looks unseen no longer pushes.
+    One scheme is run twice: a step is tried on a support, the losses of N query sets are taken
+    after it, and the gradient of all of it at the parameters before it is the feedback. (seen)
+    Remembering tries a step that forgets, on forget samples, and asks N sets of retain samples of
+    unlike distributions for their loss. (seen) Forgetting lowers the cross-entropy of membership
+    models' answer to "a member?" with "no": some are the support, others the query sets. (seen)
+    Both are harmonized to one direction, the update. (seen; that their sum is it where they do not
+    conflict, and one gives way where they do, is inferred) The forget loss itself is never climbed.
 
     The membership models learn from an audit set, the forget samples as members and `validation`
     as non-members: whatever is later judged on those validation samples has been seen.
 
     Args:
-        augment: makes the query of the support where `split` is "augmentation"; by default images
-            [B, C, H, W] move by up to an eighth of their size.
+        augment: makes the other retain sets of the first where `split` is "augmentation"; by
+            default images [B, C, H, W] move by up to an eighth of their size.
 
-    Learning to Unlearn for Robust Machine Unlearning, Huang et al. 2024 (arXiv:2407.10494). How
-    support and query are made, the audit set, the membership models and their refreshing, and
-    which gradient gives way are inferred.
+    Learning to Unlearn for Robust Machine Unlearning, Huang et al. 2024 (arXiv:2407.10494), and the
+    figure of its pipeline by the first author, where (seen) stands. The loss of the step tried, how
+    the N sets differ, N, K and all rates, the audit set, the membership models and their
+    refreshing, and which gradient gives way are inferred.
     """
 
     name = "ltu"
@@ -132,7 +73,7 @@ class LTUTrainer(Trainer[LTUConfig]):
     about = "tuning steps tested ahead, membership models' verdicts, harmonized"
     paper = "Huang et al. 2024 (arXiv:2407.10494)"
     color = "#d55e00"
-    asks = frozenset({"losses", "outputs", "classes"})  # with the default options
+    asks = frozenset({"losses", "outputs", "classes", "relabel"})  # with the default options
     space: ClassVar[Space] = {
         **PAIRED,
         "steps": (80, 160),
@@ -162,7 +103,10 @@ class LTUTrainer(Trainer[LTUConfig]):
 
     def asked(self) -> frozenset[Asked]:
         found: set[Asked] = {"losses"}
-        found |= {"outputs"} if self.config.feedback == "membership" else {"relabel"}
+        config = self.config
+        found |= {"outputs"} if config.feedback == "membership" else {"relabel"}
+        if config.support == "forget" and config.tune_loss == "random_label":
+            found |= {"relabel"}
         if self.config.split == "class":
             found |= {"classes"}
         elif self.augment is None:
@@ -201,14 +145,11 @@ class LTUTrainer(Trainer[LTUConfig]):
         if self.auditors is not None and refresh and self.step and self.step % refresh == 0:
             self._train_auditors()
         forget = self.draw("forget")
-        support, query = self._split(self._several())
-        r, retain_loss, retain_after = self._feedback(
-            self._objectives(support, self._retain_losses),
-            self._objectives(query, self._retain_losses),
-        )
+        r, support_loss, retain_after = self._feedback(*self._remembering(forget))
         f, forget_loss, forget_after = self._feedback(*self._forgetting(forget))
-        values = torch.stack([forget_loss, forget_after, retain_loss, retain_after]).tolist()
-        for kind, value in zip(("forget", "forget", "retain", "retain"), values, strict=True):
+        values = torch.stack([forget_loss, forget_after, support_loss, retain_after]).tolist()
+        kinds = ("forget", "forget", self.config.support, "retain")
+        for kind, value in zip(kinds, values, strict=True):
             if not math.isfinite(value):  # before they reach the weights
                 raise NonFiniteError(f"{kind}: a loss of the batch is not finite")
         reached = [a is not None or b is not None for a, b in zip(f, r, strict=True)]
@@ -226,19 +167,22 @@ class LTUTrainer(Trainer[LTUConfig]):
         return {
             "forget_loss_batch": values[0],
             "forget_loss_tuned": values[1],
-            "retain_loss_batch": values[2],
+            "support_loss_batch": values[2],
             "retain_loss_tuned": values[3],
             "cosine": cosine,
             "conflict_rate": float(cosine < 0),
         }
 
     def _several(self) -> Batch:
-        """The next retain batch that can be split: the remainder of an epoch may be one sample."""
+        """The next retain batch that can be dealt out: the remainder of an epoch may be small."""
+        least = 2 if self.config.split == "augmentation" else max(2, self.config.retain_sets)
+        size = 0
         for _ in range(self.batches["retain"].per_epoch + 1):
             batch = self.draw("retain")
-            if batch_size(batch) > 1:
+            size = batch_size(batch)
+            if size >= least:
                 return batch
-        raise InputError("retain: LTU splits a batch into support and query, got 1 sample")
+        raise InputError(f"retain: LTU deals out a batch of {least} samples or more, got {size}")
 
     # -- the two kinds of feedback
 
@@ -246,8 +190,15 @@ class LTUTrainer(Trainer[LTUConfig]):
         self, tune: list[Scalar], test: list[Scalar]
     ) -> tuple[list[Tensor | None], Tensor, Tensor]:
         rate = self.config.tune_lr if self.config.meta else 0.0
-        order, shared = self.config.order, partial(added_up, self.parameters, self.ranks)
-        return meta_gradient(self.model, tune, test, rate, order=order, of_all=shared)
+        return meta_gradient(
+            self.model,
+            tune,
+            test,
+            rate,
+            weight=self.config.query_weight,
+            order=self.config.order,
+            of_all=partial(added_up, self.parameters, self.ranks),
+        )
 
     def _filled(self, grads: list[Tensor | None], factor: float = 1.0) -> list[Tensor]:
         """Gradients of one dtype, the widest of the parameters', zero where there is none."""
@@ -258,11 +209,12 @@ class LTUTrainer(Trainer[LTUConfig]):
         ]
 
     def _objectives(
-        self, batch: Batch, values: Callable[[nn.Module, Batch], Tensor]
+        self, batch: Batch, values: Callable[[nn.Module, Batch], Tensor], sets: int = 1
     ) -> list[Scalar]:
         """The mean of values(model, batch) [B] as a sum over parts that fit a forward pass.
 
-        Of several ranks each has the parts of its own samples.
+        Of several ranks each has the parts of its own samples. Of each of several sets, its part in
+        the mean over all.
         """
         size, mine = batch_size(batch), part_of(batch, self.ranks)
         own = 0 if mine is None else batch_size(mine)
@@ -270,50 +222,69 @@ class LTUTrainer(Trainer[LTUConfig]):
         parts = [take(mine, slice(at, at + length)) for at in range(0, own, length)]
 
         def share(part: Batch) -> Scalar:
-            return lambda model: differentiable(values(model, part)).sum() / size
+            return lambda model: differentiable(values(model, part)).sum() / (size * sets)
 
         return [share(part) for part in parts]
 
-    def _retain_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _of_sets(self, sets: Sequence[Batch]) -> list[Scalar]:
+        """The mean over sets of the mean loss on each."""
+        each = (self._objectives(batch, self._label_losses, len(sets)) for batch in sets)
+        return [part for parts in each for part in parts]
+
+    def _label_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.losses(fresh(batch), model)  # a step looks at a batch several times
 
-    def _forgetting(self, batch: Batch) -> tuple[list[Scalar], list[Scalar]]:
-        """Support and query: membership models, or wrong labels, drawn for this step."""
-        auditors = self.auditors
-        if auditors is None:
-            parts = [self.relabel(batch) for _ in range(2)]
-            support, query = (self._objectives(part, self._retain_losses) for part in parts)
-            return support, query
+    def _remembering(self, forget: Batch) -> tuple[list[Scalar], list[Scalar]]:
+        """Support and queries: what is lost where a step that forgets is tried."""
+        sets = self._split(self._several())
+        if self.config.support == "retain":
+            return self._of_sets(sets[:1]), self._of_sets(sets[1:])
+        if self.config.tune_loss == "membership":
+            every = torch.arange(self.config.models, device=self.device)
+            support = self._objectives(forget, self._verdicts([every]))
+        else:
+            support = self._of_sets([self.relabel(forget)])
+        return support, self._of_sets(sets)
 
-        def verdicts(which: Tensor) -> Callable[[nn.Module, Batch], Tensor]:
-            def values(model: nn.Module, part: Batch) -> Tensor:
-                seen = self._seen(self.outputs(part, model), batch_size(part))
-                return F.softplus(auditors(seen, which)).mean(0)  # cross-entropy with "no"
-
-            return values
-
+    def _forgetting(self, forget: Batch) -> tuple[list[Scalar], list[Scalar]]:
+        """Support and queries: membership models, or wrong labels, drawn for this step."""
+        sides = self.config.queries + 1
+        if self.auditors is None:
+            drawn = [self.relabel(forget) for _ in range(sides)]
+            return self._of_sets(drawn[:1]), self._of_sets(drawn[1:])
         order = torch.randperm(self.config.models, generator=self.generator).to(self.device)
-        sides = order.tensor_split(2)
-        support, query = (self._objectives(batch, verdicts(side)) for side in sides)
-        return support, query
+        first, *others = order.tensor_split(sides)
+        support, queries = (
+            self._objectives(forget, self._verdicts(each)) for each in ([first], others)
+        )
+        return support, queries
 
-    def _split(self, batch: Batch) -> tuple[Batch, Batch]:
-        """Support and query of retain samples."""
+    def _verdicts(self, sets: Sequence[Tensor]) -> Callable[[nn.Module, Batch], Tensor]:
+        """Of samples, [B], the mean over sets of the mean over a set's membership models."""
+        auditors = cast(MembershipModels, self.auditors)
+        which = torch.cat(list(sets))
+        sizes = torch.tensor([len(k) for k in sets])
+        shares = (1 / (sizes.double() * len(sets))).repeat_interleave(sizes)
+
+        def values(model: nn.Module, part: Batch) -> Tensor:
+            seen = self._seen(self.outputs(part, model), batch_size(part))
+            each = F.softplus(auditors(seen, which))  # cross-entropy with "no"
+            return shares.to(each) @ each
+
+        return values
+
+    def _split(self, batch: Batch) -> list[Batch]:
+        """Sets of retain samples, of unlike distributions."""
+        sets = self.config.retain_sets
         if self.config.split == "augmentation":
-            if self.augment is None:
-                return batch, shifted(batch, self.generator, self.objective)
-            return batch, self.augment(batch, self.generator)
-        size = batch_size(batch)
-        known = integers(self.objective.classes(batch), size, "classes")
-        classes, counts = known.unique(return_counts=True)
-        order = torch.randperm(len(classes), generator=self.generator).to(self.device)
-        # as many classes as make about half of the samples
-        before = counts[order].cumsum(0)
-        cut = int((before[:-1] - size / 2).abs().argmin()) + 1 if len(classes) > 1 else 0
-        chosen = torch.isin(known, classes[order[:cut]])
-        if len(classes) == 1:
-            chosen[: size // 2] = True
-        return take(batch, chosen), take(batch, ~chosen)
+            return [batch, *(self._augmented(batch) for _ in range(sets - 1))]
+        known = integers(self.objective.classes(batch), batch_size(batch), "classes")
+        return [take(batch, chosen) for chosen in dealt(known, sets, self.generator)]
+
+    def _augmented(self, batch: Batch) -> Batch:
+        if self.augment is None:
+            return shifted(batch, self.generator, self.objective)
+        return self.augment(batch, self.generator)
 
     # -- membership models
 
@@ -365,26 +336,6 @@ class LTUTrainer(Trainer[LTUConfig]):
         self.audit = self.auditors.learn(
             seen, member.to(self.device), shown, self.config.model_steps, self.config.model_lr
         )
-
-
-def shifted(batch: Batch, generator: torch.Generator, objective: Objective | None = None) -> Batch:
-    """Images [B, C, H, W] moved by up to an eighth of their height and width, zeros moving in."""
-    task = objective or Classification()
-    images = task.inputs(batch)
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"split='augmentation' moves images [B, C, H, W], got {got}: give augment")
-    height, width = images.shape[2:]
-    reach = max(height // 8, 1), max(width // 8, 1)
-    padded = F.pad(images, (reach[1], reach[1], reach[0], reach[0]))
-    tops, lefts = (
-        torch.randint(2 * most + 1, (len(images),), generator=generator).tolist() for most in reach
-    )
-    moved = [
-        image[:, top : top + height, left : left + width]
-        for image, top, left in zip(padded, tops, lefts, strict=True)
-    ]
-    return task.with_inputs(batch, torch.stack(moved))
 
 
 def _refuse_weight_norm(model: nn.Module) -> None:
