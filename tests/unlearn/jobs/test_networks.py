@@ -62,7 +62,8 @@ def test_rows_are_exact_and_none_is_slow(make, channels, size):
 
 @pytest.mark.parametrize(("make", "channels", "size"), CASES, ids=names)
 def test_a_loss_depends_on_its_own_sample_alone(make, channels, size):
-    model, (images, labels) = make(channels, size, 7), blank(channels, size)
+    model, (images, labels) = make(channels, size, 7).double(), blank(channels, size)
+    images = images.double()
     together = cross_entropy(model, (images, labels))
     alone = torch.cat(
         [cross_entropy(model, (images[k : k + 1], labels[k : k + 1])) for k in range(3)]
@@ -101,6 +102,14 @@ def test_resnet18_is_that_of_the_paper():
     model = resnet18(3, (63, 64), 10)
     assert model.conv1.weight.shape == (64, 3, 3, 3) and not hasattr(model, "maxpool")
     assert resnet18(3, (64, 64), 10).conv1.weight.shape == (64, 3, 7, 7)
+
+
+def test_a_narrow_resnet18_is_a_quarter_as_wide():
+    model = resnet18(1, (28, 28), 10, width=16)
+    assert model.fc.in_features == 128
+    assert sum(p.numel() for p in model.parameters()) == 701_178
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert {norm.num_channels // norm.num_groups for norm in norms} == {2, 4}
     names = list(model.state_dict())
     assert names[:3] == ["conv1.weight", "bn1.weight", "bn1.bias"]
     assert {"layer2.0.downsample.1.bias", "layer4.1.bn2.weight", "fc.bias"} < set(names)

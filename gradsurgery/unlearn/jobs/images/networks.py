@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from gradsurgery.unlearn.jobs.networks import SmallCNN, SmallViT, resnet18
 from gradsurgery.unlearn.objectives.classification import logits
 from gradsurgery.unlearn.training.modes import evaluating
 
-NETWORKS = {"cnn": SmallCNN, "resnet18": resnet18, "vit": SmallViT}
+NETWORKS = {
+    "cnn": SmallCNN,
+    "resnet18": resnet18,
+    "resnet18-narrow": partial(resnet18, width=16),
+    "vit": SmallViT,
+}
 PICKLES = (".pt", ".pth", ".bin")
 ENTRIES = ("state_dict", "model")  # where a checkpoint of more than weights has them
 # where lines of a traceback are not of the user's own code
@@ -37,7 +43,7 @@ def network(spec: str, channels: int, size: tuple[int, int], classes: int) -> nn
     """A network for images [B, channels, *size] whose logits are [B, classes].
 
     Args:
-        spec: cnn, resnet18 or vit; or module:function of the user's own, imported with the current
+        spec: a name in NETWORKS; or module:function of the user's own, imported with the current
             directory on the path. The function is given those of `channels`, `size` and `classes`
             that its signature has, by name.
 

@@ -18,7 +18,7 @@ from gradsurgery.unlearn.jobs.images.data import numbers
 
 Task = Literal["random", "class", "mislabeled", "confusion", "ids"]
 # the test set is one and the same for every seed, so no choice made on another seed's validation
-# split can have seen a test sample
+# split can have seen a test sample; so are the samples to train with, where not all are
 TEST_SEED = 20_260
 TEST_SHARE, VALIDATION_SHARE = 0.2, 0.1  # of all samples, and of those that are left
 
@@ -32,6 +32,7 @@ class Wanted:
     confused: tuple[str, ...]  # two classes by their names; (): the seed's
     percent: float  # of the training samples; with confusion, of those of the two classes
     ids: Path | None
+    samples: int | None = None  # to train with; None: all
 
 
 def split(images: Images, samples: dict[str, Tensor], wanted: Wanted, seed: int) -> LabeledSplit:
@@ -49,7 +50,7 @@ def split(images: Images, samples: dict[str, Tensor], wanted: Wanted, seed: int)
         InputError: naming the option that cannot be served with these data.
     """
     named = numbers(wanted.ids, images) if wanted.ids is not None else torch.tensor([]).long()
-    train, held_out = _parts(images, named, seed)
+    train, held_out = _parts(images, named, wanted.samples, seed)
     labels = images.labels[train]
     generator = torch.Generator().manual_seed(seed)
     wrong = None
@@ -84,7 +85,9 @@ def split(images: Images, samples: dict[str, Tensor], wanted: Wanted, seed: int)
     return replace(found, about={"class": of or None})
 
 
-def _parts(images: Images, named: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+def _parts(
+    images: Images, named: Tensor, samples: int | None, seed: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Numbers of the training samples, and of those of either held-out set."""
     held_out = {name: images.parts[name] for name in ("validation", "test") if name in images.parts}
     for name, part in held_out.items():
@@ -96,29 +99,38 @@ def _parts(images: Images, named: Tensor, seed: int) -> tuple[Tensor, dict[str, 
             )
     pool = images.parts.get("train", torch.arange(len(images.labels)))
     pool = pool[~torch.isin(pool, named)]
-    for name, share, by in (
-        ("test", TEST_SHARE, TEST_SEED),
-        ("validation", VALIDATION_SHARE, seed),
-    ):
-        if name not in held_out:
-            pool, held_out[name] = _stratified(images, pool, share, by, name)
+    if "test" not in held_out:
+        size = TEST_SHARE * len(pool)
+        pool, held_out["test"] = _stratified(images, pool, size, TEST_SEED, "a test set")
+    if samples is not None:
+        size = samples - len(named)
+        if not 0 < size <= len(pool):
+            some = "" if not len(named) else f" beside {len(named)} of --ids"
+            raise InputError(
+                f"--train-samples must be of the {len(pool):,} there are{some}, got {samples:,}"
+            )
+        if size < len(pool):
+            _, pool = _stratified(images, pool, size, TEST_SEED, "training samples")
+    if "validation" not in held_out:
+        size = VALIDATION_SHARE * len(pool)
+        pool, held_out["validation"] = _stratified(images, pool, size, seed, "a validation set")
     return torch.cat([pool, named]), held_out
 
 
 def _stratified(
-    images: Images, pool: Tensor, share: float, seed: int, name: str
+    images: Images, pool: Tensor, wanted: float, seed: int, what: str
 ) -> tuple[Tensor, Tensor]:
-    """What is left of a pool, and a share of every class of it."""
+    """What is left of a pool, and about `wanted` samples of it, of every class its share."""
     from sklearn.model_selection import train_test_split
 
     labels = images.labels[pool]
     counts = torch.bincount(labels, minlength=len(images.classes))
     counts = counts[counts > 0]
-    size = max(round(share * len(pool)), len(counts))
+    size = max(round(wanted), len(counts))
     if len(counts) < 2 or int(counts.min()) < 2 or size > len(pool) - len(counts):
         raise InputError(
-            f"--data: {len(pool)} samples of {len(counts)} classes are too few to draw a {name} "
-            "set with some of each class"
+            f"--data: {len(pool)} samples of {len(counts)} classes are too few to draw {what} "
+            "with some of each class"
         )
     left, drawn = train_test_split(
         np.arange(len(pool)), test_size=size, stratify=labels.numpy(), random_state=seed

@@ -258,7 +258,11 @@ def test_the_card_says_what_pixels_the_model_takes(tmp_path, data):
         ("random", {"device": "tpu:7"}, "--device: tpu:7 is not here"),
         ("random", {"device": "meta"}, "--device: meta has no values to train"),
         ("random", {"device": "cuda:9"}, "--device: cuda:9 is not here"),
-        ("random", {"model": "resnet50"}, "--model must be one of cnn, resnet18, vit, or module:f"),
+        (
+            "random",
+            {"model": "resnet50"},
+            "--model must be one of cnn, resnet18, resnet18-narrow, vit",
+        ),
         ("mislabeled", {"checkpoint": "x.pt"}, "--checkpoint: with --task mislabeled the original"),
         ("random", {"checkpoint": "x.pt", "shadows": 2}, "--shadows are trained as the original"),
         ("random", {"checkpoint": "x.pt"}, "--checkpoint: x.pt is not there"),

@@ -118,7 +118,10 @@ def test_trying_a_network_out_leaves_no_trace(nets):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("lenet", "--model must be one of cnn, resnet18, vit, or module:function .*, got lenet"),
+        (
+            "lenet",
+            "--model must be one of cnn, resnet18, resnet18-narrow, vit, or module.*, got lenet",
+        ),
         (":linear", "--model must be one of"),
         ("own_nets:", "--model must be one of"),
         ("no_nets:f", "importing no_nets failed: ModuleNotFoundError: No module named 'no_nets'$"),

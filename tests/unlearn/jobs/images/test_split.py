@@ -121,11 +121,52 @@ def test_parts_of_the_data_set_are_kept(tmp_path):
         ImagesJob().split(tiny(path, "ids", ids=str(tmp_path / "ids.txt")), 0)
 
 
+@pytest.mark.parametrize("own_test", [False, True])
+def test_some_samples_to_train_with_are_the_same_for_every_seed(tmp_path, own_test):
+    images, labels = arrays(180)
+    named = {"train": slice(0, 120), "test": slice(120, 180)}
+    parts = {f"{name}_images": images[part] for name, part in named.items()}
+    parts |= {f"{name}_labels": labels[part] for name, part in named.items()}
+    path = tmp_path / "data.npz"
+    np.savez(path, **(parts if own_test else {"images": images, "labels": labels}))
+    used = set()
+    for seed in range(3):
+        split = ImagesJob().split(tiny(path, train_samples=60), seed)
+        sides = [split.forget, split.retain, split.validation]
+        assert [len(side["label"]) for side in sides] == [5, 49, 6]
+        assert len(split.test["label"]) == (60 if own_test else 36)
+        counts = sum(torch.bincount(side["label"], minlength=3) for side in sides)
+        assert counts.tolist() == [20, 20, 20]
+        used.add(frozenset(row for side in sides for row in pictures(side)))
+        assert not used_in(split.test, used)
+    assert len(used) == 1
+
+
+def used_in(samples, used):
+    return any(row in rows for rows in used for row in pictures(samples))
+
+
+def test_named_samples_are_among_those_to_train_with(data, named):
+    split = made(data, "ids", named, train_samples=30)
+    assert sorted(split.ids) == [3, 7, 11]
+    assert len(split.retain["label"]) + len(split.validation["label"]) == 27
+
+
 @pytest.mark.parametrize(
     ("task", "changes", "message"),
     [
         ("class", {"forget_class": "cat"}, "--forget-class: there is no class cat, only 0, 1, 2"),
         ("confusion", {"confused": ["0", "9"]}, "--confused: there is no class 9, only 0, 1, 2"),
+        (
+            "random",
+            {"train_samples": 97},
+            r"--train-samples must be of the 96 there are, got 97",
+        ),
+        (
+            "ids",
+            {"train_samples": 3},
+            r"--train-samples must be of the 94 there are beside 3 of --ids, got 3",
+        ),
         ("random", {"percent": 0.1}, "--task random would forget none of 86 samples"),
         ("random", {"percent": 99.9}, "--task random would forget all of 86 samples"),
     ],
