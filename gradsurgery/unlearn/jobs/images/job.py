@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
@@ -19,10 +21,12 @@ from gradsurgery.unlearn.jobs.device import check_device
 from gradsurgery.unlearn.jobs.directory import fingerprint
 from gradsurgery.unlearn.jobs.images.arrays import Images
 from gradsurgery.unlearn.jobs.images.data import load
+from gradsurgery.unlearn.jobs.images.memorized import unseen_losses
 from gradsurgery.unlearn.jobs.images.networks import load_checkpoint, network
 from gradsurgery.unlearn.jobs.images.split import Task, Wanted, split
+from gradsurgery.unlearn.jobs.pipeline import reproducible
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
-from gradsurgery.unlearn.objectives.base import batch_size
+from gradsurgery.unlearn.objectives.base import batch_size, take
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.data import overlap
 from gradsurgery.unlearn.training.seeds import seeded
@@ -40,7 +44,8 @@ class ImagesConfig(JobConfig):
 
     task: Task = "random"
     """What to forget: training samples at random, one class, samples with wrong labels, samples of
-    two classes with each other's label, or those that a file names."""
+    two classes with each other's label, those that are most known by heart (five networks more are
+    trained to find them), or those that a file names."""
     data: Path | None = None
     """A folder of class folders of PNG or JPEG files, or of train/ and test/ with such folders;
     IDX files, plain or .gz: a folder with MNIST's names, or one file of images; an .npz file with
@@ -68,8 +73,8 @@ class ImagesConfig(JobConfig):
     confused: tuple[str, ...] = ()
     """Two classes whose labels are exchanged with --task confusion; none: by the seed."""
     percent: float | None = None
-    """Training samples to forget with --task random and mislabeled, or samples of the two classes
-    with confusion, in percent, in (0, 100); none: 10, and 50 with confusion."""
+    """Training samples to forget with --task random, memorized and mislabeled, or samples of the
+    two classes with confusion, in percent, in (0, 100); none: 10, and 50 with confusion."""
     ids: Path | None = None
     """File of the samples to forget with --task ids: a number or a path below --data a line."""
     duplicates: Literal["refuse", "allow"] = "refuse"
@@ -101,8 +106,8 @@ class ImagesConfig(JobConfig):
             require(self.train_samples >= 1, "train-samples", "at least 1", self.train_samples)
         if self.percent is not None:
             require(0 < self.percent < 100, "percent", "in (0, 100)", f"{self.percent:g}")
-            drawn = self.task in ("random", "mislabeled", "confusion")
-            wanted = "random, mislabeled or confusion where --percent is given"
+            drawn = self.task in ("random", "memorized", "mislabeled", "confusion")
+            wanted = "random, memorized, mislabeled or confusion where --percent is given"
             require(drawn, "task", wanted, self.task)
         require(self.task != "ids" or self.ids is not None, "ids", "a file with --task ids", "none")
         for name in ("mean", "std"):
@@ -157,6 +162,7 @@ TITLES = {
     "class": "Unlearning a class of images",
     "mislabeled": "Unlearning mislabeled images",
     "confusion": "Unlearning two classes' confusion",
+    "memorized": "Unlearning the images most known by heart",
     "ids": "Unlearning named images",
 }
 MADE_UP = dict.fromkeys(get_args(Task), "") | {
@@ -167,14 +173,15 @@ MADE_UP = dict.fromkeys(get_args(Task), "") | {
 
 class ImagesJob(ClassifierJob[ImagesConfig]):
     name = "images"
-    about = "your own images, or MNIST's: random, mislabeled, confused or named samples, a class"
+    about = "your own images, or MNIST's: random, mislabeled, memorized or named samples, a class"
     Config = ImagesConfig
     tasks = get_args(Task)
-    alike: ClassVar = {"confusion": "mislabeled", "ids": "random"}
+    alike: ClassVar = {"confusion": "mislabeled", "ids": "random", "memorized": "random"}
     described = ("title", "split", "model", "function", "arguments", "parameters", "checkpoint")
 
     def __init__(self) -> None:
         self._read: tuple[object, tuple[Images, dict[str, Tensor]]] | None = None
+        self._memorized: tuple[object, Tensor] | None = None
 
     def resolved(self, config: ImagesConfig) -> ImagesConfig:
         """With the steps that its epochs make."""
@@ -185,7 +192,9 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             require(config.epochs == EPOCHS, "epochs", wanted, config.epochs)
             return config
         update(config, {"training": {"steps": 1}}).check()  # before the data are read
-        train = batch_size(self.split(config, config.first_seed).train)
+        # which samples are forgotten, and may have to be found by training, makes no difference
+        sizes = replace(config, task="random") if config.task == "memorized" else config
+        train = batch_size(self.split(sizes, config.first_seed).train)
         # as a trainer counts them: a rest smaller than a batch is left out of its epoch
         per_epoch = max(1, train // config.training.retain_batch)
         return update(config, {"training": {"steps": config.epochs * per_epoch}, "epochs": EPOCHS})
@@ -235,7 +244,23 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
         usual = PERCENT.get(config.task, USUAL_PERCENT)
         percent = usual if config.percent is None else config.percent
         named = config.task, config.forget_class, config.confused, percent, config.ids
-        return split(*self._data(config), Wanted(*named, config.train_samples), seed)
+        wanted = Wanted(*named, config.train_samples, partial(self._memorization, config))
+        return split(*self._data(config), wanted, seed)
+
+    def _memorization(self, config: ImagesConfig, numbers: Tensor) -> Tensor:
+        """Of samples, by their numbers, found once for all seeds."""
+        _, samples = self._data(config)
+        made = (config.model, config.checkpoint, config.checkpoint_is, config.device)
+        key = self._read and self._read[0], made, repr(config.training), numbers.tolist()
+        if self._memorized is None or self._memorized[0] != key:
+            print(
+                "finding what is known by heart: training 5 networks", file=sys.stderr, flush=True
+            )
+            with reproducible(config.threads):
+                make = partial(self.model, config)
+                found = unseen_losses(take(samples, numbers), make, config.training)
+            self._memorized = key, found
+        return self._memorized[1]
 
     def model(self, config: ImagesConfig, seed: int = 0) -> nn.Module:
         with seeded(seed, torch.device("cpu")):
@@ -299,6 +324,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             "class": f"every training sample of {name} ({size} samples{more})",
             "mislabeled": f"{size} training samples with wrong labels",
             "confusion": f"{size} training samples of {name} with each other's label{more}",
+            "memorized": f"the {size} training samples that networks without them get most wrong",
             "ids": f"{size} named samples",
         }[task]
         doubts = {

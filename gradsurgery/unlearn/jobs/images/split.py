@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from gradsurgery.unlearn.jobs.classifiers import LabeledSplit, divide
 from gradsurgery.unlearn.jobs.images.arrays import Images
 from gradsurgery.unlearn.jobs.images.data import numbers
 
-Task = Literal["random", "class", "mislabeled", "confusion", "ids"]
+Task = Literal["random", "class", "mislabeled", "confusion", "memorized", "ids"]
 # the test set is one and the same for every seed, so no choice made on another seed's validation
 # split can have seen a test sample; so are the samples to train with, where not all are
 TEST_SEED = 20_260
@@ -33,6 +34,8 @@ class Wanted:
     percent: float  # of the training samples; with confusion, of those of the two classes
     ids: Path | None
     samples: int | None = None  # to train with; None: all
+    # of samples, by their numbers, how much is known by heart, [N]
+    memorization: Callable[[Tensor], Tensor] | None = None
 
 
 def split(images: Images, samples: dict[str, Tensor], wanted: Wanted, seed: int) -> LabeledSplit:
@@ -65,6 +68,16 @@ def split(images: Images, samples: dict[str, Tensor], wanted: Wanted, seed: int)
         chosen = [_class(images, "confused", name, seed + k) for k, name in enumerate(pair)]
         forgotten = _drawn((labels == chosen[0]) | (labels == chosen[1]), wanted.percent, generator)
         wrong = sum(chosen) - labels[forgotten]
+    elif wanted.task == "memorized" and wanted.memorization is not None:
+        every = (
+            train if "validation" in images.parts else torch.cat([train, held_out["validation"]])
+        )
+        every = every.sort().values  # the same for every seed
+        scores = torch.zeros(len(images.labels), dtype=torch.float64)
+        scores[every] = wanted.memorization(every)
+        count = round(wanted.percent / 100 * len(train))
+        forgotten = torch.zeros(len(train), dtype=torch.bool)
+        forgotten[scores[train].argsort(descending=True, stable=True)[:count]] = True
     else:
         forgotten = _drawn(torch.ones(len(train), dtype=torch.bool), wanted.percent, generator)
         if wanted.task == "mislabeled":

@@ -33,7 +33,7 @@ def weights(path, seed=1):
     return found
 
 
-@pytest.mark.parametrize("task", ["random", "class", "mislabeled", "confusion"])
+@pytest.mark.parametrize("task", ["random", "class", "mislabeled", "confusion", "memorized"])
 def test_every_task_ends_with_a_report(tmp_path, data, task):
     summary = finished(tmp_path / "run", tiny(data, task, percent=None))
     columns = summary["columns"]
@@ -249,7 +249,7 @@ def test_the_card_says_what_pixels_the_model_takes(tmp_path, data):
         ("ids", {}, "--ids must be a file with --task ids, got none"),
         ("confusion", {"confused": ["1", "1"]}, "--confused must be two classes, got 1, 1"),
         ("random", {"percent": 0.0}, r"--percent must be in \(0, 100\), got 0"),
-        ("class", {"percent": 5.0}, "--task must be random, mislabeled or confusion where --perc"),
+        ("class", {"percent": 5.0}, "--task must be random, memorized, mislabeled or confusion"),
         ("random", {"std": [0.0]}, r"--std must be positive numbers, got \(0\)"),
         ("random", {"mean": [float("nan")]}, r"--mean must be in \[0, 1\], .* got \(nan\)"),
         ("random", {"mean": [124.0]}, r"--mean must be in \[0, 1\], as pixels are, got \(124\)"),

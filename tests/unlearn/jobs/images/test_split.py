@@ -8,7 +8,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs.images.job import ImagesJob
 from tests.unlearn.jobs.images.made import arrays, saved, tiny
 
-TASKS = ("random", "class", "mislabeled", "confusion", "ids")
+TASKS = ("random", "class", "mislabeled", "confusion", "memorized", "ids")
 
 
 @pytest.fixture
