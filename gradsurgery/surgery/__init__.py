@@ -20,6 +20,7 @@ from gradsurgery.surgery.fixed import Constant, Mean, Random, Sum
 from gradsurgery.surgery.forget_retain import ForgetRetain
 from gradsurgery.surgery.gdrgma import GDRGMA
 from gradsurgery.surgery.gem import AGEM, GEM
+from gradsurgery.surgery.gradops import GradOPS
 from gradsurgery.surgery.gradvac import GradVac
 from gradsurgery.surgery.gru import GRU
 from gradsurgery.surgery.imtlg import IMTLG, ConFIG
@@ -38,9 +39,9 @@ from gradsurgery.surgery.upgrad import DualProj, UPGrad
 RULES: dict[str, type[Rule]] = {
     rule.__name__.lower(): rule
     for rule in (
-        OrthoGrad, PCGrad, GradVac, CAGrad, MGDA, NashMTL, IMTLG, AlignedMTL, UPGrad, DualProj,
-        FairGrad, ConFIG, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR, LTUHarmonize, Mean, Sum,
-        Constant, Random, GradDrop, SAGO, SignAgreement, SalUn, TrimmedMean,
+        OrthoGrad, PCGrad, GradVac, GradOPS, CAGrad, MGDA, NashMTL, IMTLG, AlignedMTL, UPGrad,
+        DualProj, FairGrad, ConFIG, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR, LTUHarmonize, Mean,
+        Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn, TrimmedMean,
     )
 }  # fmt: skip
 
@@ -64,6 +65,7 @@ __all__ = [
     "FairGrad",
     "ForgetRetain",
     "GradDrop",
+    "GradOPS",
     "GradVac",
     "InputProjection",
     "LTUHarmonize",

@@ -28,6 +28,7 @@ J = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
     [
         ("pcgrad", {}, (0.5848, 3.8012, 3.8012)),
         ("gradvac", {}, (0.5848, 3.8012, 3.8012)),  # its targets begin at 0
+        ("gradops", {}, (0.5848, 3.8012, 3.8012)),  # the span of the others is one row
         ("mgda", {}, (0, 1, 1)),
         ("imtlg", {}, (0.0767, 1, 1)),
         ("alignedmtl", {}, (0.2133, 0.9673, 0.9673)),
@@ -423,7 +424,9 @@ def test_a_metric_weighs_the_inner_products(impl):
         torch.testing.assert_close(weights, rule.solve(gs.DenseJacobian(scaled)).weights)
 
 
-@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "nashmtl", "fairgrad", "config"])
+@pytest.mark.parametrize(
+    "name", ["upgrad", "dualproj", "mgda", "nashmtl", "fairgrad", "config", "gradops"]
+)
 def test_gradients(name, impl):
     rows = signed(gaussian(4, 9))
     rule = make(name)
