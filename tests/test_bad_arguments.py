@@ -129,7 +129,11 @@ CALLS = {
 
 
 def of_rule(name, rule):
-    options = {"constant": {"values": [1.0, 2.0]}, "gdrgma": {"mix": 0.3}}.get(name, {})
+    options = {
+        "constant": {"values": [1.0, 2.0]},
+        "gdrgma": {"mix": 0.3},
+        "krum": {"n_byzantine": 0},
+    }.get(name, {})
     for option in dataclasses.fields(rule):
         if option.init:
             yield (

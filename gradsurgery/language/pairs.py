@@ -8,7 +8,7 @@ from typing import Any, get_args
 from gradsurgery.errors import InputError
 from gradsurgery.language.base import LanguageLoss, Objective
 from gradsurgery.ops._inputs import check, shown
-from gradsurgery.surgery import RULES, OrthoGrad, Rule, TwoDirections, Weighting
+from gradsurgery.surgery import RULES, Krum, OrthoGrad, Rule, TwoDirections, Weighting
 from gradsurgery.text import brief, show
 
 SHARED = tuple(field.name for field in fields(Weighting) if field.init)
@@ -65,6 +65,8 @@ def refused(kind: type[Rule]) -> str:
         return "it knows no forget rows, and has no weights of two; `sago` and `salun` do"
     if kind.merges:
         return "it learns without opposing a memory; `gru` does so to a forget loss"
+    if kind is Krum:
+        return "it chooses among three rows or more"
     return ""
 
 

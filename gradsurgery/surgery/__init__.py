@@ -25,6 +25,7 @@ from gradsurgery.surgery.gradvac import GradVac
 from gradsurgery.surgery.gru import GRU
 from gradsurgery.surgery.imtlg import IMTLG, ConFIG
 from gradsurgery.surgery.inputs import OWM, InputProjection, NullSpace
+from gradsurgery.surgery.krum import Krum
 from gradsurgery.surgery.ltu import LTUHarmonize
 from gradsurgery.surgery.mgda import MGDA
 from gradsurgery.surgery.munba import MUNBa
@@ -41,7 +42,7 @@ RULES: dict[str, type[Rule]] = {
     for rule in (
         OrthoGrad, PCGrad, GradVac, GradOPS, CAGrad, MGDA, NashMTL, IMTLG, AlignedMTL, UPGrad,
         DualProj, FairGrad, ConFIG, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR, LTUHarmonize, Mean,
-        Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn, TrimmedMean,
+        Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn, TrimmedMean, Krum,
     )
 }  # fmt: skip
 
@@ -68,6 +69,7 @@ __all__ = [
     "GradOPS",
     "GradVac",
     "InputProjection",
+    "Krum",
     "LTUHarmonize",
     "MUNBa",
     "Mean",

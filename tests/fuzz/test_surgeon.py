@@ -24,7 +24,7 @@ from tests.fuzz.steps import (
     reference,
     state_of,
 )
-from tests.surgery.properties import make
+from tests.surgery.properties import FEWEST, make
 
 RULES = sorted(gs.RULES)
 WITH_MEMORY = [name for name in RULES if "memory" in gs.RULES[name].roles]
@@ -72,7 +72,7 @@ def surgeons(draw):
         "optimizer": optimizer,
         "structure": draw(st.sampled_from([s for s in STRUCTURES if s != "user dict"])),
         "seed": draw(st.integers(0, 2**10)),
-        "size": draw(st.integers(1, 5)),
+        "size": draw(st.integers(FEWEST.get(name, 1), 5)),
         "tasks": rows == "captured" and draw(st.booleans()),
         "memory": draw(st.booleans()),
     }

@@ -27,7 +27,7 @@ RAISED, LOWERED = GradAscent(), SimNPO()
 
 def test_which_rules_take_a_forget_loss():
     assert set(RULES) - set(TAKEN) == {
-        "gem", "agem", "graddrop", "signagreement", "trimmedmean"
+        "gem", "agem", "graddrop", "signagreement", "trimmedmean", "krum"
     }  # fmt: skip
 
 

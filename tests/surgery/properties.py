@@ -9,7 +9,9 @@ from gradsurgery.surgery import Weighting
 OPTIONS = {
     "constant": lambda m: {"values": [1.0 + i for i in range(m)]},
     "gdrgma": lambda m: {"mix": 0.3},
+    "krum": lambda m: {"n_byzantine": int(m > 3)},
 }
+FEWEST = {"krum": 3}  # rows that a rule needs, where one is not enough
 
 
 def make(name, m=2, **options):

@@ -10,7 +10,15 @@ import gradsurgery as gs
 from gradsurgery import RULES
 from gradsurgery.surgery import Elementwise, Weighting
 from tests.inputs import CONFLICTS, gaussian, signed, vanishing
-from tests.surgery.properties import OPTIONS, least_cosine, make, relative, update_of, weighted
+from tests.surgery.properties import (
+    FEWEST,
+    OPTIONS,
+    least_cosine,
+    make,
+    relative,
+    update_of,
+    weighted,
+)
 
 WEIGHTED = [name for name in RULES if weighted(name)]
 CLAIMS = {
@@ -347,7 +355,7 @@ def test_scaled_rows_give_scaled_or_equal_updates(name, scale, impl):
 @pytest.mark.parametrize("family", CONFLICTS)
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_gives_finite_weights(name, family, impl):
-    for m, n in ((2, 9), (6, 4)):
+    for m, n in ((max(2, FEWEST.get(name, 2)), 9), (6, 4)):
         rows = CONFLICTS[family](m, n)
         assert make(name, m).weights(rows @ rows.mT).isfinite().all()
 
@@ -357,6 +365,10 @@ def test_one_row(name, impl):
     row, rule = torch.tensor([[3.0, 4.0]]).double(), make(name, 1)
     if "forget" in rule.roles or name in ("gem", "agem"):
         with pytest.raises(gs.InputError, match=r"selects . of 1 rows"):
+            rule(row)
+        return
+    if name in FEWEST:
+        with pytest.raises(gs.InputError, match=rf"needs {FEWEST[name]} rows or more .* got 1"):
             rule(row)
         return
     length = {"nashmtl": 1.0, "fairgrad": 5 ** (-1 / 3), "cagrad": 7.5}.get(name, 5.0)
@@ -606,7 +618,7 @@ def test_elementwise_rules_name_a_row_that_is_not_finite(name):
 def test_no_rows_at_all(name):
     if (RULES[name].roles and "memory" not in RULES[name].roles) or name in ("gem", "agem"):
         return
-    if name == "orthograd":
+    if name == "orthograd" or name in FEWEST:
         return
     assert make(name, 0)(torch.zeros(0, 5)).tolist() == [0] * 5
 
