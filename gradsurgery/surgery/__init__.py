@@ -32,6 +32,7 @@ from gradsurgery.surgery.munba import MUNBa
 from gradsurgery.surgery.nashmtl import NashMTL
 from gradsurgery.surgery.ngdiff import NGDiff
 from gradsurgery.surgery.orthograd import OrthoGrad
+from gradsurgery.surgery.pcd import PCD
 from gradsurgery.surgery.pcgrad import PCGrad
 from gradsurgery.surgery.rule import Rule, Solution, Weighting
 from gradsurgery.surgery.two import TwoDirections
@@ -41,8 +42,8 @@ RULES: dict[str, type[Rule]] = {
     rule.__name__.lower(): rule
     for rule in (
         OrthoGrad, PCGrad, GradVac, GradOPS, CAGrad, MGDA, NashMTL, IMTLG, AlignedMTL, UPGrad,
-        DualProj, FairGrad, ConFIG, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR, LTUHarmonize, Mean,
-        Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn, TrimmedMean, Krum,
+        DualProj, FairGrad, ConFIG, PCD, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR, LTUHarmonize,
+        Mean, Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn, TrimmedMean, Krum,
     )
 }  # fmt: skip
 
@@ -55,6 +56,7 @@ __all__ = [
     "IMTLG",
     "MGDA",
     "OWM",
+    "PCD",
     "RULES",
     "SAGO",
     "AlignedMTL",

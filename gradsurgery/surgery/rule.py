@@ -227,8 +227,9 @@ class Weighting(Rule):
         return Solution(weights, grams.sum(0))
 
     def _of_columns(self) -> str:
-        several = self.granularity != "model" and set(self._state) - {"draws", COLUMNS}
-        return "targets" if several else ""
+        if self.granularity == "model":
+            return ""
+        return ", ".join(sorted(set(self._state) - {"draws", COLUMNS}))
 
     @classmethod
     def options(cls) -> list[str]:
