@@ -7,6 +7,7 @@ A rule listed in `RULES` has a name on the command line, a row in docs/rules.md 
 from gradsurgery.surgery.alignedmtl import AlignedMTL
 from gradsurgery.surgery.blur import BLUR
 from gradsurgery.surgery.cagrad import CAGrad
+from gradsurgery.surgery.conicgrad import ConicGrad
 from gradsurgery.surgery.elementwise import (
     SAGO,
     Elementwise,
@@ -41,9 +42,10 @@ from gradsurgery.surgery.upgrad import DualProj, UPGrad
 RULES: dict[str, type[Rule]] = {
     rule.__name__.lower(): rule
     for rule in (
-        OrthoGrad, PCGrad, GradVac, GradOPS, CAGrad, MGDA, NashMTL, IMTLG, AlignedMTL, UPGrad,
-        DualProj, FairGrad, ConFIG, PCD, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR, LTUHarmonize,
-        Mean, Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn, TrimmedMean, Krum,
+        OrthoGrad, PCGrad, GradVac, GradOPS, CAGrad, ConicGrad, MGDA, NashMTL, IMTLG, AlignedMTL,
+        UPGrad, DualProj, FairGrad, ConFIG, PCD, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR,
+        LTUHarmonize, Mean, Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn,
+        TrimmedMean, Krum,
     )
 }  # fmt: skip
 
@@ -62,6 +64,7 @@ __all__ = [
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
+    "ConicGrad",
     "Constant",
     "DualProj",
     "Elementwise",

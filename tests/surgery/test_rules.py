@@ -476,7 +476,7 @@ def test_gradients_of_nothing_are_zero(name, impl):
     assert not gram.grad.any()
 
 
-@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "cagrad"])
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "cagrad", "conicgrad"])
 def test_no_gradient_rather_than_a_wrong_one(name, impl):
     rows = signed(gaussian(4, 9)).requires_grad_()
     with pytest.raises(gs.InputError, match="has no derivative here"):
