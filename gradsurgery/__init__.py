@@ -13,6 +13,7 @@ from gradsurgery.step import Surgeon
 from gradsurgery.surgery import (
     AGEM,
     BLUR,
+    CRMOGM,
     GDRGMA,
     GEM,
     GRU,
@@ -53,6 +54,7 @@ from gradsurgery.surgery import (
 __all__ = [
     "AGEM",
     "BLUR",
+    "CRMOGM",
     "GDRGMA",
     "GEM",
     "GRU",

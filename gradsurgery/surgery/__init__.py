@@ -8,6 +8,7 @@ from gradsurgery.surgery.alignedmtl import AlignedMTL
 from gradsurgery.surgery.blur import BLUR
 from gradsurgery.surgery.cagrad import CAGrad
 from gradsurgery.surgery.conicgrad import ConicGrad
+from gradsurgery.surgery.crmogm import CRMOGM
 from gradsurgery.surgery.elementwise import (
     SAGO,
     Elementwise,
@@ -45,13 +46,14 @@ RULES: dict[str, type[Rule]] = {
         OrthoGrad, PCGrad, GradVac, GradOPS, CAGrad, ConicGrad, MGDA, NashMTL, IMTLG, AlignedMTL,
         UPGrad, DualProj, FairGrad, ConFIG, PCD, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR,
         LTUHarmonize, Mean, Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn,
-        TrimmedMean, Krum,
+        TrimmedMean, Krum, CRMOGM,
     )
 }  # fmt: skip
 
 __all__ = [
     "AGEM",
     "BLUR",
+    "CRMOGM",
     "GDRGMA",
     "GEM",
     "GRU",

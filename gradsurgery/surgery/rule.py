@@ -362,10 +362,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def preference(given: Sequence[float] | None, gram: Tensor) -> Tensor:
+def preference(given: Sequence[float] | None, gram: Tensor, name: str = "preference") -> Tensor:
     """Weights [m] of the rows before surgery; the mean if none are given."""
     m = gram.shape[-1]
     if given is None:
         return torch.full((m,), 1 / max(m, 1), dtype=gram.dtype, device=gram.device)
-    check(len(given) == m, f"preference must have {m} entries, one per row, got {len(given)}")
+    check(len(given) == m, f"{name} must have {m} entries, one per row, got {len(given)}")
     return to_device(torch.tensor(list(given), dtype=gram.dtype, device="cpu"), gram.device)
