@@ -166,6 +166,9 @@ CALLS.update(
         "torchjd.GradDrop(x)": lambda x: theirs.GradDrop(x)(ROWS),
         "torchjd.TrimmedMean(x)": lambda x: theirs.TrimmedMean(x)(ROWS),
         "torchjd.TrimmedMean()(x)": lambda x: theirs.TrimmedMean(0)(x),
+        "torchjd.Krum(x)": lambda x: theirs.Krum(x)(ROWS),
+        "torchjd.PCD(x)": lambda x: theirs.PCD(x)(ROWS),
+        "torchjd.CRMOGMWeighting(x)": lambda x: theirs.CRMOGMWeighting(x),
         "torchjd.MGDAWeighting()(x)": lambda x: theirs.MGDAWeighting()(x),
     }
 )

@@ -26,8 +26,12 @@ RULES = {
     "Sum": ({}, 1e-12),
     "TrimmedMean": ({"trim_number": 1}, 1e-12),
     "Constant": ({"weights": torch.tensor([1.0, 2, 3, 4]).double()}, 1e-12),
+    "Krum": ({"n_byzantine": 0, "n_selected": 3}, 1e-12),
+    "PCD": ({}, 1e-7),
 }
-WEIGHTINGS = [n for n in dir(ours) if n.endswith("Weighting") and n != "Weighting"]
+# of other weightings
+WRAPPING = ["CRMOGMWeighting"]
+WEIGHTINGS = [n for n in dir(ours) if n.endswith("Weighting") and n not in ("Weighting", *WRAPPING)]
 RANDOM = {"PCGrad": {}, "GradVac": {}, "Random": {}, "GradDrop": {}}
 
 
@@ -158,7 +162,76 @@ def test_are_of_their_kinds():
     assert isinstance(ours.UPGrad(), theirs.GramianWeightedAggregator)
     assert isinstance(ours.UPGradWeighting(), theirs.Weighting)
     assert isinstance(ours.GradDrop(), theirs.Aggregator)
+    assert isinstance(ours.GradDrop(), ours.Aggregator)
+    for kind in ("Aggregator", "WeightedAggregator", "GramianWeightedAggregator"):
+        assert isinstance(ours.UPGrad(), getattr(ours, kind))
+        assert isinstance(ours.UPGrad(), getattr(theirs, kind))
+
+
+def test_has_all_their_names_but_those():
+    missing = {"ExcessMTL", "ExcessMTLWeighting", "MoDoWeighting", "SDMGradWeighting"}
+    assert set(theirs.__all__) - set(ours.__all__) == missing
     assert set(ours.__all__) <= set(theirs.__all__)
+    assert all(hasattr(ours, name) for name in ours.__all__)
+
+
+def test_krum_leaves_out_what_theirs_does():
+    for _ in range(5):
+        honest = (1 + 0.1 * gaussian(6, 9)).float()
+        matrix = torch.cat([honest, 50 * gaussian(2, 9).float()])
+        for n_selected in (1, 3, 6):
+            options = {"n_byzantine": 2, "n_selected": n_selected}
+            found, expected = (kind.Krum(**options)(matrix) for kind in (ours, theirs))
+            assert found.norm() < 4 and expected.norm() < 4
+            if n_selected == 6:  # all that are left
+                torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.02, 0.4])
+def test_pcd_goes_on_as_theirs(tau):
+    found, expected = (kind.PCD(tau=tau, beta=0.9) for kind in (ours, theirs))
+    for k in range(6):
+        matrix = signed(gaussian(4, 9))
+        if k == 3:
+            matrix[3] = -matrix[2]
+        torch.testing.assert_close(found(matrix), expected(matrix), rtol=1e-6, atol=1e-6)
+    found.reset(), expected.reset()
+    torch.testing.assert_close(found(matrix), expected(matrix), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["MeanWeighting", "IMTLGWeighting"])
+@pytest.mark.parametrize("given", [None, torch.tensor([0.1, 0.2, 0.3, 0.4]).double()])
+def test_crmogm_goes_on_as_theirs(name, given):
+    found, expected = (
+        kind.GramianWeightedAggregator(
+            kind.CRMOGMWeighting(getattr(kind, name)(), alpha=0.7, initial_weights=given)
+        )
+        for kind in (ours, theirs)
+    )
+    for _ in range(4):
+        matrix = signed(gaussian(4, 9)) + 0.4
+        torch.testing.assert_close(found(matrix), expected(matrix), rtol=1e-7, atol=1e-9)
+    found.gramian_weighting.reset(), expected.gramian_weighting.reset()
+    torch.testing.assert_close(found(matrix), expected(matrix), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_aggregators_of_any_weighting(dtype):
+    matrix = gaussian(4, 9).to(dtype)
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    for kind in (ours, theirs):
+        mean = ours.WeightedAggregator(kind.MeanWeighting())(matrix)
+        assert mean.dtype == dtype
+        torch.testing.assert_close(mean, matrix.mean(0), **tolerance)
+    smooth = ours.CRMOGMWeighting(ours.MeanWeighting())
+    torch.testing.assert_close(ours.WeightedAggregator(smooth)(matrix), matrix.mean(0), **tolerance)
+    made = ours.GramianWeightedAggregator(ours.UPGradWeighting())
+    assert torch.equal(made(matrix), ours.UPGrad()(matrix))
+    again = ours.GramianWeightedAggregator(ours.CRMOGMWeighting(ours.GradVacWeighting()))
+    again(matrix)
+    resumed = ours.GramianWeightedAggregator(ours.CRMOGMWeighting(ours.GradVacWeighting()))
+    resumed.load_state_dict(again.state_dict())
+    assert torch.equal(again(matrix), resumed(matrix))
 
 
 def test_state_is_saved_with_the_module():
@@ -191,6 +264,14 @@ def test_refuses_what_it_cannot_serve():
             lambda: ours.NashMTL(2, update_weights_every=2),
             "update_weights_every must be 1: every call is solved",
         ),
+        (lambda: ours.PCD(tau=torch.ones(2)), "tau must be a number, the same for all rows"),
+        (
+            lambda: ours.CRMOGMWeighting(theirs.MeanWeighting()),
+            "weighting must be one of this module, got MeanWeighting",
+        ),
+        (lambda: ours.WeightedAggregator(1), "weighting must be a Module, got int"),
+        (lambda: ours.GramianWeightedAggregator(len), "gramian_weighting must be a Module"),
+        (lambda: ours.KrumWeighting(0)(torch.eye(2)), "Krum needs 3 rows or more"),
     ):
         with pytest.raises(gs.InputError, match=message):
             call()

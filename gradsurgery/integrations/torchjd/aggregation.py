@@ -3,11 +3,12 @@
 Names, calls and results are theirs: an aggregator maps a matrix [m, n] to a vector [n], a weighting
 a Gramian [m, m] to weights [m], in its dtype and on its device; torchjd's own `jac_to_grad` takes
 them. What differs: results are those of the definitions, without the small constants that theirs
-add, so that no scale of the rows is lost, and a row with NaN raises. Arguments that only tune an
-approximation (projector, norm_eps, epsilon, max_iters, eps, optim_niter) are accepted and not
-needed; options are no attributes. Rules that draw take a seed from torch's global generator when
-they are made, and their state is in `state_dict()`. Not here: Krum, PCD, ExcessMTL, CRMOGM, MoDo,
-SDMGrad, and `scale_mode` other than "min".
+add, so that no scale of the rows is lost, and a row with NaN raises. Krum's distances are squared,
+as in its paper. Arguments that only tune an approximation (projector, norm_eps, epsilon, max_iters,
+eps, optim_niter) are accepted and not needed; options are no attributes. Rules that draw take a
+seed from torch's global generator when they are made, and their state is in `state_dict()`. Not
+here: ExcessMTL, which keeps a value for each of the matrix, MoDo, SDMGrad, a `tau` for each row,
+and `scale_mode` other than "min".
 """
 
 import inspect
@@ -24,19 +25,11 @@ from gradsurgery.ops._inputs import check, check_dense, check_values
 
 R = TypeVar("R", bound=surgery.Rule)
 
-# weights that no Gramian decides
-BLIND = (surgery.Mean, surgery.Sum, surgery.Constant, surgery.Random)
-
 
 class _Ruled(nn.Module, Generic[R]):
-    def __init__(self, rule: R) -> None:
-        super().__init__()
-        self.rule = rule
-        theirs = sys.modules.get("torchjd.aggregation")
-        if theirs is not None:  # to their code, these are of their kinds
-            theirs.Weighting.register(Weighting)
-            theirs.GramianWeightedAggregator.register(Aggregator)
-            theirs.Aggregator.register(Elementwise)
+    """What is made by a rule, and goes by its state."""
+
+    rule: R
 
     def reset(self) -> None:
         """Forgets what former calls left, and begins again with the first draws."""
@@ -53,46 +46,111 @@ class _Ruled(nn.Module, Generic[R]):
 
 
 class Weighting(_Ruled[surgery.Weighting]):
-    """A rule as a function of a Gramian [m, m]."""
+    """A rule as a function of a Gramian [m, m], or of any [m, n] if no Gramian decides it."""
+
+    def __init__(self, rule: surgery.Weighting) -> None:
+        super().__init__()
+        self.rule = rule
+        _introduce()
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         check_dense(gramian, "gramian")
         check(gramian.dim() == 2, f"gramian must be a matrix, got {list(gramian.shape)}")
-        return self.rule.weights(gramian).to(gramian.dtype)
+        m, n = gramian.shape
+        gram = _nothing(gramian) if m != n and _blind(self.rule) else gramian
+        return self.rule.weights(gram).to(gramian.dtype)
 
 
 class _OfMatrix(nn.Module):
     """A weighting as a function of a matrix [m, n]."""
 
-    def __init__(self, inner: Weighting) -> None:
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
     def forward(self, matrix: Tensor, /) -> Tensor:
-        m = len(matrix)
-        blind = isinstance(self.inner.rule, BLIND)
-        gram = matrix.new_zeros(m, m, dtype=torch.float64) if blind else gramian(matrix)
-        weights = self.inner(gram)
-        return weights.to(torch.float32 if matrix.dtype.itemsize == 2 else matrix.dtype)
+        blind = _blind(getattr(self.inner, "rule", None))
+        return _like(self.inner(_nothing(matrix) if blind else gramian(matrix)), matrix)
 
 
-class Aggregator(_Ruled[surgery.Weighting]):
+class Aggregator(nn.Module):
+    """A function of a matrix [m, n]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _introduce()
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        raise NotImplementedError
+
+
+class WeightedAggregator(Aggregator):
+    """The sum of a matrix's rows with weights that are a function of the matrix."""
+
+    def __init__(self, weighting: nn.Module) -> None:
+        super().__init__()
+        _check_module("weighting", weighting)
+        self.weighting = weighting
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        weights = self.weighting(_matrix(matrix))
+        return cast(Tensor, combine(matrix, _like(weights, matrix)))
+
+
+class GramianWeightedAggregator(WeightedAggregator):
+    """The sum of a matrix's rows with weights that are a function of their Gramian."""
+
+    def __init__(self, gramian_weighting: nn.Module) -> None:
+        _check_module("gramian_weighting", gramian_weighting)
+        super().__init__(_OfMatrix(gramian_weighting))
+        self.gramian_weighting = gramian_weighting
+
+
+class _Weighted(_Ruled[surgery.Weighting], GramianWeightedAggregator):
     """A rule as a function of a matrix [m, n]."""
 
     def __init__(self, rule: surgery.Weighting) -> None:
-        super().__init__(rule)
-        self.gramian_weighting = Weighting(rule)
-        self.weighting = _OfMatrix(self.gramian_weighting)
-
-    def forward(self, matrix: Tensor, /) -> Tensor:
-        return cast(Tensor, combine(matrix, self.weighting(_matrix(matrix))))
+        GramianWeightedAggregator.__init__(self, Weighting(rule))
+        self.rule = rule
 
 
-class Elementwise(_Ruled[surgery.Elementwise]):
+class _Elementwise(_Ruled[surgery.Elementwise], Aggregator):
     """A rule as a function of a matrix [m, n] that is no sum of its rows."""
+
+    def __init__(self, rule: surgery.Elementwise) -> None:
+        Aggregator.__init__(self)
+        self.rule = rule
 
     def forward(self, matrix: Tensor, /) -> Tensor:
         return self.rule(_matrix(matrix))
+
+
+def _introduce() -> None:
+    """To torchjd's code, if it is there, these are of its kinds."""
+    theirs = sys.modules.get("torchjd.aggregation")
+    if theirs is not None:
+        for kind in (Weighting, GramianWeightedAggregator, WeightedAggregator, Aggregator):
+            getattr(theirs, kind.__name__).register(kind)
+
+
+def _blind(rule: surgery.Rule | None) -> bool:
+    """Whether its weights are decided by no Gramian."""
+    if isinstance(rule, surgery.CRMOGM):
+        return _blind(rule.rule)
+    return isinstance(rule, (surgery.Mean, surgery.Sum, surgery.Constant, surgery.Random))
+
+
+def _nothing(matrix: Tensor) -> Tensor:
+    return matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+
+
+def _like(weights: Tensor, matrix: Tensor) -> Tensor:
+    """In a dtype that the rows of a matrix are summed with."""
+    return weights.to(torch.float32 if matrix.dtype.itemsize == 2 else matrix.dtype)
+
+
+def _check_module(name: str, value: object) -> None:
+    check(isinstance(value, nn.Module), f"{name} must be a Module, got {type(value).__name__}")
 
 
 def _matrix(matrix: Tensor) -> Tensor:
@@ -167,6 +225,24 @@ def _trimmedmean(trim_number: int) -> surgery.TrimmedMean:
     return surgery.TrimmedMean(trim=trim_number)
 
 
+def _krum(n_byzantine: int, n_selected: int = 1) -> surgery.Weighting:
+    return surgery.Krum(n_byzantine=n_byzantine, n_selected=n_selected)
+
+
+def _pcd(tau: float = 0.02, beta: float = 0.999, eps: float = 1e-8) -> surgery.Weighting:
+    check(not isinstance(tau, Tensor), "tau must be a number, the same for all rows")
+    return surgery.PCD(tau=tau, beta=beta)
+
+
+def _crmogm(
+    weighting: Weighting, alpha: float = 0.9, initial_weights: Tensor | None = None
+) -> surgery.Weighting:
+    name = type(weighting).__name__
+    check(isinstance(weighting, Weighting), f"weighting must be one of this module, got {name}")
+    initial = None if initial_weights is None else _list("initial_weights", initial_weights)
+    return surgery.CRMOGM(rule=weighting.rule, alpha=alpha, initial=initial)
+
+
 def _list(name: str, vector: Any) -> list[float]:
     check_values(vector, name)
     check(
@@ -193,33 +269,38 @@ def _kind(base: Any, name: str, make: Any) -> Any:
     return type(name, (base,), {"__init__": init, "__module__": __name__})
 
 
-AlignedMTL = _kind(Aggregator, "AlignedMTL", _alignedmtl)
-CAGrad = _kind(Aggregator, "CAGrad", _cagrad)
-ConFIG = _kind(Aggregator, "ConFIG", _config)
-Constant = _kind(Aggregator, "Constant", _constant)
-DualProj = _kind(Aggregator, "DualProj", _dualproj)
-FairGrad = _kind(Aggregator, "FairGrad", _fairgrad)
-GradDrop = _kind(Elementwise, "GradDrop", _graddrop)
-GradVac = _kind(Aggregator, "GradVac", _gradvac)
-IMTLG = _kind(Aggregator, "IMTLG", _imtlg)
-MGDA = _kind(Aggregator, "MGDA", _mgda)
-Mean = _kind(Aggregator, "Mean", surgery.Mean)
-NashMTL = _kind(Aggregator, "NashMTL", _nashmtl)
-PCGrad = _kind(Aggregator, "PCGrad", _pcgrad)
-Random = _kind(Aggregator, "Random", _random)
-Sum = _kind(Aggregator, "Sum", surgery.Sum)
-TrimmedMean = _kind(Elementwise, "TrimmedMean", _trimmedmean)
-UPGrad = _kind(Aggregator, "UPGrad", _upgrad)
+AlignedMTL = _kind(_Weighted, "AlignedMTL", _alignedmtl)
+CAGrad = _kind(_Weighted, "CAGrad", _cagrad)
+ConFIG = _kind(_Weighted, "ConFIG", _config)
+Constant = _kind(_Weighted, "Constant", _constant)
+DualProj = _kind(_Weighted, "DualProj", _dualproj)
+FairGrad = _kind(_Weighted, "FairGrad", _fairgrad)
+GradDrop = _kind(_Elementwise, "GradDrop", _graddrop)
+GradVac = _kind(_Weighted, "GradVac", _gradvac)
+IMTLG = _kind(_Weighted, "IMTLG", _imtlg)
+Krum = _kind(_Weighted, "Krum", _krum)
+MGDA = _kind(_Weighted, "MGDA", _mgda)
+Mean = _kind(_Weighted, "Mean", surgery.Mean)
+NashMTL = _kind(_Weighted, "NashMTL", _nashmtl)
+PCD = _kind(_Weighted, "PCD", _pcd)
+PCGrad = _kind(_Weighted, "PCGrad", _pcgrad)
+Random = _kind(_Weighted, "Random", _random)
+Sum = _kind(_Weighted, "Sum", surgery.Sum)
+TrimmedMean = _kind(_Elementwise, "TrimmedMean", _trimmedmean)
+UPGrad = _kind(_Weighted, "UPGrad", _upgrad)
 
 AlignedMTLWeighting = _kind(Weighting, "AlignedMTLWeighting", _alignedmtl)
 CAGradWeighting = _kind(Weighting, "CAGradWeighting", _cagrad)
+CRMOGMWeighting = _kind(Weighting, "CRMOGMWeighting", _crmogm)
 ConstantWeighting = _kind(Weighting, "ConstantWeighting", _constant)
 DualProjWeighting = _kind(Weighting, "DualProjWeighting", _dualproj)
 FairGradWeighting = _kind(Weighting, "FairGradWeighting", _fairgrad)
 GradVacWeighting = _kind(Weighting, "GradVacWeighting", _gradvac)
 IMTLGWeighting = _kind(Weighting, "IMTLGWeighting", _imtlg)
+KrumWeighting = _kind(Weighting, "KrumWeighting", _krum)
 MGDAWeighting = _kind(Weighting, "MGDAWeighting", _mgda)
 MeanWeighting = _kind(Weighting, "MeanWeighting", surgery.Mean)
+PCDWeighting = _kind(Weighting, "PCDWeighting", _pcd)
 PCGradWeighting = _kind(Weighting, "PCGradWeighting", _pcgrad)
 RandomWeighting = _kind(Weighting, "RandomWeighting", _random)
 SumWeighting = _kind(Weighting, "SumWeighting", surgery.Sum)
@@ -228,11 +309,13 @@ UPGradWeighting = _kind(Weighting, "UPGradWeighting", _upgrad)
 __all__ = [
     "IMTLG",
     "MGDA",
+    "PCD",
     "Aggregator",
     "AlignedMTL",
     "AlignedMTLWeighting",
     "CAGrad",
     "CAGradWeighting",
+    "CRMOGMWeighting",
     "ConFIG",
     "Constant",
     "ConstantWeighting",
@@ -243,11 +326,15 @@ __all__ = [
     "GradDrop",
     "GradVac",
     "GradVacWeighting",
+    "GramianWeightedAggregator",
     "IMTLGWeighting",
+    "Krum",
+    "KrumWeighting",
     "MGDAWeighting",
     "Mean",
     "MeanWeighting",
     "NashMTL",
+    "PCDWeighting",
     "PCGrad",
     "PCGradWeighting",
     "Random",
@@ -257,5 +344,6 @@ __all__ = [
     "TrimmedMean",
     "UPGrad",
     "UPGradWeighting",
+    "WeightedAggregator",
     "Weighting",
 ]
