@@ -190,13 +190,14 @@ def test_krum_leaves_out_what_theirs_does():
 @pytest.mark.parametrize("tau", [0.0, 0.02, 0.4])
 def test_pcd_goes_on_as_theirs(tau):
     found, expected = (kind.PCD(tau=tau, beta=0.9) for kind in (ours, theirs))
-    for k in range(6):
-        matrix = signed(gaussian(4, 9))
-        if k == 3:
-            matrix[3] = -matrix[2]
+    matrices = [signed(gaussian(4, 9)) for _ in range(6)]
+    matrices[3][3] = -matrices[3][2]
+    for matrix in matrices:
         torch.testing.assert_close(found(matrix), expected(matrix), rtol=1e-6, atol=1e-6)
-    found.reset(), expected.reset()
-    torch.testing.assert_close(found(matrix), expected(matrix), rtol=1e-6, atol=1e-6)
+    for each in (found, expected):
+        each.reset()
+    again = matrices[0]
+    torch.testing.assert_close(found(again), expected(again), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["MeanWeighting", "IMTLGWeighting"])
@@ -208,11 +209,13 @@ def test_crmogm_goes_on_as_theirs(name, given):
         )
         for kind in (ours, theirs)
     )
-    for _ in range(4):
-        matrix = signed(gaussian(4, 9)) + 0.4
+    matrices = [signed(gaussian(4, 9)) + 0.4 for _ in range(4)]
+    for matrix in matrices:
         torch.testing.assert_close(found(matrix), expected(matrix), rtol=1e-7, atol=1e-9)
-    found.gramian_weighting.reset(), expected.gramian_weighting.reset()
-    torch.testing.assert_close(found(matrix), expected(matrix), rtol=1e-7, atol=1e-9)
+    for each in (found, expected):
+        each.gramian_weighting.reset()
+    again = matrices[0]
+    torch.testing.assert_close(found(again), expected(again), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
