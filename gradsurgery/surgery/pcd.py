@@ -81,7 +81,7 @@ class PCD(Weighting):
         before = self._state.get("squares")
         if before is None or before.shape != seen.shape:
             before = torch.zeros_like(seen)
-        seen = self.beta * before.to(seen) + (1 - self.beta) * seen
+        seen = self.beta * before.to(seen) + seen
         self._state["squares"] = seen.detach()
         mean = seen[..., :-1] / seen[..., -1:]
         known = mean > 0
