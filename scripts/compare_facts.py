@@ -53,7 +53,7 @@ def unlearned(
     original: nn.Module, split: TextSplit, loss: str, rule: str, bar: float, config: SurgeryConfig
 ) -> End:
     model = copy.deepcopy(original)
-    options = update(config, {"loss": loss, "rule": rule, "steps": MOST})
+    options = update(config, {"forget_loss": loss, "rule": rule, "steps": MOST})
     trainer = SurgeryTrainer(
         model, JOB.objective, forget=split.forget, retain=split.retain, config=options, seed=1
     )

@@ -82,8 +82,8 @@ def language(rank):
         for layer in model.layers:
             fully_shard(layer)
         fully_shard(model)
-    options = {"rule": "gru", "loss": "npo", "steps": 3, "forget_batch": 3, "retain_batch": 4}
-    config = SurgeryTrainer.Config(lr=0.5, optimizer="sgd", **options)
+    options = {"rule": "gru", "forget_loss": "npo", "forget_batch": 3, "retain_batch": 4}
+    config = SurgeryTrainer.Config(steps=3, lr=0.5, optimizer="sgd", **options)
     sets = {"forget": texts(7, 1), "retain": texts(9, 2)}
     trainer = SurgeryTrainer(model, CausalLM(), **sets, config=config)
     return whole(trainer.run()), []

@@ -27,11 +27,12 @@ from gradsurgery.unlearn.jobs.base import (
     Variant,
 )
 from gradsurgery.unlearn.methods import METHODS
-from gradsurgery.unlearn.methods.surgery import SurgeryTrainer, values
+from gradsurgery.unlearn.methods.surgery import SurgeryTrainer
 from gradsurgery.unlearn.objectives.base import Batch, batch_size, take
 from gradsurgery.unlearn.objectives.causal_lm import CausalLM, trimmed
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.data import whole
+from gradsurgery.unlearn.training.forgetting import values
 from gradsurgery.unlearn.training.trainer import Probe
 
 LARGEST = 1e30  # a run's files hold no larger number
@@ -119,8 +120,8 @@ class LanguageConfig(JobConfig):
     def _pair(self, loss: str, rule: str) -> dict[str, Any]:
         moved, by = Named.of(loss, "loss"), Named.of(rule, "rule")
         return {
-            "loss": moved.name,
-            "loss_options": list(moved.options),
+            "forget_loss": moved.name,
+            "forget_loss_options": list(moved.options),
             "rule": by.name,
             "rule_options": list(by.options),
         }

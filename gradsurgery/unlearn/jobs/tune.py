@@ -26,6 +26,7 @@ from gradsurgery.unlearn.jobs.summary import common, gaps
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.training.config import update
 from gradsurgery.unlearn.training.described import BATCHES, Described, LogUniform, Space
+from gradsurgery.unlearn.training.forgetting import ASCENT
 from gradsurgery.unlearn.training.trainer import TrainerConfig
 
 SEEDS = (105, 106)
@@ -55,6 +56,8 @@ def space(method: str, task: str, config: TrainerConfig) -> Space:
     by_task = kind.space_by_task.get(task, {})
     own = kind.space or default_space(config)
     everything = {**COMMON, **(STOP if task == "random" else {}), **by_task, **own}
+    if getattr(config, "forget_loss", ASCENT) != ASCENT:  # no ceiling for what is lowered
+        del everything["forget_ceiling"]
     return {option: choices for option, choices in everything.items() if hasattr(config, option)}
 
 

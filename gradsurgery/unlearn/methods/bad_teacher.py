@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.unlearn.methods.retrain import reset_parameters
-from gradsurgery.unlearn.methods.scrub import divergence
-from gradsurgery.unlearn.objectives.base import Batch, batch_size, per_sample
+from gradsurgery.unlearn.objectives.base import Batch, batch_size, divergence, per_sample
 from gradsurgery.unlearn.training.described import PAIRED, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
 

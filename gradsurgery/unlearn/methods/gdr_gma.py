@@ -51,4 +51,5 @@ class GDRGMATrainer(SurgicalTrainer[GDRGMAConfig]):
     Config = GDRGMAConfig
 
     def make_rule(self) -> GDRGMA:
-        return GDRGMA(gamma=self.config.gamma, eps=self.config.eps)
+        config, objective = self.config, self.forget.objective
+        return GDRGMA(gamma=config.gamma, eps=config.eps, objective=objective)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from gradsurgery.unlearn.training.described import SURGERY, Space
-from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
+from gradsurgery.unlearn.training.forgetting import ForgetConfig, Forgetting
+from gradsurgery.unlearn.training.trainer import Record, finite, require
 
 
 @dataclass
-class GradDiffConfig(TrainerConfig):
+class GradDiffConfig(ForgetConfig):
     """Options of GradDiff."""
 
-    forget_batch: int = 64
     retain_batch: int = 64
     forget_weight: float = 1.0
     """gamma, at least 0."""
     retain_weight: float = 1.0
     """alpha, at least 0."""
-    forget_ceiling: float = math.inf
-    """A forget sample whose loss is above this (nats) no longer pushes; inf is plain ascent."""
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -31,7 +28,7 @@ class GradDiffConfig(TrainerConfig):
             require(finite(weight) and weight >= 0, option, "finite and at least 0", weight)
 
 
-class GradDiff(Trainer[GradDiffConfig]):
+class GradDiff(Forgetting[GradDiffConfig]):
     """A weighted difference of the two losses: conflicts between them are summed, not resolved.
 
     Continual Learning and Private Unlearning, Liu et al. 2022 (arXiv:2203.12817).
@@ -48,7 +45,7 @@ class GradDiff(Trainer[GradDiffConfig]):
 
     def gradients(self) -> Record:
         alpha, gamma = self.config.retain_weight, self.config.forget_weight
-        forget = self.accumulate(self.draw("forget"), self.capped_losses, -gamma)
+        forget = self.accumulate(self.draw("forget"), self.forget_losses, self.climb * gamma)
         retain = self.accumulate(self.draw("retain"), self.losses, alpha)
         return {
             "forget_loss_batch": forget.mean().item(),

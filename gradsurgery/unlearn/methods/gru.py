@@ -48,4 +48,4 @@ class GRUTrainer(SurgicalTrainer[GRUConfig]):
     Config = GRUConfig
 
     def make_rule(self) -> GRU:
-        return GRU(momentum=self.config.retain_momentum)
+        return GRU(momentum=self.config.retain_momentum, objective=self.forget.objective)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from gradsurgery.unlearn.training.described import CLIMB, LogUniform, Space
-from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig
+from gradsurgery.unlearn.training.forgetting import ForgetConfig, Forgetting
+from gradsurgery.unlearn.training.trainer import Record
 
 
 @dataclass
-class NegGradConfig(TrainerConfig):
+class NegGradConfig(ForgetConfig):
     """Options of NegGrad."""
 
     batch_norm: Literal["train", "eval"] = "eval"
     """eval: batch norm keeps its statistics, which would become those of forget samples alone."""
-    forget_batch: int = 64
-    forget_ceiling: float = math.inf
-    """A forget sample whose loss is above this (nats) no longer pushes; inf is plain ascent."""
 
 
-class NegGrad(Trainer[NegGradConfig]):
+class NegGrad(Forgetting[NegGradConfig]):
     """Gradient ascent on the forget set. Nothing holds the retain set: few steps, a low rate.
 
     Eternal Sunshine of the Spotless Net: Selective Forgetting in Deep Networks, Golatkar et al.
@@ -38,5 +35,5 @@ class NegGrad(Trainer[NegGradConfig]):
     draws = ("forget",)
 
     def gradients(self) -> Record:
-        losses = self.accumulate(self.draw("forget"), self.capped_losses, -1.0)
+        losses = self.accumulate(self.draw("forget"), self.forget_losses, self.climb)
         return {"forget_loss_batch": losses.mean().item()}

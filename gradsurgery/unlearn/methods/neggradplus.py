@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from gradsurgery.unlearn.training.described import SURGERY, Space
-from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, require
+from gradsurgery.unlearn.training.forgetting import ForgetConfig, Forgetting
+from gradsurgery.unlearn.training.trainer import Record, require
 
 
 @dataclass
-class NegGradPlusConfig(TrainerConfig):
+class NegGradPlusConfig(ForgetConfig):
     """Options of NegGradPlus."""
 
-    forget_batch: int = 64
     retain_batch: int = 64
     retain_weight: float = 0.9999
     """a, in [0, 1]: 1 is Finetune, 0 is NegGrad."""
-    forget_ceiling: float = math.inf
-    """A forget sample whose loss is above this (nats) no longer pushes; inf is plain ascent."""
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -27,7 +24,7 @@ class NegGradPlusConfig(TrainerConfig):
         require(0 <= weight <= 1, f"{name}.retain-weight", "in [0, 1]", weight)
 
 
-class NegGradPlus(Trainer[NegGradPlusConfig]):
+class NegGradPlus(Forgetting[NegGradPlusConfig]):
     """GradDiff with weights that sum to one: with a near 1 the ascent is a slight push, no more.
 
     The default a is that of the paper's larger problems; on its small ones it is 0.95. The ceiling
@@ -48,7 +45,7 @@ class NegGradPlus(Trainer[NegGradPlusConfig]):
 
     def gradients(self) -> Record:
         weight = self.config.retain_weight
-        forget = self.accumulate(self.draw("forget"), self.capped_losses, weight - 1)
+        forget = self.accumulate(self.draw("forget"), self.forget_losses, self.climb * (1 - weight))
         retain = self.accumulate(self.draw("retain"), self.losses, weight)
         return {
             "forget_loss_batch": forget.mean().item(),

@@ -70,6 +70,7 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
     def make_rule(self) -> OrthoGrad:
         return OrthoGrad(
             alpha=self.config.alpha,
+            objective=self.forget.objective,
             granularity=self.config.granularity,
             retain=self.config.retain,
             refine=self.config.refine,
@@ -90,7 +91,6 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
         with torch.random.fork_rng(devices=[]):  # a loader draws a seed for each pass
             passes = [whole(self.data[k], self.batches[k].size, self.device) for k in self.draws]
             batches = [next(samples) for samples in passes]
-        limited = self._limited(*batches)
         both = joined(*batches)
         parts = batches if both is None else [both]
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -100,6 +100,9 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
                 group["lr"] = 0.0
         surgeon = Surgeon(model, optimizers[0], self.rule, process_group=False)
 
+        def climb() -> None:
+            surgeon.step(**self.given(surgeon, *batches))
+
         def plain() -> None:
             optimizers[1].zero_grad()
             loss = torch.cat([self.losses(part, model) for part in parts]).mean()
@@ -108,7 +111,7 @@ class OrthoGradTrainer(SurgicalTrainer[OrthoGradConfig]):
             loss.item()
 
         steps = {
-            "orthograd": lambda: surgeon.step(**limited, loss=self._capped_loss),
+            "orthograd": climb,
             "plain": plain,
         }
         taken: dict[str, list[float]] = {name: [] for name in steps}

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from gradsurgery.unlearn.objectives.base import Batch, batch_size, per_sample
+from gradsurgery.unlearn.objectives.base import Batch, batch_size, divergence, per_sample
 from gradsurgery.unlearn.objectives.classification import label_losses
 from gradsurgery.unlearn.training.described import LogUniform, Space
 from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig, finite, require
@@ -118,17 +117,3 @@ class SCRUB(Trainer[SCRUBConfig]):
         apart = divergence(student.logits, teacher.logits, self.config.temperature)
         both = self.config.retain_weight * right + self.config.distill_weight * apart
         return per_sample(both, student.sample, batch_size(batch))
-
-
-NEVER = -1e4  # log of a probability that is zero in any dtype
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² KL(teacher || student), [B], of logits [B, C] divided by the temperature T.
-
-    The factor keeps gradients in size whatever T, as in distillation.
-    """
-    # a class masked by -inf in both has no share in it; -inf - (-inf) would be NaN
-    found = F.log_softmax(student / temperature, 1).clamp_min(NEVER)
-    wanted = F.log_softmax(teacher / temperature, 1).clamp_min(NEVER)
-    return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradsurgery.batch import map_batch, named_leaves, refilled
@@ -142,6 +143,20 @@ def per_sample(values: Tensor, sample: Tensor, size: int) -> Tensor:
     counts = torch.bincount(sample, minlength=size).clamp(min=1)
     means = totals / counts.to(wide).view(-1, *[1] * (values.dim() - 1))
     return means.to(values.dtype) if values.is_floating_point() else means
+
+
+NEVER = -1e4  # log of a probability that is zero in any dtype
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(teacher || student), [B], of logits [B, C] divided by the temperature T.
+
+    The factor keeps gradients in size whatever T, as in distillation.
+    """
+    # a class masked by -inf in both has no share in it; -inf - (-inf) would be NaN
+    found = F.log_softmax(student / temperature, 1).clamp_min(NEVER)
+    wanted = F.log_softmax(teacher / temperature, 1).clamp_min(NEVER)
+    return temperature**2 * F.kl_div(found, wanted, reduction="none", log_target=True).sum(1)
 
 
 def batch_size(batch: Batch, name: str = "batch") -> int:

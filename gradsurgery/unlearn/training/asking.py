@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
@@ -52,10 +51,6 @@ class Asking(Generic[C]):
         """Per-sample losses [B], in the precision asked for."""
         found = self._answer(self.objective.losses, batch, model)
         return per_sample_losses(found, batch_size(batch))
-
-    def capped_losses(self, batch: Batch) -> Tensor:
-        """Per-sample losses [B], no larger than the config's `forget_ceiling`."""
-        return self.losses(batch).clamp(max=getattr(self.config, "forget_ceiling", math.inf))
 
     def outputs(self, batch: Batch, model: nn.Module | None = None) -> Outputs:
         """The model's predictions [N, C] with their labels, in the precision asked for."""

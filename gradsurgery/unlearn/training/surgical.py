@@ -18,27 +18,25 @@ from gradsurgery.errors import CoupledSamplesError, InputError
 from gradsurgery.step import StepInfo
 from gradsurgery.surgery import Rule
 from gradsurgery.unlearn.objectives.base import Batch, batch_size
+from gradsurgery.unlearn.training.forgetting import ASCENT, ForgetConfig, Forgetting
 from gradsurgery.unlearn.training.shared import part_of
-from gradsurgery.unlearn.training.trainer import Record, Trainer, TrainerConfig
+from gradsurgery.unlearn.training.trainer import Record
 
 
 @dataclass
-class SurgicalConfig(TrainerConfig):
+class SurgicalConfig(ForgetConfig):
     """What every method needs that is a rule of surgery."""
 
     batch_norm: Literal["train", "eval"] = "eval"
     """eval: batch norm keeps its statistics, so that a sample's loss depends on it alone; train: an
     error where batch norm would mix samples of different rows."""
-    forget_batch: int = 64
     retain_batch: int = 64
-    forget_ceiling: float = math.inf
-    """A forget sample whose loss is above this (nats) no longer pushes; inf is plain ascent."""
 
 
 S = TypeVar("S", bound=SurgicalConfig)
 
 
-class SurgicalTrainer(Trainer[S]):
+class SurgicalTrainer(Forgetting[S]):
     """A method whose update is a rule's; subclasses set `Config` and write `make_rule`.
 
     The ceiling is no part of any rule: cross-entropy pushes hardest on the samples that are already
@@ -52,6 +50,7 @@ class SurgicalTrainer(Trainer[S]):
         """The rule, from the config's options."""
 
     def prepare(self) -> None:
+        super().prepare()
         self.rule = self.make_rule()
         self.surgeon: Surgeon | None = None  # needs the optimizer, which is made after this
 
@@ -71,10 +70,11 @@ class SurgicalTrainer(Trainer[S]):
 
     def operate(self, forget: Batch, retain: Batch) -> StepInfo:
         """The surgeon's update of two batches, of which each rank takes its part, in `.grad`."""
-        limited = self._limited(forget, retain)
-        mine: Any = {name: part_of(batch, self.ranks) for name, batch in limited.items()}
+        surgeon = self.made_surgeon()
+        surgeon.discard()
+        mine = [part_of(batch, self.ranks) for batch in (forget, retain)]
         try:
-            return self.made_surgeon().backward(**mine, loss=self._capped_loss)
+            return surgeon.backward(**self.given(surgeon, *mine))
         except CoupledSamplesError as error:
             if not error.modules:  # no batch norm: the config cannot help
                 raise
@@ -93,10 +93,12 @@ class SurgicalTrainer(Trainer[S]):
         return self.surgeon
 
     def extra_state(self) -> dict[str, Any]:
-        """What the rule remembers: nothing of most."""
-        return self.rule.state_dict()
+        """What the rule remembers too: nothing of most."""
+        return {**super().extra_state(), **self.rule.state_dict()}
 
     def check_extra_state(self, state: Mapping[str, Any]) -> None:
+        super().check_extra_state(state)
+        state = {name: value for name, value in state.items() if name not in self.originals()}
         rule, held = copy.deepcopy(self.rule), self.held()
         try:
             rule.load_state_dict(dict(state))
@@ -109,12 +111,38 @@ class SurgicalTrainer(Trainer[S]):
             raise InputError(f"state: extra.average is {got}, of parameters with {size} values")
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        self.rule.load_state_dict({name: value.to(self.device) for name, value in state.items()})
+        held = self.originals()
+        super().load_extra_state({k: v for k, v in state.items() if k in held})
+        remembered = {k: v.to(self.device) for k, v in state.items() if k not in held}
+        self.rule.load_state_dict(remembered)
 
-    def _limited(self, forget: Batch, retain: Batch) -> dict[str, Batch]:
-        """Both batches as a step takes them: a forget sample past the ceiling no longer pushes."""
+    def given(self, surgeon: Surgeon, forget: Batch | None, retain: Batch | None) -> dict[str, Any]:
+        """What a step is to be given of two batches, where it takes the task's own loss of both;
+        other losses are added to the surgeon now, each with its batch."""
+        if self.alike:
+            ceilings = {"forget": self.config.forget_ceiling, "retain": math.inf}
+            each = zip(ceilings.items(), (forget, retain), strict=True)
+            parts = {name: b if b is None else with_ceiling(b, top) for (name, top), b in each}
+            return {**parts, "loss": self._capped_loss}
+        # a rank may have none, but of a sharded model all ranks add
+        if forget is not None or self.shards is not None:
+            surgeon.add(forget=forget, loss=self._forget_loss)
+        if retain is not None or self.shards is not None:
+            surgeon.add(retain=retain, loss=self._retain_loss)
+        return {}
+
+    @property
+    def alike(self) -> bool:
+        """Whether one loss serves both batches, which may then share a pass."""
+        return self.config.forget_loss == ASCENT
+
+    def _forget_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        found = self._answer(self.forget.values, batch, model)
         ceiling = self.config.forget_ceiling
-        return {"forget": with_ceiling(forget, ceiling), "retain": with_ceiling(retain, math.inf)}
+        return found if ceiling == math.inf else torch.clamp(found, max=ceiling)
+
+    def _retain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self._answer(self.objective.losses, batch, model)
 
     def _capped_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return torch.minimum(self.losses(batch["samples"], model), batch["ceiling"])

@@ -91,7 +91,7 @@ def test_pairs_are_losses_times_rules_with_their_options():
     names = [variant.name for variant in asked.variants]
     assert len(names) == 8 and names[1] == "surgery+npo:beta=0.3 with orthograd:alpha=0.2"
     changed = update(asked, {"surgery": asked.variants[1].changes}).surgery
-    assert (changed.loss, changed.loss_options) == ("npo", ("beta=0.3",))
+    assert (changed.forget_loss, changed.forget_loss_options) == ("npo", ("beta=0.3",))
     assert (changed.rule, changed.rule_options) == ("orthograd", ("alpha=0.2",))
 
 

@@ -79,7 +79,8 @@ def test_a_loss_with_a_rule_is_the_surgeon_s_step(retain_loss, rule):
     model = tiny.made()
     other, original = copy.deepcopy(model), copy.deepcopy(model)
     given = sets(extra=1)
-    named = {"loss": "npo", "loss_options": ("beta=0.3",), "retain_loss": retain_loss, "rule": rule}
+    named = {"forget_loss": "npo", "retain_loss": retain_loss, "rule": rule}
+    named["forget_loss_options"] = ("beta=0.3",)
     if rule == "orthograd":
         named["rule_options"] = ("alpha=0.25",)
     config = SurgeryTrainer.Config(steps=3, optimizer="sgd", lr=0.05, **named)
@@ -102,7 +103,7 @@ def test_a_loss_with_a_rule_is_the_surgeon_s_step(retain_loss, rule):
 
 @pytest.mark.parametrize(("loss", "retain"), [("npo", "own"), ("simnpo", "kl"), ("undial", "nll")])
 def test_a_run_goes_on_with_the_original_that_it_began_with(loss, retain):
-    options = {"rule": "sum", "loss": loss, "retain_loss": retain, "steps": 4}
+    options = {"rule": "sum", "forget_loss": loss, "retain_loss": retain, "steps": 4}
     given, config = sets(), SurgeryTrainer.Config(**options)
     whole, model = tiny.made(), tiny.made()
     SurgeryTrainer(whole, TASK, config=config, **given).run()
@@ -135,7 +136,7 @@ def test_a_raised_loss_goes_up_and_a_ceiling_bounds_it():
             optimizer="sgd",
             lr=0.01,
             rule="gru",
-            loss="grad_ascent",
+            forget_loss="grad_ascent",
             forget_ceiling=ceiling,
         )
         SurgeryTrainer(model, TASK, config=config, **given).run()
@@ -153,10 +154,20 @@ def test_a_raised_loss_goes_up_and_a_ceiling_bounds_it():
             {"rule_options": ("alpha",)},
             "rule-options must be NAME=VALUE, .*, got alpha",
         ),
-        ({"loss_options": ("a=1", "a=2")}, "loss-options must be NAME=VALUE, each name once"),
-        ({"loss": "nqo"}, "there is no forget loss 'nqo'"),
-        ({"loss": "npo", "loss_options": ("beta=-1",)}, "beta of NPO must be positive"),
-        ({"loss": "npo", "forget_ceiling": 2.0}, "forget_ceiling is for losses that are raised"),
+        (
+            {"forget_loss_options": ("a=1", "a=2")},
+            "loss-options must be NAME=VALUE, each name once",
+        ),
+        ({"forget_loss_options": ("a=1",)}, "forget-loss-options: ascent has none, got .*a=1"),
+        ({"forget_loss": "nqo"}, "there is no forget loss 'nqo'"),
+        (
+            {"forget_loss": "npo", "forget_loss_options": ("beta=-1",)},
+            "beta of NPO must be positive",
+        ),
+        (
+            {"forget_loss": "npo", "forget_ceiling": 2.0},
+            "forget_ceiling is for losses that are raised",
+        ),
         ({"retain_loss": "nlp"}, "there is no retain loss 'nlp'"),
     ],
 )
@@ -170,7 +181,7 @@ def test_classifiers_have_their_own_loss_alone():
     batch = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     given = {"forget": take(batch, slice(0, 2)), "retain": take(batch, slice(2, 4))}
     for options, lacks in (
-        ({"loss": "npo"}, "forget_loss"),
+        ({"forget_loss": "npo"}, "forget_loss"),
         ({"retain_loss": "kl"}, "retain_loss"),
     ):
         config = SurgeryTrainer.Config(**options)
