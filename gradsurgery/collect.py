@@ -18,7 +18,7 @@ from gradsurgery.ranks.tensor import TensorJacobian
 from gradsurgery.spread import local
 from gradsurgery.surgery import Rule
 
-ROLES = ("forget", "retain", "batch", "memory")  # the order of their rows
+ROLES = ("forget", "retain", "batch", "second", "memory")  # the order of their rows
 
 Stored = FactoredJacobian | DenseJacobian
 

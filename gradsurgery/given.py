@@ -102,7 +102,8 @@ def batches(rule: Rule, **parts: Any) -> list[dict[str, Any]]:
     """
     given = {part: micro_batches(batch) for part, batch in parts.items() if batch is not None}
     name, roles = type(rule).__name__, rule.roles
-    check("memory" in roles or "memory" not in given, f"{name} has no memory rows")
+    for role in ("second", "memory"):
+        check(role in roles or role not in given, f"{name} has no {role} rows")
     if "forget" in roles:
         check("batch" not in given, f"{takes(rule)}, got {list(given)}")
     else:

@@ -201,7 +201,7 @@ class Passes:
         self, parts: dict[str, Any], whole: Any, sizes: dict[str, int], cut: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Losses, [B] or [B, tasks], and weights [B] of the samples in means, if there are any."""
-        size, several = sum(sizes.values()), set(parts) <= {"batch", "memory"}
+        size, several = sum(sizes.values()), set(parts) <= {"batch", "second", "memory"}
         before = collectives()
         losses: Any = self.loss(self.model, whole)
         if collectives() != before:

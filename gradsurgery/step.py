@@ -182,22 +182,22 @@ class Surgeon:
         forget: Any = None,
         retain: Any = None,
         batch: Any = None,
+        second: Any = None,
         memory: Any = None,
     ) -> None:
         """Take the rows of a micro-batch, any number of times before `backward`.
 
-        Sizes, and lengths of samples, may differ from one time to the next. `forget`, `retain` and
-        `memory` may come together or by turns. Means, as that of the forget loss, are over all
-        samples added, or over their tokens where the loss returns `gs.WeightedLosses`. The losses
-        of a sample must not depend on the others of its micro-batch, nor on how many there are.
+        Sizes, and lengths of samples, may differ from one time to the next. Batches of several
+        names may come together or by turns. Means, as that of the forget loss, are over all samples
+        added, or over their tokens where the loss returns `gs.WeightedLosses`. The losses of a
+        sample must not depend on the others of its micro-batch, nor on how many there are.
 
         Arguments and errors are those of `step`. What raises leaves the rows added before. A rank
         of a sharded model gives no batch where it has none and others do.
         """
         with self._all.agreed("add", wait=False):
-            batches = given.batches(
-                self.rule, forget=forget, retain=retain, batch=batch, memory=memory
-            )
+            parts = {"forget": forget, "retain": retain, "batch": batch}
+            batches = given.batches(self.rule, **parts, second=second, memory=memory)
             columns = self._looked_up()
             undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
@@ -214,6 +214,7 @@ class Surgeon:
         forget: Any = None,
         retain: Any = None,
         batch: Any = None,
+        second: Any = None,
         memory: Any = None,
     ) -> StepInfo:
         """Leave the update of all rows added, and of batches, in `.grad`, added to what is there.
@@ -225,7 +226,7 @@ class Surgeon:
 
         Args:
             scale: what the update is multiplied by, besides the scaler's scale.
-            loss, forget, retain, batch, memory: as for `step`.
+            loss, forget, retain, batch, second, memory: as for `step`.
 
         Raises:
             InputError: as for `step`; there are not all rows that the rule needs; parameters were
@@ -233,7 +234,8 @@ class Surgeon:
             NonFiniteError: as for `step`.
         """
         start = time.perf_counter()
-        parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
+        parts = {"forget": forget, "retain": retain, "batch": batch}
+        parts |= {"second": second, "memory": memory}
         with self._all.agreed("backward", wait=False), self._rows_used_up():
             undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:
@@ -270,6 +272,7 @@ class Surgeon:
         forget: Any = None,
         retain: Any = None,
         batch: Any = None,
+        second: Any = None,
         memory: Any = None,
     ) -> StepInfo:
         """One optimizer step along the rule's update: `add`, `backward` and `optimizer.step()`.
@@ -287,12 +290,14 @@ class Surgeon:
 
         Args:
             loss: (model, batch) -> per-sample losses [B], those that training lowers, or
-                `gs.WeightedLosses`; for `batch` and its `memory` also [B, T], a column for each of
-                T tasks, and then a row is the mean of a task and not one sample's (captured rows
-                only). [B, 1] is neither.
+                `gs.WeightedLosses`; for `batch`, `second` and `memory` also [B, T], a column for
+                each of T tasks, and then a row is the mean of a task and not one sample's (captured
+                rows only). [B, 1] is neither.
             forget: its mean loss is unlearned.
             retain: its samples are protected, each, or in the mean, as the rule says.
             batch: one row for each sample or task.
+            second: another batch of the same tasks, drawn apart, for rules that compare both
+                (MoDo, SDMGrad).
             memory: samples, or tasks on them, not to be opposed, one row each, for rules with
                 memory rows (OrthoGrad, UPGrad, DualProj, GEM, AGEM).
 
@@ -305,7 +310,8 @@ class Surgeon:
             NonFiniteError: a row that is not finite, or an update that overflows its dtype.
         """
         start = time.perf_counter()
-        parts = {"forget": forget, "retain": retain, "batch": batch, "memory": memory}
+        parts = {"forget": forget, "retain": retain, "batch": batch}
+        parts |= {"second": second, "memory": memory}
         with self._all.agreed("step", wait=False), self._rows_used_up():
             undo = Undo(self._module, self.optimizer, self.rule)
             with undo, undo:

@@ -20,8 +20,9 @@ def solve(
 ) -> tuple[Solution, Tensor | list[Tensor]]:
     """What the rule says of the rows, and the update: weights, or a tensor per parameter."""
     jacobian, given = rows.jacobian, {}
-    if "memory" in rows.counts:
-        given["memory"] = slice(jacobian.m - rows.counts["memory"], None)
+    for role in ("second", "memory"):  # no rule has both
+        if role in rows.counts:
+            given[role] = slice(jacobian.m - rows.counts[role], None)
     if "retain_loss" in rule.roles:
         given["retain_loss"] = rows.means["retain"]
     weighting = rule.weighting

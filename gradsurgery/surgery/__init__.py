@@ -30,6 +30,7 @@ from gradsurgery.surgery.inputs import OWM, InputProjection, NullSpace
 from gradsurgery.surgery.krum import Krum
 from gradsurgery.surgery.ltu import LTUHarmonize
 from gradsurgery.surgery.mgda import MGDA
+from gradsurgery.surgery.modo import MoDo
 from gradsurgery.surgery.munba import MUNBa
 from gradsurgery.surgery.nashmtl import NashMTL
 from gradsurgery.surgery.ngdiff import NGDiff
@@ -37,6 +38,7 @@ from gradsurgery.surgery.orthograd import OrthoGrad
 from gradsurgery.surgery.pcd import PCD
 from gradsurgery.surgery.pcgrad import PCGrad
 from gradsurgery.surgery.rule import Rule, Solution, Weighting
+from gradsurgery.surgery.sdmgrad import SDMGrad
 from gradsurgery.surgery.two import TwoDirections
 from gradsurgery.surgery.upgrad import DualProj, UPGrad
 
@@ -45,8 +47,8 @@ RULES: dict[str, type[Rule]] = {
     for rule in (
         OrthoGrad, PCGrad, GradVac, GradOPS, CAGrad, ConicGrad, MGDA, NashMTL, IMTLG, AlignedMTL,
         UPGrad, DualProj, FairGrad, ConFIG, PCD, GEM, AGEM, GDRGMA, MUNBa, NGDiff, GRU, BLUR,
-        LTUHarmonize, Mean, Sum, Constant, Random, GradDrop, SAGO, SignAgreement, SalUn,
-        TrimmedMean, Krum, CRMOGM,
+        LTUHarmonize, MoDo, SDMGrad, Mean, Sum, Constant, Random, GradDrop, SAGO, SignAgreement,
+        SalUn, TrimmedMean, Krum, CRMOGM,
     )
 }  # fmt: skip
 
@@ -80,6 +82,7 @@ __all__ = [
     "LTUHarmonize",
     "MUNBa",
     "Mean",
+    "MoDo",
     "NGDiff",
     "NashMTL",
     "NullSpace",
@@ -87,6 +90,7 @@ __all__ = [
     "PCGrad",
     "Random",
     "Rule",
+    "SDMGrad",
     "SalUn",
     "SignAgreement",
     "Solution",

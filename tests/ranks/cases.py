@@ -17,6 +17,7 @@ RULES = {
     "UPGrad": gs.UPGrad,
     "PCGrad": gs.PCGrad,
     "GradDrop": gs.GradDrop,
+    "MoDo": gs.MoDo,
 }
 # of each number of ranks, samples of the forget batch and of the other on each
 SHARES = {
@@ -71,6 +72,8 @@ def batches(rule, sizes, step, rank=None, tokens=7):
         whole = {"forget": (forget, 10 * step), "retain": (other, 10 * step + 1)}
     else:
         whole = {"batch": (other, 10 * step + 1)}
+    if "second" in rule.roles:
+        whole["second"] = other, 10 * step + 2
     made = {part: (data(sum(each), seed, tokens), each) for part, (each, seed) in whole.items()}
     if rank is None:
         return {part: batch for part, (batch, _) in made.items()}
