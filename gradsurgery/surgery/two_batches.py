@@ -47,6 +47,9 @@ class TwoBatches(Weighting):
         self._state["weights"] = moved.detach()
         return weights @ pick.mean(0).mT
 
+    def _of_columns(self) -> str:
+        return super()._of_columns() and "weights"
+
     def _moved(self, cross: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """From K [..., m, m] and w [..., m]: what is kept as w, and the weights of the update."""
         raise NotImplementedError

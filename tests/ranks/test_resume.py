@@ -19,6 +19,7 @@ RULES = {
     "GradVac, tensor": lambda: gs.GradVac(granularity="tensor"),
     "GradDrop": gs.GradDrop,
     "GRU": gs.GRU,
+    "MoDo": gs.MoDo,
     "OrthoGrad": gs.OrthoGrad,  # which remembers nothing
 }
 # of a parameter of one value cosines are 1 or -1, and turning rows by these loses digits

@@ -52,11 +52,10 @@ class ForgetConfig(TrainerConfig):
 
     def check(self, name: str) -> None:
         super().check(name)
-        given = values(self.forget_loss_options, f"--{name}.forget-loss-options")
+        option, given = f"--{name}.forget-loss-options", self.forget_loss_options
+        values(given, option)
         if given and self.forget_loss in (ASCENT, *BOUNDED):
-            raise InputError(
-                f"--{name}.forget-loss-options: {self.forget_loss} has none, got {show(given)}"
-            )
+            raise InputError(f"{option}: {self.forget_loss} has none, got {show(given[0], 80)}")
 
 
 F = TypeVar("F", bound=ForgetConfig)
