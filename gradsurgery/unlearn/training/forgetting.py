@@ -64,8 +64,9 @@ F = TypeVar("F", bound=ForgetConfig)
 class Forgetting(Trainer[F]):
     """A method that moves a forget loss.
 
-    The paper of the bounded losses leaves open here how outputs on held-out samples become one
-    distribution; inferred: their mean, of the original, in evaluation mode.
+    Of the bounded losses two things are inferred: the direction of the divergence, the one in which
+    it is bounded; and how outputs on held-out samples become one distribution, their mean, of the
+    original in evaluation mode.
 
     Multi-Objective Reference-Aligned Machine Unlearning, Khosrowshahli et al. 2026
     (arXiv:2606.00399).

@@ -247,6 +247,14 @@ def test_a_state_of_another_loss_is_named(name, problem):
     assert torch.equal(own.forget.original.log, before)
 
 
+def test_seconds_of_a_step_are_measured_aside(problem):
+    start = copy.deepcopy(problem.model.state_dict())
+    trainer = make("orthograd", problem, "held_out", size=5)
+    seconds = trainer.step_seconds()
+    assert seconds.keys() == {"orthograd", "plain"} and min(seconds.values()) > 0
+    assert same(problem.model.state_dict().values(), start.values())
+
+
 # -- data, tasks, options
 
 
