@@ -50,8 +50,8 @@ def step_by_hand(problem, trainer, config):
     state = trainer.generator.get_state()
     forget, retain = (next(copy.copy(trainer.batches[kind])) for kind in ("forget", "retain"))
     sets = trainer._split(retain)
-    if config.support == "forget" and config.tune_loss == "random_label":
-        relabeled = trainer.relabel(forget)
+    tries_labels = config.support == "forget" and config.tune_loss == "random_label"
+    relabeled = trainer.relabel(forget) if tries_labels else forget
     order = torch.randperm(config.models, generator=trainer.generator)
     trainer.generator.set_state(state)
 
@@ -74,10 +74,8 @@ def step_by_hand(problem, trainer, config):
     if config.support == "retain":
         remembering = label_loss(sets[0]), mean([label_loss(each) for each in sets[1:]])
     else:
-        tried = {"membership": verdict(slice(None))}
-        if config.tune_loss == "random_label":
-            tried["random_label"] = label_loss(relabeled)
-        remembering = tried[config.tune_loss], mean([label_loss(each) for each in sets])
+        tried = label_loss(relabeled) if tries_labels else verdict(slice(None))
+        remembering = tried, mean([label_loss(each) for each in sets])
     found = []
     for tune, test in (forgetting, remembering):
         g = gradients(problem, tune)
