@@ -33,14 +33,12 @@ ALL = {
     "retrain": Retrain,
     "orthograd held_out": METHODS["orthograd"],
     "graddiff held_out": METHODS["graddiff"],
-    "gru uniform": METHODS["gru"],
 }
 # options of every method, and how many samples a batch has: some give a rank less, or nothing
 SIZES = {"uneven": {"forget": 5, "retain": 7}, "one": {"forget": 1, "retain": 3}}
 METHOD = {
     "orthograd held_out": {"forget_loss": "held_out"},
     "graddiff held_out": {"forget_loss": "held_out"},
-    "gru uniform": {"forget_loss": "uniform"},
     "surgery": {"rule": "orthograd", "rule_options": ("alpha=0.3",)},
     "ssd": {"alpha": 0.8},  # by which some weights are dampened
     "ltu": {"model_steps": 5, "refresh": 3},
