@@ -132,7 +132,8 @@ def _ablation(summary: Summary, method: str) -> Iterator[str]:
     has = [label for label, of, _ in ABLATIONS if of == method and label not in changed]
     base = stage_name(method, ABLATED)
     renamed = stage_name(method, ABLATED, f"as it is: {', '.join(has)}" if has else "as it is")
-    some = {renamed if name == base else name: columns[name] for name in names}
+    some = {name: columns[name] for name in columns if name in TRAINED}
+    some |= {renamed if name == base else name: columns[name] for name in names}
     yield f"### Choices within {title(method)}, with {percent(ABLATED)} of the retain set"
     yield ""
     yield from _table({**summary, "columns": some, "column_seeds": {}}, ABLATED)

@@ -21,6 +21,7 @@ def tiny(task="class", method=FAST, **changes):
             "task": task,
             "method": list(method),
             "seeds": 1,
+            "second_retrain": False,
             "probe_every": 3,
             "training": {"steps": 12},
             **few,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
-from gradsurgery.unlearn.jobs.stages import TRAINED, stage_name
+from gradsurgery.unlearn.jobs.stages import NEEDED, TRAINED, stage_name
 from gradsurgery.unlearn.jobs.yaml import read_yaml
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
@@ -76,6 +76,9 @@ class JobConfig(MethodOptions):
     shadows: int = 0
     """Shadow models of U-LiRA, an attack on every sample: so many originals, retrained and, of each
     method, unlearned models more for every seed. 0: no such attack; a few do."""
+    second_retrain: bool = False
+    """Train Retrain once more for every seed, from other weights and in another order of the data.
+    The gap between the two is what chance alone makes: gaps are told in units of it too."""
     threads: int = 1
     """CPU threads of torch; a small model gains little from more, and on a busy machine they cost a
     lot. Another number can change the last bits of every result."""
@@ -235,7 +238,7 @@ class Job(ABC, Generic[C, S]):
     alike: ClassVar[dict[str, str]] = {}
     """Tasks that methods' spaces and `tuned` know by another one's name."""
     metrics: ClassVar[tuple[Metric, ...]]
-    makes: ClassVar[tuple[str, ...]] = TRAINED
+    makes: ClassVar[tuple[str, ...]] = NEEDED
     """Of "original" and "retrain", those that every run makes, and so knows the cost of."""
     described: ClassVar[tuple[str, ...]] = ()
     """Names of its `facts`, without which `texts` cannot be written."""
@@ -291,8 +294,8 @@ class Job(ABC, Generic[C, S]):
 
     def trained(self, config: C) -> tuple[str, ...]:
         """The models that are there before any method runs: "original" and, unless there is none
-        to compare with, "retrain"."""
-        return TRAINED
+        to compare with, "retrain", and a second one where it is asked for."""
+        return TRAINED if config.second_retrain else NEEDED
 
     def standing(self, config: C, name: str, seed: int) -> nn.Module | None:
         """One of those models where it stands in the user's files, so that none is trained and the

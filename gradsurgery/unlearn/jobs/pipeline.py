@@ -20,7 +20,7 @@ from gradsurgery.unlearn.jobs import shadows
 from gradsurgery.unlearn.jobs.base import Job, JobConfig, Split, Summary, Variant
 from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage, fingerprint
 from gradsurgery.unlearn.jobs.progress import Progress
-from gradsurgery.unlearn.jobs.stages import TRAINED, parts
+from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, parts
 from gradsurgery.unlearn.jobs.summary import summarize
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.orthograd import OrthoGradTrainer
@@ -44,6 +44,12 @@ def reproducible(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+
+
+def drawn_by(seed: int, name: str) -> Stage:
+    """Seed and name that a stage's weights and order of the data are drawn by: the second Retrain
+    is the retrained model of the first shadow."""
+    return (derived(seed, "shadow", 0), "retrain") if name == AGAIN else (seed, name)
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class Run:
         self, split: Split, seed: int, name: str, model: nn.Module, probed: bool = True
     ) -> Trainer:
         """Of one stage; all unlearning methods of a seed see the same order of data."""
+        seed, name = drawn_by(seed, name)
         training = name in TRAINED
         method, _, fraction = parts(name)
         kind: type[Trainer] = Retrain if training else METHODS[method]
@@ -152,6 +159,7 @@ class Run:
 
     def fresh(self, seed: int, name: str) -> nn.Module:
         """The model that a stage's training begins with."""
+        seed, name = drawn_by(seed, name)
         return self.job.model(self.config, derived(seed, name, "weights"))
 
     def standing(self, stage: Stage) -> nn.Module | None:

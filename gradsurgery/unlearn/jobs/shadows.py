@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradsurgery.errors import TrainingError
 from gradsurgery.unlearn.jobs.base import Split
 from gradsurgery.unlearn.jobs.directory import Stage
-from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED
 from gradsurgery.unlearn.metrics.ulira import u_lira
 from gradsurgery.unlearn.training.seeds import derived
 
@@ -58,6 +58,8 @@ def _confidences(run: Run, split: Split, stage: Stage, k: int) -> Tensor:
 
 def _model(run: Run, split: Split, stage: Stage, k: int) -> nn.Module:
     seed, name = stage
+    if name == "retrain" and k == 0 and AGAIN in run.job.trained(run.config):
+        return run.stored((seed, AGAIN))  # it is the same model
     model = run.fresh(derived(seed, "shadow", k), name)
     if name not in TRAINED:
         original = f"shadows/seed{seed}-original-{k}.safetensors"

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-TRAINED = ("original", "retrain")  # what methods start from, and what they are compared with
+NEEDED = ("original", "retrain")  # what methods start from, and what they are compared with
+# another Retrain, of other weights and another order of the data: how far apart two of them lie
+AGAIN = "retrain+other seed"
+TRAINED = (*NEEDED, AGAIN)  # no method made these
 
 
 def trained(columns: Collection[str]) -> list[str]:

@@ -21,7 +21,7 @@ from torch import nn
 from gradsurgery.errors import InputError, TrainingError
 from gradsurgery.unlearn.jobs.base import JobConfig, Measured, Split, Variant
 from gradsurgery.unlearn.jobs.pipeline import Run, reproducible
-from gradsurgery.unlearn.jobs.stages import TRAINED
+from gradsurgery.unlearn.jobs.stages import NEEDED
 from gradsurgery.unlearn.jobs.summary import common, gaps
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.training.config import update
@@ -175,7 +175,7 @@ def prepare(run: Run, seeds: Sequence[int]) -> Ready:
     for seed in seeds:
         split = job.split(run.config, seed)
         models: dict[str, nn.Module] = {}
-        for name in TRAINED:
+        for name in NEEDED:
             file = f"tuning/seed{seed}-{name}.safetensors"
             found = run.standing((seed, name))
             model = models[name] = run.fresh(seed, name) if found is None else found

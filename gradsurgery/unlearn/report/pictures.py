@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any, Literal, NamedTuple
 
-from gradsurgery.unlearn.jobs.stages import TRAINED, parts
+from gradsurgery.unlearn.jobs.stages import NEEDED, TRAINED, parts
 from gradsurgery.unlearn.report import plots
 from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.plots import Records
@@ -98,7 +98,7 @@ def of_steps(
     which = f"the {len(best)} closest to Retrain" if compared(summary) else f"the first {len(best)}"
     bold = f" Bold: {which}." if len(names) > len(best) else ""
     # models that were given took no steps, and are at no place of a path
-    absent = "" if {name for _, name in steps} >= set(TRAINED) else MARKS
+    absent = "" if {name for _, name in steps} >= set(NEEDED) else MARKS
     known = {key for lines in steps.values() for line in lines for key in line}
     galleries = [
         Gallery(
@@ -161,7 +161,8 @@ def sweep(summary: Summary) -> Gallery | None:
     drawn = picture(
         plots.sweep(summary, order, BEST),
         "Mean gap to Retrain, which has the whole retain set, the lower the better; bars: "
-        f"standard error over seeds, of the {BEST} best on average. Gaps under "
+        f"standard error over seeds, of the {BEST} best on average; across: doing nothing and "
+        "a second Retrain, where there is one. Gaps under "
         f"{plots.LEAST_GAP} points are drawn there.",
     )
     return Gallery("With fewer samples to keep", [drawn], "one")

@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from gradsurgery.unlearn.jobs.stages import TRAINED, parts, stage_name
+from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, parts, stage_name
 from gradsurgery.unlearn.methods import ALL, METHODS
 from gradsurgery.unlearn.report.labels import PAIRS, percent, title
 from gradsurgery.unlearn.report.verdict import Summary, fractions, seeds_of
@@ -246,6 +246,10 @@ def sweep(summary: Summary, order: list[str], best: int) -> Figure:
         if chosen:
             errors = [_error(columns[stage]["gap_mean"]["std"], summary, stage) for stage in known]
             axes.errorbar(xs, ys, errors, color=color(name), fmt="none", lw=1, zorder=3)
+    for name, dashes in (("original", "--"), (AGAIN, ":")):
+        if name in columns:
+            gap = max(100 * columns[name]["gap_mean"]["mean"], LEAST_GAP)
+            axes.axhline(gap, color=color(name), lw=1, ls=dashes, label=title(name))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks([100 * share for share in shares], [percent(share) for share in shares])

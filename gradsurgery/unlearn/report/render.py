@@ -128,7 +128,7 @@ def shares(summary: Summary) -> list[Share]:
 def figures(summary: Summary, name: str) -> list[Card]:
     """What the mean gap of a method is made of, beside Retrain, if there is one, and Original."""
     columns = summary["columns"]
-    others = trained(columns)[::-1]
+    others = [*trained(columns)[1:], "original"]
     cards = []
     for metric in registry.find(summary["job"]).metrics:
         if metric.compared and all(metric.key in columns[each] for each in (name, *others)):

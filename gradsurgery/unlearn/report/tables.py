@@ -7,19 +7,22 @@ from typing import Any, NamedTuple
 
 from gradsurgery.unlearn.jobs import registry
 from gradsurgery.unlearn.jobs.base import COSTS, GAP, Metric
-from gradsurgery.unlearn.jobs.stages import TRAINED, trained
+from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, trained
 from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.verdict import (
+    Difference,
     Place,
     Summary,
     compared,
     fractions,
+    in_retrains,
     methods,
     ranking,
     seeds_of,
     sentences,
 )
 
+NOTHING = "Original (do nothing)"  # with a Retrain to be near to, it is what others must beat
 SECONDS = next(metric for metric in COSTS if metric.key == "seconds")
 
 
@@ -52,37 +55,59 @@ def behind(place: Place | None) -> Cell:
     """Paired difference to the best method and its standard error."""
     if place is None or place.behind is None:
         return Cell()
-    error = "" if place.error is None else f"{place.error:.3f}"
-    return (
-        Cell("best")
-        if place.behind == 0 and not place.error
-        else Cell(f"{place.behind:.3f}", error)
-    )
+    best = place.behind.mean == 0 and not place.behind.error
+    return Cell("best") if best else _difference(place.behind)
+
+
+def nearer(place: Place | None) -> Cell:
+    """How much nearer to Retrain than doing nothing, with its standard error, or that it is not."""
+    if place is None or place.nearer is None:
+        return Cell()
+    return _difference(place.nearer) if place.nearer.mean > 0 else Cell("no nearer")
+
+
+def _difference(found: Difference) -> Cell:
+    return Cell(f"{found.mean:.3f}", "" if found.error is None else f"{found.error:.3f}")
+
+
+def times(summary: Summary, name: str) -> Cell:
+    """A gap in units of the one between two Retrains."""
+    found = None if name == "retrain" else in_retrains(summary, name)
+    return Cell() if found is None else Cell(f"{found:.1f}")
 
 
 def main_table(summary: Summary, fraction: float) -> tuple[list[str], list[Row]]:
-    """Original, Retrain and the methods with a share of the retain set, as `ranking` has them."""
+    """Original, Retrain and the methods with a share of the retain set, as `ranking` has them.
+
+    over chance: the gap in units of the one between two Retrains. behind: how much farther from
+    Retrain than the best. nearer: how much nearer than doing nothing.
+    """
     columns = summary["columns"]
     places = {place.name: place for place in ranking(summary, fraction)}
     names = trained(columns) + list(places)
     measured = {key for name in names for key in columns[name]}
     metrics = [m for m in registry.find(summary["job"]).metrics if m.short and m.key in measured]
-    first = [GAP] if compared(summary) else []
-    metrics = [*first, *(metric for metric in metrics if metric is not GAP), SECONDS]
-    seeds = len({tuple(seeds_of(summary, name)) for name in names}) > 1
-    several = len(places) > 1 and compared(summary)
-    header = [metric.short or metric.title for metric in metrics] + ["seeds"] * seeds
-    if several:
-        header.insert(1, "behind")
-    rows = []
-    for name in names:
-        cells = [cell(columns[name], metric) for metric in metrics]
-        if seeds:
-            cells.append(Cell(str(len(seeds_of(summary, name)))))
-        if several:
-            cells.insert(1, behind(places.get(name)))
-        rows.append(Row(name, title(name), cells))
-    return header, rows
+    metrics = [*(metric for metric in metrics if metric is not GAP), SECONDS]
+    first: dict[str, list[Cell]] = {}
+    if compared(summary):
+        first["gap"] = [cell(columns[name], GAP) for name in names]
+        if AGAIN in columns:
+            first["over chance"] = [times(summary, name) for name in names]
+        if len(places) > 1:
+            first["behind"] = [behind(places.get(name)) for name in names]
+        if places:
+            first["nearer"] = [nearer(places.get(name)) for name in names]
+    last: dict[str, list[Cell]] = {}
+    if len({tuple(seeds_of(summary, name)) for name in names}) > 1:
+        last["seeds"] = [Cell(str(len(seeds_of(summary, name)))) for name in names]
+    measured = {m.short or m.title: [cell(columns[n], m) for n in names] for m in metrics}
+    table = {**first, **measured, **last}
+    titles = {"original": NOTHING} if compared(summary) else {}
+    rows = [
+        Row(name, titles.get(name, title(name)), [cells[row] for cells in table.values()])
+        for row, name in enumerate(names)
+    ]
+    return list(table), rows
 
 
 def stages(summary: Summary, fraction: float) -> list[str]:

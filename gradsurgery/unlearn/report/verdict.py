@@ -1,14 +1,17 @@
 """Who comes closest to Retrain, by how much, and what the seeds cannot tell apart: in words.
 
+Two yardsticks go with every gap: that of doing nothing, which is Original's, and the one between
+two Retrains of other seeds, which is chance.
 Where there is no Retrain, none is closest: what was measured of the first ones is said instead.
 """
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any, NamedTuple
 
 from gradsurgery.unlearn.jobs import registry
-from gradsurgery.unlearn.jobs.stages import TRAINED, parts
+from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, parts
 from gradsurgery.unlearn.metrics.statistics import paired
 from gradsurgery.unlearn.report.labels import percent, title
 
@@ -16,14 +19,10 @@ Summary = dict[str, Any]
 NAMED = 3  # runners-up and ties named in a sentence; the table has them all
 
 
-class Place(NamedTuple):
-    """A method's place: distances to Retrain are means over metrics and seeds, in [0, 1]."""
+class Difference(NamedTuple):
+    """A paired difference of two columns' mean gaps over the seeds that both have."""
 
-    name: str
-    gap: float | None
-    """None where there is no Retrain."""
-    behind: float | None
-    """Paired difference to the best method over the seeds of both, None where they share none."""
+    mean: float
     error: float | None
     """Its standard error, None for fewer than two seeds."""
     seeds: int
@@ -31,11 +30,23 @@ class Place(NamedTuple):
 
     @property
     def told_apart(self) -> bool | None:
-        """Whether it is behind by over two standard errors; None: too few seeds to say."""
+        """Whether it is over two standard errors; None: too few seeds to say."""
         # fewer than three seeds give no standard error worth the name
-        if self.behind is None or self.error is None or self.seeds < 3:
+        if self.error is None or self.seeds < 3:
             return None
-        return self.behind > 2 * self.error
+        return self.mean > 2 * self.error
+
+
+class Place(NamedTuple):
+    """A method's place: distances to Retrain are means over metrics and seeds, in [0, 1]."""
+
+    name: str
+    gap: float | None = None
+    """None where there is no Retrain."""
+    behind: Difference | None = None
+    """How much farther from Retrain than the best method, None where they share no seed."""
+    nearer: Difference | None = None
+    """How much nearer to Retrain than Original, which is what doing nothing ends with."""
 
 
 def seeds_of(summary: Summary, name: str) -> list[int]:
@@ -66,25 +77,48 @@ def ranking(summary: Summary, fraction: float) -> list[Place]:
     columns = summary["columns"]
     names = methods(summary, fraction)
     if not compared(summary):
-        return [Place(name, None, None, None, 0) for name in names]
+        return [Place(name) for name in names]
     names.sort(key=lambda name: columns[name]["gap_mean"]["mean"])
+    return [
+        Place(
+            name,
+            columns[name]["gap_mean"]["mean"],
+            difference(summary, name, names[0]),
+            difference(summary, "original", name),
+        )
+        for name in names
+    ]
+
+
+def difference(summary: Summary, name: str, other: str) -> Difference | None:
+    """How much farther from Retrain one column is than another; None where no seed has both."""
+    mine, others = _shared(summary, name, other)
+    if not mine:
+        return None
+    found = paired(mine, others)
+    # `paired` returns floats and an interval in one dictionary: these two are floats
+    return Difference(found["mean"], found["stderr"], len(mine))  # type: ignore[arg-type]
+
+
+def in_retrains(summary: Summary, name: str) -> float | None:
+    """A column's gap over the gap between two Retrains, both means over the seeds they share; None
+    where there is no second Retrain or it is at no distance."""
+    if AGAIN not in summary["columns"]:
+        return None
+    mine, unit = _shared(summary, name, AGAIN)
+    return mean(mine) / mean(unit) if unit and mean(unit) > 0 else None
+
+
+def _shared(summary: Summary, name: str, other: str) -> tuple[list[float], list[float]]:
+    """Mean gaps of two columns on the seeds that both have."""
 
     def by_seed(name: str) -> dict[int, float]:
-        values = columns[name]["gap_mean"]["values"]
+        values = summary["columns"][name]["gap_mean"]["values"]
         return dict(zip(seeds_of(summary, name), values, strict=True))
 
-    places = []
-    for name in names:
-        best, mine = by_seed(names[0]), by_seed(name)
-        shared = [seed for seed in mine if seed in best]
-        behind, error = None, None
-        if shared:
-            found = paired([mine[seed] for seed in shared], [best[seed] for seed in shared])
-            behind, error = found["mean"], found["stderr"]
-        gap = columns[name]["gap_mean"]["mean"]
-        # `paired` returns floats and an interval in one dictionary: these two are floats
-        places.append(Place(name, gap, behind, error, len(shared)))  # type: ignore[arg-type]
-    return places
+    mine, others = by_seed(name), by_seed(other)
+    shared = [seed for seed in mine if seed in others]
+    return [mine[seed] for seed in shared], [others[seed] for seed in shared]
 
 
 def overall(summary: Summary) -> list[str]:
@@ -103,22 +137,26 @@ def sentences(summary: Summary) -> list[str]:
     """The verdict: a paragraph for the largest share of the retain set, a sentence for others."""
     shares = fractions(summary)
     if not shares:
-        return [
+        alone = (
             "Only the original and the retrained model were made: "
             "there is no unlearning method to judge."
-        ]
+        )
+        return [alone, _yardsticks(summary)] if compared(summary) else [alone]
     if not compared(summary):
         return _alone(summary)
     first, *rest = shares
     columns = summary["columns"]
     best = ranking(summary, first)[0].name
-    start = _points(columns["original"]["gap_mean"]["mean"])
     lead = [
         f"{_where(first)}{_closest(summary, first)}.",
-        f"The original model starts {start} points away.",
+        _yardsticks(summary),
+        *_no_nearer(summary, first),
         f"{title(best)} took {columns[best]['seconds']['mean']:.1f} s{_times(columns, best)}.",
     ]
-    text = [" ".join(lead), *(f"{_where(share)}{_closest(summary, share)}." for share in rest)]
+    text = [" ".join(lead)]
+    for share in rest:
+        closest = f"{_where(share)}{_closest(summary, share)}."
+        text.append(" ".join([closest, *_no_nearer(summary, share)]))
     if len({tuple(seeds_of(summary, name)) for name in columns}) > 1:
         text.append(
             "Not every method ran on the same seeds: differences are over those that two share."
@@ -152,6 +190,37 @@ def _alone(summary: Summary) -> list[str]:
     return text
 
 
+def _yardsticks(summary: Summary) -> str:
+    """How far from Retrain doing nothing is, and another Retrain."""
+    columns = summary["columns"]
+    nothing = _points(columns["original"]["gap_mean"]["mean"])
+    text = f"Doing nothing leaves the original model {nothing} points away"
+    if AGAIN in columns:
+        chance = _points(columns[AGAIN]["gap_mean"]["mean"])
+        text += f"; Retrain of another seed is {chance} points away, by chance alone"
+    return f"{text}."
+
+
+def _no_nearer(summary: Summary, fraction: float) -> list[str]:
+    """Sentences that name the methods that are no nearer than doing nothing, or may not be."""
+    places = ranking(summary, fraction)
+    known = [(place.name, place.nearer) for place in places if place.nearer is not None]
+    lost = [title(name) for name, nearer in known if nearer.mean <= 0]
+    unsure = [
+        title(name) for name, nearer in known if nearer.mean > 0 and nearer.told_apart is False
+    ]
+    text = []
+    if lost and len(lost) == len(places):
+        text.append("No method is nearer to Retrain than doing nothing.")
+    elif lost:
+        verb = "is" if len(lost) == 1 else "are"
+        all_of_them = _listed(lost, "and", len(lost))
+        text.append(f"{all_of_them} {verb} no nearer to Retrain than doing nothing.")
+    if unsure:
+        text.append(f"These seeds cannot tell {_listed(unsure)} from doing nothing.")
+    return text
+
+
 def _where(fraction: float) -> str:
     return "" if fraction == 1 else f"With {percent(fraction)} of the retain set, "
 
@@ -174,13 +243,15 @@ def _closest(summary: Summary, fraction: float) -> str:
         f"{title(best.name)} comes closest to Retrain: {_points(best.gap)} points away on average "
         f"({named}{more})"
     )
-    tied = [title(place.name) for place in others if place.told_apart is False]
+    tied = [
+        title(place.name) for place in others if place.behind and place.behind.told_apart is False
+    ]
     if tied:
         text += f"; these seeds cannot tell {_listed(tied)} from it"
     return text
 
 
-def _listed(names: list[str]) -> str:
-    if len(names) > NAMED + 1:
-        names = [*names[:NAMED], f"{len(names) - NAMED} more"]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+def _listed(names: list[str], last: str = "or", most: int = NAMED) -> str:
+    if len(names) > most + 1:
+        names = [*names[:most], f"{len(names) - most} more"]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"

@@ -45,17 +45,22 @@ def test_tables_go_between_the_marks_and_a_second_run_does_nothing_twice(tmp_pat
     ]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
-    assert "| | gap | behind | forget | retain | test | forgotten | attack | seconds |" in text
+    header = (
+        "| | gap | over chance | behind | nearer | forget | retain | test | forgotten | attack |"
+    )
+    assert f"{header} seconds |" in text
+    assert text.count("| Original (do nothing) |") == text.count("| Retrain, other seed |") == 4
     apart = JOB.tuned["class"]["orthograd"].get("granularity") == "tensor"
     tuned = "off each sample, " + ("each tensor" if apart else "whole model")
     assert f"| OrthoGrad, as it is: {tuned} |" in text
-    # one original and one retrained model serve all of a seed
+    # one original and two retrained models serve all of a seed
     models = [path.name for path in (tmp_path / "runs/class-seed1/models").iterdir()]
     assert sorted(name for name in models if "orthograd" not in name and "neggrad" not in name) == [
         "seed1-original.safetensors",
+        "seed1-retrain+other seed.safetensors",
         "seed1-retrain.safetensors",
     ]
-    assert len(models) == 2 + 2 * 3 + 2  # two methods with three shares, two choices changed
+    assert len(models) == 3 + 2 * 3 + 2  # two methods with three shares, two choices changed
 
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr

@@ -26,6 +26,7 @@ class DigitsConfig(JobConfig):
     """Digit to forget with --task class; none: the seed modulo 10."""
     random_percent: float = data.RANDOM_PERCENT
     """Training samples to forget with --task random, in percent, in (0, 100)."""
+    second_retrain: bool = True
 
     def check(self) -> None:
         super().check()

@@ -84,6 +84,7 @@ class ImagesConfig(JobConfig):
     epochs: int = EPOCHS
     """Passes over the training samples that the original and the retrained model are trained for,
     where --training.steps is 0."""
+    second_retrain: bool = True
     threads: int = field(default_factory=torch.get_num_threads)
     """CPU threads of torch. Another number can change the last bits of every result."""
     training: RetrainConfig = field(default_factory=lambda: RetrainConfig(steps=0, start="given"))

@@ -160,8 +160,9 @@ class TextConfig(LanguageConfig):
         for name, least in {**counts, "max_new_tokens": 0, "relearn": 0}.items():
             value, option = getattr(self, name), name.replace("_", "-")
             require(least <= value < 2**31, option, f"{least} or more", brief(value))
-        alone = self.training == RetrainConfig()
-        require(alone, "training", "left as it is: this job trains no model anew", "another")
+        anew = self.training != RetrainConfig() or self.second_retrain
+        option = "second-retrain" if self.second_retrain else "training"
+        require(not anew, option, "left as it is: this job trains no model anew", "another")
         require(
             not self.shadows,
             "shadows",

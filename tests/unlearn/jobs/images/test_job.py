@@ -37,7 +37,7 @@ def weights(path, seed=1):
 def test_every_task_ends_with_a_report(tmp_path, data, task):
     summary = finished(tmp_path / "run", tiny(data, task, percent=None))
     columns = summary["columns"]
-    assert list(columns) == ["original", "retrain", "neggrad"]
+    assert list(columns) == ["original", "retrain", "retrain+other seed", "neggrad"]
     assert ("repaired" in columns["neggrad"]) == (task in ("mislabeled", "confusion"))
     assert ("test_forgotten" in columns["neggrad"]) == (task == "class")
     assert 0 <= columns["neggrad"]["gap_mean"]["mean"] <= 1

@@ -340,6 +340,7 @@ WRONG = {
     "targets": ({"lora_targets": ["nothing"]}, "--lora-targets: .*nothing"),
     "shadows": ({"shadows": 2}, "--shadows must be 0"),
     "tune": ({"tune": 2}, "--tune must be 0 without --retrain-model"),
+    "second Retrain": ({"second_retrain": True}, "--second-retrain must be left as it is"),
     "training": ({"training": {"steps": 7}}, "--training must be left as it is"),
     "teacher": ({"method": ["bad_teacher"], "lora": 4}, "--method: BadTeacher draws .* --lora 0"),
     "norms": ({"method": ["bad_teacher"], "lora": 0}, "--method bad_teacher: .*reset_parameters"),
