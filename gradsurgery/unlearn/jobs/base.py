@@ -74,8 +74,8 @@ class JobConfig(MethodOptions):
     """First draw each method's options at random so many times and keep what does best on
     validation data, on seeds of its own."""
     shadows: int = 0
-    """Shadow models of U-LiRA, an attack on every sample: so many originals, retrained and, of each
-    method, unlearned models more for every seed. 0: no such attack; a few do."""
+    """Shadow models of U-LiRA, an attack on every sample, and of KLoM: so many originals, retrained
+    and, of each method, unlearned models more for every seed. 0: neither; a few do."""
     second_retrain: bool = False
     """Train Retrain once more for every seed, from other weights and in another order of the data.
     The gap between the two is what chance alone makes: gaps are told in units of it too."""
@@ -345,8 +345,9 @@ class Job(ABC, Generic[C, S]):
         """Losses of the samples under "forget" and "test", nats, for pictures; [] of no sample."""
 
     @abstractmethod
-    def confidences(self, model: nn.Module, samples: Batch) -> Tensor:
-        """What U-LiRA looks at: a number a sample, [N] float64, close to Gaussian over models."""
+    def confidences(self, model: nn.Module, split: S) -> dict[str, Tensor]:
+        """What U-LiRA and KLoM look at: a number a sample, [N] float64, close to Gaussian over
+        models, of the forget set under "forget", and of other sets where they are watched."""
 
     @abstractmethod
     def probe(self, split: S) -> Probe:

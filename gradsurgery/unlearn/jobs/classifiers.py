@@ -87,6 +87,12 @@ class ClassifierJob(Job[C, LabeledSplit]):
         Metric("js_test", "Jensen-Shannon, test", DISTANCE),
         Metric("activation_forget", "L2 of outputs, forget set", DISTANCE),
         Metric("activation_test", "L2 of outputs, test", DISTANCE),
+        *(
+            Metric(f"{key}_{side}{end}", f"{title}, {named}{tail}", DISTANCE)
+            for key, title in (("klom", "KLoM"), ("klom_normal", "KLoM of normal fits"))
+            for side, named in (("forget", "forget set"), ("retain", "retain set"), ("test",) * 2)
+            for end, tail in (("", ", mean"), ("_p95", ", 95 % of samples"))
+        ),
         Metric("mia", "membership attack", MEMBERSHIP, short="attack", compared=True),
         Metric("mia_confidence", "confidence attack", MEMBERSHIP),
         Metric("mia_entropy", "entropy attack", MEMBERSHIP),
@@ -173,8 +179,15 @@ class ClassifierJob(Job[C, LabeledSplit]):
             for name, side in (("forget", split.forget), ("test", split.test))
         }
 
-    def confidences(self, model: nn.Module, samples: Batch) -> Tensor:
-        return logit_confidence(outputs(model, samples), classification.labels(samples))
+    def confidences(self, model: nn.Module, split: LabeledSplit) -> dict[str, Tensor]:
+        return {
+            name: logit_confidence(outputs(model, side), classification.labels(side))
+            for name, side in (
+                ("forget", split.forget),
+                ("retain", split.retain),
+                ("test", split.test),
+            )
+        }
 
     def probe(self, split: LabeledSplit) -> Probe:
         """Forget, some retain and validation samples."""

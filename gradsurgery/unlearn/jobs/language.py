@@ -255,11 +255,11 @@ class LanguageJob(Job[Any, TextSplit]):
                 found[name] = [score.loss for score in scores.values()]
         return found
 
-    def confidences(self, model: nn.Module, samples: Batch) -> Tensor:
+    def confidences(self, model: nn.Module, split: TextSplit) -> dict[str, Tensor]:
         """log p - log(1 - p) of a sample's probability p = exp(-L)."""
-        losses = [score.loss for score in _scores(model, samples, Looking.at_once).values()]
+        losses = [score.loss for score in _scores(model, split.forget, Looking.at_once).values()]
         loss = torch.tensor(losses, dtype=torch.float64)
-        return -loss - torch.log(-torch.expm1(-loss.clamp(min=1e-12)))
+        return {"forget": -loss - torch.log(-torch.expm1(-loss.clamp(min=1e-12)))}
 
     def probe(self, split: TextSplit) -> Probe:
         """Forget, some retain and, if there are any, validation samples: losses, and shares of

@@ -264,8 +264,8 @@ class StageRun:
             original = run.stored((seed, "original"))
             steps = run.job.relearned(model, self.split, original)
             measured |= {} if steps is None else {"relearn": steps}
-        if run.config.shadows and name not in TRAINED:
-            measured |= shadows.attack(run, self.split, self.stage)
+        if run.config.shadows and name not in ("retrain", AGAIN):
+            measured |= shadows.compare(run, self.split, self.stage)
         losses = run.job.losses(model, self.split)
         run.directory.add(self.stage, {"metrics": measured, "losses": losses})
         cost = f"{done['steps']:>4} steps {done['seconds']:6.1f} s" if "steps" in done else "given"

@@ -60,11 +60,18 @@ def log_ratio(
         pooled = min(len(unlearned), len(retrained)) < MANY
 
     def log_density(shadows: Tensor) -> Tensor:
-        variance = shadows.var(dim=0)
-        variance = (variance.mean() if pooled else variance).clamp(min=LEAST_VARIANCE)
-        return -((observed - shadows.mean(dim=0)).square() / variance + variance.log()) / 2
+        mean, variance = moments(shadows, pooled)
+        return -((observed - mean).square() / variance + variance.log()) / 2
 
     return log_density(unlearned) - log_density(retrained)
+
+
+def moments(phi: Tensor, pooled: bool) -> tuple[Tensor, Tensor]:
+    """Mean and variance over models [S, N] of each sample, [N] each; the variance is at least 1e-6,
+    and its mean over all samples where `pooled`."""
+    mean, variance = phi.mean(dim=0), phi.var(dim=0)
+    variance = variance.mean().expand_as(mean) if pooled else variance
+    return mean, variance.clamp(min=LEAST_VARIANCE)
 
 
 def u_lira(

@@ -11,6 +11,7 @@ from gradsurgery.unlearn.jobs import shadows
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN, load
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.pipeline import Run, reproducible
+from gradsurgery.unlearn.metrics.klom import kloms
 from gradsurgery.unlearn.metrics.ulira import logit_confidence, u_lira
 from gradsurgery.unlearn.report.render import not_measured
 from gradsurgery.unlearn.training.seeds import derived
@@ -56,10 +57,26 @@ def test_it_is_the_attack_on_models_trained_alike(attacked):
         }
         observed = torch.stack([confidences(0, "neggrad"), confidences(0, "retrain")])
     forgotten = torch.tensor([[True], [False]]).expand(observed.shape)
-    exact = u_lira(
-        torch.stack(found["neggrad"]), torch.stack(found["retrain"]), observed, forgotten
-    )
+    both = torch.stack(found["neggrad"]), torch.stack(found["retrain"])
+    exact = u_lira(*both, observed, forgotten)
+    # the run's own models are of one more seed, on either side
+    near = kloms(*(torch.cat([side, own[None]]) for side, own in zip(both, observed, strict=True)))
+    exact |= {key.replace("normal", "normal_forget"): value for key, value in near.items()}
+    assert {"klom_normal_forget", "klom_normal_forget_p95"} <= set(exact)
     assert {key: summary["columns"]["neggrad"][key]["mean"] for key in exact} == exact
+
+
+def test_klom_is_of_every_set_and_of_doing_nothing_too(attacked):
+    path, _, summary = attacked
+    keys = [f"klom_normal_{side}" for side in ("forget", "retain", "test")]
+    for name in ("original", "neggrad", "neggrad@0.1"):
+        for key in keys:
+            assert summary["columns"][name][key]["mean"] >= 0
+            assert key + "_p95" in summary["columns"][name]
+    assert not any(key.startswith("klom") for key in summary["columns"]["retrain"])
+    # three models a side are too few for histograms
+    assert "klom_forget" not in summary["columns"]["neggrad"]
+    assert "KLoM of normal fits, forget set" in (path / "report.html").read_text()
 
 
 def test_a_run_goes_on_with_the_shadows_it_has(attacked, monkeypatch):
@@ -72,9 +89,10 @@ def test_a_run_goes_on_with_the_shadows_it_has(attacked, monkeypatch):
     before = json.loads((path / "stages/seed0-neggrad.json").read_text())
     monkeypatch.setattr(shadows, "_model", None)  # not one is made again
     with RunDirectory(path) as directory:
-        again = shadows.attack(
+        again = shadows.compare(
             Run(JOB, config, directory, Silent()), load("random", 0), (0, "neggrad")
         )
+    assert {"ulira", "ulira_auc", "klom_normal_forget", "klom_normal_test_p95"} <= set(again)
     assert again == {key: before["metrics"][key] for key in again}
 
 
