@@ -23,6 +23,7 @@ from gradsurgery.unlearn.jobs.base import (
 from gradsurgery.unlearn.methods.finetune import FinetuneConfig
 from gradsurgery.unlearn.metrics import attacks, distance
 from gradsurgery.unlearn.metrics.accuracy import share_right, uis
+from gradsurgery.unlearn.metrics.informed import informed_attack
 from gradsurgery.unlearn.metrics.relearn import relearn_steps
 from gradsurgery.unlearn.metrics.ulira import logit_confidence
 from gradsurgery.unlearn.objectives import classification
@@ -42,7 +43,9 @@ ACCURACY, MEMBERSHIP = "Accuracy", "Membership"
 NUMBERS = (
     "Accuracies are shares in [0, 1]. attack: how often a regression on a sample's loss says "
     "rightly whether it was forgotten or never seen; 0.5 is guessing, but wrong labels or a class "
-    "never seen stand out in Retrain as well."
+    "never seen stand out in Retrain as well. The informed attack is shown a forgotten sample's "
+    "outputs of a model and of Retrain, and says which are whose: 0.5 would be perfect, and what "
+    "it gets of a second Retrain is chance."
 )
 
 
@@ -100,6 +103,8 @@ class ClassifierJob(Job[C, LabeledSplit]):
         Metric("mia_correctness", "correctness attack", MEMBERSHIP),
         Metric("mia_auc", "AUC of the loss", MEMBERSHIP),
         Metric("mia_tpr", "TPR at 1 % FPR", MEMBERSHIP),
+        Metric("informed", "informed attack", MEMBERSHIP),
+        Metric("informed_auc", "AUC of the informed attack", MEMBERSHIP),
         Metric("ulira", "U-LiRA", MEMBERSHIP),
         Metric("ulira_auc", "AUC of U-LiRA", MEMBERSHIP),
         Metric("relearn", f"steps to relearn, at most {RELEARN.steps}", "Relearning", digits=0),
@@ -127,7 +132,8 @@ class ClassifierJob(Job[C, LabeledSplit]):
         set. test: held-out accuracy, without the forgotten class if there is one, whose own
         accuracy is test_forgotten; a held-out set without one of the two has no such number. mia
         and its like: attacks on forget against held-out outputs, if there are enough of either.
-        kl, js, activation: distances of the outputs to those of `retrain`.
+        kl, js, activation: distances of the outputs to those of `retrain`, and informed an attack
+        that knows these.
         """
         unseen = split.validation if held_out == "validation" else split.test
         sides = {"forget": split.forget, "test": unseen}
@@ -147,11 +153,14 @@ class ClassifierJob(Job[C, LabeledSplit]):
                 found["forget"], known["forget"], found["test"], known["test"]
             )
         if retrain is not None:
-            for name, side in sides.items():
-                wanted = outputs(retrain, side)
-                measured[f"kl_{name}"] = distance.kl(found[name], wanted)
-                measured[f"js_{name}"] = distance.js(found[name], wanted)
-                measured[f"activation_{name}"] = distance.activation_distance(found[name], wanted)
+            wanted = {name: outputs(retrain, side) for name, side in sides.items()}
+            for name in sides:
+                pair = found[name], wanted[name]
+                measured[f"kl_{name}"] = distance.kl(*pair)
+                measured[f"js_{name}"] = distance.js(*pair)
+                measured[f"activation_{name}"] = distance.activation_distance(*pair)
+            if len(known["forget"]) >= attacks.ATTACK_SPLITS:
+                measured |= informed_attack(found["forget"], wanted["forget"], known["forget"])
         return measured
 
     def scores(

@@ -240,7 +240,16 @@ def test_a_sweep_is_one_run_with_a_column_a_share(tmp_path):
     page = (tmp_path / "report.html").read_text()
     for text in ("With all of the retain set", "With 10 % of the retain set", "fewer samples"):
         assert text in page
-    for key in ("kl_forget", "js_test", "activation_test", "mia_entropy", "relearn", "tow"):
+    for key in (
+        "kl_forget",
+        "js_test",
+        "activation_test",
+        "mia_entropy",
+        "informed",
+        "informed_auc",
+        "relearn",
+        "tow",
+    ):
         assert key in summary["columns"]["finetune@0.1"], key
     assert summary["columns"]["original"]["kl_test"]["mean"] > 0
     assert "kl_test" not in summary["columns"]["retrain"]
