@@ -24,10 +24,11 @@ from gradsurgery.unlearn.methods.finetune import FinetuneConfig
 from gradsurgery.unlearn.metrics import attacks, distance
 from gradsurgery.unlearn.metrics.accuracy import share_right, uis
 from gradsurgery.unlearn.metrics.informed import informed_attack
+from gradsurgery.unlearn.metrics.probe import features, last_linear, linear_probe
 from gradsurgery.unlearn.metrics.relearn import relearn_steps
 from gradsurgery.unlearn.metrics.ulira import logit_confidence
 from gradsurgery.unlearn.objectives import classification
-from gradsurgery.unlearn.objectives.base import Batch, take
+from gradsurgery.unlearn.objectives.base import Batch, joined, take
 from gradsurgery.unlearn.objectives.classification import Classification
 from gradsurgery.unlearn.training.data import whole
 from gradsurgery.unlearn.training.modes import evaluating
@@ -36,10 +37,12 @@ from gradsurgery.unlearn.training.trainer import Probe
 PROBED = 256  # retain samples measured during a run; at its end all of them are
 PIXELS = 2**21  # measured at once, at most: a network's activations are many times as large
 MOST = 2048  # samples measured at once
+KNOWN = 2048  # retain samples that a probe of features is fitted on, at most
 # how the forget set is learned again, to see how well it was forgotten
 RELEARN = FinetuneConfig(steps=60, lr=3e-3, retain_batch=128)
 UIS_KIND = {"mislabeled": "class", "class": "class", "random": "random"}
 ACCURACY, MEMBERSHIP = "Accuracy", "Membership"
+PROBE = "Accuracy of a linear probe of features"
 NUMBERS = (
     "Accuracies are shares in [0, 1]. attack: how often a regression on a sample's loss says "
     "rightly whether it was forgotten or never seen; 0.5 is guessing, but wrong labels or a class "
@@ -107,6 +110,8 @@ class ClassifierJob(Job[C, LabeledSplit]):
         Metric("informed_auc", "AUC of the informed attack", MEMBERSHIP),
         Metric("ulira", "U-LiRA", MEMBERSHIP),
         Metric("ulira_auc", "AUC of U-LiRA", MEMBERSHIP),
+        Metric("probe_forget", "forget set", PROBE),
+        Metric("probe_forgotten", "test, forgotten class", PROBE),
         Metric("relearn", f"steps to relearn, at most {RELEARN.steps}", "Relearning", digits=0),
         *COSTS,
     )
@@ -133,7 +138,7 @@ class ClassifierJob(Job[C, LabeledSplit]):
         accuracy is test_forgotten; a held-out set without one of the two has no such number. mia
         and its like: attacks on forget against held-out outputs, if there are enough of either.
         kl, js, activation: distances of the outputs to those of `retrain`, and informed an attack
-        that knows these.
+        that knows these. probe: `probed`.
         """
         unseen = split.validation if held_out == "validation" else split.test
         sides = {"forget": split.forget, "test": unseen}
@@ -161,6 +166,8 @@ class ClassifierJob(Job[C, LabeledSplit]):
                 measured[f"activation_{name}"] = distance.activation_distance(*pair)
             if len(known["forget"]) >= attacks.ATTACK_SPLITS:
                 measured |= informed_attack(found["forget"], wanted["forget"], known["forget"])
+        if held_out == "test":  # a search for options has no use for it, and many models
+            measured |= probed(model, split)
         return measured
 
     def scores(
@@ -223,12 +230,42 @@ class ClassifierJob(Job[C, LabeledSplit]):
 @torch.no_grad()
 def outputs(model: nn.Module, samples: Batch) -> Tensor:
     """Logits [N, C] on the CPU of a model in evaluation mode, a part of the samples at a time."""
-    pixels = classification.inputs(samples)[:1].numel()
-    size = max(1, min(MOST, PIXELS // max(1, pixels)))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches = whole(samples, at_once(samples), device)
     with evaluating(model):
-        parts = [classification.logits(model, part).cpu() for part in whole(samples, size, device)]
+        parts = [classification.logits(model, part).cpu() for part in batches]
     return torch.cat(parts)
+
+
+def probed(model: nn.Module, split: LabeledSplit) -> Measured:
+    """Accuracies of a linear probe of features; none where a model ends in no linear layer.
+
+    probe_forget: on the forget set, with the labels it was trained on. probe_forgotten: on test
+    samples of the forgotten class. The probe knows the retain set, up to 2048 samples of it, and of
+    a class that is not in there the validation samples, without which it could not say it.
+    """
+    layer = last_linear(model, split.retain)
+    kept = share(split.retain, min(1.0, KNOWN / len(split.retain["label"])), 0)
+    if split.forget_class is not None:
+        kept = joined(kept, split.held_out("validation")[1])
+    labels = classification.labels(kept)
+    if layer is None or len(labels.unique()) < 2:
+        return {}
+    says = linear_probe(features(model, kept, layer, at_once(kept)), labels)
+    asked = {"probe_forget": split.forget, "probe_forgotten": split.held_out("test")[1]}
+    found = {}
+    for name, side in asked.items():
+        wanted = None if side is None else classification.labels(side)
+        if wanted is not None and len(wanted):
+            said = says(features(model, side, layer, at_once(side)))
+            found[name] = (said == wanted).double().mean().item()
+    return found
+
+
+def at_once(samples: Batch) -> int:
+    """How many samples go through a model together."""
+    pixels = classification.inputs(samples)[:1].numel()
+    return max(1, min(MOST, PIXELS // max(1, pixels)))
 
 
 def share(samples: Batch, fraction: float, seed: int) -> Batch:

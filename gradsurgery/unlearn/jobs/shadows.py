@@ -51,12 +51,15 @@ def compare(run: Run, split: Split, stage: Stage) -> dict[str, float]:
     if name not in TRAINED:
         observed = torch.stack([own[each]["forget"] for each in sides])
         forgotten = torch.tensor([[True], [False]]).expand(observed.shape)
-        found |= u_lira(*(stacked(each, "forget") for each in sides), observed, forgotten)
+        shadowed = stacked(name, "forget"), stacked("retrain", "forget")
+        found |= u_lira(*shadowed, observed, forgotten)
     told = {metric.key for metric in run.job.metrics}
     for side in own[name]:
         # the run's own models are of another seed, and so of the same kind as their shadows
-        models = (torch.cat([stacked(each, side), own[each][side][None]]) for each in sides)
-        for key, value in kloms(*models).items():
+        unlearned, retrained = (
+            torch.cat([stacked(each, side), own[each][side][None]]) for each in sides
+        )
+        for key, value in kloms(unlearned, retrained).items():
             whole, tail, _ = key.partition("_p95")
             found[f"{whole}_{side}{tail}"] = value
     return {key: value for key, value in found.items() if key in told}

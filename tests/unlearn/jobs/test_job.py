@@ -247,6 +247,7 @@ def test_a_sweep_is_one_run_with_a_column_a_share(tmp_path):
         "mia_entropy",
         "informed",
         "informed_auc",
+        "probe_forget",
         "relearn",
         "tow",
     ):
