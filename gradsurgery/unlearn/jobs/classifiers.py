@@ -46,9 +46,10 @@ PROBE = "Accuracy of a linear probe of features"
 NUMBERS = (
     "Accuracies are shares in [0, 1]. attack: how often a regression on a sample's loss says "
     "rightly whether it was forgotten or never seen; 0.5 is guessing, but wrong labels or a class "
-    "never seen stand out in Retrain as well. The informed attack is shown a forgotten sample's "
-    "outputs of a model and of Retrain, and says which are whose: 0.5 would be perfect, and what "
-    "it gets of a second Retrain is chance."
+    "never seen stand out in Retrain as well. The informed attack knows Retrain's outputs too, and "
+    "so how hard a sample is to a model that never saw it. A linear probe is a regression on what "
+    "the last linear layer is given, fitted on the retain set: above Retrain's, features know what "
+    "outputs do not say."
 )
 
 
@@ -164,8 +165,9 @@ class ClassifierJob(Job[C, LabeledSplit]):
                 measured[f"kl_{name}"] = distance.kl(*pair)
                 measured[f"js_{name}"] = distance.js(*pair)
                 measured[f"activation_{name}"] = distance.activation_distance(*pair)
-            if len(known["forget"]) >= attacks.ATTACK_SPLITS:
-                measured |= informed_attack(found["forget"], wanted["forget"], known["forget"])
+            if min(map(len, known.values())) >= attacks.ATTACK_SPLITS:
+                both = {name: (found[name], wanted[name], known[name]) for name in sides}
+                measured |= informed_attack(both["forget"], both["test"])
         if held_out == "test":  # a search for options has no use for it, and many models
             measured |= probed(model, split)
         return measured

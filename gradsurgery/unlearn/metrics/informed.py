@@ -1,10 +1,11 @@
-"""The informed attack: shown one sample's outputs of two models, which of them is Retrain?
+"""The informed attack: it knows what Retrain says of every sample, and so how hard each of them is.
 
-It knows what no attack on the unlearned model alone can know, and so finds what these miss: a
-sample that looks unseen, but not as this very sample would.
+An attack on a model alone takes a hard sample that was learned for an easy one that was not.
 """
 
 from __future__ import annotations
+
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -41,58 +42,66 @@ def features(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def informed_attack(
-    unlearned_logits: Tensor, retrained_logits: Tensor, labels: Tensor, seed: int = 0
+    forget: tuple[Tensor, Tensor, Tensor],
+    unseen: tuple[Tensor, Tensor, Tensor],
+    seed: int = 0,
 ) -> dict[str, float]:
-    """How often an attack tells an unlearned model's outputs on a forget sample from Retrain's.
+    """How often forget samples are told from unseen ones by what a model says of them that Retrain
+    does not.
 
-    Of every sample it sees both models' `features` in unknown order. A logistic regression without
-    intercept on their differences says which is the unlearned one's; it is fitted on four fifths
-    of the samples and judged on the others, five times over.
+    It is given every sample's `features` less those that Retrain has of it, which hold how hard the
+    sample is to a model that never saw it. A logistic regression on the three says whether the
+    sample was forgotten or never seen; the rest is as in `attacks.mia`. To a Retrain of another
+    seed both are unseen, so where they are of one kind it gets 0.5. Wrong labels or a class of its
+    own are of another kind, and then that Retrain's number is the one to compare with.
 
-    Two Retrains differ as wholes too, one being more sure than the other on all samples: compare
-    with the number of a Retrain of another seed, which chance leaves above 0.5.
+    To ask which of two models an output is of would not do: two Retrains differ as wholes, one
+    being more sure than the other on every sample, and are told apart as well as the original is.
 
     Args:
-        unlearned_logits: on the forget set, [N, C], N at least 5.
-        retrained_logits: of a model that never saw the forget set, on the same samples, [N, C].
-        labels: [N], as the forget set was trained with them.
-        seed: of the folds.
+        forget: the model's logits [N, C], Retrain's on the same samples, and the labels [N] they
+            were trained with, N at least 5.
+        unseen: the same of samples that neither was trained on, [M, C] and [M], M at least 5.
+        seed: of the subsample and of the folds.
 
     Returns:
-        informed: share of samples told rightly, in [0, 1], an undecided one counting half.
-        informed_auc: area under the ROC curve of the scores of either order, in [0, 1]. Both are
-        means over the folds; 0.5 is guessing and so perfect unlearning, 1 tells every sample.
+        informed: accuracy, in [0, 1]. informed_auc: area under the ROC curve, in [0, 1]. Both are
+        means over 5 stratified folds, each judged by a regression that was fitted on the others.
 
     That two models' outputs on one sample tell more than those of one is from When Machine
     Unlearning Jeopardizes Privacy, Chen et al. (arXiv:2005.02205), whose other model is the
-    original. Retrain in its place, the features and the regression are inferred.
+    original. Retrain in its place, unseen samples beside it and the features are inferred.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import KFold
+    from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    unlearned = checked_logits(unlearned_logits, "unlearned_logits")
-    retrained = checked_logits(retrained_logits, "retrained_logits")
-    if unlearned.shape != retrained.shape:
-        shapes = f"{list(unlearned.shape)} and {list(retrained.shape)}"
-        raise InputError(f"unlearned_logits and retrained_logits must share [N, C], got {shapes}")
-    n = len(unlearned)
+    apart = [_apart(*side, name) for side, name in ((forget, "forget"), (unseen, "unseen"))]
+    n = min(map(len, apart))
     if n < ATTACK_SPLITS:
-        raise InputError(f"an attack needs at least {ATTACK_SPLITS} samples, got {n}")
-    apart = features(unlearned, labels) - features(retrained, labels)
+        raise InputError(f"an attack needs at least {ATTACK_SPLITS} samples a side, got {n}")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [side[torch.randperm(len(side), generator=generator)[:n]] for side in apart]
+    rows = torch.cat(drawn).numpy()
+    forgotten = torch.tensor([1, 0]).repeat_interleave(n).numpy()
+    folds = StratifiedKFold(ATTACK_SPLITS, shuffle=True, random_state=seed)
     rights, areas = [], []
-    for fit, judge in KFold(ATTACK_SPLITS, shuffle=True, random_state=seed).split(apart):
-        # either order of the two models, and so no intercept and no mean to take away
-        orders = torch.cat([apart[fit], -apart[fit]]).numpy()
-        first = torch.tensor([1, 0]).repeat_interleave(len(fit)).numpy()
-        attack = make_pipeline(
-            StandardScaler(with_mean=False), LogisticRegression(fit_intercept=False)
-        ).fit(orders, first)
-        scores = torch.from_numpy(attack.decision_function(apart[judge].numpy()))
-        rights.append(((1 + scores.sign()) / 2).mean())
-        areas.append(auc(scores, -scores))
-    return {
-        "informed": torch.stack(rights).mean().item(),
-        "informed_auc": sum(areas) / len(areas),
-    }
+    for fit, judge in folds.split(rows, forgotten):
+        attack = make_pipeline(StandardScaler(), LogisticRegression())
+        attack.fit(rows[fit], forgotten[fit])
+        truth = torch.from_numpy(forgotten[judge]).bool()
+        scores = torch.from_numpy(attack.decision_function(rows[judge]))
+        rights.append(((scores > 0) == truth).double().mean().item())
+        areas.append(auc(scores[truth], scores[~truth]))
+    return {"informed": mean(rights), "informed_auc": mean(areas)}
+
+
+def _apart(logits: Tensor, retrained: Tensor, labels: Tensor, name: str) -> Tensor:
+    """Features of a model's outputs less those of Retrain's, [N, 3]."""
+    sides = checked_logits(logits, name), checked_logits(retrained, f"{name}: Retrain's logits")
+    if sides[0].shape != sides[1].shape:
+        shapes = f"{list(sides[0].shape)} and {list(sides[1].shape)}"
+        raise InputError(f"{name}: the model's and Retrain's logits must be alike, got {shapes}")
+    mine, theirs = (features(side, labels) for side in sides)
+    return mine - theirs
