@@ -43,7 +43,7 @@ class TwoBatches(Weighting):
         known = self._state.get("weights")
         if known is None or known.shape != (*gram.shape[:-2], m):
             known = gram.new_full((*gram.shape[:-2], m), 1 / max(m, 1))
-        moved, weights = self._moved(pick[0].mT @ gram @ pick[1], known)
+        moved, weights = self._moved(pick[0].mT @ gram @ pick[1], known.to(gram))
         self._state["weights"] = moved.detach()
         return weights @ pick.mean(0).mT
 

@@ -6,9 +6,11 @@ them. What differs: results are those of the definitions, without the small cons
 add, so that no scale of the rows is lost, and a row with NaN raises. Krum's distances are squared,
 as in its paper. Arguments that only tune an approximation (projector, norm_eps, epsilon, max_iters,
 eps, optim_niter) are accepted and not needed; options are no attributes. Rules that draw take a
-seed from torch's global generator when they are made, and their state is in `state_dict()`. Not
-here: ExcessMTL, which keeps a value for each of the matrix, MoDo, SDMGrad, a `tau` for each row,
-and `scale_mode` other than "min".
+seed from torch's global generator when they are made, and their state is in `state_dict()`, in
+float64: that of ExcessMTL is as large as its matrix. MoDoWeighting and SDMGradWeighting take a
+product J_1 J_2ᵀ [m, m] of two batches, ExcessMTLWeighting the matrix itself. Not here: `f` of
+GradDrop, a `tau` or `leak` for each row, `scale_mode` other than "min", CRMOGMWeighting of the last
+three.
 """
 
 import inspect
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 
 from gradsurgery import surgery
 from gradsurgery.errors import InputError
+from gradsurgery.integrations.torchjd.excess_risks import ExcessRisks
 from gradsurgery.ops import combine, gramian
-from gradsurgery.ops._inputs import check, check_dense, check_values
+from gradsurgery.ops._inputs import check, check_count, check_dense, check_number, check_values
 
 R = TypeVar("R", bound=surgery.Rule)
 
@@ -45,10 +48,10 @@ class _Ruled(nn.Module, Generic[R]):
         return f"{type(self).__name__}({self.rule})"
 
 
-class Weighting(_Ruled[surgery.Weighting]):
+class Weighting(_Ruled[surgery.Weighting | ExcessRisks]):
     """A rule as a function of a Gramian [m, m], or of any [m, n] if no Gramian decides it."""
 
-    def __init__(self, rule: surgery.Weighting) -> None:
+    def __init__(self, rule: surgery.Weighting | ExcessRisks) -> None:
         super().__init__()
         self.rule = rule
         _introduce()
@@ -239,8 +242,33 @@ def _crmogm(
 ) -> surgery.Weighting:
     name = type(weighting).__name__
     check(isinstance(weighting, Weighting), f"weighting must be one of this module, got {name}")
+    rule = weighting.rule
+    if isinstance(rule, (ExcessRisks, surgery.MoDo, surgery.SDMGrad)):
+        raise InputError(f"weighting must not keep weights of its own, as {name} does")
     initial = None if initial_weights is None else _list("initial_weights", initial_weights)
-    return surgery.CRMOGM(rule=weighting.rule, alpha=alpha, initial=initial)
+    return surgery.CRMOGM(rule=rule, alpha=alpha, initial=initial)
+
+
+def _modo(gamma: float = 0.1, rho: float = 0.1) -> surgery.Weighting:
+    return surgery.MoDo(gamma=gamma, rho=rho)
+
+
+def _sdmgrad(
+    lr: float = 10.0,
+    momentum: float = 0.5,
+    n_iter: int = 20,
+    lambda_: float = 0.3,
+    pref_vector: Tensor | None = None,
+) -> surgery.Weighting:
+    check_count("n_iter", n_iter)
+    check_number("lambda_", lambda_)
+    check(lambda_ >= 0, f"lambda_ must be 0 or more, got {lambda_}")
+    known = _preference(pref_vector)
+    return surgery.SDMGrad(lr=lr, momentum=momentum, steps=n_iter, pull=lambda_, preference=known)
+
+
+def _excessmtl(robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> ExcessRisks:
+    return ExcessRisks(robust_step_size=robust_step_size, n_warmup_steps=n_warmup_steps)
 
 
 def _list(name: str, vector: Any) -> list[float]:
@@ -265,7 +293,8 @@ def _kind(base: Any, name: str, make: Any) -> Any:
         base.__init__(self, make(*args, **options))
 
     init.__doc__ = f"The arguments of torchjd's {name}."
-    init.__signature__ = inspect.signature(make)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    init.__signature__ = inspect.Signature([own, *inspect.signature(make).parameters.values()])
     return type(name, (base,), {"__init__": init, "__module__": __name__})
 
 
@@ -294,17 +323,32 @@ CAGradWeighting = _kind(Weighting, "CAGradWeighting", _cagrad)
 CRMOGMWeighting = _kind(Weighting, "CRMOGMWeighting", _crmogm)
 ConstantWeighting = _kind(Weighting, "ConstantWeighting", _constant)
 DualProjWeighting = _kind(Weighting, "DualProjWeighting", _dualproj)
+ExcessMTLWeighting = _kind(Weighting, "ExcessMTLWeighting", _excessmtl)
 FairGradWeighting = _kind(Weighting, "FairGradWeighting", _fairgrad)
 GradVacWeighting = _kind(Weighting, "GradVacWeighting", _gradvac)
 IMTLGWeighting = _kind(Weighting, "IMTLGWeighting", _imtlg)
 KrumWeighting = _kind(Weighting, "KrumWeighting", _krum)
 MGDAWeighting = _kind(Weighting, "MGDAWeighting", _mgda)
 MeanWeighting = _kind(Weighting, "MeanWeighting", surgery.Mean)
+MoDoWeighting = _kind(Weighting, "MoDoWeighting", _modo)
 PCDWeighting = _kind(Weighting, "PCDWeighting", _pcd)
 PCGradWeighting = _kind(Weighting, "PCGradWeighting", _pcgrad)
 RandomWeighting = _kind(Weighting, "RandomWeighting", _random)
+SDMGradWeighting = _kind(Weighting, "SDMGradWeighting", _sdmgrad)
 SumWeighting = _kind(Weighting, "SumWeighting", surgery.Sum)
 UPGradWeighting = _kind(Weighting, "UPGradWeighting", _upgrad)
+
+
+class ExcessMTL(WeightedAggregator):
+    """The sum of a matrix's rows with the weights of ExcessMTLWeighting."""
+
+    def __init__(self, robust_step_size: float = 1.0, n_warmup_steps: int = 0) -> None:
+        super().__init__(ExcessMTLWeighting(robust_step_size, n_warmup_steps))
+
+    def reset(self) -> None:
+        """Forgets what former calls left, and begins again with equal weights."""
+        cast(Weighting, self.weighting).reset()
+
 
 __all__ = [
     "IMTLG",
@@ -321,6 +365,8 @@ __all__ = [
     "ConstantWeighting",
     "DualProj",
     "DualProjWeighting",
+    "ExcessMTL",
+    "ExcessMTLWeighting",
     "FairGrad",
     "FairGradWeighting",
     "GradDrop",
@@ -333,12 +379,14 @@ __all__ = [
     "MGDAWeighting",
     "Mean",
     "MeanWeighting",
+    "MoDoWeighting",
     "NashMTL",
     "PCDWeighting",
     "PCGrad",
     "PCGradWeighting",
     "Random",
     "RandomWeighting",
+    "SDMGradWeighting",
     "Sum",
     "SumWeighting",
     "TrimmedMean",
