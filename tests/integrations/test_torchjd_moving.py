@@ -12,7 +12,7 @@ theirs = pytest.importorskip("torchjd.aggregation")
 OPTIONS = [
     ("MoDoWeighting", {}),
     ("MoDoWeighting", {"gamma": 0.02, "rho": 0.3}),
-    # with an lr of 10, the default, theirs itself makes 1e-13 of some products 3e-4 of its weights
+    # with an lr of 10, the default, theirs itself makes 0.1 of 1e-13 in some products
     ("SDMGradWeighting", {"lr": 0.3}),
     (
         "SDMGradWeighting",
