@@ -248,10 +248,10 @@ def test_a_run_searches_first_and_keeps_what_it_found(tmp_path, spaces, one_seed
     before = (out / "config.yaml").read_text()
     capsys.readouterr()
     main(arguments)
-    assert capsys.readouterr().out.count("already done") == 4
+    assert capsys.readouterr().out.count("already done") == 5
     again = ["--config", str(out / "config.yaml"), f"--out={out}", "--resume=auto"]
     main(["unlearn", "digits", *again])
-    assert capsys.readouterr().out.count("already done") == 4
+    assert capsys.readouterr().out.count("already done") == 5
     assert (out / "config.yaml").read_text() == before
     with pytest.raises(SystemExit):
         main([*arguments[:-3], "--tune=3", *arguments[-2:]])

@@ -34,6 +34,7 @@ def options(given, name):
         return ["--lora", 4, "--dtype", "bfloat16", "--surgery.retain-loss", "kl", "--relearn=0"]
     more = ["--holdout", given / "holdout.jsonl", "--retrain-model", given / "retrained"]
     few = ["--graddiff.steps=2", "--graddiff.lr=1e-2", "--orthograd.steps=2"]
+    few += ["--graddiff.optimizer=sgd"]  # Adam divides rounding by a gradient that is nearly none
     return ["--lora", 0, *more, "--method", "graddiff", "orthograd", *few]
 
 
