@@ -18,7 +18,7 @@ from torch import Tensor
 from gradsurgery.errors import InputError, NonFiniteError, RankError
 
 # bytes that a rank sends at a meeting, and the first of them, which say how many it has
-SENT, HEAD = 4096, 8
+SENT, HEAD = 1024, 8
 # errors that other ranks raise as what they are; of any other kind, a RankError
 SAME = {kind.__name__: kind for kind in (NonFiniteError, InputError)}
 
