@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops import projection_weights
-from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import Weighting, preference
+from gradsurgery.surgery.rule import Weighting, check_preference, preference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +41,7 @@ class GradOPS(Weighting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.preference
-        check(
-            given is None or all(weight >= 0 for weight in given),
-            f"preference must be 0 or more, got {given}",
-        )
+        check_preference(self.preference)
 
     def _weights(self, gram: Tensor, rtol: float) -> Tensor:
         m = gram.shape[-1]

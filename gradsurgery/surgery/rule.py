@@ -362,6 +362,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def check_preference(given: Sequence[float] | None) -> None:
+    """Raise where a weight of the rows opposes one."""
+    check(
+        given is None or all(weight >= 0 for weight in given),
+        f"preference must be 0 or more, got {given}",
+    )
+
+
 def preference(given: Sequence[float] | None, gram: Tensor, name: str = "preference") -> Tensor:
     """Weights [m] of the rows before surgery; the mean if none are given."""
     m = gram.shape[-1]

@@ -7,9 +7,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurgery.ops._backend import call
-from gradsurgery.ops._inputs import check
 from gradsurgery.ops.cone import dual_projection_weights
-from gradsurgery.surgery.rule import Index, Weighting, chosen, mean_of, preference, to_device
+from gradsurgery.surgery.rule import (
+    Index,
+    Weighting,
+    check_preference,
+    chosen,
+    mean_of,
+    preference,
+    to_device,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +46,7 @@ class UPGrad(Weighting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.preference
-        check(
-            given is None or all(weight >= 0 for weight in given),
-            f"preference must be 0 or more, got {given}",
-        )
+        check_preference(self.preference)
 
     def _weights(self, gram: Tensor, rtol: float, memory: Index = ()) -> Tensor:
         given = wanted(self.preference, gram, memory)

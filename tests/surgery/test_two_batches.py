@@ -9,6 +9,7 @@ from torch import nn
 import gradsurgery as gs
 from gradsurgery.surgery.two_batches import on_simplex
 from tests.inputs import gaussian
+from tests.test_step_tasks import batch_of, network, per_task
 
 KINDS = [gs.MoDo, gs.SDMGrad]
 
@@ -191,19 +192,6 @@ def test_opposed_batches_leave_sdmgrads_weights():
 
 
 # steps
-
-
-def network():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-
-
-def batch_of(n):
-    return torch.randn(n, 5).double(), torch.randn(n, 3).double()
-
-
-def per_task(model, batch):
-    return (model(batch[0]) - batch[1]).square()  # [B, 3]
 
 
 def jacobian(model, batch):
