@@ -22,6 +22,8 @@ GRID = 8  # positions a side that the CNN's first linear layer sees, at most
 class SmallCNN(nn.Module):
     """Three convolutions and two linear layers; 124,426 parameters for 8 x 8 digits.
 
+    `width`, the channels of its first layer, is half of those of the others.
+
     Images of more than 35 pixels a side are averaged down to 8 x 8 positions before the linear
     layers, whose weights would grow with the image.
 
@@ -29,30 +31,35 @@ class SmallCNN(nn.Module):
         InputError: images of fewer than 4 pixels a side, of which two poolings leave nothing.
     """
 
-    def __init__(self, channels: int, size: tuple[int, int], classes: int) -> None:
+    def __init__(
+        self, channels: int, size: tuple[int, int], classes: int, *, width: int = 32
+    ) -> None:
         super().__init__()
         if min(size) < 4:
             raise InputError(
                 f"a small CNN takes images of at least 4 x 4 pixels, got {size[0]} x {size[1]}"
             )
-        height, width = (min(side // 4, GRID) for side in size)
+        height, across = (min(side // 4, GRID) for side in size)
         self.features = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1),
-            nn.GroupNorm(4, 32),
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.GroupNorm(4, width),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 3, padding=1),
-            nn.GroupNorm(4, 64),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.GroupNorm(4, 2 * width),
             nn.ReLU(),
             nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1),
-            nn.GroupNorm(4, 64),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.GroupNorm(4, 2 * width),
             nn.ReLU(),
             nn.MaxPool2d(2),
         )
         if max(size) // 4 > GRID:
-            self.features.append(nn.AdaptiveAvgPool2d((height, width)))
+            self.features.append(nn.AdaptiveAvgPool2d((height, across)))
         self.head = nn.Sequential(
-            nn.Flatten(), nn.Linear(64 * height * width, 256), nn.ReLU(), nn.Linear(256, classes)
+            nn.Flatten(),
+            nn.Linear(2 * width * height * across, 256),
+            nn.ReLU(),
+            nn.Linear(256, classes),
         )
 
     def forward(self, images: Tensor) -> Tensor:

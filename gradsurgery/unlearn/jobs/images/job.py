@@ -60,9 +60,9 @@ class ImagesConfig(JobConfig):
     std: tuple[float, ...] = ()
     """What each channel is then divided by; none: 1."""
     model: str = "cnn"
-    """cnn (small), resnet18 (with group norm), resnet18-narrow (a quarter of its channels), vit
-    (small), or module:function of your own, which is given those of channels, size and classes that
-    it takes, and returns a torch module."""
+    """cnn (small), cnn-narrow (half of its channels), resnet18 (with group norm), resnet18-narrow
+    (a quarter of its channels), vit (small), or module:function of your own, which is given those
+    of channels, size and classes that it takes, and returns a torch module."""
     checkpoint: Path | None = None
     """Weights of the model: a .safetensors file, or a .pt of tensors alone."""
     checkpoint_is: Literal["original", "start"] = "original"

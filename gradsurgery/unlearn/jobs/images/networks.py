@@ -28,6 +28,7 @@ from gradsurgery.unlearn.training.modes import evaluating
 
 NETWORKS = {
     "cnn": SmallCNN,
+    "cnn-narrow": partial(SmallCNN, width=16),
     "resnet18": resnet18,
     "resnet18-narrow": partial(resnet18, width=16),
     "vit": SmallViT,

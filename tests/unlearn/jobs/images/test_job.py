@@ -261,7 +261,7 @@ def test_the_card_says_what_pixels_the_model_takes(tmp_path, data):
         (
             "random",
             {"model": "resnet50"},
-            "--model must be one of cnn, resnet18, resnet18-narrow, vit",
+            "--model must be one of cnn, cnn-narrow, resnet18, resnet18-narrow, vit",
         ),
         ("mislabeled", {"checkpoint": "x.pt"}, "--checkpoint: with --task mislabeled the original"),
         ("random", {"checkpoint": "x.pt", "shadows": 2}, "--shadows are trained as the original"),

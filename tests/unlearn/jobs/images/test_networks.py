@@ -120,7 +120,8 @@ def test_trying_a_network_out_leaves_no_trace(nets):
     [
         (
             "lenet",
-            "--model must be one of cnn, resnet18, resnet18-narrow, vit, or module.*, got lenet",
+            "--model must be one of cnn, cnn-narrow, resnet18, resnet18-narrow, vit, or "
+            "module.*, got lenet",
         ),
         (":linear", "--model must be one of"),
         ("own_nets:", "--model must be one of"),
