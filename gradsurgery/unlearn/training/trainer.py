@@ -76,7 +76,8 @@ class Trainer(Described, Loop[C], ABC):
         config: the method's own `Config`.
         validation: held-out samples, likewise, for methods that need some.
         probe: measures the model during the run; must give `forget_accuracy` (and
-            `validation_accuracy`) where `config.stop` needs them.
+            `validation_accuracy`) where `config.stop` needs them. None with such a stop: these are
+            measured of the sets given, after every step.
         probe_every: steps between probes; the first and the last step are always probed.
         seed: order of the data, and the initial weights where a method draws them.
         optimizer: makes the optimizer of the parameters, in place of the config's; the config's
@@ -145,8 +146,6 @@ class Trainer(Described, Loop[C], ABC):
         seed = given.check_integer("seed", seed)
         probe_every = given.check_integer("probe_every", probe_every, least=1)
         given.check_choice("overlap", overlap, ("error", "allow"))
-        if config.stop != "never" and probe is None:
-            raise InputError(f"stop = {config.stop} needs a probe that measures forget accuracy")
         self.trained = given.trained(model)
         self.parameters = list(self.trained.values())
         self.device = self.parameters[0].device
@@ -164,6 +163,8 @@ class Trainer(Described, Loop[C], ABC):
         needed = (*self.draws, *self.needs)
         self.sets = Sets(self.data, labeled, needed, overlap, name, self.objective)
         self.samples, self.batches = self.sets.samples, self.sets.batches
+        if config.stop != "never" and probe is None:
+            self.probe, self.probe_every = self._stop_probe(), 1
         for kind in self.draws:
             self.sets.draw_from(kind, getattr(config, f"{kind}_batch"), derived(seed, kind))
         self._check_batch_norm()
@@ -188,6 +189,26 @@ class Trainer(Described, Loop[C], ABC):
         self._note_peaks()
         if self.instead_of_loss and own_loss:
             given.warn_of_unused_loss(name, self.instead_of_loss)
+
+    def _stop_probe(self) -> Probe:
+        """Measures the accuracies that `config.stop` compares."""
+        stop = self.config.stop
+        check_has(self.objective, ("outputs",), f"stop = {stop}")
+        kinds = ("forget",) if stop == "target" else ("forget", "validation")
+        for kind in kinds:
+            if self.data[kind] is None:
+                raise InputError(f"{kind}: stop = {stop} needs this data, or a probe, got None")
+
+        def measure(model: nn.Module) -> dict[str, float]:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):  # loaders draw from torch's
+                return {f"{kind}_accuracy": self._share_right(kind, model) for kind in kinds}
+
+        return measure
+
+    def _share_right(self, kind: str, model: nn.Module) -> float:
+        found = [self.outputs(batch, model) for batch in self.whole(kind)]
+        right = torch.cat([each.logits.argmax(1) == each.labels for each in found])
+        return right.double().mean().item()
 
     def _check_batch_norm(self) -> None:
         """Raise `InputError` where batch norm in training mode would meet what it cannot take."""

@@ -1,10 +1,12 @@
 """The protocol: order of data, schedules, stopping, and resuming bit for bit."""
 
+import copy
 import io
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import (
@@ -18,6 +20,7 @@ from gradsurgery.unlearn import (
     TrainerConfig,
     TrainingError,
 )
+from gradsurgery.unlearn.metrics.accuracy import accuracy
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.training.trainer import rate_share
 
@@ -185,9 +188,43 @@ def test_frozen_model_is_named(problem):
         make(Finetune, problem)
 
 
-def test_stopping_needs_a_probe(problem):
-    with pytest.raises(InputError, match="stop = target needs a probe"):
-        make(Finetune, problem, stop="target")
+def test_stopping_measures_the_sets_itself_after_every_step(problem):
+    """Up the forget loss until the forget set looks unseen, or is at a target; not a step more."""
+    optimizer = torch.optim.Adam(problem.model.parameters(), 0.05)
+    while accuracy(problem.model, problem.forget) < 1:
+        optimizer.zero_grad()
+        problem.loss(problem.model, problem.forget).mean().backward()
+        optimizer.step()
+    for stop, target in (("validation", 0.0), ("target", 0.25)):
+        fresh = copy.deepcopy(problem)
+        trainer = make(NegGrad, fresh, stop=stop, target=target, steps=400, schedule="constant")
+        records = list(trainer.fit())
+        assert 1 < trainer.step < 400
+        assert records[-1]["forget_accuracy"] == accuracy(fresh.model, fresh.forget)
+        ends = [
+            each["forget_accuracy"] <= each.get("validation_accuracy", target) for each in records
+        ]
+        assert ends == [False] * trainer.step + [True], stop
+
+
+def test_measuring_for_a_stop_draws_nothing_that_training_draws(problem):
+    """A loader that shuffles draws from torch's generator in every pass."""
+    ends = []
+    for stop in ("never", "target"):
+        fresh = copy.deepcopy(problem)
+        each = [{k: v[i] for k, v in fresh.forget.items()} for i in range(12)]
+        fresh.forget = DataLoader(each, batch_size=5, shuffle=True)
+        torch.manual_seed(0)
+        make(NegGrad, fresh, stop=stop, target=0.0, lr=1e-3).run()
+        ends.append(fresh.model[0].weight)
+    assert torch.equal(*ends)
+
+
+def test_stopping_needs_sets_to_measure_or_a_probe(problem):
+    problem.validation = None
+    message = "validation: stop = validation needs this data, or a probe, got None"
+    with pytest.raises(InputError, match=message):
+        make(Finetune, problem, stop="validation")
 
 
 @pytest.mark.parametrize(
