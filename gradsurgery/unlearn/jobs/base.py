@@ -49,10 +49,11 @@ class Variant:
     fraction: float = 1.0
     label: str = ""
     changes: dict[str, Any] = field(default_factory=dict)
+    run: int = 1
 
     @property
     def name(self) -> str:
-        return stage_name(self.method, self.fraction, self.label)
+        return stage_name(self.method, self.fraction, self.label, self.run)
 
 
 @dataclass
@@ -66,6 +67,9 @@ class JobConfig(MethodOptions):
     seeds: int = 2
     """How many seeds; each draws its own split, forget set, weights and order of the data."""
     first_seed: int = 0
+    runs: int = 1
+    """Unlearning runs of each method for every seed, from the same original in other orders of the
+    data. A seed's numbers are their means; its pictures and its model are those of the first."""
     retain_fraction: tuple[float, ...] = (1.0,)
     """Share of the retain set that the methods are given, in (0, 1], the same of every class;
     several: each method runs with each. Original and Retrain always have all of it, and retain
@@ -83,7 +87,8 @@ class JobConfig(MethodOptions):
     """CPU threads of torch; a small model gains little from more, and on a busy machine they cost a
     lot. Another number can change the last bits of every result."""
     probe_every: int = 5
-    """Steps between measurements of the model during unlearning."""
+    """Steps between measurements of the model during unlearning; of a classifier that may stop by
+    them one."""
     checkpoint_every: int = 20
     """Most steps a kill can cost."""
     training: RetrainConfig = field(default_factory=RetrainConfig)
@@ -112,6 +117,7 @@ class JobConfig(MethodOptions):
         require(self.seeds >= 1, "seeds", "at least 1", brief(self.seeds))
         require(self.seeds <= 2**31, "seeds", "at most 2^31", brief(self.seeds))
         require(0 <= self.first_seed < 2**31, "first-seed", "in [0, 2^31)", self.first_seed)
+        require(1 <= self.runs <= 1000, "runs", "from 1 to 1000", brief(self.runs))
         require(len(self.retain_fraction) > 0, "retain-fraction", "at least one share", "none")
         for fraction in self.retain_fraction:
             require(0 < fraction <= 1, "retain-fraction", "in (0, 1]", fraction)
@@ -260,7 +266,8 @@ class Job(ABC, Generic[C, S]):
         task = config.task if task is None else task
         if task not in self.tasks:
             raise InputError(f"--task must be one of {', '.join(self.tasks)}, got {show(task, 80)}")
-        return update(config, {"task": task, **self.tuned.get(self.kind(task), {})})
+        known = self.tuned.get(task, self.tuned.get(self.kind(task), {}))
+        return update(config, {"task": task, **known})
 
     def kind(self, task: str) -> str:
         """The task that `task` is treated like, where options are drawn and forgetting is scored:
@@ -357,6 +364,10 @@ class Job(ABC, Generic[C, S]):
     def compared(self) -> tuple[str, ...]:
         """Of these the mean gap to Retrain is the mean."""
         return tuple(metric.key for metric in self.metrics if metric.compared)
+
+    def probe_every(self, config: C, stop: str) -> int:
+        """Steps between probes of an unlearning run, whose `stop` says what may end it."""
+        return config.probe_every
 
     # -- what a run ends with
 

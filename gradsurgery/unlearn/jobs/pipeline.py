@@ -20,7 +20,7 @@ from gradsurgery.unlearn.jobs import shadows
 from gradsurgery.unlearn.jobs.base import Job, JobConfig, Split, Summary, Variant
 from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage, fingerprint
 from gradsurgery.unlearn.jobs.progress import Progress
-from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, parts
+from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, parts, repeated
 from gradsurgery.unlearn.jobs.summary import summarize
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.orthograd import OrthoGradTrainer
@@ -93,30 +93,35 @@ class Run:
                     stage.measure()
                 for each, options in zip(everything, changed, strict=True):
                     run = replace(self, config=options)
-                    stage = StageRun(run, split, (seed, each.name), each.changes)
-                    stage.make()
-                    stage.measure()
+                    for name in repeated(each.name, self.config.runs):
+                        stage = StageRun(run, split, (seed, name), each.changes)
+                        stage.make()
+                        stage.measure()
         names = [*trained, *(each.name for each in everything)]
         task, results = self.config.task, self.directory.results()
-        found = summarize(self.job, task, results, forget_sets, names)
+        found = summarize(self.job, task, results, forget_sets, names, self.config.runs)
         facts = self.directory.facts()
         return {**found, "data": facts} if facts else found
 
     def trainer(
         self, split: Split, seed: int, name: str, model: nn.Module, probed: bool = True
     ) -> Trainer:
-        """Of one stage; all unlearning methods of a seed see the same order of data."""
+        """Of one stage; a seed's unlearning methods see the same order of data in the same run."""
         seed, name = drawn_by(seed, name)
         training = name in TRAINED
-        method, _, fraction = parts(name)
+        method, _, fraction, run = parts(name)
+        again = (run,) if run > 1 else ()
         kind: type[Trainer] = Retrain if training else METHODS[method]
         options: Any = self.config.training if training else getattr(self.config, method)
         retain = split.train if name == "original" else split.retain
         if fraction < 1:
             retain = self.job.share(retain, fraction, derived(seed, "retain"))
+        every = self.job.probe_every(self.config, options.stop)
+        if training:  # some 20 points make a curve; more would cost more than the training itself
+            every = max(self.config.probe_every, options.steps // 20)
         # ranks have samples of their own, and so other draws for them, as dropout's
         own = (self.ranks.rank,) if self.ranks.rank else ()
-        torch.manual_seed(derived(seed, name if training else method, *own))
+        torch.manual_seed(derived(seed, name if training else method, *again, *own))
         return kind(
             model,
             self.job.objective,
@@ -125,9 +130,8 @@ class Run:
             config=options,
             validation=split.validation,
             probe=self.job.probe(split) if probed else None,
-            # some 20 points make a curve; more would cost more than the training itself
-            probe_every=max(self.config.probe_every, options.steps // 20 if training else 1),
-            seed=derived(seed, name if training else "unlearn"),
+            probe_every=every,
+            seed=derived(seed, name if training else "unlearn", *again),
             overlap=self.job.overlap(self.config),
             process_group=self.ranks.handle,
         )
@@ -264,7 +268,8 @@ class StageRun:
             original = run.stored((seed, "original"))
             steps = run.job.relearned(model, self.split, original)
             measured |= {} if steps is None else {"relearn": steps}
-        if run.config.shadows and name not in ("retrain", AGAIN):
+        # shadows are of a first run
+        if run.config.shadows and name not in ("retrain", AGAIN) and parts(name).run == 1:
             measured |= shadows.compare(run, self.split, self.stage)
         losses = run.job.losses(model, self.split)
         run.directory.add(self.stage, {"metrics": measured, "losses": losses})

@@ -37,6 +37,7 @@ SUMMARY: Shape = {
     "job": str,
     "task": str,
     "seeds": [int],
+    "runs?": int,
     "forget_sets": {str: {"samples": int, "sha256": str, str: (int, str, None)}},
     "columns": {str: {str: SPREAD}},
     "data?": {str: (str, int)},

@@ -1,7 +1,7 @@
 """Names of a seed's stages: the original, the retrained and the unlearned models.
 
-One of the last is named METHOD[+VARIANT][@FRACTION]: "ltu", "ltu@0.1" for a tenth of the retain
-set, "ltu+first order@0.1" for other options as well.
+One of the last is named METHOD[+VARIANT][@FRACTION][#RUN]: "ltu", "ltu@0.1" for a tenth of the
+retain set, "ltu+first order@0.1" for other options as well, "ltu@0.1#2" for a second run of it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,25 @@ class Parts(NamedTuple):
     method: str
     variant: str
     fraction: float
+    run: int
+    """1 for the first, whose name does not say it."""
 
 
-def stage_name(method: str, fraction: float = 1.0, variant: str = "") -> str:
+def stage_name(method: str, fraction: float = 1.0, variant: str = "", run: int = 1) -> str:
     plus = f"+{variant}" if variant else ""
-    return f"{method}{plus}" if fraction == 1 else f"{method}{plus}@{fraction}"
+    share = "" if fraction == 1 else f"@{fraction}"
+    return f"{method}{plus}{share}{f'#{run}' if run > 1 else ''}"
 
 
 def parts(name: str) -> Parts:
+    stem, mark, run = name.rpartition("#")
+    name = stem if mark else name
     head, at, fraction = name.rpartition("@")
     method, _, variant = (head if at else name).partition("+")
-    return Parts(method, variant, float(fraction) if at else 1.0)
+    return Parts(method, variant, float(fraction) if at else 1.0, int(run) if mark else 1)
+
+
+def repeated(name: str, runs: int) -> list[str]:
+    """The stages of the runs that a method's numbers are means over, `name` the first."""
+    method, variant, fraction, _ = parts(name)
+    return [stage_name(method, fraction, variant, run) for run in range(1, runs + 1)]

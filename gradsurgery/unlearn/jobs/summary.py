@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from statistics import mean
 from typing import Any
 
 from gradsurgery.unlearn.jobs.base import COSTS, Job, Measured, Summary
-from gradsurgery.unlearn.jobs.stages import parts
+from gradsurgery.unlearn.jobs.stages import TRAINED, parts, repeated
 from gradsurgery.unlearn.metrics.statistics import gap, spread
 
 
@@ -31,8 +32,11 @@ def summarize(
     results: list[dict[str, Any]],
     forget_sets: dict[str, Any],
     names: Sequence[str],
+    runs: int = 1,
 ) -> Summary:
     """Mean, spread and values over seeds of every metric, gap to Retrain and cost, by stage.
+
+    A seed's value is the mean over the `runs` of a method, of gaps too.
 
     step: seconds of one OrthoGrad step and of one plain training step on the same samples.
     """
@@ -43,7 +47,12 @@ def summarize(
     for name in names:
         rows: dict[str, list[float]] = {}
         for seed in seeds:
-            for key, value in _numbers(job, task, by_stage, seed, name, among).items():
+            for key, value in _means(
+                [
+                    _numbers(job, task, by_stage, seed, run, among)
+                    for run in (repeated(name, runs) if name not in TRAINED else [name])
+                ]
+            ).items():
                 rows.setdefault(key, []).append(value)
         # a number that some seed has not is none over all of them
         columns[name] = {k: spread(v) for k, v in rows.items() if len(v) == len(seeds)}
@@ -56,10 +65,17 @@ def summarize(
         "job": job.name,
         "task": task,
         "seeds": seeds,
+        **({"runs": runs} if runs > 1 else {}),
         "forget_sets": forget_sets,
         "columns": columns,
         **({"step": {"seconds": step}} if step else {}),
     }
+
+
+def _means(runs: Sequence[Measured]) -> Measured:
+    """Of several runs; a number that not all have, as that of shadows, is of those that do."""
+    keys = dict.fromkeys(key for each in runs for key in each)
+    return {key: mean(each[key] for each in runs if key in each) for key in keys}
 
 
 def _numbers(

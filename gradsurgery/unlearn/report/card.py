@@ -39,7 +39,7 @@ def model_card(config: JobConfig, summary: Summary, seed: int, name: str) -> str
     texts = job.texts({**summary, "seeds": [seed], "forget_sets": {str(seed): forgotten}})
     index = summary["seeds"].index(seed)
     columns = [*dict.fromkeys((*trained(summary["columns"]), name))]
-    method, _, fraction = parts(name)
+    method, _, fraction, _ = parts(name)
     options = to_dict(config.training if name == "retrain" else getattr(config, method))
 
     def value(column: str, key: str) -> str:

@@ -125,11 +125,13 @@ def _merged(task: str, runs: list[Run]) -> Summary:
     values: dict[str, dict[int, dict[str, float]]] = {}  # by column, seed and metric
     for run in runs:
         for name, column in run.summary["columns"].items():
-            method, variant, fraction = parts(name)
+            method, variant, fraction, _ = parts(name)
             if len(variants[name]) > 1:
                 short = run.path.resolve().name
                 whose = short if names.count(short) == 1 else str(run.path)
-                variant = ", ".join(filter(None, (variant, whose.replace("@", " "))))
+                variant = ", ".join(
+                    filter(None, (variant, whose.replace("@", " ").replace("#", " ")))
+                )
             seeds = values.setdefault(stage_name(method, fraction, variant), {})
             for index, seed in enumerate(run.summary["seeds"]):
                 row = {key: entry["values"][index] for key, entry in column.items()}

@@ -12,7 +12,7 @@ NAMES = {"original": "Original", **{name: kind.title for name, kind in ALL.items
 
 def title(name: str) -> str:
     """Method and variant as people read them; which fraction it is the place around it says."""
-    method, variant, _ = parts(name)
+    method, variant, *_ = parts(name)
     shown = NAMES.get(method, method)
     if method == PAIRS and variant:  # a loss with a rule, which says all
         shown = variant

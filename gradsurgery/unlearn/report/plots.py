@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, parts, stage_name
+from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, parts, repeated, stage_name
 from gradsurgery.unlearn.methods import ALL, METHODS
 from gradsurgery.unlearn.report.labels import PAIRS, percent, title
 from gradsurgery.unlearn.report.verdict import Summary, fractions, seeds_of
@@ -64,6 +64,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "gradsurgery",  # ids, and so files, that depend on the run alone
 }
 LONG_LABEL = 24  # characters; of longer ones a legend's columns would reach beyond the picture
+LEVELS = 51  # of forgetting, at which it is looked what is left
 LEAST_GAP = 0.02  # points; a smaller gap is drawn as this one
 GAP_TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 SMALLEST_LOSS = 1e-5  # nats; smaller ones fall into the first bin of a histogram
@@ -91,7 +92,7 @@ def picture(draw: Callable[..., Figure]) -> Callable[..., str]:
 
 
 def color(name: str) -> str:
-    method, variant, _ = parts(name)
+    method, variant, *_ = parts(name)
     if method == PAIRS and variant:
         return PAIR_COLORS[zlib.crc32(variant.encode()) % len(PAIR_COLORS)]
     return COLORS.get(method, OTHER)
@@ -99,7 +100,7 @@ def color(name: str) -> str:
 
 def _style(name: str) -> dict[str, Any]:
     """Color, marker and dashes of a stage; its share of the retain set does not matter."""
-    method, variant, _ = parts(name)
+    method, variant, *_ = parts(name)
     dashes = DASHES[zlib.crc32(variant.encode()) % len(DASHES)] if variant else "-"
     return {"color": color(name), "marker": MARKERS.get(method, "o"), "ls": dashes}
 
@@ -202,6 +203,51 @@ def tradeoff(records: Records, names: list[str], best: list[str], y: str, label:
 
 
 @picture
+def pareto(records: Records, names: list[str]) -> Figure:
+    """How much accuracy on unseen samples is left once so much is forgotten: a line a method.
+
+    Args:
+        names: of stages, of which all seeds and runs are averaged. A line ends where a half of
+            these stopped; Original and Retrain are points.
+    """
+    figure, axes = _axes(4.7, 4.4)
+    paths: dict[str, list[tuple[list[float], list[float]]]] = defaultdict(list)
+    for (_, stage), steps in records.items():
+        found = _probes(steps, "forget_accuracy", "validation_accuracy")
+        if found[0]:
+            paths[repeated(stage, 1)[0]].append(found)
+    for name in names:
+        xs, ys = _kept(paths[name])
+        axes.plot(xs, ys, color=color(name), ls=_style(name)["ls"], lw=1.7, label=title(name))
+    for name, area in (("original", 60), ("retrain", 170)):
+        ends = [(xs[-1], ys[-1]) for xs, ys in paths[name]]
+        style = {"marker": MARKERS[name], "s": area, "edgecolors": "white", "zorder": 5}
+        axes.scatter(*np.mean(ends, 0), color=COLORS[name], label=title(name), **style)
+    axes.invert_xaxis()
+    axes.set_xlabel("accuracy on the forget set, labels as trained")
+    axes.set_ylabel("accuracy on validation samples")
+    _legend(figure)
+    return figure
+
+
+def _kept(paths: list[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
+    """The mean of y where x has first come down to each level that a half of the paths reach."""
+    levels = np.linspace(max(xs[0] for xs, _ in paths), 0, LEVELS)
+    found: list[list[float]] = [[], []]
+    for level in levels:
+        reached = [
+            next(y for x, y in zip(xs, ys, strict=True) if x <= level)
+            for xs, ys in paths
+            if min(xs) <= level
+        ]
+        if 2 * len(reached) < len(paths):
+            break
+        found[0].append(float(level))
+        found[1].append(float(np.mean(reached)))
+    return found[0], found[1]
+
+
+@picture
 def curves(records: Records, names: list[str], best: list[str], y: str, label: str) -> Figure:
     """One measured loss over the steps of every method, on a logarithmic axis."""
     figure, axes = _axes(4.7, 4.0)
@@ -225,7 +271,7 @@ def sweep(summary: Summary, order: list[str], best: int) -> Figure:
     columns, shares = summary["columns"], fractions(summary)
     figure, axes = _axes(4.7, 5.0)
     for rank, name in enumerate(order):
-        method, variant, _ = parts(name)
+        method, variant, *_ = parts(name)
         stages = [stage_name(method, share, variant) for share in shares]
         known = [stage for stage in stages if stage in columns]
         xs = [100 * parts(stage).fraction for stage in known]

@@ -23,6 +23,7 @@ from gradsurgery.unlearn.report.verdict import (
 )
 
 NOTHING = "Original (do nothing)"  # with a Retrain to be near to, it is what others must beat
+TIE = "(tie)"
 SECONDS = next(metric for metric in COSTS if metric.key == "seconds")
 
 
@@ -31,9 +32,12 @@ class Cell(NamedTuple):
 
     text: str = ""
     spread: str = ""
+    tie: bool = False
+    """Whether it is a difference that the seeds cannot tell from none."""
 
     def __str__(self) -> str:
-        return f"{self.text} ± {self.spread}" if self.spread else self.text
+        shown = f"{self.text} ± {self.spread}" if self.spread else self.text
+        return f"{shown} {TIE}" if self.tie else shown
 
 
 class Row(NamedTuple):
@@ -52,22 +56,24 @@ def cell(column: dict[str, Any], metric: Metric) -> Cell:
 
 
 def behind(place: Place | None) -> Cell:
-    """Paired difference to the best method and its standard error."""
+    """Paired difference to the best method and half of its 95 % interval."""
     if place is None or place.behind is None:
         return Cell()
-    best = place.behind.mean == 0 and not place.behind.error
+    best = place.behind.mean == 0 and not place.behind.reach
     return Cell("best") if best else _difference(place.behind)
 
 
 def nearer(place: Place | None) -> Cell:
-    """How much nearer to Retrain than doing nothing, with its standard error, or that it is not."""
+    """How much nearer to Retrain than doing nothing, and half of the 95 % interval of that, or that
+    it is not."""
     if place is None or place.nearer is None:
         return Cell()
     return _difference(place.nearer) if place.nearer.mean > 0 else Cell("no nearer")
 
 
 def _difference(found: Difference) -> Cell:
-    return Cell(f"{found.mean:.3f}", "" if found.error is None else f"{found.error:.3f}")
+    reach = "" if found.reach is None else f"{found.reach:.3f}"
+    return Cell(f"{found.mean:.3f}", reach, tie=found.told_apart is False)
 
 
 def times(summary: Summary, name: str) -> Cell:
@@ -80,7 +86,8 @@ def main_table(summary: Summary, fraction: float) -> tuple[list[str], list[Row]]
     """Original, Retrain and the methods with a share of the retain set, as `ranking` has them.
 
     over chance: the gap in units of the one between two Retrains. behind: how much farther from
-    Retrain than the best. nearer: how much nearer than doing nothing.
+    Retrain than the best. nearer: how much nearer than doing nothing. Of both, ± half of the 95 %
+    interval of the paired differences over the seeds, and that it is a tie where that holds 0.
     """
     columns = summary["columns"]
     places = {place.name: place for place in ranking(summary, fraction)}
@@ -131,6 +138,8 @@ def caption(summary: Summary, spread: bool = True) -> str:
     seeds = len(summary["seeds"])
     means = "means ± standard deviation" if spread else "means"
     over = f"{means} over {seeds} seeds" if seeds > 1 else "one seed"
+    runs = summary.get("runs", 1)
+    over += f", each the mean of {runs} runs" if runs > 1 else ""
     what = "mean gap to Retrain and what it is of" if compared(summary) else "what was measured"
     return f"{summary['job']}, {summary['task']}: {what}; {over}"
 

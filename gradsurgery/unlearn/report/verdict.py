@@ -23,18 +23,18 @@ class Difference(NamedTuple):
     """A paired difference of two columns' mean gaps over the seeds that both have."""
 
     mean: float
-    error: float | None
-    """Its standard error, None for fewer than two seeds."""
+    reach: float | None
+    """Half of its 95 % interval of Student's t over the seeds, None for fewer than two."""
     seeds: int
     """How many seeds both have."""
 
     @property
     def told_apart(self) -> bool | None:
-        """Whether it is over two standard errors; None: too few seeds to say."""
-        # fewer than three seeds give no standard error worth the name
-        if self.error is None or self.seeds < 3:
+        """Whether the interval is above 0; None: too few seeds to say."""
+        # fewer than three seeds give no interval worth the name
+        if self.reach is None or self.seeds < 3:
             return None
-        return self.mean > 2 * self.error
+        return self.mean > self.reach
 
 
 class Place(NamedTuple):
@@ -95,9 +95,10 @@ def difference(summary: Summary, name: str, other: str) -> Difference | None:
     mine, others = _shared(summary, name, other)
     if not mine:
         return None
-    found = paired(mine, others)
-    # `paired` returns floats and an interval in one dictionary: these two are floats
-    return Difference(found["mean"], found["stderr"], len(mine))  # type: ignore[arg-type]
+    found: Any = paired(mine, others)
+    interval = found["interval"]
+    reach = None if interval is None else (interval[1] - interval[0]) / 2
+    return Difference(found["mean"], reach, len(mine))
 
 
 def in_retrains(summary: Summary, name: str) -> float | None:
