@@ -178,7 +178,7 @@ def _compared(
     away = float(_away(whole, torch.cat(each)).max())
     limit = ROUNDINGS * eps * _largest(whole)
     if not away <= limit:
-        limit += ROUNDINGS * _move(model, loss, together, whole, eps, before)
+        limit += ROUNDINGS * _visible_move(model, loss, together, whole, eps, before)
     if away <= limit:
         return Trial(None, moves)
     random = before.random_changed()
@@ -207,6 +207,26 @@ def _away(a: Tensor, b: Tensor) -> Tensor:
     """By how much they differ; infinities and NaN do not where they are the same."""
     a, b = a.detach().double(), b.detach().double()
     return torch.where((a == b) | (a.isnan() & b.isnan()), 0, a - b).abs()
+
+
+def _visible_move(
+    model: nn.Module,
+    loss: AnyLoss,
+    batch: Any,
+    losses: Tensor,
+    eps: float,
+    before: "_Before",
+) -> float:
+    """What losses move by when parameters do by eps, or by the least more that they see at all.
+
+    A loss near 0 that is a difference of larger numbers, as cross-entropy of a sample that a model
+    is sure of, has steps of their last place and not of its own: within one it does not move.
+    """
+    move, share = 0.0, eps
+    while move == 0 and share < 1:
+        move = _move(model, loss, batch, losses, share, before)
+        share *= 4
+    return move
 
 
 def _move(

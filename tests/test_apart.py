@@ -216,6 +216,25 @@ def test_rounding_is_not_taken_for_coupling(dtype, far):
         assert apart.in_parts(model, coupled, (x,), most).coupled is not None
 
 
+@pytest.mark.parametrize("value", [1e-2, 1e-4, 3e-7])
+@pytest.mark.parametrize("units,coupled", [(1, False), (300, True)])
+def test_a_loss_near_zero_may_have_the_steps_of_the_numbers_it_is_made_of(value, units, coupled):
+    """As cross-entropy of a sample that a model is sure of, log(1 + x): its last place is that of
+    1, in which a pass of other samples may end elsewhere, and parameters move it only by whole
+    steps."""
+    model = nn.Linear(6, 1, bias=False)
+    x = torch.rand(5, 6) + 0.5
+    with torch.no_grad():
+        model.weight.fill_(value / 6)
+
+    def loss(model, batch):
+        away = units * torch.finfo(torch.float32).eps * (len(batch) > 1)
+        return ((1 + model(batch)[:, 0]) + away) - 1
+
+    found = apart.in_parts(model, loss, x, 1).coupled
+    assert (found is not None) == coupled, found
+
+
 def test_autocast_inside_the_loss_is_rounding_too():
     model = nn.Sequential(nn.Linear(40, 300), nn.Tanh(), nn.Linear(300, 5))
     data = torch.randn(9, 40), torch.randint(5, (9,))
