@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +38,12 @@ from gradsurgery.unlearn.training.trainer import Probe
 
 PROBED = 256  # retain samples measured during a run; at its end all of them are
 PIXELS = 2**21  # measured at once, at most: a network's activations are many times as large
-MOST = 2048  # samples measured at once
+MOST = 256  # samples measured at once: of more a small network's activations leave the caches
+LAST = 8  # outputs that are remembered: of two models on four sets
 KNOWN = 2048  # retain samples that a probe of features is fitted on, at most
 # how the forget set is learned again, to see how well it was forgotten
 RELEARN = FinetuneConfig(steps=60, lr=3e-3, retain_batch=128)
-UIS_KIND = {"mislabeled": "class", "class": "class", "random": "random"}
+UIS_KIND = {"mislabeled": "class", "class": "class", "random": "random", "memorized": "random"}
 ACCURACY, MEMBERSHIP = "Accuracy", "Membership"
 PROBE = "Accuracy of a linear probe of features"
 NUMBERS = (
@@ -76,6 +79,10 @@ class LabeledSplit(Split):
 
 class ClassifierJob(Job[C, LabeledSplit]):
     """A job whose model tells classes apart."""
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        return Remembered()
 
     metrics = (
         Metric("forget", "forget set", ACCURACY, short="forget", compared=True),
@@ -144,7 +151,7 @@ class ClassifierJob(Job[C, LabeledSplit]):
         unseen = split.validation if held_out == "validation" else split.test
         sides = {"forget": split.forget, "test": unseen}
         known = {name: classification.labels(side) for name, side in sides.items()}
-        found = {name: outputs(model, side) for name, side in sides.items()}
+        found = {name: self.remembered(model, side) for name, side in sides.items()}
         measured = {"forget": share_right(found["forget"], known["forget"])}
         if split.mislabeled:
             measured["repaired"] = share_right(found["forget"], split.true_labels)
@@ -159,7 +166,7 @@ class ClassifierJob(Job[C, LabeledSplit]):
                 found["forget"], known["forget"], found["test"], known["test"]
             )
         if retrain is not None:
-            wanted = {name: outputs(retrain, side) for name, side in sides.items()}
+            wanted = {name: self.remembered(retrain, side) for name, side in sides.items()}
             for name in sides:
                 pair = found[name], wanted[name]
                 measured[f"kl_{name}"] = distance.kl(*pair)
@@ -192,7 +199,7 @@ class ClassifierJob(Job[C, LabeledSplit]):
     def losses(self, model: nn.Module, split: LabeledSplit) -> dict[str, list[float]]:
         return {
             name: classification.label_losses(
-                outputs(model, side), classification.labels(side)
+                self.remembered(model, side), classification.labels(side)
             ).tolist()
             for name, side in (("forget", split.forget), ("test", split.test))
         }
@@ -206,6 +213,10 @@ class ClassifierJob(Job[C, LabeledSplit]):
                 ("test", split.test),
             )
         }
+
+    def probe_every(self, config: C, stop: str) -> int:
+        """Every step where one may be the last: five more steps can cost all that was won."""
+        return config.probe_every if stop == "never" else 1
 
     def probe(self, split: LabeledSplit) -> Probe:
         """Forget, some retain and validation samples."""
@@ -227,6 +238,25 @@ class ClassifierJob(Job[C, LabeledSplit]):
             return found
 
         return measure
+
+
+class Remembered:
+    """`outputs`, of which those last asked for are not computed again: all models of a seed are
+    measured beside one Retrain, and each of them for several numbers."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[str, Batch, Tensor]] = []
+
+    def __call__(self, model: nn.Module, samples: Batch) -> Tensor:
+        weights = digest(*model.state_dict().values())
+        for at, (theirs, of, _) in enumerate(self._known):
+            if theirs == weights and of is samples:
+                found = self._known.pop(at)
+                break
+        else:
+            found = weights, samples, outputs(model, samples)
+        self._known = [found, *self._known][:LAST]
+        return found[2]
 
 
 @torch.no_grad()
@@ -314,6 +344,15 @@ def divide(
         mislabeled=wrong is not None,
         forget_class=forget_class,
     )
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 of the values of tensors, in their order."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)  # a count has no dimension to view
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def counted(sizes: Iterable[int]) -> str:

@@ -70,7 +70,8 @@ class Run:
         """Do what is left to do in the directory; the summary.
 
         Every stage starts from files and seeds alone, so an interrupted run continued here ends
-        with the numbers of one that was not. `variants` run besides those that the options ask for.
+        with the numbers of one that was not. `variants` run besides those that the options ask for,
+        each once.
         """
         self.config.check()
         self.directory.rewind()
@@ -93,7 +94,8 @@ class Run:
                     stage.measure()
                 for each, options in zip(everything, changed, strict=True):
                     run = replace(self, config=options)
-                    for name in repeated(each.name, self.config.runs):
+                    runs = 1 if each in variants else self.config.runs
+                    for name in repeated(each.name, runs):
                         stage = StageRun(run, split, (seed, name), each.changes)
                         stage.make()
                         stage.measure()

@@ -36,7 +36,7 @@ def summarize(
 ) -> Summary:
     """Mean, spread and values over seeds of every metric, gap to Retrain and cost, by stage.
 
-    A seed's value is the mean over the `runs` of a method, of gaps too.
+    A seed's value is the mean over those of the `runs` of a method that there are, of gaps too.
 
     step: seconds of one OrthoGrad step and of one plain training step on the same samples.
     """
@@ -47,12 +47,10 @@ def summarize(
     for name in names:
         rows: dict[str, list[float]] = {}
         for seed in seeds:
-            for key, value in _means(
-                [
-                    _numbers(job, task, by_stage, seed, run, among)
-                    for run in (repeated(name, runs) if name not in TRAINED else [name])
-                ]
-            ).items():
+            every = [name] if name in TRAINED else repeated(name, runs)
+            there = [run for run in every if (seed, run) in by_stage]
+            found = [_numbers(job, task, by_stage, seed, run, among) for run in there]
+            for key, value in _means(found).items():
                 rows.setdefault(key, []).append(value)
         # a number that some seed has not is none over all of them
         columns[name] = {k: spread(v) for k, v in rows.items() if len(v) == len(seeds)}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gradsurgery.errors import InputError
+from gradsurgery.unlearn.jobs.base import Variant
 from gradsurgery.unlearn.jobs.digits.data import DigitsCNN
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from tests.unlearn.tiny import finished, tiny
@@ -14,7 +15,8 @@ from tests.unlearn.tiny import finished, tiny
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory):
     path = tmp_path_factory.mktemp("twice") / "run"
-    return path, finished(path, tiny("random", ("neggrad",), runs=2))
+    slower = [Variant("neggrad", 1.0, "slower", {"lr": 1e-6})]
+    return path, finished(path, tiny("random", ("neggrad",), runs=2), slower)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_the_first_is_the_run_that_one_alone_is_and_the_second_another(twice, on
 
 def test_a_seed_has_the_mean_of_its_runs(twice, once):
     path, summary = twice
-    assert list(summary["columns"]) == ["original", "retrain", "neggrad"]
+    assert list(summary["columns"]) == ["original", "retrain", "neggrad", "neggrad+slower"]
     assert summary["runs"] == 2 and "runs" not in once[1]
     runs = [RunDirectory(path).result((0, name))["metrics"] for name in ("neggrad", "neggrad#2")]
     wanted = RunDirectory(path).result((0, "retrain"))["metrics"]
@@ -52,6 +54,12 @@ def test_a_seed_has_the_mean_of_its_runs(twice, once):
     assert column["gap_mia"]["values"] == [pytest.approx(sum(gaps) / 2)]
     original, alone = (each["columns"]["original"] for each in (summary, once[1]))
     assert original["forget"] == alone["forget"] and original["gap_mean"] == alone["gap_mean"]
+
+
+def test_what_runs_besides_runs_once(twice):
+    directory = RunDirectory(twice[0])
+    assert directory.result((0, "neggrad+slower")) is not None
+    assert directory.result((0, "neggrad+slower#2")) is None
 
 
 def test_shadows_are_of_the_first_run(tmp_path, once):

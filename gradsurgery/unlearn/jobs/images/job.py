@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,13 @@ from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
 from gradsurgery.unlearn.jobs import tune
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts, with_weights
-from gradsurgery.unlearn.jobs.classifiers import NUMBERS, ClassifierJob, LabeledSplit, counted
+from gradsurgery.unlearn.jobs.classifiers import (
+    NUMBERS,
+    ClassifierJob,
+    LabeledSplit,
+    counted,
+    digest,
+)
 from gradsurgery.unlearn.jobs.device import check_device
 from gradsurgery.unlearn.jobs.directory import fingerprint
 from gradsurgery.unlearn.jobs.images.arrays import Images
@@ -177,7 +182,7 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
     about = "your own images, or MNIST's: random, mislabeled, memorized or named samples, a class"
     Config = ImagesConfig
     tasks = get_args(Task)
-    alike: ClassVar = {"confusion": "mislabeled", "ids": "random", "memorized": "random"}
+    alike: ClassVar = {"confusion": "mislabeled", "ids": "random"}
     described = ("title", "split", "model", "function", "arguments", "parameters", "checkpoint")
 
     def __init__(self) -> None:
@@ -309,10 +314,10 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
             "arguments": f"{channels}, ({height}, {width}), {classes}",
             "parameters": sum(p.numel() for p in model.parameters()),
             "checkpoint": used,
-            "data_sha256": _digest(images.images, images.labels),
+            "data_sha256": digest(images.images, images.labels),
             "forget_sha256": fingerprint(found.ids),
             "duplicates": config.duplicates,
-            "weights_sha256": _digest(*model.state_dict().values()) if used else "",
+            "weights_sha256": digest(*model.state_dict().values()) if used else "",
         }
 
     def texts(self, summary: Summary) -> Texts:
@@ -357,12 +362,3 @@ class ImagesJob(ClassifierJob[ImagesConfig]):
 def _text(values: tuple[float, ...]) -> str:
     """(0.5, 0.25, 0.1), say"""
     return f"({', '.join(f'{value:g}' for value in values)})"
-
-
-def _digest(*tensors: Tensor) -> str:
-    """SHA-256 of the values of tensors, in their order."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)  # a count has no dimension to view
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
