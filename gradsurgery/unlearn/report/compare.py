@@ -18,6 +18,7 @@ from gradsurgery.unlearn.training.config import differences, to_dict, update
 
 # besides paths, what says where things are: what is found there counts, not where it was
 WHERE = ("device", "source")
+FIRST = "forget_sha256"  # of a run's first seed: all seeds' forget sets are compared by themselves
 COLUMNS = ("loss", "rule")  # what says which columns there are, as `method` does
 
 
@@ -88,7 +89,7 @@ def _conflicts(run: Run, others: Sequence[Run]) -> list[str]:
         mine, theirs = run.summary["forget_sets"], other.summary["forget_sets"]
         split = [s for s in mine if s in theirs and mine[s]["sha256"] != theirs[s]["sha256"]]
         mine, theirs = (
-            {key: value for key, value in each.facts.items() if key not in WHERE}
+            {key: value for key, value in each.facts.items() if key not in (*WHERE, FIRST)}
             for each in (run, other)
         )
         changed = differences(theirs, mine, "data: ")
