@@ -16,6 +16,7 @@ from gradsurgery.unlearn.jobs.images.networks import network
 from gradsurgery.unlearn.jobs.pipeline import Run
 from gradsurgery.unlearn.jobs.progress import PlainProgress
 from gradsurgery.unlearn.methods.retrain import reset_parameters
+from gradsurgery.unlearn.report import compare
 from tests.unlearn.broken import numbers
 from tests.unlearn.jobs.images.made import arrays, finished, saved, tiny
 
@@ -31,6 +32,15 @@ def weights(path, seed=1):
     found = network("cnn", 1, (8, 8), 3).state_dict()
     save_file(found, path)
     return found
+
+
+def test_runs_of_other_seeds_go_into_one_table(tmp_path, data):
+    paths = [tmp_path / "first", tmp_path / "later"]
+    for seed, path in enumerate(paths):
+        finished(path, tiny(data, first_seed=seed, second_retrain=False))
+    (merged,) = compare.merge(compare.load(paths))
+    assert merged["seeds"] == [0, 1]
+    assert len(merged["columns"]["neggrad"]["gap_mean"]["values"]) == 2
 
 
 @pytest.mark.parametrize("task", ["random", "class", "mislabeled", "confusion", "memorized"])
