@@ -12,13 +12,23 @@ from gradsurgery.cli import main
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import METHODS, NegGrad, TrainerConfig, TrainingError
 from gradsurgery.unlearn.command import parse
+from gradsurgery.unlearn.jobs import registry
 from gradsurgery.unlearn.jobs import tune as search
 from gradsurgery.unlearn.jobs.digits import data as digits
 from gradsurgery.unlearn.jobs.digits.job import DigitsConfig
 from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.pipeline import Run
 from gradsurgery.unlearn.jobs.progress import PlainProgress
-from gradsurgery.unlearn.jobs.tune import FINAL_SEEDS, SEEDS, check, draws, space, tune
+from gradsurgery.unlearn.jobs.tune import (
+    FINAL_SEEDS,
+    SEEDS,
+    check,
+    decoded,
+    draws,
+    space,
+    tune,
+    winner,
+)
 from gradsurgery.unlearn.training.config import to_dict, update
 from gradsurgery.unlearn.training.described import LogUniform
 from tests.unlearn.tiny import JOB, tiny
@@ -78,9 +88,11 @@ def test_every_method_has_a_space_whose_options_exist():
         assert set(METHODS[name].space) <= set(space(name, "class", getattr(DigitsConfig(), name)))
 
 
-def test_draws_are_those_that_were_published():
+@pytest.mark.parametrize("name", ["digits", "images"])
+def test_draws_are_those_that_were_published(name):
+    job = registry.find(name)
     published: dict[tuple[str, str], list] = {}
-    for line in (ROOT / "docs/digits_tuning.jsonl").read_text().splitlines():
+    for line in (ROOT / f"docs/{name}_tuning.jsonl").read_text().splitlines():
         trial = json.loads(line)
         if "final" in trial:
             continue
@@ -89,7 +101,22 @@ def test_draws_are_those_that_were_published():
         published.setdefault((trial["task"], trial["method"]), []).append(plain)
     assert len(published) >= 12
     for (task, method), options in published.items():
-        assert options == draws(method, task, getattr(DigitsConfig(), method), len(options))
+        config = getattr(job.Config(), method)
+        assert options == draws(method, job.kind(task), config, len(options)), (task, method)
+        assert len(options) == (16 if name == "digits" else 8)  # the same budget for each
+
+
+@pytest.mark.parametrize("name", ["digits", "images"])
+def test_tuned_options_are_the_winners_of_the_published_search(name):
+    job = registry.find(name)
+    lines = map(json.loads, (ROOT / f"docs/{name}_tuning.jsonl").read_text().splitlines())
+    by_method: dict[tuple[str, str], list] = {}
+    for line in lines:
+        by_method.setdefault((line["task"], line["method"]), []).append(line)
+    for (task, method), trials in by_method.items():
+        tuned = getattr(job.defaults(task), method)
+        won = decoded(winner(trials))
+        assert {option: getattr(tuned, option) for option in won} == won, (task, method)
 
 
 def test_more_draws_begin_with_the_same():

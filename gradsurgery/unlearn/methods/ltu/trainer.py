@@ -80,6 +80,8 @@ class LTUTrainer(Trainer[LTUConfig]):
         "lr": LogUniform(3e-4, 3e-3),
         "tune_lr": LogUniform(3e-4, 5e-2),
         "forget_weight": (0.3, 1.0, 3.0),
+        "tune_loss": ("random_label", "membership"),
+        "query_weight": (1.0, 3.0, 10.0),
         "model_steps": (50, 200),
         "model_features": ("outputs", "loss"),
     }
@@ -87,6 +89,7 @@ class LTUTrainer(Trainer[LTUConfig]):
     # wrong or of one class
     space_by_task: ClassVar[Mapping[str, Space]] = {
         "random": {"audit_labels": ("true",)},
+        "memorized": {"audit_labels": ("true",)},
         "class": {"audit_labels": ("forget",)},
         "mislabeled": {"audit_labels": ("forget",)},
     }
