@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from gradsurgery.unlearn.jobs.stages import AGAIN, TRAINED, parts, repeated, stage_name
 from gradsurgery.unlearn.methods import ALL, METHODS
@@ -224,6 +224,7 @@ def pareto(records: Records, names: list[str]) -> Figure:
         style = {"marker": MARKERS[name], "s": area, "edgecolors": "white", "zorder": 5}
         axes.scatter(*np.mean(ends, 0), color=COLORS[name], label=title(name), **style)
     axes.invert_xaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("accuracy on the forget set, labels as trained")
     axes.set_ylabel("accuracy on validation samples")
     _legend(figure)
