@@ -37,11 +37,12 @@ def stage_name(method: str, fraction: float = 1.0, variant: str = "", run: int =
 
 
 def parts(name: str) -> Parts:
-    stem, mark, run = name.rpartition("#")
-    name = stem if mark else name
+    stem, _, run = name.rpartition("#")
+    again = run.isdecimal() and stem != ""  # as a variant may have the sign, too
+    name = stem if again else name
     head, at, fraction = name.rpartition("@")
     method, _, variant = (head if at else name).partition("+")
-    return Parts(method, variant, float(fraction) if at else 1.0, int(run) if mark else 1)
+    return Parts(method, variant, float(fraction) if at else 1.0, int(run) if again else 1)
 
 
 def repeated(name: str, runs: int) -> list[str]:

@@ -161,7 +161,14 @@ def test_two_seeds_say_nothing_of_ties():
 
 
 def test_names_of_stages_say_method_variant_and_fraction():
-    for stage in [("ltu", 1.0, ""), ("ltu", 0.05, ""), ("ltu", 0.1, "a, b"), ("ltu", 1.0, "x")]:
+    for stage in [
+        ("ltu", 1.0, ""),
+        ("ltu", 0.05, ""),
+        ("ltu", 0.1, "a, b"),
+        ("ltu", 1.0, "x"),
+        ("ltu", 1.0, "a # of x"),
+        ("ltu", 0.1, "x#2"),
+    ]:
         method, fraction, variant = stage
         for number in (1, 2, 10):
             found = parts(stage_name(method, fraction, variant, number))
