@@ -31,6 +31,12 @@ def weights(path, name):
     return torch.cat([value.flatten() for value in model.state_dict().values()])
 
 
+def metrics(path, name):
+    found = RunDirectory(path).result((0, name))
+    assert found is not None
+    return found["metrics"]
+
+
 def test_the_first_is_the_run_that_one_alone_is_and_the_second_another(twice, once):
     first, second = (weights(twice[0], name) for name in ("neggrad", "neggrad#2"))
     assert torch.equal(first, weights(once[0], "neggrad"))
@@ -45,8 +51,8 @@ def test_a_seed_has_the_mean_of_its_runs(twice, once):
     path, summary = twice
     assert list(summary["columns"]) == ["original", "retrain", "neggrad", "neggrad+slower"]
     assert summary["runs"] == 2 and "runs" not in once[1]
-    runs = [RunDirectory(path).result((0, name))["metrics"] for name in ("neggrad", "neggrad#2")]
-    wanted = RunDirectory(path).result((0, "retrain"))["metrics"]
+    runs = [metrics(path, name) for name in ("neggrad", "neggrad#2")]
+    wanted = metrics(path, "retrain")
     column = summary["columns"]["neggrad"]
     for key in ("forget", "test", "mia", "kl_forget"):
         assert column[key]["values"] == [pytest.approx((runs[0][key] + runs[1][key]) / 2)]
