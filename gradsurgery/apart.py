@@ -178,7 +178,8 @@ def _compared(
     away = float(_away(whole, torch.cat(each)).max())
     limit = ROUNDINGS * eps * _largest(whole)
     if not away <= limit:
-        limit += ROUNDINGS * _visible_move(model, loss, together, whole, eps, before)
+        moved = functools.partial(_move, model, loss, together, whole, before=before)
+        limit += ROUNDINGS * _visible(moved, eps)
     if away <= limit:
         return Trial(None, moves)
     random = before.random_changed()
@@ -209,14 +210,7 @@ def _away(a: Tensor, b: Tensor) -> Tensor:
     return torch.where((a == b) | (a.isnan() & b.isnan()), 0, a - b).abs()
 
 
-def _visible_move(
-    model: nn.Module,
-    loss: AnyLoss,
-    batch: Any,
-    losses: Tensor,
-    eps: float,
-    before: "_Before",
-) -> float:
+def _visible(moved: Callable[[float], float], eps: float) -> float:
     """What losses move by when parameters do by eps, or by the least more that they see at all.
 
     A loss near 0 that is a difference of larger numbers, as cross-entropy of a sample that a model
@@ -224,7 +218,7 @@ def _visible_move(
     """
     move, share = 0.0, eps
     while move == 0 and share < 1:
-        move = _move(model, loss, batch, losses, share, before)
+        move = moved(share)
         share *= 4
     return move
 
