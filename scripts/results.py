@@ -84,7 +84,9 @@ FASTER = {"lr": 1.1e-3}
 UNIFORM, HELD_OUT = ({**OPEN, "forget_loss": name} for name in ("uniform", "held_out"))
 ABLATIONS = [  # tasks, label, method, options that differ
     (("random",), "never stops early", "orthograd", {"stop": "never"}),
+    (("random",), "looked at every fifth step", "orthograd", {"stop_every": 5}),
     (("random",), "ten times the rate", "orthograd", FASTER),
+    (("random",), "ten times the rate, every fifth step", "orthograd", FASTER | {"stop_every": 5}),
     (("random",), "ten times the rate, never stops early", "orthograd", FASTER | {"stop": "never"}),
     (("random", "memorized"), "no ceiling", "orthograd", OPEN),
     (("random",), "ceiling of 1.2 nats", "orthograd", {"forget_ceiling": 1.2}),
@@ -96,6 +98,9 @@ ABLATIONS = [  # tasks, label, method, options that differ
     (("random",), "optimizer's metric", "orthograd", {"precondition": "optimizer"}),
     (("random",), "alpha 0.1", "orthograd", {"alpha": 0.1}),
     (("random",), "alpha 0.9", "orthograd", {"alpha": 0.9}),
+    (("confusion",), "query weight 1", "ltu", {"query_weight": 1.0}),
+    (("confusion",), "query weight 10", "ltu", {"query_weight": 10.0}),
+    (("confusion",), "tuned by membership", "ltu", {"tune_loss": "membership"}),
     (("confusion",), "first order", "ltu", {"order": "first"}),
     (("confusion",), "no tuning step", "ltu", {"meta": False}),
     (("confusion",), "support of retain samples", "ltu", {"support": "retain", "queries": 1}),

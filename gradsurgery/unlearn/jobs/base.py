@@ -22,7 +22,7 @@ from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
 from gradsurgery.unlearn.objectives.base import Batch, Objective, check_has, joined
 from gradsurgery.unlearn.training.config import update
-from gradsurgery.unlearn.training.trainer import Probe, require
+from gradsurgery.unlearn.training.trainer import Probe, TrainerConfig, require
 
 if TYPE_CHECKING:
     from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage
@@ -365,8 +365,8 @@ class Job(ABC, Generic[C, S]):
         """Of these the mean gap to Retrain is the mean."""
         return tuple(metric.key for metric in self.metrics if metric.compared)
 
-    def probe_every(self, config: C, stop: str) -> int:
-        """Steps between probes of an unlearning run, whose `stop` says what may end it."""
+    def probe_every(self, config: C, options: TrainerConfig) -> int:
+        """Steps between probes of an unlearning run with these options."""
         return config.probe_every
 
     # -- what a run ends with

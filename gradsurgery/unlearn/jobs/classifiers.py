@@ -34,7 +34,7 @@ from gradsurgery.unlearn.objectives.base import Batch, joined, take
 from gradsurgery.unlearn.objectives.classification import Classification
 from gradsurgery.unlearn.training.data import whole
 from gradsurgery.unlearn.training.modes import evaluating
-from gradsurgery.unlearn.training.trainer import Probe
+from gradsurgery.unlearn.training.trainer import Probe, TrainerConfig
 
 PROBED = 256  # retain samples measured during a run; at its end all of them are
 PIXELS = 2**21  # measured at once, at most: a network's activations are many times as large
@@ -214,9 +214,9 @@ class ClassifierJob(Job[C, LabeledSplit]):
             )
         }
 
-    def probe_every(self, config: C, stop: str) -> int:
-        """Every step where one may be the last: five more steps can cost all that was won."""
-        return config.probe_every if stop == "never" else 1
+    def probe_every(self, config: C, options: TrainerConfig) -> int:
+        """A run that may stop early is probed when it looks whether to."""
+        return config.probe_every if options.stop == "never" else options.stop_every
 
     def probe(self, split: LabeledSplit) -> Probe:
         """Forget, some retain and validation samples."""

@@ -118,7 +118,7 @@ class Run:
         retain = split.train if name == "original" else split.retain
         if fraction < 1:
             retain = self.job.share(retain, fraction, derived(seed, "retain"))
-        every = self.job.probe_every(self.config, options.stop)
+        every = self.job.probe_every(self.config, options)
         if training:  # some 20 points make a curve; more would cost more than the training itself
             every = max(self.config.probe_every, options.steps // 20)
         # ranks have samples of their own, and so other draws for them, as dropout's

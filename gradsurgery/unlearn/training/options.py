@@ -34,6 +34,9 @@ class TrainerConfig:
     """Stop early once forget accuracy is at most `target`, or at most the validation accuracy."""
     target: float = 0.0
     """Forget accuracy at which `stop = target` ends the run."""
+    stop_every: int = 1
+    """Steps between measurements of what `stop` compares. In a few steps more all can be lost; of a
+    large model each costs passes over the forget and the validation set."""
     micro_batch: int | None = None
     """Most samples in one forward pass; a larger batch goes in parts, with the same gradients.
     None: all at once."""
@@ -55,6 +58,7 @@ class TrainerConfig:
         decay = self.weight_decay
         require(finite(decay) and decay >= 0, f"{name}.weight-decay", "at least 0", decay)
         require(0 <= self.target <= 1, f"{name}.target", "in [0, 1]", self.target)
+        require(self.stop_every >= 1, f"{name}.stop-every", "at least 1", self.stop_every)
         for field in ("forget_batch", "retain_batch"):
             size = getattr(self, field, 1)
             require(size >= 1, f"{name}.{field.replace('_', '-')}", "at least 1", size)

@@ -77,7 +77,7 @@ class Trainer(Described, Loop[C], ABC):
         validation: held-out samples, likewise, for methods that need some.
         probe: measures the model during the run; must give `forget_accuracy` (and
             `validation_accuracy`) where `config.stop` needs them. None with such a stop: these are
-            measured of the sets given, after every step.
+            measured of the sets given, every `config.stop_every` steps.
         probe_every: steps between probes; the first and the last step are always probed.
         seed: order of the data, and the initial weights where a method draws them.
         optimizer: makes the optimizer of the parameters, in place of the config's; the config's
@@ -164,7 +164,7 @@ class Trainer(Described, Loop[C], ABC):
         self.sets = Sets(self.data, labeled, needed, overlap, name, self.objective)
         self.samples, self.batches = self.sets.samples, self.sets.batches
         if config.stop != "never" and probe is None:
-            self.probe, self.probe_every = self._stop_probe(), 1
+            self.probe, self.probe_every = self._stop_probe(), config.stop_every
         for kind in self.draws:
             self.sets.draw_from(kind, getattr(config, f"{kind}_batch"), derived(seed, kind))
         self._check_batch_norm()

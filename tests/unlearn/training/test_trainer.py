@@ -207,6 +207,15 @@ def test_stopping_measures_the_sets_itself_after_every_step(problem):
         assert ends == [False] * trainer.step + [True], stop
 
 
+def test_stopping_may_look_more_rarely(problem):
+    for stop, target in (("target", 0.0), ("target", 1.0)):
+        fresh = copy.deepcopy(problem)
+        chosen = {"stop": stop, "target": target, "stop_every": 4, "lr": 1e-6, "steps": 10}
+        trainer = make(NegGrad, fresh, schedule="constant", **chosen)
+        seen = [each["step"] for each in trainer.fit() if "forget_accuracy" in each]
+        assert seen == ([0] if target == 1 else [0, 4, 8, 10])
+
+
 def test_measuring_for_a_stop_draws_nothing_that_training_draws(problem):
     """A loader that shuffles draws from torch's generator in every pass."""
     ends = []
