@@ -87,8 +87,8 @@ class JobConfig(MethodOptions):
     """CPU threads of torch; a small model gains little from more, and on a busy machine they cost a
     lot. Another number can change the last bits of every result."""
     probe_every: int = 5
-    """Steps between measurements of the model during unlearning; of a classifier that may stop by
-    them one."""
+    """Steps between measurements of the model during unlearning; of a method that may stop early
+    its `stop_every`."""
     checkpoint_every: int = 20
     """Most steps a kill can cost."""
     training: RetrainConfig = field(default_factory=RetrainConfig)
@@ -366,8 +366,9 @@ class Job(ABC, Generic[C, S]):
         return tuple(metric.key for metric in self.metrics if metric.compared)
 
     def probe_every(self, config: C, options: TrainerConfig) -> int:
-        """Steps between probes of an unlearning run with these options."""
-        return config.probe_every
+        """Steps between probes of an unlearning run: one that may stop early is probed when it
+        looks whether to."""
+        return config.probe_every if options.stop == "never" else options.stop_every
 
     # -- what a run ends with
 

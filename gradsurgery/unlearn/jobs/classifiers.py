@@ -34,7 +34,7 @@ from gradsurgery.unlearn.objectives.base import Batch, joined, take
 from gradsurgery.unlearn.objectives.classification import Classification
 from gradsurgery.unlearn.training.data import whole
 from gradsurgery.unlearn.training.modes import evaluating
-from gradsurgery.unlearn.training.trainer import Probe, TrainerConfig
+from gradsurgery.unlearn.training.trainer import Probe
 
 PROBED = 256  # retain samples measured during a run; at its end all of them are
 PIXELS = 2**21  # measured at once, at most: a network's activations are many times as large
@@ -213,10 +213,6 @@ class ClassifierJob(Job[C, LabeledSplit]):
                 ("test", split.test),
             )
         }
-
-    def probe_every(self, config: C, options: TrainerConfig) -> int:
-        """A run that may stop early is probed when it looks whether to."""
-        return config.probe_every if options.stop == "never" else options.stop_every
 
     def probe(self, split: LabeledSplit) -> Probe:
         """Forget, some retain and validation samples."""

@@ -25,6 +25,7 @@ from gradsurgery.unlearn.objectives.base import (
     divergence,
     per_sample,
 )
+from gradsurgery.unlearn.objectives.classification import Classification, cross_entropy
 from gradsurgery.unlearn.training import resume
 from gradsurgery.unlearn.training.described import Asked
 from gradsurgery.unlearn.training.modes import evaluating
@@ -46,9 +47,10 @@ class ForgetConfig(TrainerConfig):
     raised or lowered as it says."""
     forget_loss_options: tuple[str, ...] = ()
     """The forget loss's own, each NAME=VALUE, such as beta=0.1 of npo."""
-    forget_ceiling: float = math.inf
+    forget_ceiling: float | None = None
     """A forget sample whose loss is above this (nats) no longer pushes; inf is plain ascent. For
-    losses that are raised."""
+    losses that are raised. None: of a classifier's cross-entropy ln C, the loss of a guess among
+    its C classes; of other losses inf."""
 
     def check(self, name: str) -> None:
         super().check(name)
@@ -80,7 +82,8 @@ class Forgetting(Trainer[F]):
     def prepare(self) -> None:
         config = self.config
         self.forget = self._named()
-        if self.forget.objective == "lower" and config.forget_ceiling < math.inf:
+        given = math.inf if config.forget_ceiling is None else config.forget_ceiling
+        if self.forget.objective == "lower" and given < math.inf:
             raise InputError(
                 f"forget_ceiling is for losses that are raised; {config.forget_loss} is lowered"
             )
@@ -125,10 +128,21 @@ class Forgetting(Trainer[F]):
         """What the gradient of the forget loss is multiplied by, to be descended."""
         return -1.0 if self.forget.objective == "raise" else 1.0
 
+    @property
+    def ceiling(self) -> float:
+        """Where a forget loss no longer pushes, once the model was asked: it counts its classes."""
+        given, task = self.config.forget_ceiling, self.objective
+        if given is not None:
+            return given
+        if self.config.forget_loss != ASCENT or not isinstance(task, Classification):
+            return math.inf
+        known = task.loss is cross_entropy and task.n_classes
+        return math.log(known) if known and known > 1 else math.inf
+
     def forget_losses(self, batch: Batch) -> Tensor:
         """What moves on the forget set, [B], no larger than the ceiling."""
         found = self._answer(self.forget.values, batch, None)
-        return per_sample_losses(found, batch_size(batch)).clamp(max=self.config.forget_ceiling)
+        return per_sample_losses(found, batch_size(batch)).clamp(max=self.ceiling)
 
     # -- its state
 

@@ -64,8 +64,9 @@ class TrainerConfig:
             require(size >= 1, f"{name}.{field.replace('_', '-')}", "at least 1", size)
         part = self.micro_batch
         require(part is None or part >= 1, f"{name}.micro-batch", "at least 1", part)
-        ceiling = getattr(self, "forget_ceiling", math.inf)
-        require(ceiling > 0, f"{name}.forget-ceiling", "positive (inf: no ceiling)", ceiling)
+        ceiling = getattr(self, "forget_ceiling", None)
+        low = ceiling is not None and not ceiling > 0
+        require(not low, f"{name}.forget-ceiling", "positive (inf: no ceiling)", ceiling)
 
 
 def require(condition: bool, option: str, wanted: str, got: object) -> None:

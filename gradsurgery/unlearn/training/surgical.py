@@ -120,9 +120,8 @@ class SurgicalTrainer(Forgetting[S]):
         """What a step is to be given of two batches, where it takes the task's own loss of both;
         other losses are added to the surgeon now, each with its batch."""
         if self.alike:
-            ceilings = {"forget": self.config.forget_ceiling, "retain": math.inf}
-            each = zip(ceilings.items(), (forget, retain), strict=True)
-            parts = {name: b if b is None else with_ceiling(b, top) for (name, top), b in each}
+            each = {"forget": forget, "retain": retain}
+            parts = {k: b if b is None else marked(b, k == "forget") for k, b in each.items()}
             return {**parts, "loss": self._capped_loss}
         # a rank may have none, but of a sharded model all ranks add
         if forget is not None or self.shards is not None:
@@ -138,17 +137,17 @@ class SurgicalTrainer(Forgetting[S]):
 
     def _forget_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         found = self._answer(self.forget.values, batch, model)
-        ceiling = self.config.forget_ceiling
-        return found if ceiling == math.inf else torch.clamp(found, max=ceiling)
+        return found if self.ceiling == math.inf else torch.clamp(found, max=self.ceiling)
 
     def _retain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._answer(self.objective.losses, batch, model)
 
     def _capped_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return torch.minimum(self.losses(batch["samples"], model), batch["ceiling"])
+        found = self.losses(batch["samples"], model)
+        return torch.where(batch["forget"], found.clamp(max=self.ceiling), found)
 
 
-def with_ceiling(batch: Batch, ceiling: float) -> Batch:
-    """`batch` with a ceiling per sample, [B]: one loss function then serves both sets."""
-    ceilings = torch.full((batch_size(batch),), ceiling, device=tensors(batch)[0].device)
-    return {"samples": batch, "ceiling": ceilings}
+def marked(batch: Batch, forget: bool) -> Batch:
+    """`batch` with what its samples are for, [B]: one loss function then serves both sets."""
+    which = torch.full((batch_size(batch),), forget, device=tensors(batch)[0].device)
+    return {"samples": batch, "forget": which}

@@ -18,7 +18,7 @@ from gradsurgery.unlearn.jobs.summary import summarize
 from gradsurgery.unlearn.objectives.base import take
 from gradsurgery.unlearn.objectives.classification import cross_entropy
 from gradsurgery.unlearn.report.render import step_cost
-from gradsurgery.unlearn.training.surgical import with_ceiling
+from gradsurgery.unlearn.training.surgical import marked
 from tests.unlearn.jobs.test_job import result
 from tests.unlearn.tiny import JOB, run
 
@@ -93,11 +93,10 @@ def test_capped_losses_of_the_digits_need_no_stored_row():
     some = torch.arange(6)
     samples = [take(part, some) for part in (data.forget, data.retain)]
     samples = [{**part, "image": part["image"].double()} for part in samples]
-    batches = [with_ceiling(samples[0], 2.3), with_ceiling(samples[1], torch.inf)]
+    batches = [marked(samples[0], True), marked(samples[1], False)]
     forget, retain = samples
-    trainer = OrthoGradTrainer(
-        model, cross_entropy, forget=forget, retain=retain, config=OrthoGradConfig()
-    )
+    config = OrthoGradConfig(forget_ceiling=2.3)
+    trainer = OrthoGradTrainer(model, cross_entropy, forget=forget, retain=retain, config=config)
     ends = []
     with reproducible(1):
         for way in ({}, {"rows": "stored"}):

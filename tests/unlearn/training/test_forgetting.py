@@ -325,3 +325,25 @@ def test_a_search_draws_no_ceiling_for_what_is_lowered():
     for loss in ("ascent", "uniform"):
         (drawn,) = draws("orthograd", "class", kind.Config(forget_loss=loss), 1)
         assert ("forget_ceiling" in drawn) == (loss == "ascent")
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_without_a_ceiling_given_a_classifier_is_not_made_worse_than_a_guess(name, problem):
+    """ln C, of its own cross-entropy alone: another loss is in units of its own."""
+
+    def end(loss, **options):
+        twin = copy.deepcopy(problem)
+        config = METHODS[name].Config(forget_loss="ascent", steps=3, lr=0.3, **options)
+        sets = {kind: getattr(twin, kind) for kind in ("forget", "retain", "validation")}
+        trainer = METHODS[name](twin.model, loss, **sets, config=config, seed=3)
+        return list(trainer.run().parameters())
+
+    def own(model, batch):
+        return cross_entropy(model, batch)
+
+    guess, never = ({"forget_ceiling": top} for top in (math.log(3), math.inf))
+    disturb(problem.model)
+    by_default = end(cross_entropy)
+    assert same(by_default, end(cross_entropy, **guess))
+    assert not same(by_default, end(cross_entropy, **never))
+    assert same(end(own), end(own, **never))

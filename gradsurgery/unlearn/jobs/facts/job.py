@@ -41,7 +41,8 @@ class FactsConfig(LanguageConfig):
     width: int = 128
     """Its hidden size, a multiple of 32."""
     probe_every: int = 2
-    """Steps between measurements of the model during unlearning, after which it may stop."""
+    """Steps between measurements of the model during unlearning; of a method that may stop early
+    its `stop_every`."""
     threads: int = 2
     """CPU threads of torch. Another number can change the last bits of every result."""
     seeds: int = 1

@@ -123,7 +123,8 @@ class TextConfig(LanguageConfig):
     seeds: int = 1
     """How many seeds; each draws its own adapter and order of the data."""
     probe_every: int = 10
-    """Steps between measurements of the model during unlearning, after which it may stop."""
+    """Steps between measurements of the model during unlearning; of a method that may stop early
+    its `stop_every`."""
     threads: int = field(default_factory=torch.get_num_threads)
     """CPU threads of torch. Another number can change the last bits of every result."""
     training: RetrainConfig = field(default_factory=RetrainConfig)
