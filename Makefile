@@ -5,7 +5,7 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 native := CMakeLists.txt setup.py $(wildcard csrc/*)
-formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/emulated_cuda/*.h)
+formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/emulated_cuda/*.h benchmarks/*.cpp)
 
 .PHONY: demo test fuzz lint format types bench sanitize emulate interpret gpu clean
 .DELETE_ON_ERROR:

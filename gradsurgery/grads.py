@@ -1,6 +1,7 @@
 """What becomes a parameter's `.grad`: memory of its own, laid out like the parameter."""
 
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.spread import local
+
+# a GPU's backward pass runs in a thread of its own, which lets go of what it returned a bit later
+MOMENT, MOMENTS = 1e-4, 10  # s, and how many in all
 
 
 def own(grads: list[Any]) -> list[Any]:
@@ -20,8 +24,14 @@ def own(grads: list[Any]) -> list[Any]:
     """
     fresh = [torch.empty(1, device="cpu"), torch.empty(1, device="cpu").view(1, 1)]
     alone = [_holders(fresh, k) for k in range(2)]
+    moments = MOMENTS
     for k in range(len(grads)):  # a variable would be one more that holds the tensor
-        if grads[k] is not None and not (_dense(grads[k]) and _holders(grads, k) in alone):
+        if grads[k] is None:
+            continue
+        while moments and _holders(grads, k) not in alone and not grads[k].is_cpu:
+            time.sleep(MOMENT)
+            moments -= 1
+        if not (_dense(grads[k]) and _holders(grads, k) in alone):
             grads[k] = grads[k].to_dense().clone(memory_format=torch.contiguous_format)
     return grads
 
