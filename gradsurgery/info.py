@@ -50,13 +50,16 @@ class StepInfo:
         return {**known, **lists, "frozen": list(self.frozen)}
 
 
-def seen(rule: Rule, rows: Collected, solution: Solution) -> StepInfo:
-    """What a step tells of its rows; `seconds` are to come."""
-    jacobian, means, gram = rows.jacobian, rows.means, solution.gramian
+def seen(rule: Rule, rows: Collected, solution: Solution) -> tuple[StepInfo, Tensor]:
+    """What a step tells of its rows, `seconds` to come, and the weights, on the CPU.
+
+    A GPU is waited for once.
+    """
+    jacobian, gram = rows.jacobian, solution.gramian
     norms = gram.diagonal().sqrt()
     scale = norms[:, None] * norms
     cosines = torch.where(scale > 0, gram / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
-    if "forget" in means:
+    if "forget" in rows.means:
         cosines = cosines[0, 1:]
         lowered = getattr(rule, "objective", "raise") == "lower"
         rate = (cosines < 0 if lowered else cosines > 0).double().mean()
@@ -67,16 +70,24 @@ def seen(rule: Rule, rows: Collected, solution: Solution) -> StepInfo:
         "conflict_rate": rate,
         "kept_norm": solution.kept_norm,
         "rank": None if solution.rank is None else solution.rank.double().mean(),
-        "forget_loss": means.get("forget"),
-        "retain_loss": means.get("retain"),
+        "forget_loss": rows.means.get("forget"),
+        "retain_loss": rows.means.get("retain"),
     }
     known = {name: value for name, value in wanted.items() if value is not None}
-    values = torch.stack([value.to(gram.device).double() for value in known.values()]).tolist()
-    return StepInfo(
-        losses=torch.cat(list(rows.losses.values())).double().cpu(),
-        cosines=cosines.cpu(),
-        gramian=gram.cpu(),
+    losses = torch.cat(list(rows.losses.values()))
+    parts = [*known.values(), losses, cosines, gram, solution.weights]
+    flat = torch.cat([part.to(gram.device).double().flatten() for part in parts]).cpu()
+    *means, losses, cosines, gram, weights = (
+        found.view(part.shape)
+        for found, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
+    )
+    numbers: dict[str, Any] = {k: v.item() for k, v in zip(known, means, strict=True)}
+    info = StepInfo(
+        losses=losses,
+        cosines=cosines,
+        gramian=gram,
         frozen=solution.frozen,
         seconds=0.0,
-        **dict(zip(known, values, strict=True)),
+        **numbers,
     )
+    return info, weights.to(solution.weights.dtype)

@@ -27,13 +27,14 @@ from gradsurgery.capture import FactoredJacobian, tape
 from gradsurgery.capture.passing import collectives, refused
 from gradsurgery.errors import InputError
 from gradsurgery.jacobian import DenseJacobian
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, to_device
 from gradsurgery.stored import first_loss, gradients
 from gradsurgery.surgery import Rule
 
-# Tokens of both batches up to which they go together: reading the parameters twice then costs more
-# than large activations do. Measured on two threads: 512 tokens 12 % faster together, 2048 3 % and
-# 6272 the same, at up to 1.5 times the memory.
+# Tokens of both batches up to which they go together on a CPU: reading the parameters twice then
+# costs more than large activations do. Measured on two threads: 512 tokens 12 % faster together,
+# 2048 3 % and 6272 the same, at up to 1.5 times the memory. For a GPU two passes are twice the
+# launches, which a host may not keep up with, and one holds what a plain step on both does.
 FEW_TOKENS = 1024
 
 
@@ -134,15 +135,17 @@ class Passes:
             return self.together
         if self.adds:  # a pass for a mean alone leaves that gradient, and no pairs
             return False
-        return sum(map(tokens, batches)) <= FEW_TOKENS
+        on_gpu = any(parameter.is_cuda for parameter in self.named.values())
+        return on_gpu or sum(map(tokens, batches)) <= FEW_TOKENS
 
     def _goes_together(self, parts: dict[str, Any]) -> bool:
         """Whether samples of both batches have the losses in one pass that they have in two."""
-        some = [few(batch, 3) for batch in parts.values()]
-        differs = self._trial(
-            "together",
-            lambda: tried(self.model, self.loss, joined(*some), some, self.attempt),
-        ).coupled
+
+        def new() -> Trial:
+            some = [few(batch, 3) for batch in parts.values()]
+            return tried(self.model, self.loss, joined(*some), some, self.attempt)
+
+        differs = self._trial("together", new).coupled
         check(
             differs is None or self.together is None,
             "together: loss of a sample depends on the others of its pass, which are of both "
@@ -192,7 +195,7 @@ class Passes:
             known = zip(sizes, mine, theirs, strict=True)
             found = {part: self._part(part, losses, weights) for part, losses, weights in known}
             groups, shares = _layout(list(found.values()))
-            scaled = losses * shares.to(losses)
+            scaled = losses * to_device(shares.to(losses.dtype), losses.device)
             scaled = scaled if self.scale == 1 else scaled * self.scale
             jacobian = recorder.jacobian(scaled, groups)
         return Pass(jacobian, found, self.scale, cut)

@@ -500,9 +500,9 @@ class Surgeon:
                 self.rule.note_columns(rows.jacobian.names)
                 # all that may raise comes before the parameters move; it waits for a GPU no more
                 # than what follows does
-                info = seen(self.rule, rows, solution)
-                add_update(rows, solution, update, scale)
-            in_range = fits(solution, named, scale)
+                info, weights = seen(self.rule, rows, solution)
+                add_update(rows, solution, update, weights, scale)
+            in_range = fits(weights, info.gramian, named, scale)
             check_held(outside if in_range else {**named, **outside})
         except NonFiniteError:
             if self.scaler is None:

@@ -48,15 +48,16 @@ def add_update(
     rows: Collected,
     solution: Solution,
     update: Tensor | list[Tensor],
+    weights: Tensor,
     scale: float,
 ) -> None:
-    """Add wᵀ J, or a given update, times `scale`, to `.grad`."""
+    """Add wᵀ J, or a given update, times `scale`, to `.grad`; `weights` are w, on the CPU."""
     if rows.outside is not None:
         rows.outside.backward(_times(solution.weights, scale))
     jacobian = rows.jacobian
     if isinstance(update, Tensor) and not _is_stored(jacobian):
         made = cast(FactoredJacobian | SummedRows | RanksJacobian, jacobian)
-        made.backward(_times(update, scale), release=True)
+        made.backward(_times(weights, scale), release=True)
         return
     if isinstance(update, Tensor):
         whole = jacobian.combine(_times(update, scale))
@@ -79,11 +80,13 @@ def _is_stored(jacobian: Jacobian) -> bool:
     return isinstance(getattr(jacobian, "parts", jacobian), DenseJacobian)
 
 
-def fits(solution: Solution, parameters: dict[str, nn.Parameter], scale: float) -> bool:
-    """Whether an update is known to be in range: no value is larger than its norm, sqrt(wᵀ G w)."""
-    weights, gram = solution.weights.double(), solution.gramian
+def fits(weights: Tensor, gram: Tensor, parameters: dict[str, nn.Parameter], scale: float) -> bool:
+    """Whether an update is known to be in range: no value is larger than its norm, sqrt(wᵀ G w).
+
+    Weights and Gramian on the CPU, which a GPU is not waited for.
+    """
     if weights.shape != gram.shape[:1]:  # one for each tensor, or none
         return False
     limit = min(torch.finfo(parameter.dtype).max for parameter in parameters.values())
-    square = weights.to(gram.device) @ gram @ weights.to(gram.device)
+    square = weights.double() @ gram @ weights.double()
     return bool(square.clamp_min(0).sqrt() * abs(scale) <= limit / 2)

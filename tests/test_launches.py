@@ -81,8 +81,8 @@ def test_a_step_takes_the_same_update_on_a_gpu(native):
 def test_no_step_asks_more_of_a_gpu_than_it_did(tmp_path):
     """Launches of torch 2.13's operations; a wait is the same in every version."""
     most = {  # launches and waits of a step
-        "MLP 6.3M": (199, 18),
-        "LoRA 384x6 T64": (809, 16),
+        "MLP 6.3M": (160, 3),
+        "LoRA 384x6 T64": (439, 3),
     }
     file = tmp_path / "counts.json"
     command = [sys.executable, BENCHMARKS / "launches.py", *most, "--json", file]
@@ -90,5 +90,7 @@ def test_no_step_asks_more_of_a_gpu_than_it_did(tmp_path):
     assert found.returncode == 0, found.stderr
     for name, counts in json.loads(file.read_text()).items():
         assert 0 < counts["plain"] < counts["step"], name
-        assert (counts["step"], counts["waits"]) <= most[name], name
+        launches, waits = most[name]
+        assert counts["step"] <= launches, name
+        assert counts["waits"] <= waits, name
         assert sum(part["launches"] for part in counts["phases"].values()) == counts["step"]

@@ -26,6 +26,7 @@ from gradsurgery.capture.hooks import (
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.snapshot import Snapshot, as_before, is_function
 from gradsurgery.errors import InputError
+from gradsurgery.ops._inputs import to_device
 
 MODULE_HOOKS = {"BackwardHookFunctionBackward"}  # torch's own, which only pass on
 
@@ -92,7 +93,7 @@ class Descent:
             InputError: what is not linear, where it has to be.
         """
         taken = (rows.tensor >= 0).to(self.losses.dtype).view(self.losses.shape)
-        outputs = taken.to(self.losses.device)
+        outputs = to_device(taken, self.losses.device)
         # nothing on the way can do more than carry gradients: one plain pass, and no questions
         if self.watched is None:
             arrived = self._pass(outputs, retain_graph)[0]

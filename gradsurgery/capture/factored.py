@@ -22,7 +22,7 @@ from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, run_hooks
 from gradsurgery.ops._inputs import check as require
-from gradsurgery.ops._inputs import check_shapes, check_weights_finite, wide
+from gradsurgery.ops._inputs import check_shapes, check_weights_finite, to_device, wide
 from gradsurgery.ops.combine import combine_unchecked
 
 WIDE = dict.fromkeys(HALVES, torch.float32)  # rows of a parameter may be wider than it
@@ -199,7 +199,7 @@ class FactoredJacobian:
         self._far = not bool((within(weights.abs(), WEIGHTS) | (weights == 0)).all())
         if self._far:
             check_weights_finite(weights)
-        return weights.detach().to(self.parameters[0].device).expand(count, m)
+        return to_device(weights.detach(), self.parameters[0].device).expand(count, m)
 
     def input_moments(self) -> list[Moment | None]:
         """Of each parameter that multiplies activations, the sum of x xᵀ over their tokens.

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradsurgery.ops._inputs import to_device
+
 
 class Selection(NamedTuple):
     """Some of the blocks: which, as a slice where they are neighbors, and their rows."""
@@ -100,7 +102,7 @@ class RowNumbers:
             return self.tensor
         known = self._tables.copies
         if device not in known:
-            known[device] = self.tensor.to(device)
+            known[device] = to_device(self.tensor, device)
         return known[device]
 
 

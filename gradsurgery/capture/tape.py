@@ -22,7 +22,7 @@ from gradsurgery.capture.trace import misused
 from gradsurgery.capture.uses import Use
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.ops._inputs import DTYPES
+from gradsurgery.ops._inputs import DTYPES, to_device
 from gradsurgery.ops._inputs import check as require
 from gradsurgery.spread import is_split
 
@@ -93,7 +93,7 @@ class Tape:
         if rows.some_none:
             flat, into = flat[into >= 0], into[into >= 0]
         wide = flat.new_zeros(m, dtype=torch.float64)
-        wide.index_add_(0, into.to(flat.device), flat.double())
+        wide.index_add_(0, to_device(into, flat.device), flat.double())
         summed = wide.to(flat.dtype)
         uses: list[list[Use]] = [[] for _ in self.parameters]
         collector, snapshot = Collector(self, losses, uses), None

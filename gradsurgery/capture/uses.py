@@ -280,10 +280,12 @@ class EmbeddingUse(Use):
         out.view(-1, self.plane[1]).index_add_(0, line, self.grads[where].to(out.dtype))
 
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
-        inside = self.indices >= 0
-        weights = weights.to(out.dtype)[:, None].expand_as(self.indices)[inside]
-        grads = self.grads[inside].to(out.dtype)
-        scale(out, beta).index_add_(0, self.indices[inside], grads * weights[:, None])
+        # -1 is clamped to a line that exists, and nothing is added to it: a mask's size would have
+        # to be waited for
+        inside = (self.indices >= 0)[..., None]
+        weighted = self.grads.to(out.dtype) * weights.to(out.dtype)[:, None, None]
+        lines = self.indices.clamp(min=0).flatten()
+        scale(out, beta).index_add_(0, lines, weighted.where(inside, 0).flatten(0, 1))
 
     def products(self, vector: Tensor) -> Tensor:
         # -1 is clamped to a line that exists, and what it picked is masked out of the sums

@@ -188,6 +188,13 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_floating_point() else tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor, if it is on the CPU without waiting for a GPU's queue."""
+    if device.type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def alike(*tensors: Tensor) -> list[Tensor]:
     """Tokens in one dtype: 16-bit ones as they are, if all are of one kind."""
     if all(tensor.dtype == tensors[0].dtype for tensor in tensors):

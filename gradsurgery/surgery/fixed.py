@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._inputs import check
-from gradsurgery.surgery.rule import Weighting, to_device
+from gradsurgery.ops._inputs import check, to_device
+from gradsurgery.surgery.rule import Weighting
 
 
 @dataclass(frozen=True, kw_only=True)

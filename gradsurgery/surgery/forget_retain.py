@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gradsurgery.surgery.rule import Index, Weighting, mean_of, one_of, split, to_device
+from gradsurgery.ops._inputs import to_device
+from gradsurgery.surgery.rule import Index, Weighting, mean_of, one_of, split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops import cone_weights
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, to_device
 from gradsurgery.surgery.forget_retain import off
-from gradsurgery.surgery.rule import Index, Weighting, mean_of, split, to_device
+from gradsurgery.surgery.rule import Index, Weighting, mean_of, split
 
 
 @dataclass(frozen=True, kw_only=True)

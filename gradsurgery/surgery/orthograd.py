@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurgery.jacobian import Jacobian
 from gradsurgery.ops import projection_weights
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import check, to_device
 from gradsurgery.surgery.rule import (
     Index,
     Solution,
@@ -18,7 +18,6 @@ from gradsurgery.surgery.rule import (
     grouped_gramian,
     one_of,
     split,
-    to_device,
 )
 
 

@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from gradsurgery.ops._inputs import to_device
 from gradsurgery.ops.deconflict import deconflict_weights, shuffled
-from gradsurgery.surgery.rule import Weighting, one_of, to_device
+from gradsurgery.surgery.rule import Weighting, one_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from gradsurgery.ops._inputs import (
     check_values,
     one_of,
     shown,
+    to_device,
 )
 from gradsurgery.ops.weighting import default_rtol
 
@@ -353,13 +354,6 @@ def mean_of(rows: Sequence[int], m: int) -> Tensor:
     weights = torch.zeros(m, dtype=torch.float64, device="cpu")
     weights[list(rows)] = 1 / max(len(rows), 1)
     return weights
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor made on the CPU, without waiting for a GPU's queue."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def check_preference(given: Sequence[float] | None) -> None:

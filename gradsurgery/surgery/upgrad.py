@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradsurgery.ops._backend import call
+from gradsurgery.ops._inputs import to_device
 from gradsurgery.ops.cone import dual_projection_weights
 from gradsurgery.surgery.rule import (
     Index,
@@ -15,7 +16,6 @@ from gradsurgery.surgery.rule import (
     chosen,
     mean_of,
     preference,
-    to_device,
 )
 
 
