@@ -13,6 +13,7 @@ from gradsurgery.capture.leaves import Derived, dense_rows, without_autocast
 from gradsurgery.capture.moments import Moment, moment, moments, stacked
 from gradsurgery.capture.plane import Plane
 from gradsurgery.capture.ranges import WEIGHTS, unit, within
+from gradsurgery.capture.row_losses import SummedLosses
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import hooks_are_linear
 from gradsurgery.capture.seen_as import seen_alike
@@ -65,8 +66,10 @@ class FactoredJacobian:
         derived: Sequence[Derived] = (),
         graph: Graph | None = None,
         fallbacks: Sequence[Fallback] = (),
+        unsettled: Sequence[SummedLosses] = (),
     ) -> None:
         self.names, self.parameters, self.m, self.losses = names, parameters, m, losses
+        self._unsettled = list(unsettled)  # losses not yet known to be finite
         self.fallbacks = list(fallbacks)
         self.sizes = [p.numel() for p in parameters]
         self._column = {id(p): k for k, p in enumerate(parameters)}
@@ -136,7 +139,14 @@ class FactoredJacobian:
         derived = [part for part in derived if part.parameters]
         fallbacks = [part for each in self.fallbacks if (part := each.of(names)) is not None]
         return FactoredJacobian(
-            names, kept, self.m, self.losses, uses, derived, fallbacks=fallbacks
+            names,
+            kept,
+            self.m,
+            self.losses,
+            uses,
+            derived,
+            fallbacks=fallbacks,
+            unsettled=self._unsettled,
         )
 
     def gramian(
@@ -182,15 +192,25 @@ class FactoredJacobian:
                 found.setdefault(self._column[id(parameter)], []).append(use)
         return found
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, settle: bool = True) -> None:
+        """`settle` losses, unless a Gramian is to be asked for, which says it too."""
         if self._released:
             raise InputError(RELEASED)
+        if settle:
+            self.settle()
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise InputError(
                     f"a tensor {list(tensor.shape)} of the forward pass was modified in place "
                     "while its rows were needed; clone it, or modify it when they are done with"
                 )
+
+    def settle(self) -> None:
+        """Raise `NonFiniteError` where a loss is not finite. Waits for a GPU."""
+        for losses in self._unsettled:
+            losses.settle()
+            self.losses = losses.values  # sums may have left their dtype's range
+        self._unsettled = []
 
     def _weights(self, weights: Tensor) -> Tensor:
         m, count = self.m, len(self.parameters)

@@ -35,7 +35,7 @@ def summed(jacobian: "FactoredJacobian", grams: Sequence[Tensor | None]) -> Tens
 
 def of_model(jacobian: "FactoredJacobian") -> Tensor:
     """The Gramian over all parameters, [m, m]; small ones, whose rows exist, in one call."""
-    jacobian._check_usable()
+    jacobian._check_usable(settle=False)
     m, planes = jacobian.m, jacobian._planes
     total, made = zeros(jacobian), []
     with torch.no_grad(), without_autocast(jacobian.parameters[0]):
@@ -66,7 +66,7 @@ def _added(jacobian: "FactoredJacobian", total: Tensor, made: Sequence[Made]) ->
     """`total` with the Gramians of some parameters, of which one look says if float32 held them."""
     m = jacobian.m
     whole = total + summed(jacobian, [each.gram for each in made])
-    if all_in_range(made, whole):
+    if _held(jacobian, made, whole):
         return whole
     whole = total + summed(jacobian, [plane.in_range(gram, m, own) for plane, own, gram in made])
     if not bool(whole.diagonal().isfinite().all()):
@@ -74,11 +74,21 @@ def _added(jacobian: "FactoredJacobian", total: Tensor, made: Sequence[Made]) ->
     return whole
 
 
+def _held(jacobian: "FactoredJacobian", made: Sequence[Made], total: Tensor) -> bool:
+    """Whether float32 held all products. Whether losses are finite is asked with it."""
+    finite = [losses.finite for losses in jacobian._unsettled]
+    if all_in_range(made, total, finite):
+        jacobian._unsettled = []
+        return True
+    jacobian.settle()
+    return bool(finite) and all_in_range(made, total)
+
+
 def of_parameters(
     jacobian: "FactoredJacobian", metric: Sequence[Tensor] | None
 ) -> list[Tensor | None]:
     """The Gramian of each parameter's rows, [m, m]; None for one that no loss depends on."""
-    jacobian._check_usable()
+    jacobian._check_usable(settle=False)
     m = jacobian.m
     grams: list[Tensor | None] = [None] * len(jacobian.parameters)
     made: dict[int, Made] = {}
@@ -94,7 +104,7 @@ def of_parameters(
                 grams[k] = gram = plane.gramian(m, own)
                 made[k] = Made(plane, own, gram)
         # a GPU is waited for once, not for each parameter
-        if all_in_range(list(made.values()), summed(jacobian, grams)):
+        if _held(jacobian, list(made.values()), summed(jacobian, grams)):
             return grams
         for k, (plane, own, gram) in made.items():
             grams[k] = plane.in_range(gram, m, own)

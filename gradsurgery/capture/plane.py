@@ -238,9 +238,12 @@ class Made(NamedTuple):
     gram: Tensor  # [m, m]
 
 
-def all_in_range(made: Sequence[Made], total: Tensor) -> bool:
-    """Whether float32 held all products, and `total` is finite; a GPU is waited for once."""
+def all_in_range(made: Sequence[Made], total: Tensor, more: Sequence[Tensor] = ()) -> bool:
+    """Whether float32 held all products, `total` is finite, and `more` is true; a GPU is waited for
+    once."""
     fine = total.diagonal().isfinite().all()
+    for each in more:
+        fine &= each.to(fine.device)
     at = [(each.gram.diagonal(), each.plane.bounds(each.metric)) for each in made]
     for wanted in (SQUARES, SCALED):
         squares = [diagonal for diagonal, bounds in at if bounds == wanted]

@@ -16,13 +16,14 @@ from gradsurgery.capture.hooks import Clock, refuse_unseen_accumulation
 from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.passing import refuse_passing
 from gradsurgery.capture.recomputed import refusal
+from gradsurgery.capture.row_losses import SummedLosses
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.split import refuse_derived, shards_of, stand_in
 from gradsurgery.capture.trace import misused
 from gradsurgery.capture.uses import Use
 from gradsurgery.capture.weighted import Graph
-from gradsurgery.errors import InputError, NonFiniteError
-from gradsurgery.ops._inputs import DTYPES, to_device
+from gradsurgery.errors import InputError
+from gradsurgery.ops._inputs import DTYPES
 from gradsurgery.ops._inputs import check as require
 from gradsurgery.spread import is_split
 
@@ -88,29 +89,21 @@ class Tape:
             "tape.jacobian: torch.inference_mode() is on, where there is no backward pass",
         )
         m = int(rows.ids.tensor[-1]) + 1 if len(rows) else 0
-        # the losses of the rows, summed in float64 over their groups
-        flat, into = losses.detach().flatten(), rows.tensor
-        if rows.some_none:
-            flat, into = flat[into >= 0], into[into >= 0]
-        wide = flat.new_zeros(m, dtype=torch.float64)
-        wide.index_add_(0, to_device(into, flat.device), flat.double())
-        summed = wide.to(flat.dtype)
+        summed = SummedLosses(losses, rows, m)
         uses: list[list[Use]] = [[] for _ in self.parameters]
         collector, snapshot = Collector(self, losses, uses), None
         if m > 0:
-            if not summed.is_meta and not bool(summed.isfinite().all()):
-                summed = wide  # the sum of finite losses may leave their dtype's range
-                bad = (~wide.isfinite()).nonzero().flatten().tolist()
-                if bad:
-                    value = float(wide[bad[0]])
-                    raise NonFiniteError(f"losses: row {bad[0]} is not finite: {value}")
+            if not losses.is_cuda:
+                summed.settle()
             refuse_passing(losses, meshes=any(map(is_split, self.parameters)))
             try:
                 with without_autocast(losses), self._accumulating_nothing():
                     snapshot = collector.run(rows, retain_graph, weighted=combine == "backward")
             except InputError:
+                summed.settle()
                 raise
             except Exception as error:
+                summed.settle()
                 why = refusal(error, losses) or misused(error)
                 if why is None:
                     raise
@@ -128,11 +121,12 @@ class Tape:
             list(self.names),
             parameters,
             m,
-            summed,
+            summed.values,
             uses,
             collector.derived,
             graph,
             collector.fallbacks,
+            unsettled=[] if summed.settled else [summed],
         )
 
     @contextmanager
