@@ -28,10 +28,11 @@ def own(grads: list[Any]) -> list[Any]:
     for k in range(len(grads)):  # a variable would be one more that holds the tensor
         if grads[k] is None:
             continue
-        while moments and _holders(grads, k) not in alone and not grads[k].is_cpu:
+        dense, on_cpu = _dense(grads[k]), grads[k].is_cpu
+        while dense and not on_cpu and moments and _holders(grads, k) not in alone:
             time.sleep(MOMENT)
             moments -= 1
-        if not (_dense(grads[k]) and _holders(grads, k) in alone):
+        if not (dense and _holders(grads, k) in alone):
             grads[k] = grads[k].to_dense().clone(memory_format=torch.contiguous_format)
     return grads
 

@@ -29,9 +29,10 @@ class LTUConfig(TrainerConfig):
     verdicts. (inferred)"""
     queries: int = 3
     """N, query sets, of which there are several (seen); how many is inferred."""
-    query_weight: float = 1.0
+    query_weight: float = 3.0
     """Factor of the mean of the losses on the query sets, which are added to that on the support
-    (seen); how large it is is inferred."""
+    (seen). How large it is is inferred: searches among 1, 3 and 10 chose 3 most often, on seven
+    tasks 1 once."""
     order: Literal["first", "second"] = "second"
     """second: through the tuning step; first: with the gradient at the tuned parameters."""
     tune_lr: float = 0.01
