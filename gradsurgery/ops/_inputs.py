@@ -189,10 +189,10 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor, if it is on the CPU without waiting for a GPU's queue."""
+    """A small tensor there; from the CPU to a GPU without waiting for what that still has to do."""
     if device.type == "cuda" and tensor.is_cpu:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def alike(*tensors: Tensor) -> list[Tensor]:

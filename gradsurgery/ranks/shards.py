@@ -207,6 +207,7 @@ class Shards:
             jacobian.losses,
             uses,
             fallbacks=jacobian.fallbacks,
+            unsettled=jacobian._unsettled,
         )
         made.bent = jacobian.bent
         return made
