@@ -46,16 +46,16 @@ if "torch" in sys.modules:
     raise ImportError("claimed_gpu must be imported before torch, which looks for a GPU once")
 ctypes.CDLL(str(_library()), mode=os.RTLD_GLOBAL)
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-from gradsurgery.ops._backend import _C  # noqa: E402
-from gradsurgery.ops.combine import combine_into  # noqa: E402
-from gradsurgery.ops.combine_tokens import combine_tokens_reference  # noqa: E402
-from gradsurgery.ops.formed_gramian import formed_gramian_reference  # noqa: E402
-from gradsurgery.ops.gramian import gramian_of  # noqa: E402
-from gradsurgery.ops.token_gramian import token_gramian_reference  # noqa: E402
+from gradsurgery.ops._backend import _C
+from gradsurgery.ops.combine import combine_into
+from gradsurgery.ops.combine_tokens import combine_tokens_reference
+from gradsurgery.ops.formed_gramian import formed_gramian_reference
+from gradsurgery.ops.gramian import gramian_of
+from gradsurgery.ops.token_gramian import token_gramian_reference
 
 OPS = torch.ops.claimed_gpu
 PER_LAUNCH = 80  # tensors in the table of one launch: csrc/rows.h

@@ -14,10 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ and torch's headers"),
-    pytest.mark.plain_torch,
-]
+# a machine that installs a wheel may have no compiler, and the device is built by one
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 STEPS = """
 import sys
