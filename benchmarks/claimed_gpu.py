@@ -102,6 +102,23 @@ torch.cuda.device_of = torch.cuda.device = lambda _: nullcontext()
 torch.cuda.synchronize = lambda device=None: OPS.note("synchronize")
 
 
+class Event:
+    """Whether its place was reached; who asks waits, but where the host has waited since."""
+
+    made = 0
+
+    def record(self) -> None:
+        Event.made += 1
+        self.number = Event.made
+        OPS.note(f"record {self.number}")
+
+    def synchronize(self) -> None:
+        OPS.note(f"await {self.number}")
+
+
+torch.cuda.Event = Event
+
+
 # -- attention, which a GPU has in one operation each way, and a CPU in others
 
 ATTENTION = torch.library.Library("aten", "IMPL")

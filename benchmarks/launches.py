@@ -46,7 +46,7 @@ FIRST, TIMED = 3, 7  # steps until nothing is new, and those whose host time is 
 PHASES = {
     "forward": (passes.Passes, "_losses"),
     "backward": (Tape, "jacobian"),
-    "Gramian": (FactoredJacobian, "gramian"),
+    "Gramian": (FactoredJacobian, "_gramian_found"),
     "solve": (step, "solve"),
     "update": (step, "add_update"),
 }
@@ -67,17 +67,25 @@ class Part(NamedTuple):
 def read(notes: list[str]) -> dict[str, Part]:
     """The phases of a step, from what it noted."""
     found: dict[str, Part] = {}
-    phase = ["else"]
+    phase, behind = ["else"], set[str]()  # behind: events that the host may have to wait for
     for note in notes:
         kind, _, name = note.partition(" ")
         if kind == "begin":
             phase.append(name)
         elif kind == "end":
             phase.pop()
+        elif kind == "record":
+            behind.add(name)
+        elif kind == "await":
+            if name in behind:
+                found[phase[-1]] = found.get(phase[-1], Part()).plus(Part(waits=1))
+                behind.clear()
         else:
             said = note.removeprefix("aten::")
             masked = said.endswith(" masked")  # where the mask holds is looked for first
             launches, waits = (said not in NOTHING) + masked, (said in WAITS) + masked
+            if waits:
+                behind.clear()
             part = Part(launches, waits, said.startswith("copy_ to device"))
             found[phase[-1]] = found.get(phase[-1], Part()).plus(part)
     return found

@@ -1,6 +1,6 @@
 """Rows of micro-batches: added pass by pass, held, and put in the order of their batches."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +11,7 @@ from gradsurgery.capture import FactoredJacobian
 from gradsurgery.capture.held import Hold, Sums, held, rows_of
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.jacobian import DenseJacobian, DenseSums, SummedRows, concat
-from gradsurgery.ops._inputs import check
+from gradsurgery.ops._inputs import Leaving, check
 from gradsurgery.passes import Part, Pass, Passes, check_outside
 from gradsurgery.ranks import Group, RanksJacobian
 from gradsurgery.ranks.tensor import TensorJacobian
@@ -28,11 +28,26 @@ class Collected(NamedTuple):
 
     jacobian: Stored | SummedRows | RanksJacobian
     counts: dict[str, int]  # the rows of each batch
-    losses: dict[str, Tensor]  # of the rows of each batch
-    means: dict[str, Tensor]  # of the losses of each batch, []
+    parts: dict[str, list[Part]]  # of each batch, with its losses
+    leaving: Leaving  # these losses, one part after another
     reached: list[bool]  # which of the columns' parameters the losses depend on
     # the same rows, of parameters that are not the model's; None where no loss depends on any
     outside: FactoredJacobian | SummedRows | RanksJacobian | None = None
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """Of the rows of each batch, on the CPU; waits for a GPU."""
+        return {part: _row_losses(found) for part, found in self._here()}
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """Of the losses of each batch, [], on the CPU; waits for a GPU."""
+        return {part: _mean(found).mean() for part, found in self._here()}
+
+    def _here(self) -> Iterator[tuple[str, list[Part]]]:
+        losses = iter(self.leaving.here())
+        for part, found in self.parts.items():
+            yield part, [each._replace(losses=next(losses)) for each in found]
 
 
 class Summary(NamedTuple):
@@ -272,10 +287,10 @@ class Added:
                 jacobian = cast(Any, TensorJacobian(jacobian, real, split))
             return jacobian if plain else SummedRows(jacobian, sums)
 
-        losses = {part: _row_losses(found) for part, found in known.items()}
-        means = {part: _mean(found).mean() for part, found in known.items()}
+        losses = [each.losses.detach() for found in known.values() for each in found]
         beside = None if others is None else rows(others, [True] * len(others.names))
-        return Collected(rows(whole, reached), counts, losses, means, reached, cast(Any, beside))
+        made = rows(whole, reached)
+        return Collected(made, counts, known, Leaving(losses), reached, cast(Any, beside))
 
     def _in_order(
         self, known: Mapping[str, Sequence[Part]], starts: dict[str, int]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsurgery.collect import Collected
 from gradsurgery.diagnosis import Diagnosis, diagnose
+from gradsurgery.ops._inputs import fetched
 from gradsurgery.surgery import Rule, Solution
 
 
@@ -53,41 +54,36 @@ class StepInfo:
 def seen(rule: Rule, rows: Collected, solution: Solution) -> tuple[StepInfo, Tensor]:
     """What a step tells of its rows, `seconds` to come, and the weights, on the CPU.
 
-    A GPU is waited for once.
+    A GPU is waited for once, where the solution is on it.
     """
-    jacobian, gram = rows.jacobian, solution.gramian
+    known = {k: v for k, v in solution._asdict().items() if isinstance(v, Tensor)}
+    found = dict(zip(known, fetched(list(known.values())), strict=True))
+    gram = found["gramian"]
     norms = gram.diagonal().sqrt()
     scale = norms[:, None] * norms
     cosines = torch.where(scale > 0, gram / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
-    if "forget" in rows.means:
+    means, losses = rows.means, torch.cat(list(rows.losses.values())).double()
+    if "forget" in means:
         cosines = cosines[0, 1:]
         lowered = getattr(rule, "objective", "raise") == "lower"
         rate = (cosines < 0 if lowered else cosines > 0).double().mean()
     else:
         above = cosines.triu(1)
-        rate = (above < 0).double().sum() / max(jacobian.m * (jacobian.m - 1) / 2, 1)
+        rate = (above < 0).double().sum() / max(len(gram) * (len(gram) - 1) / 2, 1)
     wanted: dict[str, Tensor | None] = {
-        "conflict_rate": rate,
-        "kept_norm": solution.kept_norm,
-        "rank": None if solution.rank is None else solution.rank.double().mean(),
-        "forget_loss": rows.means.get("forget"),
-        "retain_loss": rows.means.get("retain"),
+        "kept_norm": found.get("kept_norm"),
+        "rank": found["rank"].double().mean() if "rank" in found else None,
+        "forget_loss": means.get("forget"),
+        "retain_loss": means.get("retain"),
     }
-    known = {name: value for name, value in wanted.items() if value is not None}
-    losses = torch.cat(list(rows.losses.values()))
-    parts = [*known.values(), losses, cosines, gram, solution.weights]
-    flat = torch.cat([part.to(gram.device).double().flatten() for part in parts]).cpu()
-    *means, losses, cosines, gram, weights = (
-        found.view(part.shape)
-        for found, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
-    )
-    numbers: dict[str, Any] = {k: v.item() for k, v in zip(known, means, strict=True)}
+    numbers: dict[str, Any] = {k: float(v) for k, v in wanted.items() if v is not None}
     info = StepInfo(
         losses=losses,
         cosines=cosines,
+        conflict_rate=float(rate),
         gramian=gram,
         frozen=solution.frozen,
         seconds=0.0,
         **numbers,
     )
-    return info, weights.to(solution.weights.dtype)
+    return info, found["weights"].to(solution.weights.dtype)

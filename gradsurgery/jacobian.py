@@ -12,7 +12,15 @@ from gradsurgery.batch import Loss, batch_size, sample_count, trainable
 from gradsurgery.errors import InputError
 from gradsurgery.grads import add_to, run_hooks
 from gradsurgery.ops import combine, gramian
-from gradsurgery.ops._inputs import as_blocks, check, check_count, check_shapes, flat, wide
+from gradsurgery.ops._inputs import (
+    as_blocks,
+    check,
+    check_count,
+    check_shapes,
+    flat,
+    to_device,
+    wide,
+)
 from gradsurgery.ops._range import factors
 from gradsurgery.stored import check_alone, check_served, mean_row, sample_rows
 
@@ -38,6 +46,14 @@ class Jacobian(Protocol):
     def products(self, vectors: Sequence[Tensor]) -> Tensor: ...
     def row_norms(self) -> Tensor: ...
     def materialize(self) -> Tensor: ...
+
+
+def found_gramian(
+    jacobian: Jacobian, per: Literal["model", "tensor"], metric: Sequence[Tensor] | None
+) -> Tensor:
+    """The Gramian where it was found to be right: a small one of a GPU's rows is on the CPU."""
+    found = getattr(jacobian, "_gramian_found", jacobian.gramian)
+    return found(per=per, metric=metric)
 
 
 class DenseJacobian:
@@ -328,8 +344,15 @@ class SummedRows:
         per: Literal["model", "tensor"] = "model",
         metric: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        gram = self.parts.gramian(per=per, metric=metric)
-        sums = self._sums.to(gram.device)
+        return self._summed(self.parts.gramian(per=per, metric=metric))
+
+    def _gramian_found(
+        self, per: Literal["model", "tensor"], metric: Sequence[Tensor] | None
+    ) -> Tensor:
+        return self._summed(found_gramian(self.parts, per, metric))
+
+    def _summed(self, gram: Tensor) -> Tensor:
+        sums = to_device(self._sums, gram.device)
         return sums @ gram @ sums.mT
 
     def combine(self, weights: Tensor) -> list[Tensor]:

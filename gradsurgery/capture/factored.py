@@ -168,6 +168,10 @@ class FactoredJacobian:
         if metric is not None:
             check_shapes(metric, "metric", [p.shape for p in self.parameters])
             self._need_pairs("metric")
+        return to_device(self._gramian_found(per, metric), self.parameters[0].device)
+
+    def _gramian_found(self, per: str, metric: Sequence[Tensor] | None) -> Tensor:
+        if metric is not None:
             grams = of_parameters(self, metric)
         elif per == "model":
             if self._gramian is None:
@@ -178,10 +182,11 @@ class FactoredJacobian:
             if self._gramians is None:
                 self._gramians = of_parameters(self, None)
             grams = self._gramians
-        if per == "tensor":
-            zero = zeros(self)
-            return torch.stack([zero if g is None else g for g in grams])
-        return summed(self, grams)
+        if per == "model":
+            return summed(self, grams)
+        known = [gram for gram in grams if gram is not None]
+        zero = torch.zeros_like(known[0]) if known else zeros(self)
+        return torch.stack([zero if gram is None else gram for gram in grams])
 
     def _through_derived(self) -> dict[int, list[Use]]:
         """Rows of parameters that reached the losses through tensors computed from them."""

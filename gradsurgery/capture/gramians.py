@@ -1,4 +1,7 @@
-"""The Gramian over all parameters of a Jacobian, and that of each."""
+"""The Gramian over all parameters of a Jacobian, and that of each.
+
+A GPU is asked for small ones when it is asked whether they are right: these are on the CPU.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,11 +15,13 @@ from gradsurgery.capture.plane import Made, all_in_range
 from gradsurgery.capture.stack import plane_for
 from gradsurgery.capture.uses import RowsUse
 from gradsurgery.errors import NonFiniteError
+from gradsurgery.ops._inputs import fetched
 
 if TYPE_CHECKING:
     from gradsurgery.capture.factored import FactoredJacobian
 
 TOGETHER = 1 << 22  # values of Gramians that are held, to be looked at together
+SMALL = 1 << 20  # values that come from a GPU with the answer whether they are right
 
 
 def zeros(jacobian: "FactoredJacobian") -> Tensor:
@@ -26,10 +31,10 @@ def zeros(jacobian: "FactoredJacobian") -> Tensor:
 
 def summed(jacobian: "FactoredJacobian", grams: Sequence[Tensor | None]) -> Tensor:
     """The Gramian over all parameters, from that of each; None has no part in it."""
-    total = zeros(jacobian)
-    for gram in grams:
-        if gram is not None:
-            total += gram
+    known = [gram for gram in grams if gram is not None]
+    total = torch.zeros_like(known[0]) if known else zeros(jacobian)
+    for gram in known:
+        total += gram
     return total
 
 
@@ -37,7 +42,7 @@ def of_model(jacobian: "FactoredJacobian") -> Tensor:
     """The Gramian over all parameters, [m, m]; small ones, whose rows exist, in one call."""
     jacobian._check_usable(settle=False)
     m, planes = jacobian.m, jacobian._planes
-    total, made = zeros(jacobian), []
+    total, made = zeros(jacobian), []  # made: not yet looked at
     with torch.no_grad(), without_autocast(jacobian.parameters[0]):
         through = jacobian._through_derived()
         exist: dict[tuple, list[list[RowsUse]]] = {}
@@ -55,33 +60,48 @@ def of_model(jacobian: "FactoredJacobian") -> Tensor:
             made.append(Made(plane, None, plane.gramian(m, None)))
             # rows of derived parameters are as large as the model m times: dropped at once
             if len(made) * m**2 > TOGETHER or plane is not planes[k]:
-                total, made = _added(jacobian, total, made), []
+                total, _ = _added(jacobian, total, made)
+                made = []
         # rows that exist need no look: they are multiplied in any range
         for group in exist.values():
             total += existing(group, m)
-        return _added(jacobian, total, made)
+        return _added(jacobian, total, made)[1]
 
 
-def _added(jacobian: "FactoredJacobian", total: Tensor, made: Sequence[Made]) -> Tensor:
-    """`total` with the Gramians of some parameters, of which one look says if float32 held them."""
+def _added(
+    jacobian: "FactoredJacobian", total: Tensor, made: Sequence[Made]
+) -> tuple[Tensor, Tensor]:
+    """`total` with the Gramians of some parameters, of which one look says if float32 held them.
+
+    Twice, the second where it was looked at.
+    """
     m = jacobian.m
     whole = total + summed(jacobian, [each.gram for each in made])
-    if _held(jacobian, made, whole):
-        return whole
+    looked = _held(jacobian, made, whole, [whole])
+    if looked is not None:
+        return whole, looked[0]
     whole = total + summed(jacobian, [plane.in_range(gram, m, own) for plane, own, gram in made])
     if not bool(whole.diagonal().isfinite().all()):
         _raise_not_finite(jacobian, of_parameters(jacobian, None))
-    return whole
+    return whole, whole
 
 
-def _held(jacobian: "FactoredJacobian", made: Sequence[Made], total: Tensor) -> bool:
-    """Whether float32 held all products. Whether losses are finite is asked with it."""
+def _held(
+    jacobian: "FactoredJacobian", made: Sequence[Made], total: Tensor, wanted: list[Tensor]
+) -> list[Tensor] | None:
+    """What is wanted, from a GPU if it is small; None where float32 did not hold all products.
+
+    Whether losses are finite is asked with it.
+    """
     finite = [losses.finite for losses in jacobian._unsettled]
-    if all_in_range(made, total, finite):
+    fine = all_in_range(made, total, finite)
+    small = total.is_cuda and sum(gram.numel() for gram in wanted) <= SMALL
+    answer, *found = fetched([fine, *wanted]) if small else (fine, *wanted)
+    if bool(answer):
         jacobian._unsettled = []
-        return True
+        return found
     jacobian.settle()
-    return bool(finite) and all_in_range(made, total)
+    return found if finite and bool(all_in_range(made, total)) else None
 
 
 def of_parameters(
@@ -104,8 +124,11 @@ def of_parameters(
                 grams[k] = gram = plane.gramian(m, own)
                 made[k] = Made(plane, own, gram)
         # a GPU is waited for once, not for each parameter
-        if _held(jacobian, list(made.values()), summed(jacobian, grams)):
-            return grams
+        wanted = [gram for gram in grams if gram is not None]
+        looked = _held(jacobian, list(made.values()), summed(jacobian, grams), wanted)
+        if looked is not None:
+            there = iter(looked)
+            return [None if gram is None else next(there) for gram in grams]
         for k, (plane, own, gram) in made.items():
             grams[k] = plane.in_range(gram, m, own)
     if not bool(summed(jacobian, grams).diagonal().isfinite().all()):

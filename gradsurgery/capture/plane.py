@@ -238,9 +238,8 @@ class Made(NamedTuple):
     gram: Tensor  # [m, m]
 
 
-def all_in_range(made: Sequence[Made], total: Tensor, more: Sequence[Tensor] = ()) -> bool:
-    """Whether float32 held all products, `total` is finite, and `more` is true; a GPU is waited for
-    once."""
+def all_in_range(made: Sequence[Made], total: Tensor, more: Sequence[Tensor] = ()) -> Tensor:
+    """Whether float32 held all products, `total` is finite, and `more` is true; []."""
     fine = total.diagonal().isfinite().all()
     for each in more:
         fine &= each.to(fine.device)
@@ -249,7 +248,7 @@ def all_in_range(made: Sequence[Made], total: Tensor, more: Sequence[Tensor] = (
         squares = [diagonal for diagonal, bounds in at if bounds == wanted]
         if squares:
             fine &= within(torch.stack(squares), wanted).all()
-    return bool(fine)
+    return fine
 
 
 def _formed(uses: list[Use]) -> list[Use]:

@@ -195,6 +195,34 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+class Leaving:
+    """Tensors on their way to the CPU, from a GPU as float64; on a CPU they stay as they are.
+
+    Who asks for them waits for the GPU, if it was not waited for since.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._left = [tensor.detach() for tensor in tensors], None
+        away = [tensor for tensor in self._tensors if tensor.is_cuda]
+        if away:
+            flat = torch.cat([tensor.double().flatten() for tensor in away])
+            there = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True)
+            parts = iter(there.copy_(flat, non_blocking=True).split([t.numel() for t in away]))
+            self._tensors = [next(parts).view(t.shape) if t.is_cuda else t for t in self._tensors]
+            self._left = torch.cuda.Event()
+            self._left.record()
+
+    def here(self) -> list[Tensor]:
+        if self._left is not None:
+            self._left.synchronize()
+        return self._tensors
+
+
+def fetched(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors on the CPU, as `Leaving` has them; a GPU is waited for once."""
+    return Leaving(tensors).here()
+
+
 def alike(*tensors: Tensor) -> list[Tensor]:
     """Tokens in one dtype: 16-bit ones as they are, if all are of one kind."""
     if all(tensor.dtype == tensors[0].dtype for tensor in tensors):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
-from gradsurgery.jacobian import DenseJacobian, Jacobian
+from gradsurgery.jacobian import DenseJacobian, Jacobian, found_gramian
 from gradsurgery.ops._inputs import (
     as_gramian,
     check,
@@ -303,15 +303,18 @@ def like_rows(update: list[Tensor], rows: Rows, jacobian: Jacobian) -> Any:
 def grouped_gramian(
     jacobian: Jacobian, granularity: str, metric: Sequence[Tensor] | None
 ) -> tuple[Tensor, list[int]]:
-    """Gramians [g, m, m] of groups of tensors, and the group of each tensor."""
+    """Gramians [g, m, m] of groups of tensors, and the group of each tensor.
+
+    Small ones of a GPU's rows are on the CPU, and so is what follows from them.
+    """
     if granularity == "model":
-        return jacobian.gramian(metric=metric)[None], [0] * len(jacobian.names)
+        return found_gramian(jacobian, "model", metric)[None], [0] * len(jacobian.names)
     groups = list(range(len(jacobian.names)))
     if granularity == "module":
         modules = [name.rpartition(".")[0] for name in jacobian.names]
         order = {module: g for g, module in enumerate(dict.fromkeys(modules))}
         groups = [order[module] for module in modules]
-    per_tensor = jacobian.gramian(per="tensor", metric=metric)
+    per_tensor = found_gramian(jacobian, "tensor", metric)
     grams = per_tensor.new_zeros(max(groups) + 1, *per_tensor.shape[1:])
     grams.index_add_(0, torch.tensor(groups, device=grams.device), per_tensor)
     return grams, groups
