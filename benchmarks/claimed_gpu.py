@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from gradsurgery.capture import gramians, together
 from gradsurgery.ops._backend import _C
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.combine_tokens import combine_tokens_reference
@@ -191,7 +192,7 @@ def _combine(sources: Any, weights: Tensor, outs: Any, cross: Any, gram: Any, sc
 
 def _orthonormal(gramian: Tensor) -> None:
     """Of a hollow run: rows of zeros would be looked at once more, for values lost to underflow."""
-    on_cpu(gramian).copy_(torch.eye(*gramian.shape))
+    on_cpu(gramian).copy_(torch.eye(*gramian.shape[-2:]))
 
 
 def _launched(name: str, count: int = 1) -> None:
@@ -257,6 +258,43 @@ def _formed(left: Tensor, right: Tensor, offsets: Tensor, kept: Any, stored: Any
     return formed_gramian_reference(*sides, torch.arange(len(rows)).split(1), len(rows), kept)
 
 
+def _of_addresses(kernel: Callable) -> Callable:
+    """Given the sides of one plane, and where those of the others are: compute for each."""
+
+    def compute(*args: Any) -> Any:
+        *shown, addresses = args
+        return kernel(*shown, addresses.tolist())
+
+    return compute
+
+
+def _at(like: Tensor, address: int) -> Tensor:
+    """A tensor laid out as another, elsewhere in memory."""
+    count = sum((size - 1) * step for size, step in zip(like.shape, like.stride(), strict=True)) + 1
+    memory = (ctypes.c_char * (count * like.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+def _token_gramians(left: Tensor, right: Tensor, addresses: list[list[int]]) -> Tensor:
+    pairs = zip(*addresses, strict=True)
+    return torch.stack([token_gramian_reference(_at(left, a), _at(right, b)) for a, b in pairs])
+
+
+def _combine_tokens_of(
+    left: Tensor, right: Tensor, weights: Tensor, out: Tensor, addresses: list[list[int]]
+) -> None:
+    for (a, b, to), mine in zip(zip(*addresses, strict=True), weights, strict=True):
+        combine_tokens_reference(_at(left, a), _at(right, b), mine, _at(out, to), 0)
+
+
+def _gramians(*args: Any) -> Any:
+    found = together.gramians(*args)
+    for gram in () if _computes else found:
+        _orthonormal(gram)
+    return found
+
+
+gramians.gramians = _gramians
 JITFunction.run = _run
 _C.cuda_version = None
 _after("gramian", "gramian", lambda sources, precise=False: gramian_of(sources, precise))
@@ -264,3 +302,5 @@ _after("combine", "combine_into", combine_into)
 _after("combine_tokens", "combine_tokens", combine_tokens_reference)
 _after("formed_gramian", "formed_gramian", _formed)
 _after("token_gramian", "token_gramian", token_gramian_reference)
+_after("token_gramian", "token_gramians", _of_addresses(_token_gramians))
+_after("combine_tokens", "combine_tokens_of", _of_addresses(_combine_tokens_of))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import hooks_are_linear
 from gradsurgery.capture.seen_as import seen_alike
 from gradsurgery.capture.stack import plane_for
+from gradsurgery.capture.together import sums
 from gradsurgery.capture.uses import HALVES, Renumbered, RowsUse, Use, largest_group
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError
@@ -82,6 +83,7 @@ class FactoredJacobian:
         self._gramian: Tensor | None = None  # of the model
         self._graph, self._released = graph, False
         self._far = False  # some of the weights last given are far from 1
+        self._at_host: Tensor | None = None  # those, where they were not given on a GPU
         if graph is not None:  # sums come from the graph, so only the Gramian needs the pairs
             self._gramians = of_parameters(self, None)
             self._drop()
@@ -224,6 +226,7 @@ class FactoredJacobian:
         self._far = not bool((within(weights.abs(), WEIGHTS) | (weights == 0)).all())
         if self._far:
             check_weights_finite(weights)
+        self._at_host = None if weights.is_cuda else weights.detach().expand(count, m)
         return to_device(weights.detach(), self.parameters[0].device).expand(count, m)
 
     def input_moments(self) -> list[Moment | None]:
@@ -274,6 +277,7 @@ class FactoredJacobian:
         if self._graph is not None:
             yield from self._graph.combine(weights, self.parameters)
         exist: dict[tuple, list[tuple[int, list[RowsUse]]]] = {}
+        small = self._small(weights)
         # rows that exist are summed last, those of many parameters in one call
         for k, plane in enumerate(self._planes):
             if plane is None:
@@ -282,7 +286,11 @@ class FactoredJacobian:
             if uses and uses[0].blocks.dtype in (dtype, WIDE.get(dtype)):
                 exist.setdefault(one_call(uses), []).append((k, uses))
                 continue
-            yield k, plane.update(weights[k], add, release, self._far, exact)
+            if k in small:
+                out = small.pop(k).view(plane.parameter.shape)
+                yield k, out if exact else out.to(dtype)
+            else:
+                yield k, plane.update(weights[k], add, release, self._far, exact, self._beta(k))
             if release:  # this parameter's pairs are freed before the next one's are used
                 self._planes[k], self._uses[k] = None, []
         for group in exist.values():
@@ -308,6 +316,21 @@ class FactoredJacobian:
                 grad = grads[i]
                 if grad is not None:
                     yield k, grad
+
+    def _small(self, weights: Tensor) -> dict[int, Tensor]:
+        """Of parameters whose w^T J take one launch together, by column."""
+        if self._far:
+            return {}
+        ks = [k for k, plane in enumerate(self._planes) if plane is not None and not plane.rows]
+        planes = [cast(Plane, self._planes[k]) for k in ks]
+        return {ks[i]: out for i, out in sums(planes, [weights[k] for k in ks])}
+
+    def _beta(self, k: int) -> float | None:
+        """The weight of the kept plane's row, where the host knows it."""
+        group = cast(Plane, self._planes[k]).group
+        if self._at_host is None or group is None:
+            return None
+        return float(self._at_host[k, group])
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T J as a list like the parameters; weights [m], or [L, m] per parameter."""

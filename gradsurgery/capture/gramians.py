@@ -11,8 +11,10 @@ from torch import Tensor
 
 from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.paths import existing
-from gradsurgery.capture.plane import Made, all_in_range
+from gradsurgery.capture.plane import Made, Plane, squares
+from gradsurgery.capture.ranges import within
 from gradsurgery.capture.stack import plane_for
+from gradsurgery.capture.together import gramians
 from gradsurgery.capture.uses import RowsUse
 from gradsurgery.errors import NonFiniteError
 from gradsurgery.ops._inputs import fetched
@@ -33,6 +35,8 @@ def summed(jacobian: "FactoredJacobian", grams: Sequence[Tensor | None]) -> Tens
     """The Gramian over all parameters, from that of each; None has no part in it."""
     known = [gram for gram in grams if gram is not None]
     total = torch.zeros_like(known[0]) if known else zeros(jacobian)
+    if total.is_cuda and known:
+        return torch.stack(known).sum(0)  # two launches for all of them
     for gram in known:
         total += gram
     return total
@@ -42,7 +46,7 @@ def of_model(jacobian: "FactoredJacobian") -> Tensor:
     """The Gramian over all parameters, [m, m]; small ones, whose rows exist, in one call."""
     jacobian._check_usable(settle=False)
     m, planes = jacobian.m, jacobian._planes
-    total, made = zeros(jacobian), []  # made: not yet looked at
+    total, waiting = zeros(jacobian), []
     with torch.no_grad(), without_autocast(jacobian.parameters[0]):
         through = jacobian._through_derived()
         exist: dict[tuple, list[list[RowsUse]]] = {}
@@ -57,15 +61,20 @@ def of_model(jacobian: "FactoredJacobian") -> Tensor:
             if rows and sum(use.n for use in rows) <= 2 * m:
                 exist.setdefault(one_call(rows), []).append(rows)
                 continue
-            made.append(Made(plane, None, plane.gramian(m, None)))
+            waiting.append(plane)
             # rows of derived parameters are as large as the model m times: dropped at once
-            if len(made) * m**2 > TOGETHER or plane is not planes[k]:
-                total, _ = _added(jacobian, total, made)
-                made = []
+            if len(waiting) * m**2 > TOGETHER or plane is not planes[k]:
+                total, _ = _added(jacobian, total, _made(waiting, m))
+                waiting = []
         # rows that exist need no look: they are multiplied in any range
         for group in exist.values():
             total += existing(group, m)
-        return _added(jacobian, total, made)[1]
+        return _added(jacobian, total, _made(waiting, m))[1]
+
+
+def _made(planes: Sequence[Plane], m: int) -> list[Made]:
+    each = zip(planes, gramians(planes, m), strict=True)
+    return [Made(plane, None, gram) for plane, gram in each]
 
 
 def _added(
@@ -93,15 +102,21 @@ def _held(
 
     Whether losses are finite is asked with it.
     """
-    finite = [losses.finite for losses in jacobian._unsettled]
-    fine = all_in_range(made, total, finite)
-    small = total.is_cuda and sum(gram.numel() for gram in wanted) <= SMALL
-    answer, *found = fetched([fine, *wanted]) if small else (fine, *wanted)
-    if bool(answer):
+    unsettled = [losses.values for losses in jacobian._unsettled]
+    bounded = squares(made)
+    asked = [*wanted, total.diagonal(), *bounded.values(), *unsettled]
+    if total.is_cuda and sum(tensor.numel() for tensor in asked) <= SMALL:
+        asked = fetched(asked)  # and all else is asked on the CPU
+    found, (norms, *rest) = asked[: len(wanted)], asked[len(wanted) :]
+    fine = norms.isfinite().all()
+    for bounds, each in zip(bounded, rest, strict=False):
+        fine &= within(each, bounds).all()
+    finite = [each.isfinite().all().to(fine.device) for each in rest[len(bounded) :]]
+    if bool(torch.stack([fine, *finite]).all()):
         jacobian._unsettled = []
         return found
     jacobian.settle()
-    return found if finite and bool(all_in_range(made, total)) else None
+    return found if finite and bool(fine) else None
 
 
 def of_parameters(
@@ -114,15 +129,20 @@ def of_parameters(
     made: dict[int, Made] = {}
     with torch.no_grad(), without_autocast(jacobian.parameters[0]):
         through = jacobian._through_derived()
+        waiting: dict[int, Plane] = {}
         for k, plane in enumerate(jacobian._planes):
             own = None if metric is None else metric[k]
             if k in through:  # whose rows are not held for long
                 parts = [*through.pop(k), *jacobian._uses[k]]
                 plane = plane_for(jacobian.parameters[k], parts, None)
                 grams[k] = plane.in_range(plane.gramian(m, own), m, own)
+            elif plane is not None and own is None:
+                waiting[k] = plane
             elif plane is not None:
-                grams[k] = gram = plane.gramian(m, own)
-                made[k] = Made(plane, own, gram)
+                made[k] = Made(plane, own, plane.gramian(m, own))
+        made |= zip(waiting, _made(list(waiting.values()), m), strict=True)
+        for k, each in made.items():
+            grams[k] = each.gram
         # a GPU is waited for once, not for each parameter
         wanted = [gram for gram in grams if gram is not None]
         looked = _held(jacobian, list(made.values()), summed(jacobian, grams), wanted)

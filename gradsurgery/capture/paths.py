@@ -28,12 +28,12 @@ def chunk(device: str) -> int:
 
 
 def to_rows(blocks: Tensor, rows: RowNumbers, m: int) -> Tensor:
-    """Sums [n, n] over the blocks of each row, [m, m]."""
+    """Sums [..., n, n] over the blocks of each row, [..., m, m]."""
     if len(rows) == m and rows.distinct:
         return blocks
-    index = rows.on(blocks.device)
-    half = blocks.new_zeros(m, len(index)).index_add_(0, index, blocks)
-    return blocks.new_zeros(m, m).index_add_(1, index, half)
+    index, of = rows.on(blocks.device), blocks.shape[:-2]
+    half = blocks.new_zeros(*of, m, len(index)).index_add_(-2, index, blocks)
+    return blocks.new_zeros(*of, m, m).index_add_(-1, index, half)
 
 
 def direct(

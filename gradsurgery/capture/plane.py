@@ -86,11 +86,11 @@ class Plane:
     ) -> Tensor:
         """[H, W]; fresh memory costs most when it is first written, so it is written once."""
         if out is None or precise:
-            out = wide(self.parameter.detach()).new_empty(self.uses[0].plane)
-            out = out.double() if precise else out
+            dtype = torch.float64 if precise else wide(self.parameter.detach().flatten()[:0]).dtype
+            out = self.parameter.new_empty(self.uses[0].plane, dtype=dtype)
         for k, use in enumerate(uses):
             use = use.double() if precise else use.wide()
-            use.combine(weights[use.rows.on(weights.device)], out, beta=1 if k else 0)
+            use.combine(_picked(use, weights, out), out, beta=1 if k else 0)
         return out
 
     def group_plane(self) -> Tensor:
@@ -99,6 +99,10 @@ class Plane:
             self.kept = wide(self.whole.blocks).reshape(self.whole.plane).contiguous()
         if self.kept is None:
             assert self.group is not None
+            use = one_matrix(self.parts[1])
+            if use is not None and self.parameter.is_cuda:  # a product, and nothing else
+                self.kept = use.total()
+                return self.kept
             # all blocks of that row count once; weights are looked up by row, so up to its number
             ones = torch.ones(self.group + 1, device=self.parameter.device)
             self.kept = self._combined(self.parts[1], ones)
@@ -179,17 +183,24 @@ class Plane:
         return False
 
     def update(
-        self, weights: Tensor, add: bool, release: bool, far: bool = False, exact: bool = False
+        self,
+        weights: Tensor,
+        add: bool,
+        release: bool,
+        far: bool = False,
+        exact: bool = False,
+        beta: float | None = None,
     ) -> Tensor:
         """w^T J, [*p.shape]. To `add` it to `.grad` is to give the kept plane away.
 
         `release`: what a backward pass made may be given away too: no row is asked for again.
         `far`: some weights are far from 1, and it is looked whether float32 holds their products.
         `exact`: in the dtype it was summed in.
+        `beta`: the weight of the row `group`, where the host knows it.
         """
         if not self.uses[0].n:
             return torch.zeros_like(self.parameter.detach())
-        out = self._sum(weights, add, release, far)
+        out = self._sum(weights, add, release, far, beta=beta)
         out = out.view(self.parameter.shape)
         return out if exact else out.to(self.parameter.dtype)
 
@@ -200,11 +211,10 @@ class Plane:
         release: bool,
         far: bool,
         into: Tensor | None = None,
+        beta: float | None = None,
     ) -> Tensor:
         """The same as a plane [H, W], in `into` where it has to be formed."""
-        if far and not all(
-            in_range(use, weights[use.rows.on(weights.device)]) for use in self.uses
-        ):
+        if far and not all(in_range(use, use.rows.pick(weights)) for use in self.uses):
             return self._combined(self.uses, weights, precise=True)
         if self.plan is not None and self.whole is not None:
             self.group_plane()
@@ -218,13 +228,13 @@ class Plane:
             out = self.kept if give else self.kept.clone()
             if give:
                 self.kept = None  # before it is scaled: what interrupts that leaves no half of it
-            beta: float = 1
-            if out.is_cuda:
+            if beta is None and out.is_cuda:
                 out *= weights[self.group].to(out.dtype)  # without waiting for the weight
-            else:
+                beta = 1
+            elif beta is None:
                 beta = float(weights[self.group])
             for use in self.parts[0]:
-                use.wide().combine(weights[use.rows.on(weights.device)], out, beta)
+                use.wide().combine(_picked(use, weights, out), out, beta)
                 beta = 1
             scale(out, beta)
         return out
@@ -238,17 +248,25 @@ class Made(NamedTuple):
     gram: Tensor  # [m, m]
 
 
-def all_in_range(made: Sequence[Made], total: Tensor, more: Sequence[Tensor] = ()) -> Tensor:
-    """Whether float32 held all products, `total` is finite, and `more` is true; []."""
-    fine = total.diagonal().isfinite().all()
-    for each in more:
-        fine &= each.to(fine.device)
+def squares(made: Sequence[Made]) -> dict[tuple[float, float], Tensor]:
+    """The squared norms that say if float32 held all products, by the bounds they are within."""
     at = [(each.gram.diagonal(), each.plane.bounds(each.metric)) for each in made]
-    for wanted in (SQUARES, SCALED):
-        squares = [diagonal for diagonal, bounds in at if bounds == wanted]
-        if squares:
-            fine &= within(torch.stack(squares), wanted).all()
-    return fine
+    found = {
+        wanted: [diagonal for diagonal, bounds in at if bounds == wanted]
+        for wanted in (SQUARES, SCALED)
+    }
+    return {bounds: torch.stack(each) for bounds, each in found.items() if each}
+
+
+def _picked(use: Use, weights: Tensor, out: Tensor) -> Tensor:
+    """The weights of a use's blocks; on a GPU rounded once for all parameters of a dtype."""
+    return use.rows.pick(weights, out.dtype if out.is_cuda else None)
+
+
+def one_matrix(uses: Sequence[Use]) -> MatrixUse | None:
+    """The only use, where its blocks are sums over tokens, [n, T, .]."""
+    use = uses[0] if len(uses) == 1 else None
+    return use if type(use) is MatrixUse and use.left.dim() == 3 else None
 
 
 def _formed(uses: list[Use]) -> list[Use]:

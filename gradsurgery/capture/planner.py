@@ -34,8 +34,10 @@ KEEP = {"cpu": 96, "cuda": 650}
 FORM = {"cpu": 0, "cuda": 300}
 # what a product of tokens costs of one that forms a plane; the same H200: 2.6e14 a second at best
 PAIR = {"cpu": 1.0, "cuda": 1.4}
-# and what the launches of a way cost, which a CPU does not notice: 0.6 ms and 0.15 ms
+# and what the launches of a way cost, which a CPU does not notice: 0.6 ms and 0.15 ms; those that
+# form a kept plane and multiply it, 5 of 4 us, where pairs of tokens share a launch of many planes
 LAUNCHES = {"cuda": {"direct": 2e11, "factored": 5e10}}
+KEPT = {"cuda": 6.5e9}
 
 _planned: ContextVar[str] = ContextVar("planned", default="cuda")
 
@@ -83,7 +85,7 @@ def plan(work: Work, products: bool = True) -> Plan:
     h, w = work.height, work.width
     pair = PAIR.get(work.device, 1.0)
     own, summed = work.blocks * work.tokens, work.group * work.tokens
-    keep = KEEP.get(work.device, 0) * h * w if work.group else 0
+    keep = KEEP.get(work.device, 0) * h * w + KEPT.get(work.device, 0) if work.group else 0
     form = FORM.get(work.device, 0) * work.blocks
 
     def pairs(tokens: float, others: float, picked: float, others_picked: float) -> float:

@@ -36,6 +36,7 @@ class RowNumbers:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+        self._picked: tuple[Tensor, torch.dtype | None, Tensor] | None = None
 
     def __len__(self) -> int:
         return self.tensor.shape[0]
@@ -96,6 +97,17 @@ class RowNumbers:
             known[key] = RowNumbers(torch.cat([self.tensor, *(o.tensor for o in others)])), others
         return known[key][0]
 
+    def pick(self, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight of each block, [n], by its row; those of the last weights [m] are kept."""
+        if self._picked is not None:
+            of, kind, found = self._picked
+            if kind == dtype and _are_same(of, weights):
+                return found
+        found = weights[self.on(weights.device)]
+        found = found if dtype is None else found.to(dtype)
+        self._picked = weights, dtype, found
+        return found
+
     def on(self, device: torch.device) -> Tensor:
         """The tensor on a device."""
         if self.tensor.device == device:
@@ -116,6 +128,12 @@ def index_of(rows: "list[RowNumbers]") -> tuple[RowNumbers, list[RowNumbers]]:
         return first if first.distinct else first.ids, [first.where] * len(rows)
     ids = torch.cat([each.tensor for each in rows]).unique()
     return RowNumbers(ids), [RowNumbers(torch.searchsorted(ids, each.tensor)) for each in rows]
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether they have the same memory, unchanged."""
+    known = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in (one, other))
+    return one is other or (one.device == other.device and next(known) == next(known))
 
 
 def as_slice(blocks: Tensor) -> Tensor | slice:

@@ -54,12 +54,18 @@ class Stack(Plane):
         return any(plane._lost(rows, any_value) for plane in self.sections.values())
 
     def _sum(
-        self, weights: Tensor, add: bool, release: bool, far: bool, into: Tensor | None = None
+        self,
+        weights: Tensor,
+        add: bool,
+        release: bool,
+        far: bool,
+        into: Tensor | None = None,
+        beta: float | None = None,
     ) -> Tensor:
         out, end = wide(self.parameter.detach()[:0]).new_empty(self.uses[0].plane), 0
         for (lo, hi), plane in self.sections.items():
             out[end:lo] = 0
-            part = plane._sum(weights, add, release, far, out[lo:hi])
+            part = plane._sum(weights, add, release, far, out[lo:hi], beta)
             if part.data_ptr() != out[lo:hi].data_ptr():  # a plane that was kept
                 out[lo:hi] = part
             end = hi

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.ops._backend import backend_of
-from gradsurgery.ops._inputs import wide
+from gradsurgery.ops._inputs import alike, to_device, wide
 from gradsurgery.ops.combine_tokens import combine_tokens
 from gradsurgery.ops.formed_gramian import SMALL
 
@@ -36,7 +36,7 @@ class Use:
         part.rows = RowNumbers(self.rows.tensor[blocks]) if rows is None else rows
         for name in self.tensors:
             tensor = getattr(self, name)
-            inside = blocks if isinstance(blocks, slice) else blocks.to(tensor.device)
+            inside = blocks if isinstance(blocks, slice) else to_device(blocks, tensor.device)
             part.__dict__[name] = tensor[inside]
         return part
 
@@ -104,7 +104,7 @@ def scatter(out: Tensor, index: RowNumbers, blocks: Tensor) -> None:
     if _is_range(index, len(out)):
         out += blocks
     else:
-        out.index_add_(0, index.tensor.to(out.device), blocks.to(out.dtype))
+        out.index_add_(0, index.on(out.device), blocks.to(out.dtype))
 
 
 class RowsUse(Use):
@@ -185,6 +185,14 @@ class MatrixUse(Use):
         else:
             planes = wide(left) @ wide(right)
         return RowsUse(planes, self.rows)
+
+    def total(self) -> Tensor:
+        """The sum of all blocks of one matrix, [H, W], in float32 or wider."""
+        left, right = self.left.flatten(0, 1).mT, self.right.flatten(0, 1)
+        if left.is_cuda and left.dtype in HALVES and left.dtype == right.dtype:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        left, right = alike(wide(left), wide(right))
+        return left @ right
 
     def add_rows(self, out: Tensor, index: RowNumbers, lo: int, hi: int) -> None:
         left, right = wide(self.left), wide(self.right)
@@ -276,7 +284,7 @@ class EmbeddingUse(Use):
             return  # which lines were picked is not known there
         inside = (self.indices >= lo) & (self.indices < hi)
         block, _ = where = inside.nonzero(as_tuple=True)
-        line = index.tensor.to(block.device)[block] * (hi - lo) + self.indices[where] - lo
+        line = index.on(block.device)[block] * (hi - lo) + self.indices[where] - lo
         out.view(-1, self.plane[1]).index_add_(0, line, self.grads[where].to(out.dtype))
 
     def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:

@@ -7,6 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# of values, for addresses in a table
+KINDS = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
 
 class Tile(NamedTuple):
     """How large a share of a product one program takes."""
@@ -56,6 +64,13 @@ def cdiv(count: int, size: int) -> int:
 # the interpreter multiplies the bits of bfloat16 values as if they were integers, and rounds to it
 # by truncation
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def one_of(tensors, k, KIND: tl.constexpr):
+    """The k-th of some tensors, by the table of their addresses."""
+    address = tl.load(tensors + k).to(tl.pointer_type(KIND))
+    return tl.multiple_of(address, 16)
 
 
 @triton.jit

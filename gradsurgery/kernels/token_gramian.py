@@ -12,11 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gradsurgery.kernels.tiles import (
+    KINDS,
     Tile,
     cdiv,
     large,
     largest_of,
     on,
+    one_of,
     options,
     power_of_two,
     precision,
@@ -29,11 +31,13 @@ LOST, LARGE = tl.constexpr(2.0**-116), tl.constexpr(2.0**30)  # of ops/token_gra
 
 @triton.jit
 def token_gramian_kernel(
-    sides,  # (left, right, other_left, other_right); left holds ids where IDS
+    sides,  # (left, right, other_left, other_right), tables where KIND; left holds ids where IDS
+    matrices,  # g
     strides,  # of each side: (block, matrix, token)
     counts,  # (blocks, tokens, other blocks, other tokens)
     widths,  # (a, b)
-    parts,  # [g, row tiles, column tiles, ROWS, OTHER_ROWS] float64, zeros
+    parts,  # [planes, g, row tiles, column tiles, ROWS, OTHER_ROWS] float64, zeros
+    KIND: tl.constexpr,  # of the values of several planes; None of one
     SYMMETRIC: tl.constexpr,  # other is self: only tiles not above the diagonal
     IDS: tl.constexpr,  # left tokens are indices: one-hot
     ROWS: tl.constexpr,
@@ -55,7 +59,12 @@ def token_gramian_kernel(
     )
     if SYMMETRIC and j > i:
         return
-    g = tl.program_id(1).to(tl.int64)
+    plane, g = tl.program_id(1) // matrices, (tl.program_id(1) % matrices).to(tl.int64)
+    if KIND is None:
+        left, right, other_left, other_right = sides[0], sides[1], sides[2], sides[3]
+    else:
+        left, right = one_of(sides[0], plane, KIND), one_of(sides[1], plane, KIND)
+        other_left, other_right = one_of(sides[2], plane, KIND), one_of(sides[3], plane, KIND)
     lane, other_lane = tl.arange(0, M), tl.arange(0, N)
     block = (i // across).to(tl.int64) * ROWS + lane // TOKENS
     token = (i % across).to(tl.int64) * TOKENS + lane % TOKENS
@@ -64,8 +73,8 @@ def token_gramian_kernel(
     inside = ((block < counts[0]) & (token < counts[1]))[:, None]
     other_inside = ((other < counts[2]) & (other_token < counts[3]))[None, :]
 
-    x = sides[0] + block * strides[0][0] + g * strides[0][1] + token * strides[0][2]
-    y = sides[2] + other * strides[2][0] + g * strides[2][1] + other_token * strides[2][2]
+    x = left + block * strides[0][0] + g * strides[0][1] + token * strides[0][2]
+    y = other_left + other * strides[2][0] + g * strides[2][1] + other_token * strides[2][2]
     if IDS:
         ids = tl.load(x[:, None], mask=inside, other=-1)
         first = (ids == tl.load(y[None, :], mask=other_inside, other=-1)) & (ids >= 0)
@@ -73,8 +82,8 @@ def token_gramian_kernel(
             return
     else:
         first = products(x[:, None], y[None, :], inside, other_inside, widths[0], DEPTH, PRECISION)
-    x = sides[1] + block * strides[1][0] + g * strides[1][1] + token * strides[1][2]
-    y = sides[3] + other * strides[3][0] + g * strides[3][1] + other_token * strides[3][2]
+    x = right + block * strides[1][0] + g * strides[1][1] + token * strides[1][2]
+    y = other_right + other * strides[3][0] + g * strides[3][1] + other_token * strides[3][2]
     second = products(x[:, None], y[None, :], inside, other_inside, widths[1], DEPTH, PRECISION)
     # rows divided by their largest value: products stay in float32's range, but for those of
     # gradients whose norms are 1e19 times apart, which may vanish
@@ -95,7 +104,7 @@ def token_gramian_kernel(
     total = tl.sum(sums, axis=1)
     if SYMMETRIC and i == j:
         total = total / 2  # the caller adds the transpose
-    at = ((g * tiles + i) * other_tiles + j) * (ROWS * OTHER_ROWS)
+    at = ((tl.program_id(1).to(tl.int64) * tiles + i) * other_tiles + j) * (ROWS * OTHER_ROWS)
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, OTHER_ROWS)[None, :]
     tl.store(parts + at + row * OTHER_ROWS + column, total)
 
@@ -114,43 +123,65 @@ def token_gramian(
         side if (ids and s % 2 == 0) or side.stride(-1) == 1 else side.contiguous()
         for s, side in enumerate(sides)
     ]
-    (n, g, tokens, b), (k, _, other_tokens, _) = sides[1].shape, sides[3].shape
+    return _launched(sides, symmetric, None, 1)[0]
+
+
+def token_gramians(left: Tensor, right: Tensor, addresses: Tensor) -> Tensor:
+    """The same of several planes, [planes, n, n], in one launch.
+
+    Args:
+        left, right: the sides of one, [n, T, .], whose last stride is 1.
+        addresses: [2, planes] int64, of the sides of each, laid out as these; multiples of 16.
+    """
+    sides = [left.unsqueeze(1), right.unsqueeze(1)] * 2
+    return _launched(sides, True, addresses, addresses.shape[1])
+
+
+def _launched(
+    sides: Sequence[Tensor], symmetric: bool, addresses: Tensor | None, planes: int
+) -> Tensor:
+    ids, first = not sides[0].is_floating_point(), sides[1]
+    (n, g, tokens, b), (k, _, other_tokens, _) = first.shape, sides[3].shape
     if min(n, g, tokens, k, other_tokens) == 0:
-        return right.new_zeros(n, k, dtype=torch.float64)
-    tile = tile_of(n * tokens, k * other_tokens, right.dtype, sides)
+        return first.new_zeros(planes, n, k, dtype=torch.float64)
+    tile = tile_of(n * tokens, k * other_tokens, first.dtype, sides, planes)
     shape = samples_of(tile.rows, tokens) + samples_of(tile.columns, other_tokens)
     rows, held, other_rows, other_held = shape
     across, other_across = cdiv(tokens, held), cdiv(other_tokens, other_held)
     down, other_down = cdiv(n, rows), cdiv(k, other_rows)
-    parts = right.new_zeros(
-        g, down, across, other_down, other_across, rows, other_rows, dtype=torch.float64
+    parts = first.new_zeros(
+        planes, g, down, across, other_down, other_across, rows, other_rows, dtype=torch.float64
     )
-    with on(right):
-        token_gramian_kernel[(down * across * other_down * other_across, g)](
-            tuple(sides),
+    with on(first):
+        token_gramian_kernel[(down * across * other_down * other_across, planes * g)](
+            tuple(sides) if addresses is None else tuple(addresses) * 2,
+            g,
             tuple(side.stride()[:3] for side in sides),
             (n, tokens, k, other_tokens),
             (1 if ids else sides[0].shape[-1], b),
             parts,
+            None if addresses is None else KINDS[first.dtype],
             symmetric,
             ids,
             *shape,
             tile.depth,
-            precision(right.dtype),
+            precision(first.dtype),
             **options(tile.warps, tile.stages),
         )
-    out = parts.sum((0, 2, 4)).transpose(1, 2).reshape(down * rows, other_down * other_rows)
-    out = out[:n, :k]
+    out = parts.sum((1, 3, 5)).transpose(2, 3).reshape(planes, down * rows, other_down * other_rows)
+    out = out[:, :n, :k]
     return out + out.mT if symmetric else out.contiguous()
 
 
-def tile_of(tokens: int, others: int, dtype: torch.dtype, sides: Sequence[Tensor]) -> Tile:
+def tile_of(
+    tokens: int, others: int, dtype: torch.dtype, sides: Sequence[Tensor], planes: int = 1
+) -> Tile:
     """Square, for what lies above the diagonal; large where there is work for most of a GPU.
 
     Large ones leave no registers for ids, nor for rows that are not read 16 bytes at a time.
     """
     tile = large(dtype)
-    full = cdiv(tokens, tile.rows) * cdiv(others, tile.columns) >= 64
+    full = planes * cdiv(tokens, tile.rows) * cdiv(others, tile.columns) >= 64
     plain = all(
         side.dtype == dtype
         and all(step * side.element_size() % 16 == 0 for step in side.stride()[:3])

@@ -195,6 +195,26 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def one_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether a kernel takes them together, by their addresses, 16 bytes at a time."""
+    first = tensors[0]
+    known = first.shape, first.stride(), first.dtype
+    step = 16 // first.itemsize
+    return (
+        first.is_floating_point()
+        and first.stride(-1) == 1
+        and all(stride % step == 0 for stride in first.stride()[:-1])
+        and all((each.shape, each.stride(), each.dtype) == known for each in tensors)
+        and all(each.data_ptr() % 16 == 0 for each in tensors)
+    )
+
+
+def addresses(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Where the values of each are, int64, for a kernel on their device."""
+    known = [[each.data_ptr() for each in some] for some in tensors]
+    return to_device(torch.tensor(known, device="cpu"), tensors[0][0].device)
+
+
 class Leaving:
     """Tensors on their way to the CPU, from a GPU as float64; on a CPU they stay as they are.
 

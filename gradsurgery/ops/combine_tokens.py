@@ -1,10 +1,14 @@
 """Weighted sum of weight gradients from the tokens each is a sum over."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import alike, wide
+from gradsurgery.ops._inputs import addresses, alike, one_layout, wide
+
+MOST = (1 << 16) - 1  # planes in a launch
 
 
 def combine_tokens(
@@ -19,6 +23,30 @@ def combine_tokens(
             not read if beta is 0.
     """
     choose("combine_tokens", IMPLEMENTATIONS, left.device.type)(left, right, weights, out, beta)
+
+
+def combine_tokens_of(
+    left: Sequence[Tensor], right: Sequence[Tensor], weights: Tensor, out: Sequence[Tensor]
+) -> None:
+    """`combine_tokens` of several planes, beta = 0; on a GPU in one launch where they are of one
+    shape.
+
+    Args:
+        weights: [planes, n].
+    """
+    implementation = choose("combine_tokens", IMPLEMENTATIONS, left[0].device.type)
+    known = all(map(one_layout, (left, right, out)))
+    if implementation is combine_tokens_triton and known and 1 < len(left) <= MOST:
+        sides = left[0], right[0]
+        if sides[0].dtype == sides[1].dtype:
+            from gradsurgery.kernels import combine_tokens as kernels
+
+            kernels.combine_tokens_of(*sides, weights, out[0], addresses([left, right, out]))
+            for each in out:
+                torch.autograd.graph.increment_version(each)
+            return
+    for one, other, mine, to in zip(left, right, weights, out, strict=True):
+        implementation(one, other, mine, to, 0)
 
 
 def combine_tokens_reference(

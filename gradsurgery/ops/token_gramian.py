@@ -1,10 +1,12 @@
 """Gramian of weight gradients from the tokens each is a sum over."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import alike, wide
+from gradsurgery.ops._inputs import addresses, alike, one_layout, wide
 
 TILE = 128  # tokens the reference multiplies with all later ones at a time
 
@@ -14,6 +16,8 @@ TILE = 128  # tokens the reference multiplies with all later ones at a time
 # 6 us. From 64 pairs on the kernel is faster at any width.
 FEW_PAIRS = 16
 MANY_VALUES = 8192
+
+MOST = (1 << 16) - 1  # planes in a launch
 
 # float32 squares of values below 2^-63 lose digits. Beside 2^30 on a token's other side that may be
 # much of a row whose squared norm is 2^-60; the kernels have the same bounds.
@@ -40,6 +44,22 @@ def token_gramian(
     """
     implementation = choose("token_gramian", IMPLEMENTATIONS, right.device.type)
     return implementation(left, right, other_left, other_right)
+
+
+def token_gramians(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """`token_gramian` of several planes, [planes, n, n]; on a GPU in one launch where they are of
+    one shape.
+    """
+    implementation = choose("token_gramian", IMPLEMENTATIONS, right[0].device.type)
+    if implementation is token_gramian_triton and one_layout(left) and one_layout(right):
+        sides = left[0], right[0]
+        if len(left) > 1 and len(left) <= MOST and sides[0].dtype == sides[1].dtype:
+            from gradsurgery.kernels import token_gramian as kernels
+
+            return kernels.token_gramians(*sides, addresses([left, right]))
+    if len(left) == 1:
+        return implementation(left[0], right[0])[None]
+    return torch.stack([implementation(*sides) for sides in zip(left, right, strict=True)])
 
 
 def token_gramian_reference(

@@ -160,6 +160,12 @@ CALLS = {
             *tokens(16, 64, 768, 768, d), *tokens(1, 900, 768, 768, d)
         ),
     ],
+    "token_gramian of several planes": [
+        lambda d, n=n, t=t, a=a, b=b: token_gramian.token_gramians(
+            *tokens(n, t, a, b, d), meta(2, 16, dtype=torch.int64)
+        )
+        for n, t, a, b in ((16, 1024, 4096, 4096), (32, 64, 384, 1536), (9, 13, 1000, 72))
+    ],
     "token_gramian of picked rows": [
         lambda d: token_gramian.token_gramian(
             meta(32, 256, dtype=torch.int64), meta(32, 256, 2048, dtype=d)
@@ -180,6 +186,13 @@ CALLS = {
             *tokens(32, 256, a, b, d), weights(32), meta(a, b, dtype=d), beta
         )
         for beta in (0.0, 0.5) for a, b in ((8192, 2048), (512, 512), (2047, 8191), (16, 4096))
+    ],
+    "combine_tokens of several planes": [
+        lambda d, a=a, b=b: combine_tokens.combine_tokens_of(
+            *tokens(32, 64, a, b, d), weights(16, 32), meta(a, b, dtype=d),
+            meta(3, 16, dtype=torch.int64),
+        )
+        for a, b in ((384, 1536), (1000, 72))
     ],
     "gramian": [
         lambda d, m=m, n=n, precise=precise: gramian.gramian(rows(m, n, d), precise)
@@ -214,7 +227,7 @@ def test_fits_and_does_not_spill(name, chip, dtype, launches, tmp_path):
         code = compiled.asm["ptx"]
         if dtype == torch.float64 or launch.constant("PRECISE"):
             continue  # a version may or may not know instructions for float64
-        if name.startswith("token_gramian") or name == "combine_tokens":
+        if name.startswith(("token_gramian", "combine_tokens")):
             assert instruction in code, f"{launch.constants} without {instruction}"
         elif name != "combine":
             assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", code)

@@ -6,10 +6,14 @@ import torch
 import gradsurgery as gs
 from gradsurgery.errors import InputError
 from gradsurgery.ops.combine import combine_into
-from gradsurgery.ops.combine_tokens import combine_tokens
+from gradsurgery.ops.combine_tokens import combine_tokens, combine_tokens_of
 from gradsurgery.ops.formed_gramian import formed_gramian, formed_gramian_reference
 from gradsurgery.ops.gramian import gramian_of
-from gradsurgery.ops.token_gramian import token_gramian, token_gramian_reference
+from gradsurgery.ops.token_gramian import (
+    token_gramian,
+    token_gramian_reference,
+    token_gramians,
+)
 from tests.conftest import INTERPRETED, ROUNDOFF
 
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -71,6 +75,20 @@ def test_token_gramian_of_many_matrices(dtype):
     left, right = randn(3, 4, 5, 6, dtype=dtype), randn(3, 4, 5, 7, dtype=dtype)
     planes = (left.double().mT @ right.double()).flatten(1)
     assert relative(token_gramian(left, right), planes @ planes.mT) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("n,t,a,b", [(5, 3, 8, 16), (70, 1, 16, 40), (2, 65, 24, 8), (3, 0, 8, 8)])
+def test_token_gramians_are_those_of_each_plane(n, t, a, b, dtype):
+    left = [randn(n, t, a, dtype=dtype) for _ in range(3)]
+    right = [randn(n, t, b, dtype=dtype) for _ in range(3)]
+    found = token_gramians(left, right)
+    assert found.shape == (3, n, n)
+    for gram, one, other in zip(found, left, right, strict=True):
+        planes = planes_of(one, other)
+        assert relative(gram, planes @ planes.mT) <= LIMITS[dtype]
+    # not laid out alike: one launch each, and the same numbers
+    left[1] = randn(n, t, a + 1, dtype=dtype)[..., 1:].copy_(left[1])
+    assert torch.equal(token_gramians(left, right), found)
 
 
 def test_token_gramian_by_hand():
@@ -260,6 +278,21 @@ def test_combine_tokens(n, t, a, b, beta, dtype):
     # each weighted token is rounded as the tokens were
     bound = (ROUNDOFF[dtype] + 10 * ROUNDOFF[out_dtype]) * size + 1e-300
     assert ((out.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_combine_tokens_of_several_planes(alike, dtype):
+    left = [randn(5, 3, 8, dtype=dtype) for _ in range(3)]
+    right = [randn(5, 3, 24, dtype=dtype) for _ in range(3)]
+    weights = torch.randn(3, 5, dtype=torch.float64)
+    weights = weights[:1].expand(3, 5) if alike else weights
+    kind = torch.float32 if dtype.itemsize == 2 else dtype
+    out = [torch.full((8, 24), torch.nan, dtype=kind) for _ in range(3)]
+    combine_tokens_of(left, right, weights, out)
+    for k in range(3):
+        alone = torch.empty_like(out[k])
+        combine_tokens(left[k], right[k], weights[k], alone)
+        assert torch.equal(out[k], alone)
 
 
 @pytest.mark.parametrize("size,weight", [(1e-4, 1e-4), (1e3, 100.0)])

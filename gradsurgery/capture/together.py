@@ -1,0 +1,128 @@
+"""Planes of one layout, whose tokens a GPU multiplies in one launch for all of them.
+
+A model of many layers has few layouts. A launch costs the host some microseconds, as much as a GPU
+needs for the Gramian of a small plane. A CPU takes one plane after another.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from gradsurgery.capture.paths import to_rows
+from gradsurgery.capture.plane import Plane, one_matrix
+from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.uses import MatrixUse, Use
+from gradsurgery.ops._inputs import wide
+from gradsurgery.ops.combine_tokens import combine_tokens_of
+from gradsurgery.ops.token_gramian import token_gramians
+
+SMALL = 1 << 22  # values of a plane: the sum of a larger one fills a GPU by itself
+
+
+class Sides(NamedTuple):
+    """Tokens of a plane's rows, and whether the kept plane is one more row."""
+
+    use: MatrixUse
+    kept: bool
+
+    @property
+    def layout(self) -> Hashable:
+        sides = self.use.left, self.use.right
+        known = [(side.shape, side.stride(), side.dtype, side.device) for side in sides]
+        return self.kept, id(self.use.rows), *known
+
+
+def gramians(planes: Sequence[Plane], m: int) -> list[Tensor]:
+    """Of each plane's rows, [m, m] float64, as `Plane.gramian` has it."""
+    found = [torch.empty(0)] * len(planes)
+    blocks: dict[Hashable, list[tuple[list[int], Tensor, RowNumbers]]] = {}
+    for ks, sides in _alike(planes, _pairs):
+        if not sides:
+            (k,) = ks
+            found[k] = planes[k].gramian(m, None)
+            continue
+        total, rows = token_gramians(*_lists(sides)), sides[0].use.rows
+        if sides[0].kept:
+            total, rows = _bordered(total, [each.use for each in sides], [planes[k] for k in ks])
+        blocks.setdefault(id(rows), []).append((ks, total, rows))
+    for known in blocks.values():  # of all layouts with the same rows
+        totals = [total for _, total, _ in known]
+        total = totals[0] if len(totals) == 1 else torch.cat(totals)
+        grams = iter(to_rows(total, known[0][2], m))
+        for ks, *_ in known:
+            for k in ks:
+                found[k] = next(grams)
+    return found
+
+
+def sums(planes: Sequence[Plane], weights: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Of some planes, by their place here, w^T J [H, W]; those that take one launch together."""
+    for ks, sides in _alike(planes, _small):
+        if len(ks) == 1:
+            continue
+        uses = [each.use for each in sides]
+        dtype = wide(uses[0].left[:0]).dtype
+        out = [use.left.new_empty(use.plane, dtype=dtype) for use in uses]
+        shared = all(weights[k].data_ptr() == weights[ks[0]].data_ptr() for k in ks)
+        picked = [use.rows.pick(weights[k]) for k, use in zip(ks, uses, strict=True)]
+        mine = picked[0].expand(len(ks), -1) if shared else torch.stack(picked)
+        combine_tokens_of(*_lists(sides), mine, out)
+        yield from zip(ks, out, strict=True)
+
+
+def _alike(
+    planes: Sequence[Plane], sides_of: Callable[[Plane], Sides | None]
+) -> Iterator[tuple[list[int], list[Sides]]]:
+    """Planes by their places, with those that go with them; alone where there are no sides."""
+    found: dict[Hashable, tuple[list[int], list[Sides]]] = {}
+    for k, plane in enumerate(planes):
+        sides = sides_of(plane) if plane.parameter.is_cuda else None
+        ks, known = found.setdefault(k if sides is None else sides.layout, ([], []))
+        ks.append(k)
+        known += [] if sides is None else [sides]
+    yield from found.values()
+
+
+def _lists(sides: Sequence[Sides]) -> tuple[list[Tensor], list[Tensor]]:
+    return [each.use.left for each in sides], [each.use.right for each in sides]
+
+
+def _pairs(plane: Plane) -> Sides | None:
+    """What the Gramian of a plane is multiplied of, where it is the tokens of one use."""
+    plan = plane.plan
+    if plan is None or plan.path != "factored" or plan.cross == "tokens":
+        return None
+    own, summed = plane.parts
+    use = _one(own)
+    return None if use is None else Sides(use, bool(summed) and plane.group is not None)
+
+
+def _small(plane: Plane) -> Sides | None:
+    """What a small update is the sum of, where it is the tokens of one use."""
+    use = _one(plane.uses)
+    if use is None or plane.kept is not None or plane.parameter.numel() > SMALL:
+        return None
+    return Sides(use, False)
+
+
+def _one(uses: Sequence[Use]) -> MatrixUse | None:
+    use = one_matrix(uses)
+    if use is None or not (use.n and use.tokens):
+        return None
+    return cast(MatrixUse, use.wide())
+
+
+def _bordered(
+    total: Tensor, uses: Sequence[MatrixUse], planes: Sequence[Plane]
+) -> tuple[Tensor, RowNumbers]:
+    """Gramians with the kept plane of each as one row more, the last, and the rows' numbers."""
+    kept = [plane.group_plane() for plane in planes]
+    out = total.new_zeros(len(total), total.shape[1] + 1, total.shape[2] + 1)
+    out[:, :-1, :-1] = total
+    cross = torch.stack([use.products(each) for use, each in zip(uses, kept, strict=True)])
+    out[:, :-1, -1] = out[:, -1, :-1] = cross
+    norms = torch.ops.aten._foreach_norm(kept, 2, torch.float64)
+    out[:, -1, -1] = torch.stack(norms).square_()
+    return out, uses[0].rows.join(planes[0].parts[1][0].rows.ids)
