@@ -12,6 +12,7 @@
 #include <malloc.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <bit>
 #include <cstdlib>
 #include <mutex>
@@ -72,6 +73,21 @@ void note(std::string what) {
   }
 }
 
+std::atomic<std::int64_t> taken = 0, most_taken = 0;  // bytes
+
+void take(std::int64_t size) {
+  const std::int64_t now = taken += size;
+  std::int64_t most = most_taken;
+  while (now > most && !most_taken.compare_exchange_weak(most, now)) {
+  }
+}
+
+// Bytes taken now, and the most since the last call; of what is hollow, and what was made there.
+std::vector<std::int64_t> memory() {
+  const std::int64_t now = taken;
+  return {now, most_taken.exchange(now)};
+}
+
 bool on_gpu(const at::Tensor& tensor) { return tensor.defined() && tensor.device().type() == CUDA; }
 
 at::Tensor view_of(c10::Storage storage, const at::Tensor& like, c10::DispatchKey device) {
@@ -107,8 +123,14 @@ at::Tensor empty_strided(c10::IntArrayRef sizes, c10::IntArrayRef strides,
   // zeros: of large ones no page is touched
   void* memory = last > 0 ? std::calloc(last, c10::elementSize(kind)) : nullptr;
   TORCH_CHECK(memory != nullptr || last == 0, "claimed GPU: out of memory");
+  const auto size = static_cast<std::int64_t>(last * c10::elementSize(kind));
+  take(size);
   return claimed(at::from_blob(
-      memory, sizes, strides, [](void* held) { std::free(held); },
+      memory, sizes, strides,
+      [size](void* held) {
+        std::free(held);
+        take(-size);
+      },
       at::TensorOptions().dtype(kind)));
 }
 
@@ -355,6 +377,7 @@ at::Tensor on_cpu(const at::Tensor& tensor) { return Call(true).stand_in(tensor)
 TORCH_LIBRARY(claimed_gpu, m) {
   mallopt(M_MMAP_THRESHOLD, 1 << 20);       // so that what calloc gives is always untouched
   m.def("notes(bool on) -> str[]", notes);  // those since the last call; whether to go on
+  m.def("memory() -> int[]", memory);
   m.def("note(str what) -> ()", note);
   m.def("hollow(int above) -> ()", [](std::int64_t above) { largest = above; });
   m.def("on_cpu(Tensor tensor) -> Tensor");  // the same memory

@@ -195,8 +195,13 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def measured(case: Case) -> tuple[dict[str, Part], dict[str, Part]]:
-    """A plain step, and one of OrthoGrad, by phase."""
+class Step(NamedTuple):
+    parts: dict[str, Part]  # by phase
+    bytes: int  # at most, with the model
+
+
+def measured(case: Case) -> tuple[Step, Step]:
+    """A plain step, and one of OrthoGrad."""
     model = case.model.to("cuda")
     forget, retain = (map_batch(lambda t: t.to("cuda"), batch) for batch in case[1:3])
     both = joined(forget, retain)
@@ -213,16 +218,21 @@ def measured(case: Case) -> tuple[dict[str, Part], dict[str, Part]]:
         surgeon.step(forget=forget, retain=retain, loss=case.loss)
 
     found = []
+    standing = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     with Phases() as phases:
         for take in (plain, ours):
             with claimed_gpu.hollow() if case.hollow else nullcontext():
                 counts = [phases.of(take) for _ in range(FIRST)][-1]
             with claimed_gpu.hollow():
                 times = [phases.of(take) for _ in range(FIRST + TIMED)][FIRST:]
-            found.append({
+                optimizer.zero_grad()
+                with claimed_gpu.weighed() as bytes_more:
+                    take()
+            parts = {
                 name: part._replace(host_ms=median(each[name].host_ms for each in times))
                 for name, part in counts.items()
-            })  # fmt: skip
+            }
+            found.append(Step(parts, standing + bytes_more[0]))
     return found[0], found[1]
 
 
@@ -246,20 +256,25 @@ def main() -> None:
         claimed_gpu.serve_native()
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
-    row("", "launches: plain", "step", "of plain", "waits", "copies to the GPU", "host: of plain")
-    row(*["---"] * 7)
+    row(
+        "", "launches: plain", "step", "of plain", "waits", "copies to the GPU",
+        "memory: of plain", "host: of plain",
+    )  # fmt: skip
+    row(*["---"] * 8)
     for name in options.models or CASES:
         torch.manual_seed(0)
-        parts = measured(CASES[name]())
-        plain, ours = map(whole, parts)
-        times = ours.host_ms / plain.host_ms
-        row(name, plain.launches, ours.launches, ours.launches / plain.launches, *ours[1:3], times)
-        for phase, part in parts[1].items() if options.phases else ():
-            row(f"- {phase}", "", part.launches, "", *part[1:3], part.host_ms / plain.host_ms)
+        steps = measured(CASES[name]())
+        plain, ours = (whole(step.parts) for step in steps)
+        of_plain = ours.launches / plain.launches
+        times, memory = ours.host_ms / plain.host_ms, steps[1].bytes / steps[0].bytes
+        row(name, plain.launches, ours.launches, of_plain, *ours[1:3], memory, times)
+        for phase, part in steps[1].parts.items() if options.phases else ():
+            row(f"- {phase}", "", part.launches, "", *part[1:3], "", part.host_ms / plain.host_ms)
         found[name] = {
             "plain": plain.launches, "step": ours.launches, "waits": ours.waits,
             "to_device": ours.to_device, "host_of_plain": times,
-            "phases": {phase: part._asdict() for phase, part in parts[1].items()},
+            "bytes": [step.bytes for step in steps],
+            "phases": {phase: part._asdict() for phase, part in steps[1].parts.items()},
         }  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
