@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -123,7 +123,7 @@ class Phases:
         found = read(notes)
         return {name: found[name]._replace(host_ms=self.ms[name]) for name in found}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Phases":
         self._patches = ExitStack()
         for name, (owner, function) in PHASES.items():
             served = self._noted(name, getattr(owner, function))

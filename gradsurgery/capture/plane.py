@@ -16,7 +16,7 @@ from gradsurgery.capture.ranges import SCALED, SQUARES, in_range, magnitudes, wi
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.tokens import TokenUse
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, scale
-from gradsurgery.ops._inputs import wide
+from gradsurgery.ops._inputs import wide, wide_dtype
 
 PRODUCTS = (MatrixUse, ConvolutionUse, TokenUse)
 FORMED_ON = {"cuda"}  # where `_formed` pays: a CPU launches nothing
@@ -86,7 +86,7 @@ class Plane:
     ) -> Tensor:
         """[H, W]; fresh memory costs most when it is first written, so it is written once."""
         if out is None or precise:
-            dtype = torch.float64 if precise else wide(self.parameter.detach().flatten()[:0]).dtype
+            dtype = torch.float64 if precise else wide_dtype(self.parameter.dtype)
             out = self.parameter.new_empty(self.uses[0].plane, dtype=dtype)
         for k, use in enumerate(uses):
             use = use.double() if precise else use.wide()
@@ -275,16 +275,23 @@ def _formed(uses: list[Use]) -> list[Use]:
     The rows of all parameters are then multiplied at once, and no parameter waits for launches of
     its own.
     """
-    products = [use for use in uses if isinstance(use, MatrixUse)]
-    small = products and all(
-        device_of(use.left) in FORMED_ON
-        and use.left.dim() == 3
-        and 2 * math.prod(use.plane) <= use.tokens * sum(use.plane)
-        for use in products
-    )
-    if not small or not all(isinstance(use, (MatrixUse, RowsUse)) for use in uses):
+    products = [use for use in uses if isinstance(use, (MatrixUse, ConvolutionUse))]
+    if not products or not all(map(_much_smaller, products)):
         return uses
-    return [use.formed() if isinstance(use, MatrixUse) else use.wide() for use in uses]
+    if len(products) + sum(isinstance(use, RowsUse) for use in uses) < len(uses):
+        return uses
+    formed = [use.matrices() if isinstance(use, ConvolutionUse) else use for use in uses]
+    return [use.formed() if isinstance(use, MatrixUse) else use.wide() for use in formed]
+
+
+def _much_smaller(use: MatrixUse | ConvolutionUse) -> bool:
+    """Whether the planes of a GPU's blocks have half the values of what they are products of."""
+    if isinstance(use, ConvolutionUse):
+        held, whole = sum(side.numel() for side in use.values), use.geometry.groups == 1
+    else:
+        held, whole = use.n * use.tokens * sum(use.plane), use.left.dim() == 3
+    on_gpu = device_of(use.values[0]) in FORMED_ON
+    return on_gpu and whole and 2 * use.n * math.prod(use.plane) <= held
 
 
 def like_the_others(uses: list[Use]) -> list[Use]:

@@ -5,46 +5,67 @@ needs for the Gramian of a small plane. A CPU takes one plane after another.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.convolution import ConvolutionUse
 from gradsurgery.capture.paths import to_rows
 from gradsurgery.capture.plane import Plane, one_matrix
 from gradsurgery.capture.row_numbers import RowNumbers
-from gradsurgery.capture.uses import MatrixUse, Use
-from gradsurgery.ops._inputs import wide
+from gradsurgery.capture.uses import MatrixUse
+from gradsurgery.ops._inputs import wide_dtype
 from gradsurgery.ops.combine_tokens import combine_tokens_of
 from gradsurgery.ops.token_gramian import token_gramians
 
+PATCHES = 1 << 26  # values of patches that are made at a time
 SMALL = 1 << 22  # values of a plane: the sum of a larger one fills a GPU by itself
 
 
 class Sides(NamedTuple):
-    """Tokens of a plane's rows, and whether the kept plane is one more row."""
+    """What a plane's rows are products of, and the row whose plane is kept beside them."""
 
-    use: MatrixUse
-    kept: bool
+    use: MatrixUse | ConvolutionUse
+    kept: int | None = None
 
     @property
     def layout(self) -> Hashable:
-        sides = self.use.left, self.use.right
-        known = [(side.shape, side.stride(), side.dtype, side.device) for side in sides]
-        return self.kept, id(self.use.rows), *known
+        use = self.use
+        more = (use.shape, use.geometry) if isinstance(use, ConvolutionUse) else ()
+        known = [(side.shape, side.stride(), side.dtype, side.device) for side in use.values]
+        return self.kept, id(use.rows), *more, *known
+
+    @property
+    def patched(self) -> bool:
+        return isinstance(self.use, ConvolutionUse)
+
+    @property
+    def size(self) -> int:
+        """Values of both sides, [n, T, .]."""
+        return self.use.n * self.use.tokens * sum(self.use.plane)
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        known: Any = self.use
+        use = known.matrices() if self.patched else known
+        return use.left, use.right
 
 
 def gramians(planes: Sequence[Plane], m: int) -> list[Tensor]:
     """Of each plane's rows, [m, m] float64, as `Plane.gramian` has it."""
     found = [torch.empty(0)] * len(planes)
     blocks: dict[Hashable, list[tuple[list[int], Tensor, RowNumbers]]] = {}
-    for ks, sides in _alike(planes, _pairs):
+    for ks, sides in _alike(planes, _factored):
         if not sides:
             (k,) = ks
             found[k] = planes[k].gramian(m, None)
             continue
-        total, rows = token_gramians(*_lists(sides)), sides[0].use.rows
-        if sides[0].kept:
+        # patches of images are made here, and not all at once
+        step = max(1, PATCHES // max(1, sides[0].size)) if sides[0].patched else len(sides)
+        parts = [_pairs_of(sides[lo : lo + step]) for lo in range(0, len(sides), step)]
+        total, rows = parts[0] if len(parts) == 1 else torch.cat(parts), sides[0].use.rows
+        if sides[0].kept is not None:
             total, rows = _bordered(total, [each.use for each in sides], [planes[k] for k in ks])
         blocks.setdefault(id(rows), []).append((ks, total, rows))
     for known in blocks.values():  # of all layouts with the same rows
@@ -62,8 +83,8 @@ def sums(planes: Sequence[Plane], weights: Sequence[Tensor]) -> Iterator[tuple[i
     for ks, sides in _alike(planes, _small):
         if len(ks) == 1:
             continue
-        uses = [each.use for each in sides]
-        dtype = wide(uses[0].left[:0]).dtype
+        uses = [cast(MatrixUse, each.use) for each in sides]
+        dtype = wide_dtype(uses[0].left.dtype)
         out = [use.left.new_empty(use.plane, dtype=dtype) for use in uses]
         shared = all(weights[k].data_ptr() == weights[ks[0]].data_ptr() for k in ks)
         picked = [use.rows.pick(weights[k]) for k, use in zip(ks, uses, strict=True)]
@@ -86,36 +107,39 @@ def _alike(
 
 
 def _lists(sides: Sequence[Sides]) -> tuple[list[Tensor], list[Tensor]]:
-    return [each.use.left for each in sides], [each.use.right for each in sides]
+    left, right = zip(*(each.tokens for each in sides), strict=True)
+    return list(left), list(right)
 
 
-def _pairs(plane: Plane) -> Sides | None:
+def _pairs_of(sides: Sequence[Sides]) -> Tensor:
+    return token_gramians(*_lists(sides))
+
+
+def _factored(plane: Plane) -> Sides | None:
     """What the Gramian of a plane is multiplied of, where it is the tokens of one use."""
     plan = plane.plan
     if plan is None or plan.path != "factored" or plan.cross == "tokens":
         return None
     own, summed = plane.parts
-    use = _one(own)
-    return None if use is None else Sides(use, bool(summed) and plane.group is not None)
+    (use, *others) = own or [None]
+    if others or not (isinstance(use, ConvolutionUse) and use.geometry.groups == 1):
+        use = one_matrix(own)
+    if use is None or not (use.n and use.tokens):
+        return None
+    return Sides(cast(Any, use.wide()), plane.group if summed else None)
 
 
 def _small(plane: Plane) -> Sides | None:
     """What a small update is the sum of, where it is the tokens of one use."""
-    use = _one(plane.uses)
+    use = one_matrix(plane.uses)
     if use is None or plane.kept is not None or plane.parameter.numel() > SMALL:
         return None
-    return Sides(use, False)
-
-
-def _one(uses: Sequence[Use]) -> MatrixUse | None:
-    use = one_matrix(uses)
-    if use is None or not (use.n and use.tokens):
-        return None
-    return cast(MatrixUse, use.wide())
+    dtypes = {wide_dtype(tensor.dtype) for tensor in (*use.values, plane.parameter)}
+    return Sides(cast(Any, use.wide())) if use.n and use.tokens and len(dtypes) == 1 else None
 
 
 def _bordered(
-    total: Tensor, uses: Sequence[MatrixUse], planes: Sequence[Plane]
+    total: Tensor, uses: Sequence[MatrixUse | ConvolutionUse], planes: Sequence[Plane]
 ) -> tuple[Tensor, RowNumbers]:
     """Gramians with the kept plane of each as one row more, the last, and the rows' numbers."""
     kept = [plane.group_plane() for plane in planes]

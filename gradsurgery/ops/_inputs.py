@@ -188,6 +188,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_floating_point() else tensor
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What `wide` makes of values of a dtype."""
+    return torch.float32 if dtype.itemsize == 2 and dtype.is_floating_point else dtype
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor there; from the CPU to a GPU without waiting for what that still has to do."""
     if device.type == "cuda" and tensor.is_cpu:

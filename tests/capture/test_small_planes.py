@@ -49,6 +49,31 @@ def test_gramian_and_update(groups):
     torch.testing.assert_close(update, weights @ rows, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions(transposed):
+    """Kernels of fewer values than their images: of the second, which has groups, pairs stay."""
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    net = nn.Sequential(kind(2, 4, 3, stride=2), nn.Tanh(), kind(4, 4, 3, groups=2, padding=1))
+    net, x = net.double(), torch.randn(SAMPLES, 2, 12, 12, dtype=torch.float64)
+
+    def losses_of(x):
+        return net(x).square().mean((1, 2, 3))
+
+    with gs.tape(net) as tape:
+        losses = losses_of(x)
+    jacobian = tape.jacobian(losses, groups=torch.tensor([0, 0, 0, 1, 2, 3]))
+    assert [bool(p.rows) for p in jacobian._planes] == [True, True, False, True]
+    rows = torch.zeros(4, sum(p.numel() for p in net.parameters()), dtype=torch.float64)
+    for k, loss in enumerate(losses_of(x)):
+        grads = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+        rows[max(0, k - 2)] += torch.cat([g.flatten() for g in grads])
+    torch.testing.assert_close(jacobian.gramian(), rows @ rows.mT, rtol=1e-11, atol=1e-13)
+    weights = torch.linspace(-1, 2, 4).double()
+    jacobian.backward(weights)
+    update = torch.cat([p.grad.flatten() for p in net.parameters()])
+    torch.testing.assert_close(update, weights @ rows, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_orthograd_step(dtype):
     """Forget samples whole, retain samples each: as by `combine` of the rows in float64."""
