@@ -50,6 +50,7 @@ What is kept
 - kept plane: that of the group's row, formed once: the Gramian and the update need it.
 - path: the way to the Gramian of one parameter: "factored", products of tokens; "direct", slices of
   planes that are formed, multiplied and dropped; or rows that are stored anyway.
+- together: of planes whose tokens are of one shape, that a GPU multiplies them in one launch.
 - moment: the sum of x x^T over the inputs x that a parameter multiplies.
 """
 

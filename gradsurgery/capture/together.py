@@ -1,6 +1,6 @@
-"""Planes of one layout, whose tokens a GPU multiplies in one launch for all of them.
+"""Planes whose tokens are of one shape: a GPU multiplies them in one launch for all of them.
 
-A model of many layers has few layouts. A launch costs the host some microseconds, as much as a GPU
+A model of many layers has few shapes. A launch costs the host some microseconds, as much as a GPU
 needs for the Gramian of a small plane. A CPU takes one plane after another.
 """
 
@@ -30,7 +30,8 @@ class Sides(NamedTuple):
     kept: int | None = None
 
     @property
-    def layout(self) -> Hashable:
+    def key(self) -> Hashable:
+        """What planes of one launch have in common."""
         use = self.use
         more = (use.shape, use.geometry) if isinstance(use, ConvolutionUse) else ()
         known = [(side.shape, side.stride(), side.dtype, side.device) for side in use.values]
@@ -68,7 +69,7 @@ def gramians(planes: Sequence[Plane], m: int) -> list[Tensor]:
         if sides[0].kept is not None:
             total, rows = _bordered(total, [each.use for each in sides], [planes[k] for k in ks])
         blocks.setdefault(id(rows), []).append((ks, total, rows))
-    for known in blocks.values():  # of all layouts with the same rows
+    for known in blocks.values():  # of all shapes with the same rows
         totals = [total for _, total, _ in known]
         total = totals[0] if len(totals) == 1 else torch.cat(totals)
         grams = iter(to_rows(total, known[0][2], m))
@@ -100,7 +101,7 @@ def _alike(
     found: dict[Hashable, tuple[list[int], list[Sides]]] = {}
     for k, plane in enumerate(planes):
         sides = sides_of(plane) if plane.parameter.is_cuda else None
-        ks, known = found.setdefault(k if sides is None else sides.layout, ([], []))
+        ks, known = found.setdefault(k if sides is None else sides.key, ([], []))
         ks.append(k)
         known += [] if sides is None else [sides]
     yield from found.values()

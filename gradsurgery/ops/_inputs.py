@@ -200,7 +200,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def one_layout(tensors: Sequence[Tensor]) -> bool:
+def of_one_shape(tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel takes them together, by their addresses, 16 bytes at a time."""
     first = tensors[0]
     known = first.shape, first.stride(), first.dtype

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import addresses, alike, one_layout, wide
+from gradsurgery.ops._inputs import addresses, alike, of_one_shape, wide
 
 MOST = (1 << 16) - 1  # planes in a launch
 
@@ -35,7 +35,7 @@ def combine_tokens_of(
         weights: [planes, n].
     """
     implementation = choose("combine_tokens", IMPLEMENTATIONS, left[0].device.type)
-    known = all(map(one_layout, (left, right, out)))
+    known = all(map(of_one_shape, (left, right, out)))
     if implementation is combine_tokens_triton and known and 1 < len(left) <= MOST:
         sides = left[0], right[0]
         if sides[0].dtype == sides[1].dtype:

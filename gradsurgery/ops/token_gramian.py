@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.ops._backend import _C, OPERATORS, choose, runs_cuda
-from gradsurgery.ops._inputs import addresses, alike, one_layout, wide
+from gradsurgery.ops._inputs import addresses, alike, of_one_shape, wide
 
 TILE = 128  # tokens the reference multiplies with all later ones at a time
 
@@ -51,7 +51,7 @@ def token_gramians(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     one shape.
     """
     implementation = choose("token_gramian", IMPLEMENTATIONS, right[0].device.type)
-    if implementation is token_gramian_triton and one_layout(left) and one_layout(right):
+    if implementation is token_gramian_triton and of_one_shape(left) and of_one_shape(right):
         sides = left[0], right[0]
         if len(left) > 1 and len(left) <= MOST and sides[0].dtype == sides[1].dtype:
             from gradsurgery.kernels import token_gramian as kernels
