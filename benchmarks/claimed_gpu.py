@@ -120,7 +120,7 @@ class Event:
 
     made = 0
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         Event.made += 1
         self.number = Event.made
         OPS.note(f"record {self.number}")
@@ -129,7 +129,7 @@ class Event:
         OPS.note(f"await {self.number}")
 
 
-torch.cuda.Event = Event
+torch.cuda.Event, torch.cuda.current_stream = Event, lambda device=None: None
 
 
 # -- attention, which a GPU has in one operation each way, and a CPU in others

@@ -77,6 +77,19 @@ for name, (model, batches) in models.items():
 assert (max(several, default=0) > 1) == {kept}
 
 
+# what a rule remembers may be loaded there, though its Gramian is solved on the CPU
+model, batches = models["transformer"]
+batch = [t.to("cuda") for t in batches(5)]
+twin = copy.deepcopy(model).to("cuda")
+for rule in gs.GradVac(), gs.CRMOGM(rule=gs.UPGrad()):
+    surgeon = gs.Surgeon(twin, torch.optim.SGD(twin.parameters(), lr=0.1), rule)
+    surgeon.step(batch=batch, loss=loss)
+    state = rule.state_dict()
+    there = {{key: v if v.dtype == torch.uint8 else v.to("cuda") for key, v in state.items()}}
+    rule.load_state_dict(there)
+    surgeon.step(batch=batch, loss=loss)
+
+
 def one_lost(model, batch):
     found = loss(model, batch)
     return torch.where(torch.arange(len(found), device=found.device) == 3, found / 0, found)

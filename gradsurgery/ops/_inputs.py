@@ -230,12 +230,13 @@ class Leaving:
         self._tensors, self._left = [tensor.detach() for tensor in tensors], None
         away = [tensor for tensor in self._tensors if tensor.is_cuda]
         if away:
-            flat = torch.cat([tensor.double().flatten() for tensor in away])
+            device = away[0].device
+            flat = torch.cat([tensor.to(device, torch.float64).flatten() for tensor in away])
             there = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=True)
             parts = iter(there.copy_(flat, non_blocking=True).split([t.numel() for t in away]))
             self._tensors = [next(parts).view(t.shape) if t.is_cuda else t for t in self._tensors]
             self._left = torch.cuda.Event()
-            self._left.record()
+            self._left.record(torch.cuda.current_stream(device))
 
     def here(self) -> list[Tensor]:
         if self._left is not None:

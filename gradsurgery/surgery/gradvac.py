@@ -39,6 +39,7 @@ class GradVac(PCGrad):
         targets = self._state.get("targets")
         if targets is None or targets.shape != gram.shape:
             targets = torch.zeros_like(gram)
+        targets = targets.to(gram)
         changed, moved = deconflict_weights(gram, self._orders(gram), targets, self.beta)
         self._state["targets"] = cast(Tensor, moved)
         return changed.sum(-2) if self.reduction == "sum" else changed.mean(-2)
