@@ -42,9 +42,9 @@ def is_number(value: Any, kind: Any = Real) -> bool:
 
 def check_number(name: str, value: Any, kind: Any = Real) -> None:
     """A number that is finite."""
-    what = "a whole number" if kind is Integral else "a number"
-    good = is_number(value, kind) and math.isfinite(value)
-    check(good, f"{name} must be {what}, got {shown(value)}")
+    if not (is_number(value, kind) and math.isfinite(value)):
+        what = "a whole number" if kind is Integral else "a number"
+        raise InputError(f"{name} must be {what}, got {shown(value)}")
 
 
 def check_per(per: object) -> None:
@@ -62,7 +62,8 @@ def check_weights_finite(weights: Tensor) -> None:
 
 
 def check_rtol(rtol: Any) -> None:
-    check(is_number(rtol) and 0 <= rtol < 1, f"rtol must be in [0, 1), got {shown(rtol)}")
+    if not (is_number(rtol) and 0 <= rtol < 1):
+        raise InputError(f"rtol must be in [0, 1), got {shown(rtol)}")
 
 
 def check_dense(tensor: Any, name: str, k: int | None = None) -> None:
@@ -218,19 +219,25 @@ def as_gramian(gramian: Tensor) -> Tensor:
     On a GPU it is not looked for, for want of a host sync.
     """
     check_dense(gramian, "gramian")
-    check(gramian.dtype in DTYPES, f"gramian must be floating point, got {gramian.dtype}")
-    check(
-        gramian.dim() >= 2 and gramian.shape[-2] == gramian.shape[-1],
-        f"gramian must be [..., m, m], got {list(gramian.shape)}",
-    )
+    if gramian.dtype not in DTYPES:
+        raise InputError(f"gramian must be floating point, got {gramian.dtype}")
+    shape = gramian.shape
+    if len(shape) < 2 or shape[-2] != shape[-1]:
+        raise InputError(f"gramian must be [..., m, m], got {list(shape)}")
     return gramian.double()
+
+
+def check_beside(tensor: Tensor, name: str, gramian: Tensor) -> None:
+    """On the Gramian's device."""
+    if tensor.device != gramian.device:
+        raise InputError(f"{name} is on {tensor.device}, gramian is on {gramian.device}")
 
 
 def check_gramian_finite(gramian: Tensor) -> None:
     """Raise, naming the row: NaN compares as a zero row would."""
-    if gramian.device.type != "cpu":
+    if not gramian.is_cpu:
         return
-    known = gramian.detach()
+    known = gramian.detach() if gramian.requires_grad else gramian
     while is_functorch_wrapped_tensor(known):  # of all samples that a transform has
         gramian = known = get_unwrapped(known)
     if seems_finite(known):

@@ -66,7 +66,7 @@ def combine_reference(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
 
 
 def combine_native(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    update = [block.new_empty(block.shape[1:]) for block in rows]
+    update = [block.new_empty(size=block.shape[1:]) for block in rows]
     blocks, outs = flat(rows), [u.view(1, -1) for u in update]
     if weights.dim() == 1:
         finite = combine_into([blocks], weights[None], [outs])

@@ -136,11 +136,16 @@ class OrthoGrad(Weighting):
         retain rows before the p of the memory, as averages of rows; and k."""
         rows, rest = split(m, forget, "forget", "retain")
         past = chosen(memory, m, "memory")
-        both = sorted(set(past) & set(rows))
+        known = set(past)
+        both = sorted(known & set(rows))
         check(not both, f"forget and memory both select rows {both}")
-        retain = [i for i in rest if i not in set(past)]
+        retain = [i for i in rest if i not in known]
         check(len(retain) > 0, "memory selects all retain rows")
         k = 1 if self.retain == "mean" else len(retain)
+        if len(rows) == 1 and self.retain == "samples":  # each row is one of these
+            order = rows + retain + past
+            select = torch.eye(m, dtype=torch.float64, device="cpu")
+            return (select if order == list(range(m)) else select[order]), k
         select = torch.zeros(1 + k + len(past), m, dtype=torch.float64, device="cpu")
         select[0, rows] = 1 / len(rows)
         if self.retain == "mean":
@@ -162,7 +167,7 @@ class OrthoGrad(Weighting):
         up = 1 - self.alpha if self.objective == "raise" else self.alpha - 1
         kept = up * coefficients
         retain = kept[..., :k] + self.alpha / k
-        forget = torch.full_like(coefficients[..., :1], -up)
+        forget = kept.new_full((*kept.shape[:-1], 1), -up)
         return torch.cat([forget, retain, kept[..., k:]], dim=-1) @ select
 
     def _refined(

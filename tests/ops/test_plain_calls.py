@@ -10,11 +10,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsurgery as gs
+from gradsurgery import ops
 from tests.inputs import signed
 
 
 def gramian_of(rows):
-    return rows.double() @ rows.double().mT
+    rows = rows.to_dense() if rows.is_sparse else rows
+    rows = (rows.real if rows.is_complex() else rows).double()
+    return rows @ rows.mT
 
 
 # name: the operators it is made of, and a call on rows [m, n]
@@ -29,7 +32,34 @@ CALLS = {
         {"combine"},
         lambda rows: gs.combine([rows, rows[:, 1:2]], torch.ones(2, len(rows)).double()),
     ),
+    "projection_weights": (
+        {"projection_weights"},
+        lambda rows: ops.projection_weights(gramian_of(rows)[1:, 1:], gramian_of(rows)[1:, 0]),
+    ),
+    "cone_weights": (
+        {"cone_weights"},
+        lambda rows: ops.cone_weights(gramian_of(rows), torch.ones(1, len(rows))),
+    ),
 }
+# rules wait for what they see of a Gramian, and are not traced
+RULES = {
+    "OrthoGrad": (
+        {"projection_weights"},
+        lambda rows: gs.OrthoGrad().weights(gramian_of(rows)),
+    ),
+    "OrthoGrad of means": (
+        {"projection_weights"},
+        lambda rows: gs.OrthoGrad(retain="mean").weights(gramian_of(rows), [1], memory=[-1]),
+    ),
+    "UPGrad": ({"cone_weights"}, lambda rows: gs.UPGrad().weights(gramian_of(rows))),
+    "UPGrad of rows": ({"gramian", "cone_weights", "combine"}, lambda rows: gs.UPGrad()(rows)),
+    "DualProj": ({"cone_weights"}, lambda rows: gs.DualProj().weights(gramian_of(rows))),
+    "PCGrad": (
+        {"deconflict_weights"},
+        lambda rows: gs.PCGrad().weights(gramian_of(rows)),
+    ),
+}
+BOTH = CALLS | RULES
 
 
 class Through(TorchDispatchMode):
@@ -137,10 +167,10 @@ REFUSED = {"a vector", "whole numbers", "complex", "sparse", "meta"}
 
 
 @pytest.mark.parametrize("given", INPUTS)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", BOTH)
 def test_gives_and_says_what_the_dispatcher_would(name, given, impl):
     """Bit by bit; and without a gradient wanted, or in inference mode."""
-    _, call = CALLS[name]
+    _, call = BOTH[name]
     for context in (contextlib.nullcontext, torch.no_grad, torch.inference_mode):
         rows = INPUTS[given]()
         with context():
@@ -156,9 +186,9 @@ def test_gives_and_says_what_the_dispatcher_would(name, given, impl):
             same(direct, outcome(call, rows))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", BOTH)
 def test_plain_calls_are_not_dispatched(name, impl, monkeypatch):
-    operators, call = CALLS[name]
+    operators, call = BOTH[name]
     for operator in operators:
         getattr(torch.ops.gradsurgery, operator)  # so that there is something to put back
         monkeypatch.setattr(
@@ -172,19 +202,21 @@ def test_plain_calls_are_not_dispatched(name, impl, monkeypatch):
         call(filled(4, 31))
 
 
-@pytest.mark.parametrize("name", CALLS)
 class TestWhoeverMustSeeACallSeesIt:
+    @pytest.mark.parametrize("name", BOTH)
     def test_modes(self, name, impl):
-        operators, call = CALLS[name]
+        operators, call = BOTH[name]
         with Through() as mode:
             call(filled(4, 31))
         assert operators <= mode.ours
 
+    @pytest.mark.parametrize("name", CALLS)
     def test_fake_tensors_and_traces(self, name, impl):
         operators, call = CALLS[name]
         graph = make_fx(call, tracing_mode="fake")(filled(4, 31))
         assert operators <= names_in(graph)
 
+    @pytest.mark.parametrize("name", CALLS)
     def test_compile_and_export(self, name, impl):
         operators, call = CALLS[name]
         rows = filled(4, 31)
@@ -201,14 +233,16 @@ class TestWhoeverMustSeeACallSeesIt:
         program = torch.export.export(Module(), (rows,))
         assert operators <= names_in(program.graph_module)
 
+    @pytest.mark.parametrize("name", BOTH)
     def test_profiler(self, name, impl):
-        operators, call = CALLS[name]
+        operators, call = BOTH[name]
         rows = filled(4, 31)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             call(rows)
         seen = {event.key for event in profile.key_averages()}
         assert {f"gradsurgery::{operator}" for operator in operators} <= seen
 
+    @pytest.mark.parametrize("name", CALLS)
     def test_gradients(self, name, impl):
         _, call = CALLS[name]
         wanted = filled(4, 31).requires_grad_()
@@ -216,19 +250,22 @@ class TestWhoeverMustSeeACallSeesIt:
         (mine,) = torch.autograd.grad(sum((part**2).sum() for part in found), wanted)
         assert mine.any()
 
+    @pytest.mark.parametrize("name", BOTH)
     def test_subclasses(self, name, impl):
-        operators, call = CALLS[name]
+        operators, call = BOTH[name]
         Sub.seen.clear()
         with torch.no_grad():
             call(filled(4, 31).as_subclass(Sub))
         assert all(any(f"gradsurgery.{op}" in seen for seen in Sub.seen) for op in operators)
 
+    @pytest.mark.parametrize("name", BOTH)
     def test_tangents(self, name, impl):
-        operators, call = CALLS[name]
+        operators, call = BOTH[name]
         with torch.autograd.forward_ad.dual_level(), Through() as mode:
             call(filled(4, 31))
         assert operators <= mode.ours
 
+    @pytest.mark.parametrize("name", CALLS)
     def test_vmap(self, name, impl):
         _, call = CALLS[name]
         rows = torch.stack([filled(4, 31) for _ in range(2)])
