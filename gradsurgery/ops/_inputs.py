@@ -122,23 +122,18 @@ def check_alike(
     vector: list[Tensor], name: str, shapes: list[torch.Size], like: Tensor, of: str
 ) -> None:
     """`vector` must match `shapes` tensor by tensor, and `like` in dtype and device."""
-    check(
-        len(vector) == len(shapes),
-        f"{name} has {len(vector)} tensors, {of} has {len(shapes)}",
-    )
+    if len(vector) != len(shapes):
+        raise InputError(f"{name} has {len(vector)} tensors, {of} has {len(shapes)}")
     for k, (tensor, shape) in enumerate(zip(vector, shapes, strict=True)):
-        check(
-            tensor.shape == shape,
-            f"{name}[{k}] must be {list(shape)} to match {of}, got {list(tensor.shape)}",
-        )
-    check(
-        vector[0].dtype == like.dtype,
-        f"{name} is {vector[0].dtype}, {of} is {like.dtype}",
-    )
-    check(
-        vector[0].device == like.device,
-        f"{name} is on {vector[0].device}, {of} is on {like.device}",
-    )
+        if tensor.shape != shape:
+            raise InputError(
+                f"{name}[{k}] must be {list(shape)} to match {of}, got {list(tensor.shape)}"
+            )
+    first = vector[0]
+    if first.dtype != like.dtype:
+        raise InputError(f"{name} is {first.dtype}, {of} is {like.dtype}")
+    if first.device != like.device:
+        raise InputError(f"{name} is on {first.device}, {of} is on {like.device}")
 
 
 def check_shapes(given: Sequence[Tensor], name: str, shapes: Sequence[Sequence[int]]) -> None:

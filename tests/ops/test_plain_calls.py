@@ -32,6 +32,16 @@ CALLS = {
         {"combine"},
         lambda rows: gs.combine([rows, rows[:, 1:2]], torch.ones(2, len(rows)).double()),
     ),
+    "project_out": (
+        {"project_out"},
+        lambda rows: gs.project_out(rows.sum(0) + 1, rows, return_info=True),
+    ),
+    "project_out of blocks": (
+        {"project_out"},
+        lambda rows: gs.project_out(
+            [rows[0], rows[0, 1:2].contiguous()], [rows[1:], rows[1:, 1:2]], refine=2
+        ),
+    ),
     "projection_weights": (
         {"projection_weights"},
         lambda rows: ops.projection_weights(gramian_of(rows)[1:, 1:], gramian_of(rows)[1:, 0]),
