@@ -199,17 +199,14 @@ def test_gives_and_says_what_the_dispatcher_would(name, given, impl):
 @pytest.mark.parametrize("name", BOTH)
 def test_plain_calls_are_not_dispatched(name, impl, monkeypatch):
     operators, call = BOTH[name]
-    for operator in operators:
-        getattr(torch.ops.gradsurgery, operator)  # so that there is something to put back
-        monkeypatch.setattr(
-            torch.ops.gradsurgery, operator, lambda *args: pytest.fail("dispatched")
-        )
+    seen = noted(operators, monkeypatch)
     for given in INPUTS.keys() - SEEN - REFUSED:
         outcome(call, INPUTS[given]())
     with torch.no_grad():
         call(INPUTS["wanted"]())
     with torch.inference_mode():
         call(filled(4, 31))
+    assert not seen
 
 
 class TestWhoeverMustSeeACallSeesIt:
@@ -269,11 +266,19 @@ class TestWhoeverMustSeeACallSeesIt:
         assert all(any(f"gradsurgery.{op}" in seen for seen in Sub.seen) for op in operators)
 
     @pytest.mark.parametrize("name", BOTH)
-    def test_tangents(self, name, impl):
+    def test_tangents(self, name, impl, monkeypatch):
         operators, call = BOTH[name]
-        with torch.autograd.forward_ad.dual_level(), Through() as mode:
+        seen = noted(operators, monkeypatch)
+        with torch.autograd.forward_ad.dual_level():
             call(filled(4, 31))
-        assert operators <= mode.ours
+        assert seen == operators
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_transforms_of_others(self, name, impl, monkeypatch):
+        operators, call = CALLS[name]
+        seen, rows = noted(operators, monkeypatch), filled(4, 31)
+        torch.func.vmap(lambda other: (call(rows), other)[1])(torch.ones(2))
+        assert seen == operators
 
     @pytest.mark.parametrize("name", CALLS)
     def test_vmap(self, name, impl):
@@ -283,6 +288,16 @@ class TestWhoeverMustSeeACallSeesIt:
         each = [leaves(call(sample)) for sample in rows]
         for part, samples in zip(found, zip(*each, strict=True), strict=True):
             assert torch.equal(part, torch.stack(samples))
+
+
+def noted(operators, monkeypatch):
+    """Names of those operators that are asked for by torch's dispatcher, as they are."""
+    seen = set()
+    for name in operators:
+        operator = getattr(torch.ops.gradsurgery, name)
+        spy = lambda *args, name=name, operator=operator: seen.add(name) or operator(*args)  # noqa: E731
+        monkeypatch.setattr(torch.ops.gradsurgery, name, spy)
+    return seen
 
 
 def names_in(graph):
