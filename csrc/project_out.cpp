@@ -1,6 +1,7 @@
 #include "project_out.h"
 
-#include <cstring>
+#include <algorithm>
+#include <cmath>
 
 #include "combine.h"
 #include "gramian.h"
@@ -180,8 +181,9 @@ class Projection {
 
   void clear() {
     dispatch(out_.dtype, [&](auto type) {
+      using Value = typename decltype(type)::type;
       for (const Block& block : out_.blocks) {
-        std::memset(block.rows[0].data, 0, block.columns * sizeof(typename decltype(type)::type));
+        std::fill_n(reinterpret_cast<Value*>(block.rows[0].data), block.columns, Value{});
       }
     });
   }
