@@ -10,6 +10,8 @@ std::int64_t element_size(Dtype dtype) {
   });
 }
 
+std::int64_t count_of(const Tensor& tensor) { return tensor.ndim == 2 ? tensor.size(0) : 1; }
+
 }  // namespace
 
 Rows make_rows(const std::vector<std::vector<Tensor>>& sources, const char* name) {
@@ -27,16 +29,17 @@ Rows make_rows(const std::vector<std::vector<Tensor>>& sources, const char* name
       check(tensor.dtype == rows.dtype, name, "[", s, "][", k, "] is ",
             gradsurgery::name(tensor.dtype), ", ", name, "[0][0] is ",
             gradsurgery::name(rows.dtype));
-      check(tensor.ndim == 2 && tensor.size(0) == sources[s][0].size(0) &&
-                (s == 0 || tensor.size(1) == block.columns),
+      const bool fits = tensor.ndim == 1 || tensor.ndim == 2;
+      check(fits && count_of(tensor) == count_of(sources[s][0]) &&
+                (s == 0 || tensor.size(-1) == block.columns),
             name, "[", s, "][", k, "] has shape ", tensor.shape_text(), ", which does not fit");
-      block.columns = tensor.size(1);
-      for (std::int64_t i = 0; i < tensor.size(0); ++i) {
-        char* data = tensor.data_as<char>() + i * tensor.stride(0) * size;
-        block.rows.push_back({data, tensor.stride(1)});
+      block.columns = tensor.size(-1);
+      for (std::int64_t i = 0; i < count_of(tensor); ++i) {
+        char* data = tensor.data_as<char>() + (tensor.ndim == 2 ? i * tensor.stride(0) * size : 0);
+        block.rows.push_back({data, tensor.stride(-1)});
       }
     }
-    rows.m += sources[s][0].size(0);
+    rows.m += count_of(sources[s][0]);
   }
   for (const Block& block : rows.blocks) {
     rows.n += block.columns;

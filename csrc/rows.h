@@ -27,7 +27,8 @@ struct Rows {
   std::vector<Block> blocks;
 };
 
-// The rows of all sources, in order; a source is the blocks [m_s, n_k] of some rows.
+// The rows of all sources, in order; a source is the blocks [m_s, n_k] of some rows, or those [n_k]
+// of one.
 Rows make_rows(const std::vector<std::vector<Tensor>>& sources, const char* name);
 
 // Calls f(block, column, length) for the slices of at most `width` columns in [begin, end), where

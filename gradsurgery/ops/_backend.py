@@ -3,11 +3,11 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import _dispatch_keys, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
@@ -28,6 +28,17 @@ BACKENDS = ("torch", "native", "triton")
 Implementations = dict[tuple[str, str], Callable]
 OPERATORS: dict[str, Implementations] = {}
 
+
+def _ordinary_keys() -> frozenset[int]:
+    """Who torch's dispatcher would ask about a tensor of the CPU that is nothing else."""
+    with torch.inference_mode():
+        inferred = torch.empty(0, device="cpu")
+    with torch.inference_mode(False):
+        made = torch.empty(0, device="cpu")
+    return frozenset(_dispatch_keys(tensor).raw_repr() for tensor in (made, inferred))
+
+
+ORDINARY = _ordinary_keys()
 
 # Triton's kernels are the GPU's, also where its interpreter runs them
 KEYS = {"torch": ("torch", "any"), "triton": ("triton", "cuda")}
@@ -168,31 +179,41 @@ def _sample(args: Any, dims: Any, i: int) -> Any:
 def call(name: str, *args: Any) -> Any:
     """The operator gradsurgery::<name>; on plain tensors of the CPU without torch's dispatcher.
 
-    A solve on a small Gramian takes a few microseconds, the way through the dispatcher forty.
+    A small Gramian or solve takes a few microseconds, the way through the dispatcher forty.
     """
-    if plain([arg for arg in args if isinstance(arg, torch.Tensor)]):
+    if plain(args):
         return choose(name, OPERATORS[name], "cpu")(*args)
     return getattr(torch.ops.gradsurgery, name)(*args)
 
 
-def plain(tensors: list[torch.Tensor]) -> bool:
-    """Whether nobody but the kernel would see a call: no autograd, transform, mode, trace, ..."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    recorded = torch.is_grad_enabled()
+def plain(args: Sequence[Any]) -> bool:
+    """Whether nobody but the kernel would see a call: no autograd, transform, mode, trace, ...
+
+    `args` are tensors, lists of them, and what is neither.
+    """
     return (
-        all(
-            type(tensor) is torch.Tensor
-            and tensor.device.type == "cpu"
-            and not (recorded and tensor.requires_grad)
-            for tensor in tensors
-        )
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
         and _len_torch_dispatch_stack() == 0
         and _len_torch_function_stack() == 0
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not _profiler_enabled()
+        and _ordinary(args, torch.is_grad_enabled())
     )
+
+
+def _ordinary(args: Sequence[Any], recorded: bool) -> bool:
+    """Whether all tensors are torch's own, with memory on the CPU as it is read, and untracked."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            if type(arg) is not torch.Tensor or (recorded and arg.requires_grad):
+                return False
+            if _dispatch_keys(arg).raw_repr() not in ORDINARY:  # negated, wrapped, fake, ...
+                return False
+        elif isinstance(arg, (list, tuple)) and not _ordinary(arg, recorded):
+            return False
+    return True
 
 
 def _refuse(name: str, *_: object) -> None:

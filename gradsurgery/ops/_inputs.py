@@ -42,9 +42,9 @@ def is_number(value: Any, kind: Any = Real) -> bool:
 
 def check_number(name: str, value: Any, kind: Any = Real) -> None:
     """A number that is finite."""
-    what = "a whole number" if kind is Integral else "a number"
-    good = is_number(value, kind) and math.isfinite(value)
-    check(good, f"{name} must be {what}, got {shown(value)}")
+    if not (is_number(value, kind) and math.isfinite(value)):
+        what = "a whole number" if kind is Integral else "a number"
+        raise InputError(f"{name} must be {what}, got {shown(value)}")
 
 
 def check_per(per: object) -> None:
@@ -62,11 +62,18 @@ def check_weights_finite(weights: Tensor) -> None:
 
 
 def check_rtol(rtol: Any) -> None:
-    check(is_number(rtol) and 0 <= rtol < 1, f"rtol must be in [0, 1), got {shown(rtol)}")
+    if not (is_number(rtol) and 0 <= rtol < 1):
+        raise InputError(f"rtol must be in [0, 1), got {shown(rtol)}")
 
 
-def check_dense(tensor: Any, name: str) -> None:
-    """A Tensor with strides: one that is nested or sparse has no rows to look at."""
+def check_dense(tensor: Any, name: str, k: int | None = None) -> None:
+    """A Tensor with strides: one that is nested or sparse has no rows to look at.
+
+    `k`: its place in a sequence of that name.
+    """
+    if isinstance(tensor, Tensor) and not tensor.is_nested and tensor.layout == torch.strided:
+        return
+    name = name if k is None else f"{name}[{k}]"
     check(isinstance(tensor, Tensor), f"{name} must be a Tensor, got {type(tensor).__name__}")
     check(not tensor.is_nested, f"{name} must be a dense tensor, got a nested one")
     check(tensor.layout == torch.strided, f"{name} must be a dense tensor, got {tensor.layout}")
@@ -81,23 +88,25 @@ def check_values(tensor: Any, name: str) -> None:
 def as_blocks(rows: Rows, name: str = "rows") -> list[Tensor]:
     """The blocks of a Jacobian, [m, *p.shape] each, from [m, n] or a sequence of blocks."""
     if isinstance(rows, Tensor):
-        check_dense(rows, f"{name}[0]")
-        check(
-            rows.dim() == 2,
-            f"{name} must be [m, n], got {list(rows.shape)}; "
-            "pass a sequence for rows shaped like parameters, [m, *p.shape]",
-        )
+        check_dense(rows, name, 0)
+        if rows.dim() != 2:
+            raise InputError(
+                f"{name} must be [m, n], got {list(rows.shape)}; "
+                "pass a sequence for rows shaped like parameters, [m, *p.shape]"
+            )
         blocks = [rows]
     else:
         blocks = _as_list(rows, name)
         check(len(blocks) > 0, f"{name} is an empty sequence: the number of rows is unknown")
     _check_tensors(blocks, name)
+    # texts are made where they are raised: to make them took longer than to multiply a few rows
     for k, block in enumerate(blocks):
-        check(block.dim() >= 1, f"{name}[{k}] must be [m, *p.shape], got a scalar")
-        check(
-            block.shape[0] == blocks[0].shape[0],
-            f"{name}[{k}] has {block.shape[0]} rows, {name}[0] has {blocks[0].shape[0]}",
-        )
+        if block.dim() == 0:
+            raise InputError(f"{name}[{k}] must be [m, *p.shape], got a scalar")
+        if block.shape[0] != blocks[0].shape[0]:
+            raise InputError(
+                f"{name}[{k}] has {block.shape[0]} rows, {name}[0] has {blocks[0].shape[0]}"
+            )
     return blocks
 
 
@@ -113,23 +122,18 @@ def check_alike(
     vector: list[Tensor], name: str, shapes: list[torch.Size], like: Tensor, of: str
 ) -> None:
     """`vector` must match `shapes` tensor by tensor, and `like` in dtype and device."""
-    check(
-        len(vector) == len(shapes),
-        f"{name} has {len(vector)} tensors, {of} has {len(shapes)}",
-    )
+    if len(vector) != len(shapes):
+        raise InputError(f"{name} has {len(vector)} tensors, {of} has {len(shapes)}")
     for k, (tensor, shape) in enumerate(zip(vector, shapes, strict=True)):
-        check(
-            tensor.shape == shape,
-            f"{name}[{k}] must be {list(shape)} to match {of}, got {list(tensor.shape)}",
-        )
-    check(
-        vector[0].dtype == like.dtype,
-        f"{name} is {vector[0].dtype}, {of} is {like.dtype}",
-    )
-    check(
-        vector[0].device == like.device,
-        f"{name} is on {vector[0].device}, {of} is on {like.device}",
-    )
+        if tensor.shape != shape:
+            raise InputError(
+                f"{name}[{k}] must be {list(shape)} to match {of}, got {list(tensor.shape)}"
+            )
+    first = vector[0]
+    if first.dtype != like.dtype:
+        raise InputError(f"{name} is {first.dtype}, {of} is {like.dtype}")
+    if first.device != like.device:
+        raise InputError(f"{name} is on {first.device}, {of} is on {like.device}")
 
 
 def check_shapes(given: Sequence[Tensor], name: str, shapes: Sequence[Sequence[int]]) -> None:
@@ -160,26 +164,26 @@ def _as_list(tensors: Iterable[Tensor], name: str) -> list[Tensor]:
 
 
 def _check_tensors(tensors: list[Tensor], name: str) -> None:
+    first: Tensor | None = None
     for k, tensor in enumerate(tensors):
-        check_dense(tensor, f"{name}[{k}]")
-        check(
-            tensor.dtype in DTYPES,
-            f"{name}[{k}] must be float16, bfloat16, float32 or float64, got {tensor.dtype}",
-        )
-        check(
-            tensor.dtype == tensors[0].dtype,
-            f"{name}[{k}] is {tensor.dtype}, {name}[0] is {tensors[0].dtype}",
-        )
-        check(
-            tensor.device == tensors[0].device,
-            f"{name}[{k}] is on {tensor.device}, {name}[0] is on {tensors[0].device}",
-        )
+        check_dense(tensor, name, k)
+        first = tensor if first is None else first
+        if tensor.dtype not in DTYPES:
+            raise InputError(
+                f"{name}[{k}] must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+            )
+        if tensor.dtype != first.dtype:
+            raise InputError(f"{name}[{k}] is {tensor.dtype}, {name}[0] is {first.dtype}")
+        if tensor.device != first.device:
+            raise InputError(f"{name}[{k}] is on {tensor.device}, {name}[0] is on {first.device}")
 
 
 def flat(blocks: Sequence[Tensor]) -> list[Tensor]:
     """Each block as [m, n_k]; a view wherever strides allow one."""
+    known = [block.resolve_neg() for block in blocks]
     return [
-        block.resolve_neg().reshape(block.shape[0], block.shape[1:].numel()) for block in blocks
+        block if block.dim() == 2 else block.reshape(block.shape[0], block.shape[1:].numel())
+        for block in known
     ]
 
 
@@ -264,29 +268,39 @@ def as_gramian(gramian: Tensor) -> Tensor:
     On a GPU it is not looked for, for want of a host sync.
     """
     check_dense(gramian, "gramian")
-    check(gramian.dtype in DTYPES, f"gramian must be floating point, got {gramian.dtype}")
-    check(
-        gramian.dim() >= 2 and gramian.shape[-2] == gramian.shape[-1],
-        f"gramian must be [..., m, m], got {list(gramian.shape)}",
-    )
+    if gramian.dtype not in DTYPES:
+        raise InputError(f"gramian must be floating point, got {gramian.dtype}")
+    shape = gramian.shape
+    if len(shape) < 2 or shape[-2] != shape[-1]:
+        raise InputError(f"gramian must be [..., m, m], got {list(shape)}")
     return gramian.double()
+
+
+def check_beside(tensor: Tensor, name: str, gramian: Tensor) -> None:
+    """On the Gramian's device."""
+    if tensor.device != gramian.device:
+        raise InputError(f"{name} is on {tensor.device}, gramian is on {gramian.device}")
 
 
 def check_gramian_finite(gramian: Tensor) -> None:
     """Raise, naming the row: NaN compares as a zero row would."""
-    if gramian.device.type != "cpu":
+    if not gramian.is_cpu:
         return
-    known = gramian.detach()
+    known = gramian.detach() if gramian.requires_grad else gramian
     while is_functorch_wrapped_tensor(known):  # of all samples that a transform has
         gramian = known = get_unwrapped(known)
-    if _C is not None and known.dtype == torch.float64 and known.is_contiguous():
-        if _C.all_finite_cpu(known):
-            return
-    elif math.isfinite(known.sum()):  # of what is finite, the sum may overflow
+    if seems_finite(known):
         return
     if not bool(gramian.isfinite().all()):
         row = (~gramian.isfinite()).any(-1).nonzero()[0, -1]
         raise NonFiniteError(f"gramian is not finite in row {int(row)}")
+
+
+def seems_finite(values: Tensor) -> bool:
+    """Whether values on the CPU are finite; where it says no, they may be so all the same."""
+    if _C is not None and values.dtype == torch.float64 and values.is_contiguous():
+        return _C.all_finite_cpu(values)
+    return math.isfinite(values.sum())  # of what is finite, the sum may overflow
 
 
 def check_finite(diagonal: Tensor, blocks: Sequence[Tensor], name: str) -> None:

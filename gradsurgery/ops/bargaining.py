@@ -109,20 +109,19 @@ def _vanishes(gramian: Tensor, rtol: float) -> Tensor:
 
 
 def bargaining_weights_native(gramian: Tensor, power: float, rtol: float) -> Tensor:
+    gramian = gramian.contiguous()
     check_gramian_finite(gramian)
     weights = _fake(gramian, power, rtol)
     if runs_cuda(gramian):
         scratch = scratch_for("bargaining", gramian.shape[:-2].numel(), gramian)
-        _C.bargaining_weights_cuda(gramian.contiguous(), weights, scratch, power, rtol)
+        _C.bargaining_weights_cuda(gramian, weights, scratch, power, rtol)
     else:
-        _C.bargaining_weights_cpu(
-            gramian.contiguous(), weights, power, rtol, torch.get_num_threads()
-        )
+        _C.bargaining_weights_cpu(gramian, weights, power, rtol, torch.get_num_threads())
     return weights
 
 
 def _fake(gramian: Tensor, power: float, rtol: float) -> Tensor:
-    return gramian.new_empty(gramian.shape[:-1])
+    return gramian.new_empty(size=gramian.shape[:-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.ops._backend import _C, backend_of, register, runs_cuda, runs_triton
+from gradsurgery.errors import InputError
+from gradsurgery.ops._backend import _C, backend_of, call, register, runs_cuda, runs_triton
 from gradsurgery.ops._inputs import (
     Rows,
     as_blocks,
-    check,
     check_dense,
     check_weights_finite,
     flat,
@@ -40,13 +40,16 @@ def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
     blocks = as_blocks(rows)
     m, device = blocks[0].shape[0], blocks[0].device
     check_dense(weights, "weights")
-    check(
-        tuple(weights.shape) in ((m,), (len(blocks), m)),
-        f"weights must be [{m}] or [{len(blocks)}, {m}] to match rows, got {list(weights.shape)}",
-    )
-    check(weights.dtype.is_floating_point, f"weights must be floating point, got {weights.dtype}")
-    check(weights.device == device, f"weights is on {weights.device}, rows is on {device}")
-    update = torch.ops.gradsurgery.combine(blocks, weights.double())
+    if weights.shape not in ((m,), (len(blocks), m)):
+        raise InputError(
+            f"weights must be [{m}] or [{len(blocks)}, {m}] to match rows, "
+            f"got {list(weights.shape)}"
+        )
+    if not weights.dtype.is_floating_point:
+        raise InputError(f"weights must be floating point, got {weights.dtype}")
+    if weights.device != device:
+        raise InputError(f"weights is on {weights.device}, rows is on {device}")
+    update = call("combine", blocks, weights.double())
     return update[0] if isinstance(rows, Tensor) else update
 
 
@@ -63,7 +66,7 @@ def combine_reference(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
 
 
 def combine_native(rows: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    update = [block.new_empty(block.shape[1:]) for block in rows]
+    update = [block.new_empty(size=block.shape[1:]) for block in rows]
     blocks, outs = flat(rows), [u.view(1, -1) for u in update]
     if weights.dim() == 1:
         finite = combine_into([blocks], weights[None], [outs])

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import InputError
 from gradsurgery.ops._backend import _C, backend_of, call, plain, register, runs_cuda
 from gradsurgery.ops._inputs import (
     as_gramian,
-    check,
+    check_beside,
     check_dense,
     check_gramian_finite,
     check_number,
@@ -49,19 +50,12 @@ def cone_weights(
     """
     gram = as_gramian(gramian)
     check_dense(products, "products")
-    check(products.is_floating_point(), f"products must be floating point, got {products.dtype}")
-    m = gram.shape[-1]
-    check(
-        products.dim() == gram.dim()
-        and products.shape[:-2] == gram.shape[:-2]
-        and products.shape[-1] == m,
-        f"products must be {[*gram.shape[:-2], 'p', m]} to match gramian, "
-        f"got {list(products.shape)}",
-    )
-    check(
-        products.device == gram.device,
-        f"products is on {products.device}, gramian is on {gram.device}",
-    )
+    if not products.is_floating_point():
+        raise InputError(f"products must be floating point, got {products.dtype}")
+    (*batch, m, _), shape = gram.shape, list(products.shape)
+    if len(shape) < 2 or shape != [*batch, shape[-2], m]:
+        raise InputError(f"products must be {[*batch, 'p', m]} to match gramian, got {shape}")
+    check_beside(products, "products", gram)
     least = default_rtol(m, gramian.dtype)
     rtol = least if rtol is None else rtol
     noise = least**2 if noise is None else noise
@@ -145,9 +139,10 @@ def _active_set(matrix: Tensor, target: Tensor, rtol: float, noise: float) -> tu
 def cone_weights_native(
     gramian: Tensor, products: Tensor, rtol: float, noise: float
 ) -> tuple[Tensor, Tensor]:
+    gramian = gramian.contiguous()
     check_gramian_finite(gramian)
     x, residual = _fake(gramian, products, rtol, noise)
-    args = (gramian.contiguous(), products.contiguous(), x, residual)
+    args = (gramian, products.contiguous(), x, residual)
     if runs_cuda(gramian):
         _C.cone_weights_cuda(*args, scratch_for("cone", residual.numel(), gramian), rtol, noise)
     else:
@@ -170,7 +165,7 @@ def dual_projection_weights(
     seen = [gramian] if given is None else [gramian, given]
     if backend_of("cone_weights", gramian.device.type) == "native" and plain(seen):
         # one call, on the thread that it came from: the rest of a rule takes longer than to solve
-        weights = gramian.new_empty(gramian.shape[:-1])
+        weights = gramian.new_empty(size=gramian.shape[:-1])
         args = (gramian.contiguous(), given, weights, rtol, noise)
         if not _C.dual_projection_weights_cpu(*args, torch.get_num_threads()):
             check_gramian_finite(gramian)
@@ -182,7 +177,7 @@ def dual_projection_weights(
 
 
 def _fake(gramian: Tensor, products: Tensor, rtol: float, noise: float) -> tuple[Tensor, Tensor]:
-    return products.new_empty(products.shape), products.new_empty(products.shape[:-1])
+    return products.new_empty(size=products.shape), products.new_empty(size=products.shape[:-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -83,20 +83,19 @@ def conflict_averse_weights_reference(
 
 
 def conflict_averse_weights_native(gramian: Tensor, c: float, rtol: float, noise: float) -> Tensor:
+    gramian = gramian.contiguous()
     check_gramian_finite(gramian)
     weights = _fake(gramian, c, rtol, noise)
     if runs_cuda(gramian):
         scratch = scratch_for("conflict_averse", gramian.shape[:-2].numel(), gramian)
-        _C.conflict_averse_weights_cuda(gramian.contiguous(), weights, scratch, c, rtol, noise)
+        _C.conflict_averse_weights_cuda(gramian, weights, scratch, c, rtol, noise)
     else:
-        _C.conflict_averse_weights_cpu(
-            gramian.contiguous(), weights, c, rtol, noise, torch.get_num_threads()
-        )
+        _C.conflict_averse_weights_cpu(gramian, weights, c, rtol, noise, torch.get_num_threads())
     return weights
 
 
 def _fake(gramian: Tensor, c: float, rtol: float, noise: float) -> Tensor:
-    return gramian.new_empty(gramian.shape[:-1])
+    return gramian.new_empty(size=gramian.shape[:-1])
 
 
 register(

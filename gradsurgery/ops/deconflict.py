@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import InputError
 from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import (
     as_gramian,
-    check,
+    check_beside,
     check_dense,
     check_gramian_finite,
     check_number,
@@ -43,15 +44,13 @@ def deconflict_weights(
     given = {"order": order} if targets is None else {"order": order, "targets": targets}
     for name, tensor in given.items():
         check_dense(tensor, name)
-        check(
-            tensor.device == gram.device,
-            f"{name} is on {tensor.device}, gramian is on {gram.device}",
-        )
-        check(
-            tensor.shape == gram.shape,
-            f"{name} must be {list(gram.shape)} to match gramian, got {list(tensor.shape)}",
-        )
-    check(order.dtype == torch.int64, f"order must be int64, got {order.dtype}")
+        check_beside(tensor, name, gram)
+        if tensor.shape != gram.shape:
+            raise InputError(
+                f"{name} must be {list(gram.shape)} to match gramian, got {list(tensor.shape)}"
+            )
+    if order.dtype != torch.int64:
+        raise InputError(f"order must be int64, got {order.dtype}")
     check_number("beta", beta)
     if targets is not None:
         targets = targets.to(gram)
@@ -64,10 +63,11 @@ def shuffled(draws: Tensor) -> Tensor:
 
     The same everywhere. `draws` is [..., m] float32.
     """
-    order = torch.arange(draws.shape[-1], device=draws.device).expand(draws.shape).contiguous()
-    if _C is not None and draws.device.type == "cpu":
+    if _C is not None and draws.is_cpu:
+        order = draws.new_empty(size=draws.shape, dtype=torch.int64)
         _C.shuffle_cpu(draws.contiguous(), order)
         return order
+    order = torch.arange(draws.shape[-1], device=draws.device).expand(draws.shape).contiguous()
     for k in range(draws.shape[-1] - 1, 0, -1):
         other = (draws[..., k] * (k + 1)).long().clamp(max=k).unsqueeze(-1)
         picked = order.take_along_dim(other, -1)
@@ -114,10 +114,10 @@ def deconflict_weights_reference(
 def deconflict_weights_native(
     gramian: Tensor, order: Tensor, targets: Tensor | None, beta: float
 ) -> tuple[Tensor, Tensor]:
+    gramian = gramian.contiguous()
     check_gramian_finite(gramian)
-    v, _ = _fake(gramian, order, targets, beta)
-    moved = _copy(gramian, targets)
-    args = (gramian.contiguous(), order.contiguous(), None if targets is None else moved, v)
+    v, moved = gramian.new_empty(size=gramian.shape), _copy(gramian, targets)
+    args = (gramian, order.contiguous(), None if targets is None else moved, v)
     if runs_cuda(gramian):
         scratch = scratch_for("deconflict", gramian.shape[:-1].numel(), gramian)
         _C.deconflict_weights_cuda(*args, scratch, beta)

@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradsurgery.errors import NonFiniteError
-from gradsurgery.ops._backend import register
+from gradsurgery.errors import InputError, NonFiniteError
+from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import (
     Rows,
     as_blocks,
     as_vector,
-    check,
     check_alike,
     check_finite,
     check_number,
     check_rtol,
     flat,
 )
-from gradsurgery.ops._range import factors, times
+from gradsurgery.ops._range import LEAST, factors, times
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.gramian import gramian_of
 from gradsurgery.ops.weighting import default_rtol
@@ -87,8 +86,9 @@ def project_out(
     rtol = default_rtol(m + 1) if rtol is None else rtol
     check_rtol(rtol)
     check_number("refine", refine, Integral)
-    check(refine >= 0, f"refine must be 0 or more, got {refine}")
-    perp, *info = torch.ops.gradsurgery.project_out(vector, blocks, rtol, refine)
+    if refine < 0:
+        raise InputError(f"refine must be 0 or more, got {refine}")
+    perp, *info = call("project_out", vector, blocks, rtol, refine)
     out = perp[0] if isinstance(grad, Tensor) else perp
     return (out, Projection(*info)) if return_info else out
 
@@ -129,10 +129,31 @@ def project_out_reference(
     scale = perp.double().norm()
     cosines = torch.where(scale > 0, unit @ (perp.double() / scale), 0).abs()
     worst = cosines.max() if len(unit) else kept * 0
-    _warn(worst, grad[0].dtype)
+    _warn(worst.item(), grad[0].dtype)
     parts = perp.split([tensor.numel() for tensor in grad])
     out = [part.reshape(tensor.shape).clone() for part, tensor in zip(parts, grad, strict=True)]
     return out, torch.tensor(basis.shape[0], device=g.device), kept, worst
+
+
+def project_out_cpu(
+    grad: Sequence[Tensor], rows: Sequence[Tensor], rtol: float, refine: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """The decisions of `project_out_native` in one call, for what a step of it costs Python.
+
+    What is not finite or out of range is left to that, which scales it or says what it is.
+    """
+    if runs_cuda(grad[0]):
+        return project_out_native(grad, rows, rtol, refine)
+    outs, rank, kept, worst = _fake(grad, rows, rtol, refine)
+    vectors = [[t if t.dim() == 1 else t.reshape(-1) for t in side] for side in (grad, outs)]
+    limits = PROMISE[outs[0].dtype], SAFE_MARGIN, SAFE_PARTS, LEAST
+    sources, figures = [flat(rows), vectors[0]], [rank, kept, worst]
+    options = figures, rtol, refine, *limits, torch.get_num_threads()
+    cosine = _C.project_out_cpu(sources, vectors[1], *options)
+    if cosine is None:
+        return project_out_native(grad, rows, rtol, refine)
+    _warn(cosine, outs[0].dtype)
+    return outs, rank, kept, worst
 
 
 def project_out_native(
@@ -197,7 +218,7 @@ def project_out_native(
             gram[:m, :m], products.contiguous(), rtol
         )
         source = perp
-    _warn(worst, dtype)
+    _warn(worst.item(), dtype)
     return outs, rank, kept, worst
 
 
@@ -230,10 +251,10 @@ def _check_overflow(finite: bool, perp: Tensor) -> None:
         raise NonFiniteError(f"project_out: the result overflows {perp.dtype}; scale grad down")
 
 
-def _warn(worst: Tensor, dtype: torch.dtype) -> None:
+def _warn(worst: float, dtype: torch.dtype) -> None:
     if worst > PROMISE[dtype]:
         warnings.warn(
-            f"project_out: a cosine of {worst.item():.1e} with a row is left, above "
+            f"project_out: a cosine of {worst:.1e} with a row is left, above "
             f"{PROMISE[dtype]:.0e}: the rows are near dependent; raise rtol, refine or precision",
             RuntimeWarning,
             stacklevel=2,
@@ -244,9 +265,10 @@ def _fake(
     grad: Sequence[Tensor], rows: Sequence[Tensor], rtol: float, refine: int
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     rank, kept, worst = (
-        grad[0].new_empty((), dtype=dtype) for dtype in (torch.int64, torch.float64, torch.float64)
+        grad[0].new_empty(size=(), dtype=dtype)
+        for dtype in (torch.int64, torch.float64, torch.float64)
     )
-    return [tensor.new_empty(tensor.shape) for tensor in grad], rank, kept, worst
+    return [tensor.new_empty(size=tensor.shape) for tensor in grad], rank, kept, worst
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -285,7 +307,7 @@ register(
     "(Tensor[] grad, Tensor[] rows, float rtol, int refine) -> (Tensor[], Tensor, Tensor, Tensor)",
     {
         ("torch", "any"): project_out_reference,
-        ("native", "cpu"): project_out_native,
+        ("native", "cpu"): project_out_cpu,
         ("native", "cuda"): project_out_native,
         ("triton", "cuda"): project_out_native,
     },

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.errors import InputError
 from gradsurgery.ops._backend import _C, call, register, runs_cuda
 from gradsurgery.ops._inputs import (
     DTYPES,
     as_gramian,
-    check,
+    check_beside,
     check_dense,
     check_gramian_finite,
     check_rtol,
@@ -59,16 +60,14 @@ def projection_weights(
     """
     gram = as_gramian(gramian)
     check_dense(products, "products")
-    check(products.is_floating_point(), f"products must be floating point, got {products.dtype}")
-    m = gram.shape[-1]
-    check(
-        products.shape == gram.shape[:-1],
-        f"products must be {list(gram.shape[:-1])} to match gramian, got {list(products.shape)}",
-    )
-    check(
-        products.device == gramian.device,
-        f"products is on {products.device}, gramian is on {gramian.device}",
-    )
+    if not products.is_floating_point():
+        raise InputError(f"products must be floating point, got {products.dtype}")
+    *batch, m, _ = gram.shape
+    if products.shape != (*batch, m):
+        raise InputError(
+            f"products must be {[*batch, m]} to match gramian, got {list(products.shape)}"
+        )
+    check_beside(products, "products", gram)
     rtol = default_rtol(m, gramian.dtype) if rtol is None else rtol
     check_rtol(rtol)
     return call("projection_weights", gram, products.double(), rtol)
@@ -129,9 +128,10 @@ def scratch_for(problem: str, count: int, gramian: Tensor) -> Tensor:
 def projection_weights_native(
     gramian: Tensor, products: Tensor, rtol: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    gramian = gramian.contiguous()
     check_gramian_finite(gramian)
     c, rank, margin = _fake(gramian, products, rtol)
-    args = (gramian.contiguous(), products.contiguous(), c, rank, margin)
+    args = (gramian, products.contiguous(), c, rank, margin)
     if runs_cuda(gramian):
         scratch = scratch_for("projection", margin.numel(), gramian)
         _C.projection_weights_cuda(*args, scratch, rtol)
@@ -141,9 +141,10 @@ def projection_weights_native(
 
 
 def _fake(gramian: Tensor, products: Tensor, rtol: float) -> tuple[Tensor, Tensor, Tensor]:
+    # torch reads a size that is named in a third of the time
     batch = products.shape[:-1]
-    rank = products.new_empty(batch, dtype=torch.int64)
-    return products.new_empty(products.shape), rank, products.new_empty(batch)
+    rank = products.new_empty(size=batch, dtype=torch.int64)
+    return products.new_empty(size=products.shape), rank, products.new_empty(size=batch)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,10 +93,9 @@ class OrthoGrad(Weighting):
     def _weights(self, gram: Tensor, rtol: float, forget: Index = 0, memory: Index = ()) -> Tensor:
         # α/k + (1-α) c_i for retain rows, (1-α) c_i for the memory's, -(1-α) for the forget row;
         # where the forget loss is to be lowered, α - 1 in the place of 1 - α
-        select, k = self._select(gram.shape[-1], forget, memory)
-        select = to_device(select, gram.device)
+        select = self._select(gram.shape[-1], forget, memory).on(gram.device)
         coefficients, *_ = self._project(gram, select, rtol)
-        return self._mix(coefficients, select, k)
+        return self._mix(coefficients, select)
 
     def solve(
         self,
@@ -106,11 +105,11 @@ class OrthoGrad(Weighting):
         **roles: Any,
     ) -> Solution:
         """Weights for the rows of a Jacobian, with the granularity and the metric asked for."""
-        select, k = self._select(jacobian.m, **self._named(given, roles))
+        select = self._select(jacobian.m, **self._named(given, roles))
         grams, groups = grouped_gramian(jacobian, self.granularity, metric)
-        select = to_device(select, grams.device)
+        select = select.on(grams.device)
         coefficients, rank, gram = self._project(grams, select, None)
-        frozen = _small(jacobian.sizes, groups, select.shape[0] - 1)
+        frozen = _small(jacobian.sizes, groups, coefficients.shape[-1])
         exempt = [g for g, small in enumerate(frozen) if small and self.small_tensors == "leave"]
         if exempt:
             coefficients = _without(coefficients, exempt)
@@ -122,7 +121,7 @@ class OrthoGrad(Weighting):
         parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1)
         kept = (parts.unsqueeze(1) @ gram @ parts.unsqueeze(2)).sum().clamp(min=0)
         whole = gram[:, 0, 0].sum()
-        weights = self._mix(coefficients, select, k)
+        weights = self._mix(coefficients, select)
         return Solution(
             weights=weights[0] if self.granularity == "model" else weights[groups],
             gramian=grams.sum(0),
@@ -131,16 +130,18 @@ class OrthoGrad(Weighting):
             frozen=[name for name, g in zip(jacobian.names, groups, strict=True) if frozen[g]],
         )
 
-    def _select(self, m: int, forget: Index = 0, memory: Index = ()) -> tuple[Tensor, int]:
-        """[1 + k + p, m] on the CPU: the mean forget row and the rows to be orthogonal to, the k
-        retain rows before the p of the memory, as averages of rows; and k."""
+    def _select(self, m: int, forget: Index = 0, memory: Index = ()) -> "_Selection":
         rows, rest = split(m, forget, "forget", "retain")
         past = chosen(memory, m, "memory")
-        both = sorted(set(past) & set(rows))
+        known = set(past)
+        both = sorted(known & set(rows))
         check(not both, f"forget and memory both select rows {both}")
-        retain = [i for i in rest if i not in set(past)]
+        retain = [i for i in rest if i not in known]
         check(len(retain) > 0, "memory selects all retain rows")
         k = 1 if self.retain == "mean" else len(retain)
+        each = self.retain == "samples" and len(rows) == 1
+        if each and rows + retain + past == list(range(m)):
+            return _Selection(None, k)
         select = torch.zeros(1 + k + len(past), m, dtype=torch.float64, device="cpu")
         select[0, rows] = 1 / len(rows)
         if self.retain == "mean":
@@ -148,22 +149,22 @@ class OrthoGrad(Weighting):
         else:
             select[range(1, 1 + k), retain] = 1
         select[range(1 + k, len(select)), past] = 1
-        return select, k
+        return _Selection(select, k)
 
     def _project(
-        self, gramian: Tensor, select: Tensor, rtol: float | None
+        self, gramian: Tensor, select: "_Selection", rtol: float | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gram = select @ gramian @ select.mT
+        gram = select.gramian(gramian)
         rtol = self.rtol if self.rtol is not None else rtol
         c, rank, _ = projection_weights(gram[..., 1:, 1:], gram[..., 1:, 0], rtol=rtol)
         return c, rank, gram
 
-    def _mix(self, coefficients: Tensor, select: Tensor, k: int) -> Tensor:
-        up = 1 - self.alpha if self.objective == "raise" else self.alpha - 1
+    def _mix(self, coefficients: Tensor, select: "_Selection") -> Tensor:
+        up, k = 1 - self.alpha if self.objective == "raise" else self.alpha - 1, select.retain
         kept = up * coefficients
         retain = kept[..., :k] + self.alpha / k
-        forget = torch.full_like(coefficients[..., :1], -up)
-        return torch.cat([forget, retain, kept[..., k:]], dim=-1) @ select
+        forget = kept.new_full((*kept.shape[:-1], 1), -up)
+        return select.weights(torch.cat([forget, retain, kept[..., k:]], dim=-1))
 
     def _refined(
         self,
@@ -171,21 +172,47 @@ class OrthoGrad(Weighting):
         coefficients: Tensor,
         grams: Tensor,
         groups: list[int],
-        select: Tensor,
+        select: "_Selection",
         metric: Sequence[Tensor] | None,
     ) -> Tensor:
         """c + K⁺ J g⊥, with g⊥ formed and multiplied rather than predicted."""
-        parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1) @ select
+        parts = torch.cat([torch.ones_like(coefficients[:, :1]), -coefficients], dim=1)
+        parts = select.weights(parts)
         perp = jacobian.combine(parts[groups])
         if metric is not None:
             perp = [p * weight for p, weight in zip(perp, metric, strict=True)]
         rest = torch.zeros_like(parts)
         into = torch.tensor(groups, device=rest.device)
         rest.index_add_(0, into, jacobian.products(perp).to(rest.device))
-        gram = select @ grams @ select.mT
-        products = (rest @ select.mT)[:, 1:]
+        gram, products = select.gramian(grams), select.products(rest)[:, 1:]
         correction, *_ = projection_weights(gram[:, 1:, 1:], products, rtol=self.rtol)
         return coefficients + correction
+
+
+class _Selection(NamedTuple):
+    """The mean forget row and the rows to be orthogonal to, as averages of the rows.
+
+    Of m rows given 1 + k + p: the k retain rows come before the p of the memory.
+    """
+
+    matrix: Tensor | None  # [1 + k + p, m] float64; None where each row given is one, in order
+    retain: int  # k
+
+    def on(self, device: torch.device) -> "_Selection":
+        return self if self.matrix is None else self._replace(matrix=to_device(self.matrix, device))
+
+    def gramian(self, gramian: Tensor) -> Tensor:
+        """[..., 1 + k + p, 1 + k + p] from [..., m, m]."""
+        s = self.matrix
+        return gramian if s is None else s @ gramian @ s.mT
+
+    def products(self, products: Tensor) -> Tensor:
+        """[..., 1 + k + p] from those of the rows given, [..., m]."""
+        return products if self.matrix is None else products @ self.matrix.mT
+
+    def weights(self, parts: Tensor) -> Tensor:
+        """Weights [..., m] of the rows given, from those of the averages."""
+        return parts if self.matrix is None else parts @ self.matrix
 
 
 def _without(coefficients: Tensor, groups: Sequence[int]) -> Tensor:

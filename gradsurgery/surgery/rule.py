@@ -93,6 +93,8 @@ class Rule:
         return None
 
     def _named(self, given: Sequence[Index], roles: dict[str, Any]) -> dict[str, Any]:
+        if not given and not roles:
+            return {}
         name = type(self).__name__
         count = len(given)
         check(count <= len(self.roles), f"{name} takes rows for {self.roles}, got {count} more")
@@ -322,6 +324,10 @@ def grouped_gramian(
 
 def chosen(index: Index, m: int, name: str) -> list[int]:
     """The rows that an index, indices, a slice or a mask selects, in order."""
+    if type(index) is int and -m <= index < m:
+        return [index % m]
+    if type(index) is tuple and not index:
+        return []
     what = f"{name} must be an index, indices, a slice or a mask"
     if isinstance(index, Tensor):
         check_values(index, name)
@@ -349,7 +355,8 @@ def split(m: int, index: Index, name: str, rest: str) -> tuple[list[int], list[i
         0 < len(rows) < m,
         f"{name} selects {len(rows)} of {m} rows; need a {name} and a {rest} row",
     )
-    return rows, [i for i in range(m) if i not in set(rows)]
+    known = set(rows)
+    return rows, [i for i in range(m) if i not in known]
 
 
 def mean_of(rows: Sequence[int], m: int) -> Tensor:

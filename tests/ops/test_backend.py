@@ -174,7 +174,11 @@ def test_operators_obey_the_variable(backend, monkeypatch):
     if backend == "native" and not _backend.native_available("cpu"):
         pytest.skip("the native module is not built")
     called = []
-    for name in ("gramian_cpu", "combine_cpu", "orthonormalize_cpu", "projection_weights_cpu"):
+    served = {
+        "gramian_cpu", "combine_cpu", "orthonormalize_cpu", "projection_weights_cpu",
+        "project_out_cpu",
+    }  # fmt: skip
+    for name in served:
         kernel = getattr(_backend._C, name, None)
         if kernel is not None:
             spy = lambda *args, kernel=kernel, name=name: called.append(name) or kernel(*args)  # noqa: E731
@@ -185,13 +189,12 @@ def test_operators_obey_the_variable(backend, monkeypatch):
     gs.combine(rows, torch.ones(5))
     gs.orthonormalize(rows)
     gs.project_out(rows[0], rows[1:])
+    gs.ops.projection_weights(torch.eye(3), torch.ones(3))
     gs.harmonize(rows[0], rows[1])
     if backend == "torch":
         assert called == []
     else:
-        assert set(called) == {
-            "gramian_cpu", "combine_cpu", "orthonormalize_cpu", "projection_weights_cpu",
-        }  # fmt: skip
+        assert set(called) == served
 
 
 def test_what_is_forced_to_plain_torch_is_marked(impl, request):

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradsurgery as gs
+from gradsurgery.ops import _backend
+from gradsurgery.ops.project_out import project_out_cpu, project_out_native
 from tests.conftest import ROUNDOFF
 from tests.inputs import (
     BLOCKS,
@@ -371,3 +373,37 @@ def test_inputs_are_untouched(impl, dtype):
     assert perp.data_ptr() != grad.data_ptr()
     same = gs.project_out(grad, rows[:0])
     assert same.data_ptr() != grad.data_ptr()
+
+
+def projected(project, grad, rows, rtol, refine):
+    """g⊥, the figures and the warnings, or the error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            outs, *figures = project(grad, rows, rtol, refine)
+        except gs.NonFiniteError as error:
+            return [], [], [str(error)]
+    return outs, [figure.item() for figure in figures], [str(warning.message) for warning in caught]
+
+
+@pytest.mark.skipif(not _backend.native_available("cpu"), reason="the native module is not built")
+@pytest.mark.parametrize("refine", [0, 1, 3])
+@pytest.mark.parametrize("n", [7, 1511, 40_003])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_call_is_the_steps_that_a_gpu_takes(family, n, refine, dtype):
+    if _backend._C.cuda_version == "emulated":
+        pytest.skip("the steps are all there is")
+    rows = FAMILIES[family](6, n)
+    rows = (rows.clamp(-6e4, 6e4) if dtype == torch.float16 else rows).to(dtype)
+    for grad in (torch.randn(n), rows.double().sum(0) + 0.3 * torch.randn(n), torch.zeros(n)):
+        grad = grad.to(dtype)
+        for scale, rtol in ((1, RTOL), (1e-165, RTOL), (1, 0.3)):
+            if scale != 1 and dtype != torch.float64:
+                continue
+            given = [grad * scale], [rows], rtol, refine
+            found, figures, said = projected(project_out_cpu, *given)
+            expected, steps, theirs = projected(project_out_native, *given)
+            assert said == theirs
+            assert figures == pytest.approx(steps, rel=1e-13, abs=1e-15)
+            for part, step in zip(found, expected, strict=True):
+                torch.testing.assert_close(part, step, rtol=1e-13, atol=0)
