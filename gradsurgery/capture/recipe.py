@@ -25,8 +25,9 @@ from gradsurgery.capture.trace import Junction, Leaf, Trace, Unshared, trace
 from gradsurgery.capture.views import Simple
 
 KEPT = 8  # recipes of a model: batches of a few shapes, which take turns
+TRIED = 2  # of these, whose graph is alike: more would cost as much as a walk
+LARGE = 1 << 22  # numbers that the recipes of a model may hold; a node takes some 40
 UNTOLD = "CppFunction"  # the kind of nodes that have none of their own
-LARGE = 1 << 20  # row numbers that a recipe may hold, as where they differ from value to value
 
 _recipes = WeakIdKeyDictionary()  # by model, those used last first
 _lock = Lock()
@@ -52,28 +53,32 @@ def retrace(
         return trace(place, layout, wanted, count, notes)
     with _lock:
         known = list(_recipes.get(model) or ())
-    outdated = None
+    alike = []
     for recipe in known:
-        nodes = recipe.matched(place, layout, wanted, count)
+        nodes = recipe.matched(place, layout, count)
         if nodes is None:
             continue
-        found = recipe.follow(nodes)
+        found = recipe.follow(nodes, wanted)
         if found is not None:
             _keep(model, recipe, instead=recipe)
             return found
-        outdated = recipe  # by values: the one to come takes its place
-        break
+        alike.append(recipe)
+        if len(alike) == TRIED:
+            break
     found = trace(place, layout, wanted, count, notes)
+    # the one to come takes the place of one that did not fit
+    outdated = alike[-1] if len(alike) == TRIED else None
     _keep(model, Recipe(place, layout, count, notes, found), instead=outdated)
     return found
 
 
 def _keep(model: nn.Module, recipe: "Recipe", instead: "Recipe | None") -> None:
-    if recipe.size > LARGE:
-        return
     with _lock:
         others = [each for each in _recipes.get(model) or () if each is not instead]
-        _recipes[model] = [recipe, *others][:KEPT]
+        kept = [recipe, *others][:KEPT]
+        while sum(each.size for each in kept) > LARGE:
+            kept.pop()
+        _recipes[model] = kept
 
 
 class _Met(NamedTuple):
@@ -109,7 +114,7 @@ class Recipe:
     """What a walk read, its `notes`, and what it found.
 
     Attributes:
-        size: how many row numbers it holds.
+        size: how many numbers it holds.
     """
 
     def __init__(
@@ -120,11 +125,12 @@ class Recipe:
         number: dict[Any, int] = {node: i for i, node in enumerate(nodes)}
         number[None] = len(nodes)
         variables = {i: v for i, node in enumerate(nodes) if (v := variable_of(node)) is not None}
-        self._nodes = []
+        self._nodes, shared = [], {}
         for i, (node, following) in enumerate(notes.order.items()):
             edges = [(number[child], nr) for child, nr in following]
             read = node in notes.shapes and i not in variables
             shapes = [meta.shape for meta in node._input_metadata] if read else None
+            shapes = shared.setdefault(repr(shapes), shapes)
             # a Function's kind may be one that its forward pass made, and hold what that knew
             self._nodes.append((weakref.ref(type(node)), edges, shapes))
         self._names = [(i, n.name()) for i, n in enumerate(nodes) if type(n).__name__ == UNTOLD]
@@ -171,33 +177,16 @@ class Recipe:
         self._layouts, self._outs = list(known.layouts), list(known.outs)
         answered = [a.rows for *_, answers in self._asked for a in answers if isinstance(a, Layout)]
         held = (self._of, *self._rows, *answered)
-        self.size = sum(rows.untyped_storage().nbytes() // 8 for rows in held)
+        self.size = sum(rows.untyped_storage().nbytes() // 8 for rows in held) + 40 * len(nodes)
 
-    def matched(
-        self, place: Place, layout: Layout, wanted: set[int], count: int
-    ) -> list[Any] | None:
-        """The nodes of a graph by their numbers; None where the graph is another."""
+    def matched(self, place: Place, layout: Layout, count: int) -> list[Any] | None:
+        """The nodes of a graph by their numbers, if kinds, shapes and edges are what they were."""
         if (place[1], count, layout.stride) != self._losses:
             return None
         if not torch.equal(layout.rows, self._of):
             return None
-        nodes = self._nodes_under(place[0])
-        return nodes if nodes is not None and self._reads_the_same(nodes, wanted) else None
-
-    def follow(self, nodes: list[Any]) -> Trace | None:
-        """What a walk would find, without it; None where what is asked is answered otherwise."""
-        numbers = list(map(RowNumbers, self._rows))
-        layouts = [Layout(stride, numbers[k]) for stride, k in self._layouts]
-        outs = [{nr: layouts[k] for nr, k in each} for each in self._outs]
-        for ask, i, of, rest, known in self._asked:
-            answers = ask(nodes[i], outs[of], *rest, Notes())
-            if not all(map(_same, answers, known)):
-                return None
-        return self._found(nodes, layouts, outs)
-
-    def _nodes_under(self, root: Any) -> list[Any] | None:
         nodes: list[Any] = [None] * (len(self._nodes) + 1)
-        nodes[0] = root
+        nodes[0] = place[0]
         for i, (kind, edges, shapes) in enumerate(self._nodes):
             node = nodes[i]
             if type(node) is not kind():
@@ -217,6 +206,19 @@ class Recipe:
                     return None
         # the last number is that of no node; and no two are the same one
         return nodes if nodes.pop() is None and len(set(nodes)) == len(nodes) else None
+
+    def follow(self, nodes: list[Any], wanted: set[int]) -> Trace | None:
+        """What a walk would find, without it; None where it would read something else."""
+        if not self._reads_the_same(nodes, wanted):
+            return None
+        numbers = list(map(RowNumbers, self._rows))
+        layouts = [Layout(stride, numbers[k]) for stride, k in self._layouts]
+        outs = [{nr: layouts[k] for nr, k in each} for each in self._outs]
+        for ask, i, of, rest, known in self._asked:
+            answers = ask(nodes[i], outs[of], *rest, Notes())
+            if not all(map(_same, answers, known)):
+                return None
+        return self._found(nodes, layouts, outs)
 
     def _reads_the_same(self, nodes: list[Any], wanted: set[int]) -> bool:
         for i, shape in self._parameters:

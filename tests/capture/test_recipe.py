@@ -30,15 +30,16 @@ def counted(monkeypatch):
     counts = Counter()
     matched, follow, walk = recipe.Recipe.matched, recipe.Recipe.follow, recipe.trace
 
-    def noted(self, *args):
-        self.asked = args
-        return matched(self, *args)
+    def noted(self, place, layout, count):
+        self.asked = place, layout
+        return matched(self, place, layout, count)
 
-    def followed(self, nodes):
-        found = follow(self, nodes)
-        counts["followed" if found else "answered otherwise"] += 1
+    def followed(self, nodes, wanted):
+        found = follow(self, nodes, wanted)
+        counts["followed" if found else "another"] += 1
         if found is not None:
-            assert said(found) == said(walk(*self.asked, Notes()))
+            assert said(found) == said(walk(*self.asked, wanted, self._losses[1], Notes()))
+        del self.asked  # which holds the graph
         return found
 
     def walked(*args):
@@ -416,13 +417,37 @@ def test_the_last_used_are_kept(monkeypatch):
     assert len(recipe._recipes[model]) == recipe.KEPT
 
 
-def test_what_differs_from_value_to_value_is_not_kept(monkeypatch):
-    monkeypatch.setattr(recipe, "LARGE", 3)
+def test_recipes_hold_no_more_than_they_may(monkeypatch):
     model = mlp()
+    for size in (4, 5):
+        step(model, torch.randn(size, 5, dtype=torch.float64))
+    one, other = recipe._recipes[model]
+    monkeypatch.setattr(recipe, "LARGE", one.size + other.size - 1)
+    step(model, torch.randn(5, 5, dtype=torch.float64))
+    assert recipe._recipes[model] == [one]
+    monkeypatch.setattr(recipe, "LARGE", one.size - 1)
+    step(model, torch.randn(5, 5, dtype=torch.float64))
+    assert recipe._recipes[model] == []
+
+
+def test_graphs_alike_but_for_a_number(monkeypatch):
+    """Two that take turns are both kept; of many that never come again, no more are tried."""
+    layer, x = nn.Linear(5, 8).double(), torch.randn(4, 5, dtype=torch.float64)
+
+    def shifted(k):
+        with gs.tape(layer) as tape:
+            losses = energy(layer(x)[:, k : k + 3])
+        both(tape, losses)
+
     with counted(monkeypatch) as counts:
-        for _ in range(2):
-            step(model, torch.randn(4, 5, dtype=torch.float64))
-    assert counts["walked"] == 2
+        for k in (0, 1, 0, 1, 0):
+            shifted(k)
+    assert counts["followed"] == 3
+    with counted(monkeypatch) as counts:
+        for k in (2, 3, 4, 5):
+            shifted(k)
+    assert counts["another"] == 4 * recipe.TRIED
+    assert len(recipe._recipes[layer]) == recipe.TRIED
 
 
 class Mark:
