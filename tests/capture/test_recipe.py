@@ -357,6 +357,82 @@ def test_another_number_or_index(name):
         stepped.step(0)
 
 
+def twice(layer, x):
+    once = layer(x)
+    return once + once
+
+
+def crossed(layer, x, order):
+    parts = layer(x).split(2)
+    return torch.cat([parts[k] * (1 + k) for k in order])
+
+
+# functions of a layer and a batch whose graphs differ in one thing
+PAIRS = {
+    "kinds": [lambda m, x: m(x).sin(), lambda m, x: m(x).sum(0, keepdim=True).expand(4, 3)],
+    "coupled kinds": [lambda m, x: m(x).cumsum(0), lambda m, x: m(x).flip(0)],
+    "shared": [twice, lambda m, x: m(x) + m(x)],
+    "outputs": [lambda m, x: crossed(m, x, (0, 1)), lambda m, x: crossed(m, x, (1, 0))],
+    "weights": [lambda m, x: m(x), lambda m, x: F.linear(x, m.weight.detach(), m.bias)],
+    "below": [lambda m, x: m(x) * x[:, :3], lambda m, x: m(x) * x[:, :3].requires_grad_()],
+    "of whom": [lambda m, x: m(x) * m.bias, lambda m, x: m(x) * x[:, :3].requires_grad_()[0]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_graphs_that_differ_in_one_thing(name, monkeypatch):
+    layer = nn.Linear(5, 3).double()
+    for function in [*PAIRS[name], *PAIRS[name], *PAIRS[name][::-1]]:
+        x = torch.randn(4, 5, dtype=torch.float64)
+        with counted(monkeypatch), gs.tape(layer, coupled="exact") as tape:
+            losses = energy(function(layer, x))
+            rows = loop(losses, layer)
+            jacobian = both(tape, losses)
+        check(jacobian, layer, rows)
+
+
+def test_the_same_graph_for_other_parameters():
+    layer, x = nn.Linear(5, 3).double(), torch.randn(4, 5, dtype=torch.float64)
+    many = [None, [layer.weight], [layer.bias]]
+    for parameters in [*many, *many]:
+        with gs.tape(layer, parameters=parameters) as tape:
+            losses = energy(layer(x))
+        both(tape, losses)
+        with gs.tape(layer, parameters=parameters) as tape:
+            losses = energy(layer(x))
+        assert tape.jacobian(losses).materialize().shape[1] == sum(
+            p.numel() for p in parameters or layer.parameters()
+        )
+
+
+def test_the_same_graph_for_other_rows(monkeypatch):
+    layer, x = nn.Linear(5, 3).double(), torch.randn(4, 5, dtype=torch.float64)
+    many = [None, [0, 0, 1, 1], [0, 1, 0, 1], [0, -1, 1, 2], [0, 2, 1, 1], [0, 5, 1, 1]]
+    for groups in [*many, *many]:
+        groups = None if groups is None else torch.tensor(groups)
+        with counted(monkeypatch) as counts, gs.tape(layer) as tape:
+            losses = energy(layer(x))
+            rows = loop(losses, layer, groups)
+            jacobian = both(tape, losses, groups)
+        check(jacobian, layer, rows)
+    assert counts["followed"] == 1  # the second time round
+
+
+def test_the_same_graph_for_losses_that_lie_otherwise():
+    layer, x = nn.Linear(5, 2).double(), torch.randn(2, 5, dtype=torch.float64)
+    by_sample, by_output = torch.tensor([[0, 0], [1, 1]]), torch.tensor([[0, 1], [0, 1]])
+    for groups in (by_sample, by_output, by_sample, by_output):
+        with gs.tape(layer) as tape:
+            losses = layer(x)
+            rows = loop(losses, layer, groups)
+        check(both(tape, losses, groups), layer, rows)
+    for nr in (0, 1, 0, 1):
+        with gs.tape(layer) as tape:
+            losses = layer(x).unbind(1)[nr]
+            rows = loop(losses, layer)
+        check(both(tape, losses), layer, rows)
+
+
 @pytest.mark.parametrize("kind", ["samples", "joined", "tokens"])
 def test_changed_graphs(kind, monkeypatch):
     seen = Counter()
