@@ -128,9 +128,12 @@ class Recipe:
         self._nodes, shared = [], {}
         for i, (node, following) in enumerate(notes.order.items()):
             edges = [(number[child], nr) for child, nr in following]
-            read = node in notes.shapes and i not in variables
-            shapes = [meta.shape for meta in node._input_metadata] if read else None
-            shapes = shared.setdefault(repr(shapes), shapes)
+            shapes = None
+            if node in notes.shapes and i not in variables:
+                shapes = tuple(notes.shapes[node])
+                if shapes not in shared:  # as they will be read, which is no tuple
+                    shared[shapes] = [meta.shape for meta in node._input_metadata]
+                shapes = shared[shapes]
             # a Function's kind may be one that its forward pass made, and hold what that knew
             self._nodes.append((weakref.ref(type(node)), edges, shapes))
         self._names = [(i, n.name()) for i, n in enumerate(nodes) if type(n).__name__ == UNTOLD]
