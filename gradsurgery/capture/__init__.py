@@ -20,6 +20,7 @@ The graph
 - carrier: how one kind of operation carries a layout from its outputs to its inputs.
 - probing, or asking, an operation: calling its own backward for some rows without others.
 - leaf: a parameter, or a tensor computed from parameters alone, that rows share.
+- recipe: what a walk through a graph read and found, for the next graph that is the same.
 - junction: an operation and the input of it where a leaf meets samples.
 - unshared: of a parameter, that each of its elements belongs to one row.
 - coupled: of samples, that an operation or a hook computes across them, so that rows meet.

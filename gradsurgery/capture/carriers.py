@@ -62,7 +62,7 @@ def base_name(node: Any) -> str:
     A torch.autograd.Function keeps its name: one called Mul is not torch's.
     """
     name = node.name().rpartition("::")[2]
-    if hasattr(node, "apply") and type(node) is not BackwardHookFunction._backward_cls:
+    if hasattr(node, "apply") and node.__class__ is not BackwardHookFunction._backward_cls:
         return name
     head, found, tail = name.rpartition("Backward")
     return head if found and (not tail or tail.isdigit()) else name

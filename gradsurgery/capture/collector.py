@@ -17,16 +17,16 @@ from gradsurgery.capture.hooks import Sampled
 from gradsurgery.capture.layout import Layout, compress
 from gradsurgery.capture.leaves import Derived, oriented
 from gradsurgery.capture.probe import dense
+from gradsurgery.capture.recipe import retrace
 from gradsurgery.capture.recomputed import read_again, recomputed_once
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import Rowwise
 from gradsurgery.capture.separate import separate
 from gradsurgery.capture.snapshot import Snapshot, as_before, functions, is_function
 from gradsurgery.capture.split import settled
-from gradsurgery.capture.trace import Junction, Leaf, Trace, trace
+from gradsurgery.capture.trace import Junction, Leaf, Trace
 from gradsurgery.capture.unknown import by_row, of_broadcast, one_by_one
 from gradsurgery.capture.uses import RowsUse, Use, on_one_plane, plane_of
-from gradsurgery.capture.views import resolve
 from gradsurgery.capture.weighted import expect_linear
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
@@ -171,7 +171,8 @@ class Collector:
             return Trace()
         count = int(occurring[-1]) + 1
         layout = compress(rows.tensor.view(self.losses.shape))
-        return trace(roots(self.losses), layout, self.owner.parameters, count)
+        owner, place = self.owner, roots(self.losses)
+        return retrace(owner.model, place, layout, owner.parameters, count)
 
     def _outputs(self, rows: RowNumbers) -> Tensor:
         taken = (rows.tensor >= 0).to(self.losses.dtype).view(self.losses.shape)
@@ -367,7 +368,7 @@ class Collector:
         """To the parameter the leaf is a view of, or to those it is computed from."""
         itself = hasattr(leaf.place[0], "variable")
         hooked = not itself and self.owner.clock.may_be_hooked(leaf.below[0])
-        simple = None if hooked else resolve(leaf.place)
+        simple = None if hooked else leaf.simple
         if simple is not None:
             # a view: its uses are the parameter's, turned; no way back has to be taken
             turned = [oriented(use, simple) for use in made]

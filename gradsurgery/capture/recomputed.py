@@ -8,8 +8,8 @@ so those that are to be read again are held for the next.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.utils.checkpoint
 from torch import Tensor
@@ -62,14 +62,18 @@ def read_again(nodes: Iterable[Any]) -> None:
                 vars(holder)["handles"] = _Held(handles)
 
 
-@cache
+_known: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()  # by kind of node
+
+
 def _names(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    if kind not in _known:
+        _known[kind] = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+    return _known[kind]
 
 
 def saved_by(node: Any) -> Iterator[Any]:
     """torch's records of the tensors that a node saved and still has."""
-    for name in _names(type(node)):
+    for name in _names(node.__class__):
         try:
             found = getattr(node, name)
         except RuntimeError:  # freed

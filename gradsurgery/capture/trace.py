@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gradsurgery.capture.carriers import CARRIERS, COUPLED, MANY, OPAQUE, base_name
-from gradsurgery.capture.graph import Place, ordered, under
+from gradsurgery.capture.graph import Noted, Notes, Place, ordered, under, variable_of
 from gradsurgery.capture.layout import Layout, constant, merge
 from gradsurgery.capture.probe import probe
 from gradsurgery.capture.snapshot import is_function
-from gradsurgery.capture.views import resolve, shape_of
+from gradsurgery.capture.views import Simple, resolve
 from gradsurgery.errors import InputError
 
 
@@ -39,6 +39,7 @@ class Leaf:
     junctions: list[Junction]
     coupled: bool = False  # rows meet in it without being summed in a parameter
     opaque: bool = False  # nothing is known of the rows in it
+    simple: Simple | None = None  # how it comes from one parameter
 
     @cached_property
     def below(self) -> tuple[set[Any], list[nn.Parameter]]:
@@ -72,36 +73,27 @@ class Trace:
     sampled: dict[Any, dict[int, Layout]] = field(default_factory=dict)
     # parameters below operations that have rows meet: they have no rows of their own
     coupled: dict[Coupling, list[nn.Parameter]] = field(default_factory=dict)
-
-    @property
-    def scattered(self) -> bool:
-        """Rows meet a leaf from several dimensions at once: no formula knows that."""
-        return any(
-            layout.axis(shape_of((junction.node, nr))) is None and not layout.constant
-            for leaf in self.leaves
-            for junction in leaf.junctions
-            for nr, layout in junction.outs.items()
-        )
+    scattered: bool = False  # rows meet a leaf from several dimensions: no formula knows that
 
 
-def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], count: int) -> Trace:
+def trace(place: Place, layout: Layout, wanted: set[int], count: int, notes: Notes) -> Trace:
     """Follow a layout from the losses down to the parameters, operation by operation.
 
     Args:
         place: of the losses.
         layout: theirs.
-        parameters: those that rows are wanted of.
+        wanted: the ids of parameters that rows are wanted of.
         count: one more than the largest row.
+        notes: takes what is read of the graph.
     """
-    wanted = {id(p) for p in parameters}
-    order = ordered(place[0])
+    notes.order = order = ordered(place[0])
     # what has a wanted parameter below it. Nothing else needs a layout, such as frozen layers that
     # are first in the model
     useful: set[Any] = set()
     variables: dict[Any, nn.Parameter] = {}  # nodes that accumulate
     for node, following in reversed(order.items()):
         if not following:
-            variable = getattr(node, "variable", None)
+            variable = variable_of(node)
             if variable is not None:
                 variables[node] = variable
                 if id(variable) in wanted:
@@ -113,7 +105,7 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
     # what each consumer of a tensor says of the tensor's rows. `order` has every node after all
     # that consume its outputs, so when a node's turn comes its arrivals are complete
     arrivals: dict[Place, list[tuple[Junction | None, Layout | str]]] = {place: [(None, layout)]}
-    shapes: dict[Any, Sequence[tuple[int, ...]]] = {}
+    shapes = notes.shapes
     for node in useful:
         variable = variables.get(node)
         if variable is not None:
@@ -141,10 +133,10 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
             whole = _agreed([answer for _, answer in arrived], shape)
             if whole is None and variable is None:
                 # Functions were taken at their word; before rows are said to meet, they are asked
-                arrived = [_not_assumed(each, shapes, useful, count) for each in arrived]
+                arrived = [_not_assumed(each, count, notes) for each in arrived]
                 whole = _agreed([answer for _, answer in arrived], shape)
             came = [junction for junction, _ in arrived if junction is not None]
-            if whole is not None and not (whole.constant and _own(arrived, (node, nr))):
+            if whole is not None and not (whole.constant and _own(arrived, (node, nr), notes)):
                 # every element belongs to one row: an activation, and the walk goes on below it
                 outs[nr] = whole
             else:
@@ -165,7 +157,7 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
             continue
         traced.sampled[node] = outs
         ins = [shapes[child][nr] if child in useful else None for child, nr in following]
-        for k, answer in enumerate(answers_of(node, outs, shapes[node], ins, count)):
+        for k, answer in enumerate(answers_of(node, outs, shapes[node], ins, count, notes)):
             if isinstance(answer, Layout) and answer.empty:
                 continue  # the operation drops this input: no loss depends on it here
             if ins[k] is not None and answer is not None:
@@ -174,12 +166,18 @@ def trace(place: Place, layout: Layout, parameters: Sequence[nn.Parameter], coun
                 arrivals.setdefault((child, nr), []).append((junction, answer))
     _set_aside_coupled(traced)
     _share_again(traced)
+    for leaf in traced.leaves:
+        leaf.simple = resolve(leaf.place, notes)
+        for junction in leaf.junctions:
+            for nr, layout in junction.outs.items():
+                several = layout.axis(shapes[junction.node][nr]) is None and not layout.constant
+                traced.scattered |= several
     return traced
 
 
-def _own(arrived: list[tuple[Junction | None, Layout | str]], place: Place) -> bool:
+def _own(arrived: list[tuple[Junction | None, Layout | str]], place: Place, notes: Notes) -> bool:
     """A view of a parameter, met by one row only: the junction has it as any other has."""
-    return resolve(place) is not None and all(
+    return resolve(place, notes) is not None and all(
         junction is not None and all(layout.constant for layout in junction.outs.values())
         for junction, _ in arrived
     )
@@ -203,17 +201,34 @@ def answers_of(
     shapes: Sequence[tuple[int, ...]],
     ins: list[tuple[int, ...] | None],
     count: int,
+    notes: Notes,
 ) -> list[Layout | str | None]:
     """Of the carrier; of the operation itself where there is none or it does not know."""
-    name = base_name(node)
-    carrier = CARRIERS.get(name) if set(outs) == {0} or name in MANY else None
-    answers: list[Layout | str | None] = [None] * len(ins)
-    if carrier is not None:
-        answers = (list(carrier(node, outs, shapes, ins)) + answers)[: len(ins)]
+    answers = _carried(node, outs, shapes, ins, notes)
     if any(s is not None and a is None for s, a in zip(ins, answers, strict=True)):
         row = _assumed(node, outs)
-        asked = [row] * len(ins) if row is not None else _asked(node, outs, ins, count)
+        asked = [row] * len(ins) if row is not None else _asked(node, outs, ins, count, notes)
         answers = [b if a is None else a for a, b in zip(answers, asked, strict=True)]
+    return answers
+
+
+def _carried(
+    node: Any,
+    outs: dict[int, Layout],
+    shapes: Sequence[tuple[int, ...]],
+    ins: list[tuple[int, ...] | None],
+    notes: Notes,
+) -> list[Layout | str | None]:
+    name, numbers = base_name(node), {}
+    answers: list[Layout | str | None] = [None] * len(ins)
+    carrier = CARRIERS.get(name) if set(outs) == {0} or name in MANY else None
+    if carrier is not None:
+        read = Noted(node, numbers)
+        answers = (list(carrier(read, outs, shapes, ins)) + answers)[: len(ins)]
+        if read.values:
+            notes.asked.append((_carried, node, (outs, shapes, ins), answers))
+        elif numbers:
+            notes.numbers.setdefault(node, {}).update(numbers)
     return answers
 
 
@@ -229,36 +244,38 @@ def _assumed(node: Any, outs: dict[int, Layout]) -> Layout | None:
 
 
 def _not_assumed(
-    arrived: tuple["Junction | None", Layout | str],
-    shapes: dict[Any, Sequence[tuple[int, ...]]],
-    useful: set[Any],
-    count: int,
+    arrived: tuple["Junction | None", Layout | str], count: int, notes: Notes
 ) -> tuple["Junction | None", Layout | str]:
     """Where rows seem to meet, a Function is asked all the same: it may use one sample of many."""
     junction, _ = arrived
     if junction is None or _assumed(junction.node, junction.outs) is None:
         return arrived
-    ins = [
-        shapes[child][nr] if child in useful else None for child, nr in junction.node.next_functions
-    ]
-    asked = _asked(junction.node, junction.outs, ins, count)[junction.k]
+    node, shapes = junction.node, notes.shapes
+    ins = [shapes[child][nr] if child in shapes else None for child, nr in node.next_functions]
+    asked = _asked(node, junction.outs, ins, count, notes)[junction.k]
     if not isinstance(asked, Layout):
         return arrived
-    return Junction(junction.node, junction.k, junction.outs, asked), asked
+    return Junction(node, junction.k, junction.outs, asked), asked
 
 
 def _asked(
-    node: Any, outs: dict[int, Layout], ins: list[tuple[int, ...] | None], count: int
+    node: Any,
+    outs: dict[int, Layout],
+    ins: list[tuple[int, ...] | None],
+    count: int,
+    notes: Notes,
 ) -> list[Layout | str | None]:
     """As `probe`; OPAQUE where the operation's backward cannot be called by itself."""
     try:
-        return probe(node, outs, ins, count)
+        answers: list[Layout | str | None] = probe(node, outs, ins, count)
     except InputError:
         raise
     except Exception as error:
         if misused(error) is not None:
             raise
-        return [OPAQUE] * len(ins)
+        answers = [OPAQUE] * len(ins)
+    notes.asked.append((_asked, node, (outs, ins, count), answers))
+    return answers
 
 
 def misused(error: Exception) -> str | None:
@@ -282,7 +299,7 @@ def _set_aside_coupled(traced: Trace) -> None:
     for leaf in traced.leaves:
         nodes, parameters = leaf.below
         # samples below it as well as above: it is no leaf, rows meet in an activation
-        if not leaf.coupled and nodes.isdisjoint(traced.sampled):
+        if not leaf.coupled and not any(node in traced.sampled for node in nodes):
             leaves.append(leaf)
             continue
         operations = sorted({junction.node.name() for junction in leaf.junctions})

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from gradsurgery.capture.carriers import base_name, wrap
-from gradsurgery.capture.graph import Place
+from gradsurgery.capture.graph import Noted, Notes, Place, variable_of
 
 VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"}
 COPIES = {"Clone", "ToCopy", "Alias"}
@@ -24,13 +24,14 @@ class Simple(NamedTuple):
     height: int | None  # of the parameter, where the leaf has some of its lines only
 
 
-def resolve(place: Place) -> Simple | None:
+def resolve(place: Place, notes: Notes) -> Simple | None:
     """How a leaf comes from one parameter; None if its values are not the parameter's own."""
     (node, nr), transposed, viewed, start, height = place, False, False, 0, None
     while True:
-        variable = getattr(node, "variable", None)
+        variable = variable_of(node)
         if variable is not None:
             return Simple(variable, transposed, start, height)
+        node = Noted(node, notes.numbers.setdefault(node, {}))
         name = base_name(node)
         following = [(child, k) for child, k in node.next_functions if child is not None]
         if len(following) != 1:
@@ -77,5 +78,5 @@ def _last_two(node: Any, ndim: int) -> bool:
 
 def shape_of(place: Place) -> tuple[int, ...]:
     node, nr = place
-    variable = getattr(node, "variable", None)
+    variable = variable_of(node)
     return tuple(variable.shape if variable is not None else node._input_metadata[nr].shape)
