@@ -16,6 +16,7 @@ from gradsurgery.ops.deconflict import deconflict_weights_native, deconflict_wei
 from gradsurgery.ops.eigen import eigen_native
 from gradsurgery.ops.gramian import FEW_ROWS, gramian_of
 from gradsurgery.ops.orthonormalize import orthonormalize_native
+from gradsurgery.ops.project_out import project_out_gpu, project_out_reference
 from gradsurgery.ops.weighting import (
     projection_weights_native,
     projection_weights_reference,
@@ -189,6 +190,19 @@ def test_products_of_a_sum_that_takes_a_rows_place(m, n, layout, dtype):
     size = exact.norm(dim=1) * found.norm()
     assert ((cross.cpu() - found @ exact.mT).abs() <= 1e-14 * size).all()
     torch.testing.assert_close(gram.cpu(), found @ found.mT, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("m", [3, 16, 20])
+def test_project_out_matches_the_reference(m, dtype):
+    widths = [0, 7, 1, 600]
+    rows, grad = [randn(m, n, dtype=dtype) for n in widths], [randn(n, dtype=dtype) for n in widths]
+    perp, rank, kept, worst = project_out_gpu(grad, rows, 1e-6, 1)
+    expected, _, expected_kept, _ = project_out_reference(grad, rows, 1e-6)
+    found, exact = (torch.cat(parts).double().cpu() for parts in (perp, expected))
+    assert (found - exact).norm() <= 2 * ROUNDING[dtype] * exact.norm()
+    assert rank == m
+    assert worst <= ROUNDING[dtype]
+    assert abs(kept - expected_kept) <= ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("m", [3, 20])
