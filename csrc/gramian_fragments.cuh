@@ -2,8 +2,9 @@
 //
 // A lane of a warp reads 16 bytes of the row of its number over 4: what an instruction of mma.cuh
 // takes of the rows, and of their transpose. So values go from memory into registers and from there
-// into products, and no warp waits for another. float32 is multiplied in float64, whose tensor
-// cores, on GPUs that have them, are as fast as the memory: 6 operations a byte for 16 rows.
+// into products, and no warp waits for another. float32 is multiplied in float64: 6 operations a
+// byte for 16 rows, which by count tensor cores made for it do as fast as values come. Compiled and
+// emulated, not yet run on a GPU.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +23,8 @@ struct Fragments {
   static constexpr int resident = G == 2 ? 3 : 4;
   static constexpr int rows = 8 * G;
   static constexpr int lane_rows = G + BORDER;  // that a lane reads
-  // of each row: 8 loads of 16 bytes are on their way at a time, 64 KiB of a multiprocessor's
+  // of each row: 8 loads of 16 bytes of a lane are on their way at a time, 48 KiB of a
+  // multiprocessor's for 16 rows, 64 for 8; a border leaves registers for half as many
   static constexpr int units = (BORDER ? 4 : 8) / G;
   static constexpr int warp_columns = 4 * units * per_unit<T>;
   static constexpr int width = threads / 32 * warp_columns;  // columns of a slice
