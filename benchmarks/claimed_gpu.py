@@ -178,9 +178,11 @@ def _tables(*sources: Sequence[Sequence[Tensor]]) -> int:
 
 
 def _gramian(sources: Any, out: Tensor, scratch: Tensor, precise: bool) -> None:
-    # twice where float32 may not do: the second looks at a flag of the first
-    passes = 1 if sources[0][0].dtype == torch.float64 else 2
-    _launched("gramian", passes * (_tables(sources) + 1))
+    # twice where float32 may not do, the second looks at a flag of the first; tensor cores multiply
+    # few rows of float32 in float64
+    m, dtype = len(out), sources[0][0].dtype
+    once = dtype == torch.float64 or (4 < m <= 17 and dtype == torch.float32)
+    _launched("gramian", (1 if once else 2) * (_tables(sources) + 1 + (m in (9, 17))))
     if _computes:
         _C.gramian_cpu(on_cpu(sources), on_cpu(out), precise, 1)
     else:
@@ -196,8 +198,11 @@ def _border(sources: Any, out: Tensor, scratch: Tensor) -> None:
 
 
 def _combine(sources: Any, weights: Tensor, outs: Any, cross: Any, gram: Any, scratch: Any) -> None:
-    products = 2 * (_tables(sources, outs) + 1) if scratch is not None else 0
-    _launched("combine", _tables(sources, outs) + products)
+    launches, (p, m) = _tables(sources, outs), weights.shape
+    if scratch is not None:  # products: of one sum of few rows in the same read
+        few = p == 1 and 4 < m + 1 <= 18
+        launches = launches + 1 if few else 3 * launches + 2
+    _launched("combine", launches)
     if _computes:
         _C.combine_cpu(*on_cpu([sources, weights, outs, cross, gram]), True, 1)
 

@@ -4,6 +4,7 @@
 // A float32 value costs one conversion and p double multiply-adds for its 4 bytes; with p = 1 that
 // is 1.2e12 of each a second at an H200's 4.8 TB/s, and it does 1.7e13 double multiply-adds (data
 // sheets).
+#include "combine_products.cuh"
 #include "device.cuh"
 
 namespace gradsurgery::cuda {
@@ -55,12 +56,7 @@ __global__ void __launch_bounds__(threads, Sums<T, R>::resident)
     if (block != walk.block) {
       block = walk.block;
       spans = table.spans + block * table.sources;
-      units = true;
-      for (int s = 0; s < table.sources; ++s) {
-        const Span& span = spans[s];
-        units = units && in_units<T>({span.data + z * span.batch, span.column}) &&
-                (span.rows == 1 || span.row % 16 == 0);
-      }
+      units = rows_in_units<T>(table, block, z);
     }
     const std::int64_t columns = table.columns[block];
     const bool fast = units && column + Work::width <= columns;
@@ -175,6 +171,27 @@ bool overlap(const DeviceRows& rows, const DeviceRows& outs) {
   return false;
 }
 
+// One sum of 4 to 17 rows, and its products: joined, the rows and the sum.
+void sum_products(const DeviceRows& joined, const double* weights, const Products& out,
+                  double* parts) {
+  dispatch(joined.dtype, [&](auto type) {
+    auto run = [&](auto most_rows) {
+      using T = typename decltype(type)::type;
+      using Work = SumProducts<T, most_rows>;
+      std::int64_t most = 0;
+      joined.for_tables(
+          [&](const Table& table, bool) { most = std::max(most, slices_of(table, Work::width)); });
+      const std::int64_t shares = std::clamp<std::int64_t>(most, 1, Work::max_blocks);
+      joined.for_tables([&](const Table& table, bool begin) {
+        launch("combine: products", &sum_products_kernel<T, most_rows>, dim3(shares), Work::threads,
+               joined.stream, table, slices_of(table, Work::width), weights, parts, begin);
+      });
+      add_border(joined, out, parts, shares);
+    };
+    joined.m <= 10 ? run(std::integral_constant<int, 9>{}) : run(std::integral_constant<int, 17>{});
+  });
+}
+
 }  // namespace
 
 void weighted_sums(const DeviceRows& rows, const double* weights, const DeviceRows& outs,
@@ -219,12 +236,10 @@ void combine_cuda(const Sources& sources, const Tensor& weights, const Sources& 
   const std::int64_t m = rows.m, p = out.m;
   cuda::check_result(weights, Dtype::float64, p * m, rows.device, "weights");
   const cuda::DeviceGuard guard(rows.device);
-  cuda::weighted_sums(rows, weights.data_as<double>(), out, false);
   if (!cross && !gram) {
+    cuda::weighted_sums(rows, weights.data_as<double>(), out, false);
     return;
   }
-  // a second read, of the outs too: a thread holds its columns of the outs and not those of all
-  // rows
   cuda::Products products{nullptr, nullptr, m};
   if (cross) {
     cuda::check_result(*cross, Dtype::float64, p * m, rows.device, "cross");
@@ -236,7 +251,15 @@ void combine_cuda(const Sources& sources, const Tensor& weights, const Sources& 
   }
   check(scratch.has_value(), "cross and gram need scratch");
   cuda::check_result(*scratch, Dtype::float64, gramian_scratch(m + p), rows.device, "scratch");
-  cuda::row_products(cuda::join(rows, out), products, scratch->data_as<double>(), false, false);
+  const cuda::DeviceRows joined = cuda::join(rows, out);
+  if (p == 1 && joined.m > 4 && joined.m <= 18) {
+    cuda::sum_products(joined, weights.data_as<double>(), products, scratch->data_as<double>());
+    return;
+  }
+  // a second read, of the outs too: a thread holds its columns of the outs and not those of all
+  // rows
+  cuda::weighted_sums(rows, weights.data_as<double>(), out, false);
+  cuda::row_products(joined, products, scratch->data_as<double>(), false, false);
 }
 
 }  // namespace gradsurgery

@@ -110,6 +110,9 @@ struct Products {
 // overflow or underflow are done again in float64, as the CPU does, without asking the host.
 void row_products(const DeviceRows& rows, Products out, double* scratch, bool precise,
                   bool fallback);
+// Adds the shares of products of the last row, [shares, groups of 8 rows], and puts them there.
+void add_border(const DeviceRows& rows, const Products& out, const double* parts,
+                std::int64_t shares);
 std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m);  // for any `first`
 
 // outs = weights rows for every matrix of a batch; weights [b, p, m]. `triangular`: weights [r, i]
@@ -254,6 +257,18 @@ __device__ inline bool in_units(const Row& row) {
                                  reinterpret_cast<std::uintptr_t>(row.data) % 16 == 0);
 }
 
+// The same of all rows of block k.
+template <typename T>
+__device__ inline bool rows_in_units(const Table& table, int k, std::int64_t z) {
+  bool units = true;
+  for (int s = 0; s < table.sources; ++s) {
+    const Span& span = table.spans[k * table.sources + s];
+    units = units && in_units<T>({span.data + z * span.batch, span.column}) &&
+            (span.rows == 1 || span.row % 16 == 0);
+  }
+  return units;
+}
+
 // The block that holds a slice, for slices that do not decrease.
 struct Walk {
   int block = 0;
@@ -276,6 +291,11 @@ __device__ inline double warp_sum(double value) {
     value += __shfl_down_sync(0xffffffffu, value, offset);
   }
   return value;
+}
+
+// Adds to, or begins, one value of a share.
+__device__ inline void put(double* share, double value, bool begin) {
+  *share = begin ? value : *share + value;
 }
 
 // A block of threads as dense.h sees it: warps share out rows, lanes the values of a row.

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "gramian_border.cuh"
+#include "gramian_fragments.cuh"
 #include "gramian_small.cuh"
 #include "gramian_sums.cuh"
 #include "gramian_tiled.cuh"
@@ -58,18 +59,18 @@ __global__ void __launch_bounds__(add_threads)
     gram[(i - out.first) * pitch + j - out.first] = sum;
     gram[(j - out.first) * pitch + i - out.first] = sum;
   }
-  // every thread that writes here writes the same
-  if (range.flag != nullptr && !range.repeat && i == j && !(sum >= least && sum < INFINITY)) {
-    *range.flag = 1;
-  }
+  range.note(i == j, sum, least);
 }
 
 // Adds the shares of products of the last row, a warp for each. They go as those of add_kernel do;
 // of a Gramian, the last row and column alone.
 __global__ void __launch_bounds__(add_threads)
     add_border_kernel(const double* parts, std::int64_t shares, std::int64_t groups, std::int64_t m,
-                      Products out) {
+                      Products out, double least, Range range) {
   constexpr int rows = Border<float>::rows;
+  if (range.skip()) {
+    return;
+  }
   const std::int64_t j = (static_cast<std::int64_t>(blockIdx.x) * add_threads + threadIdx.x) / 32;
   double sum = 0;
   if (j < m) {
@@ -91,11 +92,13 @@ __global__ void __launch_bounds__(add_threads)
     out.gram[(i - out.first) * pitch + j - out.first] = sum;
     out.gram[(j - out.first) * pitch + i - out.first] = sum;
   }
+  range.note(i == j, sum, least);
 }
 
 struct Plan {
   int tile;
   std::int64_t first_tile, tiles, shares;
+  bool border = false;  // one row more, in the same read
 
   Plan(std::int64_t batch, std::int64_t m, std::int64_t first) : tile(tile_of(m)) {
     auto below = [](std::int64_t rows) { return rows * (rows + 1) / 2; };
@@ -104,6 +107,22 @@ struct Plan {
     shares = std::max<std::int64_t>(1, max_blocks(tile) / std::max<std::int64_t>(1, tiles * batch));
   }
 };
+
+// Whether float64 takes at most twice as long as float32, as on the GPUs of data centers.
+bool fast_doubles(int device) {
+  int ratio = 0;
+  check_cuda(cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device),
+             "cudaDeviceGetAttribute");
+  return ratio <= 2;
+}
+
+void add_border(const DeviceRows& rows, const Products& out, const double* parts,
+                std::int64_t shares, double least, Range range) {
+  const std::int64_t groups = slices_of(rows.m, Border<float>::rows);
+  const dim3 warps((rows.m * 32 + add_threads - 1) / add_threads);
+  launch("gramian: sum of the border", &add_border_kernel, warps, add_threads, rows.stream, parts,
+         shares, groups, rows.m, out, least, range);
+}
 
 template <typename T, typename A>
 void multiply(const DeviceRows& rows, const Products& out, double* parts, Plan plan, Range range) {
@@ -126,6 +145,12 @@ void multiply(const DeviceRows& rows, const Products& out, double* parts, Plan p
     using Work = Tiled<T, A, tile>;
     run(&tiled_kernel<T, A, tile>, Work::width, Work::threads, plan.first_tile);
   };
+  auto fragments = [&](auto groups, auto border) {
+    using Work = Fragments<T, A, groups, border>;
+    run(&fragments_kernel<T, A, groups, border>, Work::width, Work::threads);
+  };
+  // 5 to 16 rows go to tensor cores, unless float64 is slow there
+  constexpr bool single = std::is_same_v<T, float> && std::is_same_v<A, float>;
   switch (plan.tile) {
     case 2:
       small(std::integral_constant<int, 2>{});
@@ -134,10 +159,20 @@ void multiply(const DeviceRows& rows, const Products& out, double* parts, Plan p
       small(std::integral_constant<int, 4>{});
       break;
     case 8:
-      small(std::integral_constant<int, 8>{});
+      if constexpr (single) {
+        small(std::integral_constant<int, 8>{});
+      } else {
+        const std::integral_constant<int, 1> groups;
+        plan.border ? fragments(groups, std::true_type{}) : fragments(groups, std::false_type{});
+      }
       break;
     case 16:
-      tiled(std::integral_constant<int, 16>{});
+      if constexpr (single) {
+        tiled(std::integral_constant<int, 16>{});
+      } else {
+        const std::integral_constant<int, 2> groups;
+        plan.border ? fragments(groups, std::true_type{}) : fragments(groups, std::false_type{});
+      }
       break;
     case 32:
       tiled(std::integral_constant<int, 32>{});
@@ -147,10 +182,18 @@ void multiply(const DeviceRows& rows, const Products& out, double* parts, Plan p
   }
   // the bounds of the CPU's in_range(): products of values below 1e-17 lose digits in float32
   const double least = 1e-34 * static_cast<double>(rows.n);
-  const std::int64_t entries = (rows.m - out.first) * rows.m;
+  const std::int64_t m = rows.m - plan.border, entries = (m - out.first) * m;
+  Products within = out;
+  if (plan.border) {
+    within.pitch = rows.m;
+  }
   const dim3 grid((entries * 32 + add_threads - 1) / add_threads, 1, rows.batch);
   launch("gramian: sum", &add_kernel, grid, add_threads, rows.stream, parts, plan.shares,
-         plan.first_tile, plan.tiles, plan.tile, rows.m, out, least, range);
+         plan.first_tile, plan.tiles, plan.tile, m, within, least, range);
+  if (plan.border) {
+    const double* borders = parts + plan.shares * plan.tile * plan.tile;
+    add_border(rows, out, borders, plan.shares, least, range);
+  }
 }
 
 // The products of the last row.
@@ -169,9 +212,7 @@ void border(const DeviceRows& rows, const Products& out, double* parts) {
       launch("gramian: border", &border_kernel<T>, grid, Work::threads, rows.stream, table,
              slices_of(table, Work::width), parts, begin);
     });
-    const dim3 warps((rows.m * 32 + add_threads - 1) / add_threads);
-    launch("gramian: sum of the border", &add_border_kernel, warps, add_threads, rows.stream, parts,
-           shares, groups, rows.m, out);
+    cuda::add_border(rows, out, parts, shares);
   });
 }
 
@@ -182,6 +223,11 @@ std::int64_t tile_values(std::int64_t m) {
 }
 
 }  // namespace
+
+void add_border(const DeviceRows& rows, const Products& out, const double* parts,
+                std::int64_t shares) {
+  add_border(rows, out, parts, shares, 0, {nullptr, false});
+}
 
 std::int64_t row_products_scratch(std::int64_t batch, std::int64_t m) {
   const Plan plan(batch, m, 0);
@@ -200,15 +246,21 @@ void row_products(const DeviceRows& rows, Products out, double* scratch, bool pr
     border(rows, out, scratch + 2);
     return;
   }
-  if (bordered && out.first == 0 && tile_values(rows.m - 1) < tile_values(rows.m) &&
+  precise = precise || rows.n < few_columns;
+  const bool one_more = bordered && out.first == 0 && (rows.m == 9 || rows.m == 17);
+  bool fragments = rows.m > 4 && (rows.m <= 16 || one_more);
+  if (fragments && rows.dtype == Dtype::float32 && !precise) {
+    fragments = precise = fast_doubles(rows.device);
+  }
+  if (bordered && !fragments && out.first == 0 && tile_values(rows.m - 1) < tile_values(rows.m) &&
       last_source_rows(rows) == 1) {
     out.pitch = rows.m;
     row_products(without_last_source(rows), out, scratch, precise, fallback);
     border(rows, out, scratch + 2);
     return;
   }
-  precise = precise || rows.n < few_columns;
-  const Plan plan(rows.batch, rows.m, out.first);
+  Plan plan(rows.batch, rows.m - (fragments && one_more), out.first);
+  plan.border = fragments && one_more;
   Range range{fallback ? reinterpret_cast<int*>(scratch) : nullptr, false};
   double* parts = scratch + 2;  // 16 bytes on
   dispatch(rows.dtype, [&](auto type) {

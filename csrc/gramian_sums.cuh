@@ -29,12 +29,13 @@ struct Range {
       *flag = 0;
     }
   }
+  // a squared norm; every thread that writes here writes the same
+  __device__ void note(bool square, double sum, double least) const {
+    if (flag != nullptr && !repeat && square && !(sum >= least && sum < INFINITY)) {
+      *flag = 1;
+    }
+  }
 };
-
-// Adds to, or begins, one value of a share.
-__device__ inline void put(double* share, double value, bool begin) {
-  *share = begin ? value : *share + value;
-}
 
 }  // namespace
 

@@ -16,6 +16,7 @@ from gradsurgery.ops.deconflict import deconflict_weights_native, deconflict_wei
 from gradsurgery.ops.eigen import eigen_native
 from gradsurgery.ops.gramian import FEW_ROWS, gramian_of
 from gradsurgery.ops.orthonormalize import orthonormalize_native
+from gradsurgery.ops.project_out import project_out_gpu, project_out_reference
 from gradsurgery.ops.weighting import (
     projection_weights_native,
     projection_weights_reference,
@@ -41,6 +42,9 @@ GRAMIAN = {False: 3e-7, True: 1e-14}
 TRITONS = 1e-6  # as tests/kernels has it
 # an out is rounded once
 ROUNDING = {torch.float64: 1e-13, torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+# how fast float64 is there decides which kernel multiplies 5 to 16 rows of float32
+DOUBLES = ["fast", "slow"] if DEVICE == "cpu" else ["as it is"]
 
 # on each side of every tile size; columns with and without an end that fills no slice
 SIZES = [  # m, n
@@ -78,6 +82,18 @@ def assert_combined(out, weights, rows):
     bound = ROUNDING[out.dtype] * exact.abs() + 1e-15 * (weights.abs().cpu() @ rows.abs())
     bound += 1e-7 if out.dtype == torch.float16 else 0  # subnormal
     assert ((out.double().cpu() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("doubles", DOUBLES)
+@pytest.mark.parametrize("m,n", [(5, 2053), (8, 520), (9, 3100), (16, 2100), (17, 1600)])
+def test_gramian_of_few_float32_rows_on_any_gpu(m, n, doubles, monkeypatch):
+    monkeypatch.setenv("EMULATED_DOUBLES", doubles)
+    rows = randn(m, n)
+    exact = doubles == "fast"  # float64 where it keeps up
+    for sources in ([[rows]], [[rows[:-1]], [rows[-1:]]]):
+        gram = gramian_of(sources, False)
+        assert torch.equal(gram, gram.mT)
+        assert gramian_error(gram, matrix([rows])) <= GRAMIAN[exact]
 
 
 @pytest.mark.parametrize("precise", [False, True], ids=["float", "double"])
@@ -146,7 +162,7 @@ def test_gramian_of_rows_and_one_more_out_of_float32s_range(scale):
     assert gramian_error(gram, matrix([torch.cat([rows, vector])])) <= GRAMIAN[True]
 
 
-@pytest.mark.parametrize("heads", [(5,), (1, 9, 22), (70,)])
+@pytest.mark.parametrize("heads", [(5,), (8, 1), (3, 13, 1), (1, 9, 22), (70,)])
 def test_products_of_one_sum_with_its_rows(heads, dtype):
     widths = [0, 1, 7, 64, 2100, 2, 0, 33] * 13
     sources = [[randn(m, n, dtype=dtype) for n in widths] for m in heads]
@@ -160,6 +176,33 @@ def test_products_of_one_sum_with_its_rows(heads, dtype):
     size = rows.norm(dim=1) * found.norm()
     assert ((cross.cpu() - found @ rows.mT).abs() <= 1e-14 * size).all()
     torch.testing.assert_close(gram.cpu(), found @ found.mT, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
+@pytest.mark.parametrize("m,n", [(4, 700), (16, 2700)])
+def test_products_of_a_sum_that_takes_a_rows_place(m, n, layout, dtype):
+    rows, weights = LAYOUTS[layout](randn(m, n, dtype=dtype)), randn(1, m, dtype=torch.float64)
+    exact = matrix([rows])
+    cross, gram = weights.new_empty(1, m), weights.new_empty(1, 1)
+    combine_into([[rows]], weights, [[rows[-1:]]], cross, gram)
+    assert_combined(rows[-1:], weights, exact)
+    found = matrix([rows[-1:]])
+    size = exact.norm(dim=1) * found.norm()
+    assert ((cross.cpu() - found @ exact.mT).abs() <= 1e-14 * size).all()
+    torch.testing.assert_close(gram.cpu(), found @ found.mT, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("m", [3, 16, 20])
+def test_project_out_matches_the_reference(m, dtype):
+    widths = [0, 7, 1, 600]
+    rows, grad = [randn(m, n, dtype=dtype) for n in widths], [randn(n, dtype=dtype) for n in widths]
+    perp, rank, kept, worst = project_out_gpu(grad, rows, 1e-6, 1)
+    expected, _, expected_kept, _ = project_out_reference(grad, rows, 1e-6)
+    found, exact = (torch.cat(parts).double().cpu() for parts in (perp, expected))
+    assert (found - exact).norm() <= 2 * ROUNDING[dtype] * exact.norm()
+    assert rank == m
+    assert worst <= ROUNDING[dtype]
+    assert abs(kept - expected_kept) <= ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("m", [3, 20])

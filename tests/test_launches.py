@@ -111,6 +111,91 @@ assert said == ["losses: row 3 is not finite: inf"] * 2, said
 """
 
 
+PROJECTIONS = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import claimed_gpu
+import warnings
+import torch
+import gradsurgery as gs
+from gradsurgery.ops.project_out import PROMISE
+
+if {native}:
+    claimed_gpu.serve_native()
+torch.manual_seed(0)
+torch.set_num_threads(1)
+base = torch.randn(6, 50000, dtype=torch.float64)
+g = torch.randn(50000, dtype=torch.float64)
+
+
+def replaced(i, row):
+    rows = base.clone()
+    rows[i] = row
+    return rows
+
+
+def large(x):
+    return torch.where(torch.arange(50000) == 7, x, base[2])
+
+
+cases = {{  # rows, gradient, options, waits where one look is enough
+    "plain": (base, g, {{}}, 1),
+    "one row": (base[:1], g, {{}}, 1),
+    "seventeen": (torch.randn(17, 50000).double(), g, {{}}, 1),
+    "few columns": (base[:, :90], g[:90], {{}}, 1),
+    "refine=0": (base, g, dict(refine=0), 1),
+    "badly scaled": (base * torch.tensor([1e-6, 1e6, 1, 1e3, 1e-3, 1])[:, None], g, {{}}, 1),
+    "a duplicate": (replaced(4, base[1] * 2), g, {{}}, None),
+    "nearly a duplicate": (replaced(4, base[1] + 1e-3 * base[2]), g, {{}}, None),
+    "nearer": (replaced(4, base[1] + 1e-5 * base[2]), g, dict(refine=2), None),
+    "a row of zeros": (replaced(3, 0.0), g, {{}}, None),
+    "only zeros": (base * 0, g, {{}}, None),
+    "gradient of zeros": (base, g * 0, {{}}, None),
+    "gradient in the span": (base, base[2] - base[3], {{}}, None),
+    "out of float32's range": (base * 1e-25, g * 1e-22, {{}}, None),
+    "overflowing": (base, g * 2e36, {{}}, None),
+    "out of float64's range": (base * 1e-200, g * 1e-170, {{}}, None),
+    "NaN": (replaced(2, large(torch.nan)), g, {{}}, None),
+    "infinity": (base, large(torch.inf), {{}}, None),
+}}
+for dtype in torch.float32, torch.float64, torch.bfloat16:
+    for name, (rows, grad, options, most) in cases.items():
+        if dtype != torch.float64 and "float64" in name:
+            continue
+        ends = []
+        for device in "cpu", "cuda":
+            given = grad.to(dtype).to(device), rows.to(dtype).to(device)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                try:
+                    with claimed_gpu.noted() as notes:
+                        perp, info = gs.project_out(*given, return_info=True, **options)
+                    ends.append((perp.cpu().double(), *(each.cpu() for each in info), len(said)))
+                except gs.NonFiniteError as error:
+                    ends.append(str(error))
+            waits = [note for note in notes if "_local_scalar_dense" in note]
+        what = name, dtype, ends
+        if isinstance(ends[0], str):
+            assert ends[1] == ends[0], what
+            continue
+        (perp, rank, kept, worst, said), found = ends
+        assert found[1] == rank and found[4] == said, what
+        near = 1e-12 if dtype == torch.float64 else PROMISE[dtype] / 10
+        near = max(near, 10 * float(worst))  # what is left of a row is rounding, and no more like
+        assert (found[0] - perp).norm() <= near * perp.norm(), what
+        assert abs(found[2] - kept) <= near and found[3] <= max(worst * 2, PROMISE[dtype]), what
+        if most is not None:
+            assert len(waits) == most, (what, waits)
+"""
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["CUDA C++", "Triton"])
+def test_projections_are_the_same_on_a_gpu_and_wait_once(native):
+    code = PROJECTIONS.format(benchmarks=str(BENCHMARKS), native=native)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 @pytest.mark.parametrize(
     "native,kept", [(True, False), (False, False), (True, True)],
     ids=["CUDA C++", "Triton", "planes that are kept"],

@@ -222,6 +222,39 @@ def project_out_native(
     return outs, rank, kept, worst
 
 
+def project_out_gpu(
+    grad: Sequence[Tensor], rows: Sequence[Tensor], rtol: float, refine: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """As project_out_native where its first pass is all there is to do, and that asked once.
+
+    Everything is launched as if it were; the GPU is waited for when there is nothing left to
+    launch. Rows that are near dependent or out of range, and errors, start again there.
+    """
+    m, dtype = rows[0].shape[0], rows[0].dtype
+    blocks, vector = flat(rows), [tensor.reshape(1, -1) for tensor in grad]
+    columns = sum(tensor.numel() for tensor in grad)
+    precise = dtype == torch.float64 or columns <= 1 << 15
+    gram = gramian_of([blocks, vector], precise)
+    squares, k = gram.diagonal(), gram[:m, m]
+    c, rank, margin = torch.ops.gradsurgery.projection_weights(gram[:m, :m], k, rtol)
+    outs = [tensor.new_empty(tensor.shape) for tensor in grad]
+    cross, square_perp = gram.new_empty(1, m + 1), gram.new_empty(1, 1)
+    weights = torch.cat([-c, c.new_ones(1)])[None]
+    combine_into([blocks, vector], weights, [[out.view(1, -1) for out in outs]], cross, square_perp)
+    square, left = squares[m], square_perp[0, 0]
+    kept = (left / square).sqrt().clamp(max=1)
+    sizes = squares[:m].sqrt() * left.sqrt()
+    cosines = torch.where(sizes > 0, cross[0, :m] / sizes, 0).abs()
+    worst = cosines.max() if m else torch.zeros_like(kept)
+    # comparisons with NaN are False
+    margin = torch.minimum(margin, 1 - (c @ k) / square)
+    least = 1e-15 / PROMISE[dtype] if precise else max(1e-15 / PROMISE[dtype], SAFE_MARGIN)
+    settled = (margin > least) & (worst <= PROMISE[dtype]) & (kept > rtol)
+    if bool(settled & _in_range(torch.cat([squares, left[None]]), dtype, columns)):
+        return outs, rank, kept, worst
+    return project_out_native(grad, rows, rtol, refine)
+
+
 def _scaled(
     grad: Sequence[Tensor], rows: Sequence[Tensor], squares: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Tensor] | None:
@@ -236,6 +269,13 @@ def _scaled(
     grad_scale = squares.new_ones(()) if small is None else small[0]
     scaled = list(rows) if short is None else times(flat(rows), short)
     return [tensor * grad_scale for tensor in grad], scaled, grad_scale
+
+
+def _in_range(squares: Tensor, dtype: torch.dtype, columns: int) -> Tensor:
+    """Whether float64 and, of other dtypes, float32 hold products of rows of these norms."""
+    if dtype == torch.float64:
+        return ((squares >= LEAST) & (squares < torch.inf)).all()
+    return ((squares == 0) | ((squares > 1e-34 * columns) & (squares < 1e38))).all()
 
 
 def _float32_holds(squares: Tensor, left: Tensor, columns: int) -> bool:
@@ -308,8 +348,8 @@ register(
     {
         ("torch", "any"): project_out_reference,
         ("native", "cpu"): project_out_cpu,
-        ("native", "cuda"): project_out_native,
-        ("triton", "cuda"): project_out_native,
+        ("native", "cuda"): project_out_gpu,
+        ("triton", "cuda"): project_out_gpu,
     },
     device_of=lambda grad, *_: grad[0].device,
     fake=_fake,

@@ -29,6 +29,9 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+struct alignas(8) uint2 {
+  std::uint32_t x, y;
+};
 struct alignas(16) uint4 {
   std::uint32_t x, y, z, w;
 };
@@ -43,6 +46,13 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = -1;  // not the tensors': the guard acts
+  return cudaSuccess;
+}
+enum cudaDeviceAttr { cudaDevAttrSingleToDoublePrecisionPerfRatio };
+// EMULATED_DOUBLES=slow: as on a GPU that is not made for float64.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* doubles = std::getenv("EMULATED_DOUBLES");
+  *value = doubles != nullptr && std::strcmp(doubles, "slow") == 0 ? 64 : 2;
   return cudaSuccess;
 }
 
@@ -64,9 +74,13 @@ struct Fiber {
   int waiting;  // line of its barrier, 0 before the first, -1 at the end
 };
 
+struct Slot {
+  double values[12];
+};
+
 struct Block {
   std::vector<Fiber> fibers;
-  std::vector<double> slots;  // what threads pass to one another
+  std::vector<Slot> slots;  // what threads pass to one another
   ucontext_t scheduler;
   std::function<void()> body;
   std::size_t current;
@@ -127,11 +141,49 @@ inline void run_block() {
 }
 
 inline double exchange(double value, std::size_t from, int line) {
-  block.slots[block.current] = value;
+  block.slots[block.current].values[0] = value;
   barrier(line);
-  const double got = block.slots[from < block.slots.size() ? from : block.current];
+  const double got = block.slots[from < block.slots.size() ? from : block.current].values[0];
   barrier(line);
   return got;
+}
+
+// What a float holds of a value: tensor cores cut off the rest.
+inline float cut(double value) {
+  const float rounded = static_cast<float>(value);
+  return std::isfinite(value) && std::fabs(rounded) > std::fabs(value)
+             ? std::nextafter(rounded, 0.0f)
+             : rounded;
+}
+
+// d += a b of a warp, for mma.cuh: a [8 * H, 4 * K], b [4 * K, 8]. Of both, a lane has K values of
+// each row, and column, of its number over 4.
+template <typename D, std::size_t H, std::size_t K>
+void multiply_fragments(D (&d)[2 * H], const double (&a)[H][K], const double (&b)[K]) {
+  double* mine = block.slots[block.current].values;
+  static_assert((H + 1) * K <= sizeof(Slot) / sizeof(double));
+  std::copy_n(a[0], H * K, mine);
+  std::copy_n(b, K, mine + H * K);
+  barrier(__LINE__);
+  const std::size_t lane = block.current % 32;
+  const Slot* warp = block.slots.data() + (block.current - lane);
+  for (std::size_t h = 0; h < H; ++h) {
+    for (std::size_t c = 0; c < 2; ++c) {
+      double sum = d[2 * h + c];
+      for (std::size_t t = 0; t < 4; ++t) {
+        for (std::size_t k = 0; k < K; ++k) {
+          sum += warp[lane / 4 * 4 + t].values[h * K + k] *
+                 warp[(lane % 4 * 2 + c) * 4 + t].values[H * K + k];
+        }
+      }
+      if constexpr (sizeof(D) == sizeof(float)) {
+        d[2 * h + c] = cut(sum);
+      } else {
+        d[2 * h + c] = sum;
+      }
+    }
+  }
+  barrier(__LINE__);
 }
 
 }  // namespace emulated
@@ -142,11 +194,11 @@ inline double exchange(double value, std::size_t from, int line) {
       value, threadIdx.x % 32 + (offset) < 32 ? threadIdx.x + (offset) : threadIdx.x, __LINE__)
 
 inline int __syncthreads_and(int predicate) {
-  emulated::block.slots[emulated::block.current] = predicate;
+  emulated::block.slots[emulated::block.current].values[0] = predicate;
   emulated::barrier(__LINE__);
   bool all = true;
-  for (double slot : emulated::block.slots) {
-    all = all && slot != 0;
+  for (const emulated::Slot& slot : emulated::block.slots) {
+    all = all && slot.values[0] != 0;
   }
   emulated::barrier(__LINE__);
   return all;
