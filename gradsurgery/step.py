@@ -80,8 +80,8 @@ class Surgeon:
         together: captured rows only: whether one pass does for both batches, where these have the
             same structure, dtypes, devices and sample shapes. It reads the parameters once, but
             holds what both batches need. The loss of a sample must not depend on the others of its
-            batch, nor on how many there are. None: where that is faster, on few tokens, and where
-            it does not. False: always a pass each.
+            batch, nor on how many there are. None: where that is faster, on a GPU or of few
+            tokens, and where it does not. False: always a pass each.
         chunk_size: stored rows only: samples differentiated at a time.
         micro_batch: captured rows only: most samples in one forward and backward pass. A larger
             batch goes in parts, to the same rows: what the rows need is kept, a pass's graph is

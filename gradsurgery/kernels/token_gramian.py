@@ -36,7 +36,7 @@ def token_gramian_kernel(
     strides,  # of each side: (block, matrix, token)
     counts,  # (blocks, tokens, other blocks, other tokens)
     widths,  # (a, b)
-    parts,  # [planes, g, row tiles, column tiles, ROWS, OTHER_ROWS] float64, zeros
+    parts,  # [planes, g, row tiles, column tiles, ROWS, OTHER_ROWS] float64
     KIND: tl.constexpr,  # of the values of several planes; None of one
     SYMMETRIC: tl.constexpr,  # other is self: only tiles not above the diagonal
     IDS: tl.constexpr,  # left tokens are indices: one-hot
@@ -57,7 +57,11 @@ def token_gramian_kernel(
     i, j = tl.swizzle2d(
         tl.program_id(0) // other_tiles, tl.program_id(0) % other_tiles, tiles, other_tiles, 8
     )
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, OTHER_ROWS)[None, :]
+    parts += ((tl.program_id(1).to(tl.int64) * tiles + i) * other_tiles + j) * (ROWS * OTHER_ROWS)
+    parts += row * OTHER_ROWS + column
     if SYMMETRIC and j > i:
+        tl.store(parts, 0.0)
         return
     plane, g = tl.program_id(1) // matrices, (tl.program_id(1) % matrices).to(tl.int64)
     if KIND is None:
@@ -79,6 +83,7 @@ def token_gramian_kernel(
         ids = tl.load(x[:, None], mask=inside, other=-1)
         first = (ids == tl.load(y[None, :], mask=other_inside, other=-1)) & (ids >= 0)
         if tl.max(first.to(tl.int32)) == 0:  # most tiles of a large vocabulary
+            tl.store(parts, 0.0)
             return
     else:
         first = products(x[:, None], y[None, :], inside, other_inside, widths[0], DEPTH, PRECISION)
@@ -104,9 +109,7 @@ def token_gramian_kernel(
     total = tl.sum(sums, axis=1)
     if SYMMETRIC and i == j:
         total = total / 2  # the caller adds the transpose
-    at = ((tl.program_id(1).to(tl.int64) * tiles + i) * other_tiles + j) * (ROWS * OTHER_ROWS)
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, OTHER_ROWS)[None, :]
-    tl.store(parts + at + row * OTHER_ROWS + column, total)
+    tl.store(parts, total)
 
 
 def token_gramian(
@@ -149,7 +152,7 @@ def _launched(
     rows, held, other_rows, other_held = shape
     across, other_across = cdiv(tokens, held), cdiv(other_tokens, other_held)
     down, other_down = cdiv(n, rows), cdiv(k, other_rows)
-    parts = first.new_zeros(
+    parts = first.new_empty(
         planes, g, down, across, other_down, other_across, rows, other_rows, dtype=torch.float64
     )
     with on(first):
@@ -168,7 +171,9 @@ def _launched(
             precision(first.dtype),
             **options(tile.warps, tile.stages),
         )
-    out = parts.sum((1, 3, 5)).transpose(2, 3).reshape(planes, down * rows, other_down * other_rows)
+    several = g * across * other_across > 1
+    out = parts.sum((1, 3, 5)) if several else parts.squeeze((1, 3, 5))
+    out = out.transpose(2, 3).reshape(planes, down * rows, other_down * other_rows)
     out = out[:, :n, :k]
     return out + out.mT if symmetric else out.contiguous()
 
