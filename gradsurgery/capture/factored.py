@@ -226,8 +226,9 @@ class FactoredJacobian:
         self._far = not bool((within(weights.abs(), WEIGHTS) | (weights == 0)).all())
         if self._far:
             check_weights_finite(weights)
-        self._at_host = None if weights.is_cuda else weights.detach().expand(count, m)
-        return to_device(weights.detach(), self.parameters[0].device).expand(count, m)
+        weights = weights.detach().clone()  # which nobody writes to
+        self._at_host = None if weights.is_cuda else weights.expand(count, m)
+        return to_device(weights, self.parameters[0].device).expand(count, m)
 
     def input_moments(self) -> list[Moment | None]:
         """Of each parameter that multiplies activations, the sum of x xᵀ over their tokens.

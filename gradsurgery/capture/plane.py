@@ -214,7 +214,9 @@ class Plane:
         beta: float | None = None,
     ) -> Tensor:
         """The same as a plane [H, W], in `into` where it has to be formed."""
-        if far and not all(in_range(use, use.rows.pick(weights)) for use in self.uses):
+        if far and not all(
+            in_range(use, weights[use.rows.on(weights.device)]) for use in self.uses
+        ):
             return self._combined(self.uses, weights, precise=True)
         if self.plan is not None and self.whole is not None:
             self.group_plane()
@@ -259,8 +261,10 @@ def squares(made: Sequence[Made]) -> dict[tuple[float, float], Tensor]:
 
 
 def _picked(use: Use, weights: Tensor, out: Tensor) -> Tensor:
-    """The weights of a use's blocks; on a GPU rounded once for all parameters of a dtype."""
-    return use.rows.pick(weights, out.dtype if out.is_cuda else None)
+    """The weights of a use's blocks; on a GPU gathered and rounded once for many parameters."""
+    if weights.is_cuda:
+        return use.rows.pick(weights, out.dtype)
+    return weights[use.rows.on(weights.device)]
 
 
 def one_matrix(uses: Sequence[Use]) -> MatrixUse | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from operator import attrgetter
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -25,11 +25,13 @@ from gradsurgery.capture.trace import Junction, Leaf, Trace, Unshared, trace
 from gradsurgery.capture.views import Simple
 
 KEPT = 8  # recipes of a model: batches of a few shapes, which take turns
-TRIED = 2  # of these, whose graph is alike: more would cost as much as a walk
+TRIED = 2  # graphs' worth of nodes that are compared: more would cost as much as a walk
+RARELY = 16  # steps, of which one is compared, where none was followed for long
 LARGE = 1 << 22  # numbers that the recipes of a model may hold; a node takes some 40
+UNMET = object()  # in the place of a node that no edge has led to yet
 UNTOLD = "CppFunction"  # the kind of nodes that have none of their own
 
-_recipes = WeakIdKeyDictionary()  # by model, those used last first
+_recipes = WeakIdKeyDictionary()  # `_Kept` by model
 _lock = Lock()
 _replays: ContextVar[bool] = ContextVar("replays", default=True)
 
@@ -52,33 +54,46 @@ def retrace(
     if not _replays.get():
         return trace(place, layout, wanted, count, notes)
     with _lock:
-        known = list(_recipes.get(model) or ())
-    alike = []
+        kept = cast(_Kept, _recipes.setdefault(model, _Kept()))
+        kept.missed += 1
+        # a graph that changes in every step pays for little but its walks
+        rare = kept.missed > KEPT and kept.missed % RARELY
+        known = list(kept.recipes)
+    if rare:
+        return trace(place, layout, wanted, count, notes)
+    compared, outdated = 0.0, None
     for recipe in known:
-        nodes = recipe.matched(place, layout, count)
-        if nodes is None:
-            continue
-        found = recipe.follow(nodes, wanted)
-        if found is not None:
-            _keep(model, recipe, instead=recipe)
-            return found
-        alike.append(recipe)
-        if len(alike) == TRIED:
+        nodes, part = recipe.matched(place, layout, count)
+        compared += part
+        if nodes is not None:
+            found = recipe.follow(nodes, wanted)
+            if found is not None:
+                kept.keep(recipe, instead=recipe)
+                return found
+        if compared >= TRIED:
+            outdated = recipe  # the one to come takes the place of one that did not fit
             break
     found = trace(place, layout, wanted, count, notes)
-    # the one to come takes the place of one that did not fit
-    outdated = alike[-1] if len(alike) == TRIED else None
-    _keep(model, Recipe(place, layout, count, notes, found), instead=outdated)
+    recipe = Recipe(place, layout, count, notes, found)
+    if recipe.told:
+        kept.keep(recipe, instead=outdated, missed=kept.missed)
     return found
 
 
-def _keep(model: nn.Module, recipe: "Recipe", instead: "Recipe | None") -> None:
-    with _lock:
-        others = [each for each in _recipes.get(model) or () if each is not instead]
-        kept = [recipe, *others][:KEPT]
-        while sum(each.size for each in kept) > LARGE:
-            kept.pop()
-        _recipes[model] = kept
+class _Kept:
+    """The recipes of a model, those used last first, and the steps since one was followed."""
+
+    def __init__(self) -> None:
+        self.recipes: list[Recipe] = []
+        self.missed = 0
+
+    def keep(self, recipe: "Recipe", instead: "Recipe | None", missed: int = 0) -> None:
+        with _lock:
+            others = [each for each in self.recipes if each is not instead]
+            self.recipes = [recipe, *others][:KEPT]
+            while sum(each.size for each in self.recipes) > LARGE:
+                self.recipes.pop()
+            self.missed = missed
 
 
 class _Met(NamedTuple):
@@ -115,6 +130,7 @@ class Recipe:
 
     Attributes:
         size: how many numbers it holds.
+        told: whether each parameter has one node, by which it is known.
     """
 
     def __init__(
@@ -125,6 +141,7 @@ class Recipe:
         number: dict[Any, int] = {node: i for i, node in enumerate(nodes)}
         number[None] = len(nodes)
         variables = {i: v for i, node in enumerate(nodes) if (v := variable_of(node)) is not None}
+        self.told = len({id(variable) for variable in variables.values()}) == len(variables)
         self._nodes, shared = [], {}
         for i, (node, following) in enumerate(notes.order.items()):
             edges = [(number[child], nr) for child, nr in following]
@@ -182,33 +199,34 @@ class Recipe:
         held = (self._of, *self._rows, *answered)
         self.size = sum(rows.untyped_storage().nbytes() // 8 for rows in held) + 40 * len(nodes)
 
-    def matched(self, place: Place, layout: Layout, count: int) -> list[Any] | None:
-        """The nodes of a graph by their numbers, if kinds, shapes and edges are what they were."""
+    def matched(self, place: Place, layout: Layout, count: int) -> tuple[list[Any] | None, float]:
+        """The nodes of a graph by their numbers, if kinds, shapes and edges are what they were, and
+        what part of them was compared."""
         if (place[1], count, layout.stride) != self._losses:
-            return None
+            return None, 0.0
         if not torch.equal(layout.rows, self._of):
-            return None
-        nodes: list[Any] = [None] * (len(self._nodes) + 1)
+            return None, 0.0
+        nodes: list[Any] = [UNMET] * len(self._nodes) + [None]  # the last number is of no node
         nodes[0] = place[0]
         for i, (kind, edges, shapes) in enumerate(self._nodes):
             node = nodes[i]
             if type(node) is not kind():
-                return None
+                return None, i / len(self._nodes)
             if shapes is not None and [meta.shape for meta in node._input_metadata] != shapes:
-                return None
+                return None, i / len(self._nodes)
             following = node.next_functions
             if len(following) != len(edges):
-                return None
+                return None, i / len(self._nodes)
             for (child, nr), (k, known_nr) in zip(following, edges, strict=True):
                 known = nodes[k]
-                if known is None:
+                if known is UNMET:
                     nodes[k] = child
                 elif known is not child:
-                    return None
+                    return None, i / len(self._nodes)
                 if nr != known_nr:
-                    return None
-        # the last number is that of no node; and no two are the same one
-        return nodes if nodes.pop() is None and len(set(nodes)) == len(nodes) else None
+                    return None, i / len(self._nodes)
+        nodes.pop()
+        return (nodes if len(set(nodes)) == len(nodes) else None), 1.0  # no two are the same one
 
     def follow(self, nodes: list[Any], wanted: set[int]) -> Trace | None:
         """What a walk would find, without it; None where it would read something else."""

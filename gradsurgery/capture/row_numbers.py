@@ -36,7 +36,7 @@ class RowNumbers:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self._picked: tuple[Tensor, torch.dtype | None, Tensor] | None = None
+        self._picked: tuple[Tensor, torch.dtype, Tensor] | None = None
 
     def __len__(self) -> int:
         return self.tensor.shape[0]
@@ -97,15 +97,18 @@ class RowNumbers:
             known[key] = RowNumbers(torch.cat([self.tensor, *(o.tensor for o in others)])), others
         return known[key][0]
 
-    def pick(self, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight of each block, [n], by its row; those of the last weights [m] are kept."""
+    def pick(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight of each block, [n], by its row, in a dtype.
+
+        Those of the last weights are kept: of all parameters that have these rows they are the
+        same. Nobody may write to `weights` [m], or to what they are a view of.
+        """
         if self._picked is not None:
             of, kind, found = self._picked
             if kind == dtype and _are_same(of, weights):
                 return found
-        found = weights[self.on(weights.device)]
-        found = found if dtype is None else found.to(dtype)
-        self._picked = weights, dtype, found
+        found = weights[self.on(weights.device)].to(dtype)
+        self._picked = weights, dtype, found  # held, so that no others get their memory
         return found
 
     def on(self, device: torch.device) -> Tensor:
@@ -131,9 +134,9 @@ def index_of(rows: "list[RowNumbers]") -> tuple[RowNumbers, list[RowNumbers]]:
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
-    """Whether they have the same memory, unchanged."""
-    known = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t._version) for t in (one, other))
-    return one is other or (one.device == other.device and next(known) == next(known))
+    """Whether they are the same memory."""
+    known = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (one, other))
+    return one is other or next(known) == next(known)
 
 
 def as_slice(blocks: Tensor) -> Tensor | slice:

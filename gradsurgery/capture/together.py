@@ -88,7 +88,7 @@ def sums(planes: Sequence[Plane], weights: Sequence[Tensor]) -> Iterator[tuple[i
         dtype = wide_dtype(uses[0].left.dtype)
         out = [use.left.new_empty(use.plane, dtype=dtype) for use in uses]
         shared = all(weights[k].data_ptr() == weights[ks[0]].data_ptr() for k in ks)
-        picked = [use.rows.pick(weights[k]) for k, use in zip(ks, uses, strict=True)]
+        picked = [use.rows.pick(weights[k], torch.float64) for k, use in zip(ks, uses, strict=True)]
         mine = picked[0].expand(len(ks), -1) if shared else torch.stack(picked)
         combine_tokens_of(*_lists(sides), mine, out)
         yield from zip(ks, out, strict=True)

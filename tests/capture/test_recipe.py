@@ -368,6 +368,10 @@ def crossed(layer, x, order):
 
 
 # functions of a layer and a batch whose graphs differ in one thing
+def stacked(*parts):
+    return torch.stack(parts).sin().sum(0)
+
+
 PAIRS = {
     "kinds": [lambda m, x: m(x).sin(), lambda m, x: m(x).sum(0, keepdim=True).expand(4, 3)],
     "coupled kinds": [lambda m, x: m(x).cumsum(0), lambda m, x: m(x).flip(0)],
@@ -375,6 +379,16 @@ PAIRS = {
     "outputs": [lambda m, x: crossed(m, x, (0, 1)), lambda m, x: crossed(m, x, (1, 0))],
     "weights": [lambda m, x: m(x), lambda m, x: F.linear(x, m.weight.detach(), m.bias)],
     "below": [lambda m, x: m(x) * x[:, :3], lambda m, x: m(x) * x[:, :3].requires_grad_()],
+    "an edge above": [
+        lambda m, x: F.linear(F.linear(x, m.weight, m.bias) + m.bias, m.weight.T, x[0] * 0),
+        lambda m, x: F.linear(
+            F.linear(x, m.weight, m.bias) + m.bias.detach(), m.weight.T, x[0] * 0
+        ),
+    ],
+    "one of a stack": [
+        lambda m, x: m(x) + stacked(m.bias, m.bias, m.bias),
+        lambda m, x: m(x) + stacked(m.bias.detach(), m.bias, m.bias),
+    ],
     "of whom": [lambda m, x: m(x) * m.bias, lambda m, x: m(x) * x[:, :3].requires_grad_()[0]],
 }  # fmt: skip
 
@@ -484,26 +498,63 @@ def test_shapes_that_take_turns(monkeypatch):
 
 
 def test_the_last_used_are_kept(monkeypatch):
+    monkeypatch.setattr(recipe, "RARELY", 1)
     model = mlp()
     many = range(2, 3 + recipe.KEPT)
     with counted(monkeypatch) as counts:
         for size in [*many, *many, many[-1]]:
             step(model, torch.randn(size, 5, dtype=torch.float64))
     assert counts["walked"] == 2 * len(many)
-    assert len(recipe._recipes[model]) == recipe.KEPT
+    assert len(recipe._recipes[model].recipes) == recipe.KEPT
+
+
+def test_graphs_that_never_come_again_are_seldom_compared(monkeypatch):
+    """And the first that does is followed a while later."""
+    model = mlp()
+    with counted(monkeypatch) as counts:
+        for size in range(2, 2 + recipe.KEPT + 3 * recipe.RARELY):
+            step(model, torch.randn(size, 5, dtype=torch.float64))
+        assert counts["walked"] == recipe.KEPT + 3 * recipe.RARELY
+        kept = [each.size for each in recipe._recipes[model].recipes]
+        assert len(kept) == recipe.KEPT
+        counts.clear()
+        for _ in range(3 * recipe.RARELY):
+            step(model, torch.randn(4, 5, dtype=torch.float64))
+        assert counts["followed"] >= recipe.RARELY
+
+
+def test_a_parameter_with_two_nodes(monkeypatch):
+    """As of layers that are cast around their use: a recipe would take the one for the other."""
+    blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    x = torch.randn(5, 4)
+
+    def through(first, second):
+        hidden = x.double()
+        for k in (first, second):
+            blocks[k].double()
+            hidden = blocks[k](hidden).tanh()
+            blocks[k].float()
+        return energy(hidden)
+
+    for order in [(0, 0), (0, 1), (2, 1), (0, 0), (1, 2)]:
+        with gs.tape(blocks) as tape:
+            losses = through(*order)
+        with recipe.walking_anew():
+            rows = tape.jacobian(losses, retain_graph=True).materialize()
+        assert torch.equal(tape.jacobian(losses).materialize(), rows), order
 
 
 def test_recipes_hold_no_more_than_they_may(monkeypatch):
     model = mlp()
     for size in (4, 5):
         step(model, torch.randn(size, 5, dtype=torch.float64))
-    one, other = recipe._recipes[model]
+    one, other = recipe._recipes[model].recipes
     monkeypatch.setattr(recipe, "LARGE", one.size + other.size - 1)
     step(model, torch.randn(5, 5, dtype=torch.float64))
-    assert recipe._recipes[model] == [one]
+    assert recipe._recipes[model].recipes == [one]
     monkeypatch.setattr(recipe, "LARGE", one.size - 1)
     step(model, torch.randn(5, 5, dtype=torch.float64))
-    assert recipe._recipes[model] == []
+    assert recipe._recipes[model].recipes == []
 
 
 def test_graphs_alike_but_for_a_number(monkeypatch):
@@ -523,7 +574,7 @@ def test_graphs_alike_but_for_a_number(monkeypatch):
         for k in (2, 3, 4, 5):
             shifted(k)
     assert counts["another"] == 4 * recipe.TRIED
-    assert len(recipe._recipes[layer]) == recipe.TRIED
+    assert len(recipe._recipes[layer].recipes) == recipe.TRIED
 
 
 class Mark:
@@ -564,14 +615,14 @@ def test_no_node_is_kept_alive():
     for _ in range(3):
         once()
         gc.collect()
-        assert recipe._recipes[model]
+        assert recipe._recipes[model].recipes
         assert [ref() for ref in seen] == [None] * len(seen)
 
 
 def test_a_recipe_dies_with_its_model():
     model = mlp()
     step(model, torch.randn(4, 5, dtype=torch.float64))
-    (kept,) = map(weakref.ref, recipe._recipes[model])
+    (kept,) = map(weakref.ref, recipe._recipes[model].recipes)
     parameter = weakref.ref(model[0].weight)
     del model
     gc.collect()
