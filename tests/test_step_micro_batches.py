@@ -5,6 +5,8 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import gradsurgery as gs
 from gradsurgery.batch import micro_batches
@@ -175,3 +177,37 @@ def test_a_loss_of_other_samples_is_refused_in_lists():
 
     with pytest.raises(gs.InputError, match="add: loss of a sample of batch depends on the others"):
         surgeon_of(mlp(), gs.PCGrad()).step(batch=[batch(3), batch(2)], loss=shared)
+
+
+class Sliced(nn.Module):
+    """One parameter, of which matrices meet tokens of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(32, 8) / 3)
+        self.last = nn.Parameter(torch.randn(4, 16) / 3)
+
+    def forward(self, x):
+        one, other = F.linear(x, self.both[:16]), F.linear(x.flip(1) * 2, self.both[16:])
+        return F.linear(one.tanh() * other.sigmoid(), self.last)
+
+
+def test_matrices_of_a_parameter_keep_planes_of_their_own_row():
+    """The sum of forget rows comes as a row from one pass, as pairs from another."""
+
+    def loss(model, x):
+        return model(x).square().mean((1, 2))
+
+    model = Sliced().double()
+    forget, retain = (torch.randn(k, 5, 8, dtype=torch.float64) for k in (7, 5))
+    ends = []
+    for options in ({"rows": "stored"}, {"together": True, "hold": "pairs"}):
+        twin = copy.deepcopy(model)
+        surgeon = gs.Surgeon(
+            twin, torch.optim.SGD(twin.parameters(), lr=1.0), gs.OrthoGrad(), **options
+        )
+        for part in (slice(2), slice(2, None)):
+            surgeon.add(forget=forget[part], retain=retain[part], loss=loss)
+        surgeon.step()
+        ends.append(torch.cat([p.detach().flatten() for p in twin.parameters()]))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-11, atol=1e-13)

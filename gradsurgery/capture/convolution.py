@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gradsurgery.capture.row_numbers import RowNumbers
-from gradsurgery.capture.uses import MatrixUse, Use, plane_of, scale, scatter
+from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, plane_of, scale, scatter
 
 PATCHES = 128  # positions from which patches, k times the input, cost more than they save
+MADE = 1 << 26  # values of patches, and of what they are multiplied with, that are there at a time
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,20 @@ class ConvolutionUse(Use):
         if g.groups == 1:
             left, right = left.squeeze(1), right.squeeze(1)
         return MatrixUse(left, right, self.rows, "left" if g.transposed else "right")
+
+    @property
+    def made(self) -> int:
+        """How many blocks' patches may be there at a time."""
+        return max(1, MADE // max(1, self.tokens * sum(self.plane)))
+
+    def formed(self) -> RowsUse:
+        """The same gradients, which then exist."""
+        pieces = [
+            cast(ConvolutionUse, self.select(slice(lo, lo + self.made)))
+            for lo in range(0, max(1, self.n), self.made)
+        ]
+        parts = [piece.matrices().formed().blocks for piece in pieces]
+        return RowsUse(parts[0] if len(parts) == 1 else torch.cat(parts), self.rows)
 
     def best(self) -> Use:
         """Itself, or its patches where they are few: each sample's convolution costs more then."""

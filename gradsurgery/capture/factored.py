@@ -273,12 +273,14 @@ class FactoredJacobian:
         `exact`: in the dtype it was summed in, which may be wider than the parameter's.
         """
         self._check_usable()
+        # a hook may ask for another sum before this one is whole
+        far, at_host = self._far, self._at_host
         if release:
             self._versions = []  # which hold what is to be freed
         if self._graph is not None:
             yield from self._graph.combine(weights, self.parameters)
         exist: dict[tuple, list[tuple[int, list[RowsUse]]]] = {}
-        small = self._small(weights)
+        small = {} if far else self._small(weights)
         # rows that exist are summed last, those of many parameters in one call
         for k, plane in enumerate(self._planes):
             if plane is None:
@@ -291,7 +293,9 @@ class FactoredJacobian:
                 out = small.pop(k).view(plane.parameter.shape)
                 yield k, out if exact else out.to(dtype)
             else:
-                yield k, plane.update(weights[k], add, release, self._far, exact, self._beta(k))
+                kept = plane.group
+                beta = None if at_host is None or kept is None else float(at_host[k, kept])
+                yield k, plane.update(weights[k], add, release, far, exact, beta)
             if release:  # this parameter's pairs are freed before the next one's are used
                 self._planes[k], self._uses[k] = None, []
         for group in exist.values():
@@ -312,7 +316,7 @@ class FactoredJacobian:
             for i, k in enumerate(ks):
                 grads = next((g for w, g in known if torch.equal(w, weights[k])), None)
                 if grads is None:
-                    grads = derived.combine(weights[k], self._far, exact)
+                    grads = derived.combine(weights[k], far, exact)
                     known.append((weights[k], grads))
                 grad = grads[i]
                 if grad is not None:
@@ -320,18 +324,9 @@ class FactoredJacobian:
 
     def _small(self, weights: Tensor) -> dict[int, Tensor]:
         """Of parameters whose w^T J take one launch together, by column."""
-        if self._far:
-            return {}
         ks = [k for k, plane in enumerate(self._planes) if plane is not None and not plane.rows]
         planes = [cast(Plane, self._planes[k]) for k in ks]
         return {ks[i]: out for i, out in sums(planes, [weights[k] for k in ks])}
-
-    def _beta(self, k: int) -> float | None:
-        """The weight of the kept plane's row, where the host knows it."""
-        group = cast(Plane, self._planes[k]).group
-        if self._at_host is None or group is None:
-            return None
-        return float(self._at_host[k, group])
 
     def combine(self, weights: Tensor) -> list[Tensor]:
         """w^T J as a list like the parameters; weights [m], or [L, m] per parameter."""

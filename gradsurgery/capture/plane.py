@@ -284,8 +284,8 @@ def _formed(uses: list[Use]) -> list[Use]:
         return uses
     if len(products) + sum(isinstance(use, RowsUse) for use in uses) < len(uses):
         return uses
-    formed = [use.matrices() if isinstance(use, ConvolutionUse) else use for use in uses]
-    return [use.formed() if isinstance(use, MatrixUse) else use.wide() for use in formed]
+    kinds = MatrixUse, ConvolutionUse
+    return [use.formed() if isinstance(use, kinds) else use.wide() for use in uses]
 
 
 def _much_smaller(use: MatrixUse | ConvolutionUse) -> bool:

@@ -65,7 +65,9 @@ class Stack(Plane):
         out, end = wide(self.parameter.detach()[:0]).new_empty(self.uses[0].plane), 0
         for (lo, hi), plane in self.sections.items():
             out[end:lo] = 0
-            part = plane._sum(weights, add, release, far, out[lo:hi], beta)
+            # a matrix may keep the plane of another row than the whole does
+            known = beta if plane.group == self.group else None
+            part = plane._sum(weights, add, release, far, out[lo:hi], known)
             if part.data_ptr() != out[lo:hi].data_ptr():  # a plane that was kept
                 out[lo:hi] = part
             end = hi

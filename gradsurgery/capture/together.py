@@ -19,7 +19,7 @@ from gradsurgery.ops._inputs import wide_dtype
 from gradsurgery.ops.combine_tokens import combine_tokens_of
 from gradsurgery.ops.token_gramian import token_gramians
 
-PATCHES = 1 << 26  # values of patches that are made at a time
+PRODUCTS = 1 << 22  # of blocks with blocks, that are held before those of a row are added up
 SMALL = 1 << 22  # values of a plane: the sum of a larger one fills a GPU by itself
 
 
@@ -38,44 +38,54 @@ class Sides(NamedTuple):
         return self.kept, id(use.rows), *more, *known
 
     @property
-    def patched(self) -> bool:
-        return isinstance(self.use, ConvolutionUse)
-
-    @property
-    def size(self) -> int:
-        """Values of both sides, [n, T, .]."""
-        return self.use.n * self.use.tokens * sum(self.use.plane)
+    def most(self) -> int:
+        """How many such planes a launch takes, for the memory of their products and patches."""
+        most = max(1, PRODUCTS // (self.use.n + 1) ** 2)
+        if isinstance(self.use, ConvolutionUse):
+            most = min(most, max(1, self.use.made // self.use.n))
+        return most
 
     @property
     def tokens(self) -> tuple[Tensor, Tensor]:
-        known: Any = self.use
-        use = known.matrices() if self.patched else known
+        use: Any = self.use.matrices() if isinstance(self.use, ConvolutionUse) else self.use
         return use.left, use.right
 
 
 def gramians(planes: Sequence[Plane], m: int) -> list[Tensor]:
     """Of each plane's rows, [m, m] float64, as `Plane.gramian` has it."""
     found = [torch.empty(0)] * len(planes)
-    blocks: dict[Hashable, list[tuple[list[int], Tensor, RowNumbers]]] = {}
-    for ks, sides in _alike(planes, _factored):
-        if not sides:
-            (k,) = ks
+    # by row numbers: of some planes, by their places, the products of blocks, [planes, n, n]
+    waiting: dict[Hashable, list[tuple[list[int], Tensor, RowNumbers]]] = {}
+    held = 0
+
+    def add_up() -> None:
+        """The blocks of each row, of all shapes that have the same rows."""
+        for known in waiting.values():
+            totals = [total for _, total, _ in known]
+            total = totals[0] if len(totals) == 1 else torch.cat(totals)
+            places = [k for ks, *_ in known for k in ks]
+            for k, gram in zip(places, to_rows(total, known[0][2], m), strict=True):
+                found[k] = gram
+        waiting.clear()
+
+    for all_ks, all_sides in _alike(planes, _factored):
+        if not all_sides:
+            (k,) = all_ks
             found[k] = planes[k].gramian(m, None)
             continue
-        # patches of images are made here, and not all at once
-        step = max(1, PATCHES // max(1, sides[0].size)) if sides[0].patched else len(sides)
-        parts = [_pairs_of(sides[lo : lo + step]) for lo in range(0, len(sides), step)]
-        total, rows = parts[0] if len(parts) == 1 else torch.cat(parts), sides[0].use.rows
-        if sides[0].kept is not None:
-            total, rows = _bordered(total, [each.use for each in sides], [planes[k] for k in ks])
-        blocks.setdefault(id(rows), []).append((ks, total, rows))
-    for known in blocks.values():  # of all shapes with the same rows
-        totals = [total for _, total, _ in known]
-        total = totals[0] if len(totals) == 1 else torch.cat(totals)
-        grams = iter(to_rows(total, known[0][2], m))
-        for ks, *_ in known:
-            for k in ks:
-                found[k] = next(grams)
+        step = all_sides[0].most
+        for lo in range(0, len(all_sides), step):
+            ks, sides = all_ks[lo : lo + step], all_sides[lo : lo + step]
+            total, rows = token_gramians(*_lists(sides)), sides[0].use.rows
+            if sides[0].kept is not None:
+                mine = [planes[k] for k in ks]
+                total, rows = _bordered(total, [each.use for each in sides], mine)
+            waiting.setdefault(id(rows), []).append((ks, total, rows))
+            held += total.numel()
+            if held > PRODUCTS:
+                add_up()
+                held = 0
+    add_up()
     return found
 
 
@@ -110,10 +120,6 @@ def _alike(
 def _lists(sides: Sequence[Sides]) -> tuple[list[Tensor], list[Tensor]]:
     left, right = zip(*(each.tokens for each in sides), strict=True)
     return list(left), list(right)
-
-
-def _pairs_of(sides: Sequence[Sides]) -> Tensor:
-    return token_gramians(*_lists(sides))
 
 
 def _factored(plane: Plane) -> Sides | None:

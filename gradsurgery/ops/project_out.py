@@ -194,6 +194,8 @@ def project_out_native(
     for correction in range(refine + 1):
         weights = torch.cat([-c, c.new_ones(1)])[None]
         finite = combine_into([blocks, source], weights, [perp], cross, square_perp, precise_sums)
+        if not outs[0].is_cpu:  # whose kernel has looked
+            finite = all(bool(out.isfinite().all()) for out in outs)
         _check_overflow(finite, outs[0])
         products, left = cross[0, :m], square_perp[0, 0]
         if dtype != torch.float64 and not _float32_holds(norms**2, left, columns):

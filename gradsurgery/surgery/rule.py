@@ -33,7 +33,10 @@ COLUMNS = "columns"  # in a state: the names of the parameters that it is of, as
 
 
 class Solution(NamedTuple):
-    """Weights of an update and what was found on the way; g groups of tensors."""
+    """Weights of an update and what was found on the way; g groups of tensors.
+
+    On the CPU where a GPU's Gramian was small, which is looked at there.
+    """
 
     weights: Tensor  # [m], or [L, m] where tensors are weighted apart
     gramian: Tensor  # [m, m] float64, of whole rows

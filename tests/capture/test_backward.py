@@ -1,5 +1,6 @@
 """combine="backward": weighted sums of rows by a backward pass of the kept graph."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -134,3 +135,47 @@ def test_released_it_stays_so_where_a_hook_raises(combine):
         jacobian.backward(weights, release=True)
     with pytest.raises(gs.InputError, match="released"):
         jacobian.backward(weights)
+
+
+def test_a_hook_may_ask_for_another_sum(monkeypatch):
+    """Though planes that are kept are scaled one after another."""
+    monkeypatch.setenv("GRADSURGERY_PATH", "direct")
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    model, x = model.double(), torch.randn(8, 5, 8, dtype=torch.float64)
+    with gs.tape(model) as tape:
+        losses = model(x).square().mean((1, 2))
+    jacobian = tape.jacobian(losses, torch.tensor([0, 0, 0, 0, 1, 2, 3, 4]))
+    weights, others = torch.randn(5).double(), torch.ones(5).double()
+    rows = jacobian.materialize()
+    jacobian.gramian()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: jacobian.combine(others) and None)
+    jacobian.backward(weights)
+    update = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(update, weights @ rows, rtol=1e-12, atol=1e-14)
+
+
+def change_by_numpy(array, weights):
+    array[:] = [4, -3, 2, -1]
+
+
+def change_data(array, weights):
+    weights.data.copy_(torch.tensor([4.0, -3, 2, -1]))
+
+
+@pytest.mark.parametrize("change", [change_by_numpy, change_data])
+def test_weights_may_be_written_to_between_sums(change):
+    model, x = nn.Linear(3, 2).double(), torch.randn(4, 5, 3, dtype=torch.float64)
+    with gs.tape(model) as tape:
+        losses = model(x).square().mean((1, 2))
+    jacobian = tape.jacobian(losses)
+    rows, array = jacobian.materialize(), np.array([1.0, 2, 3, 4])
+    weights = torch.from_numpy(array)
+    for _ in range(2):
+        update = torch.cat([part.flatten() for part in jacobian.combine(weights)])
+        torch.testing.assert_close(update, weights @ rows, rtol=1e-12, atol=1e-14)
+        change(array, weights)
+    with torch.inference_mode():
+        weights = torch.ones(4, dtype=torch.float64)
+    update = torch.cat([part.flatten() for part in jacobian.combine(weights)])
+    torch.testing.assert_close(update, rows.sum(0), rtol=1e-12, atol=1e-14)
