@@ -173,7 +173,8 @@ def test_it_goes_on_after_a_failure_as_if_there_had_been_none(way, impl):
 
 
 def test_a_step_of_torchs_own_optimizer_copies_no_parameter(monkeypatch):
-    """What is copied is at most a buffer: the model here is all parameters, under a scheduler."""
+    """What is copied is at most a buffer, and weights of rows, of which there are as many as no
+    parameter has values: the model here is all parameters, under a scheduler."""
     model = mlp()
     surgeon, optimizer = surgeon_of(model)
     torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -182,10 +183,10 @@ def test_a_step_of_torchs_own_optimizer_copies_no_parameter(monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "clone", lambda t, **k: copied.append(t.shape) or clone(t, **k)
     )
-    surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+    surgeon.step(forget=batch(2), retain=batch(4), loss=classification)
     assert not shapes.intersection(copied)
     optimizer.register_step_post_hook(lambda *_: None)
-    surgeon.step(forget=batch(2), retain=batch(3), loss=classification)
+    surgeon.step(forget=batch(2), retain=batch(4), loss=classification)
     assert shapes <= set(copied)
 
 
