@@ -5,7 +5,8 @@
 A plain step trains on 16 + 16 samples, a step of OrthoGrad has a row for each of the latter. Each
 is counted once nothing is new to it. An operation of torch counts as one launch, if it is no view,
 a kernel of ours as many as it takes. The host waits for a value, and for a copy to or from it. Its
-time is that of steps whose kernels compute nothing, in those of a plain step.
+time, and the most memory, are those of steps whose kernels compute nothing, in those of a plain
+step.
 """
 
 import claimed_gpu  # before torch  # isort: skip

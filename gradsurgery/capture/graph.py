@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 Place = tuple[Any, int]  # (node, output): a tensor of the forward pass, and its gradient
+# torch has it, but no stub of it
 AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 NUMBERS = (bool, int, float, str, type(None))
 TOLD = {"name", "variable", "apply", "next_functions", "_input_metadata"}  # by kinds and edges
@@ -89,6 +90,7 @@ class Noted:
     def __init__(self, node: Any, numbers: dict[str, Any]) -> None:
         self._node, self._numbers, self.values = node, numbers, False
 
+    # isinstance is to say of it what it says of the node; pyright knows no such property
     @property
     def __class__(self) -> type:  # type: ignore[override]
         return type(self._node)

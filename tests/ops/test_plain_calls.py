@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ class Through(TorchDispatchMode):
 class Sub(torch.Tensor):
     """A subclass that notes what is called on it."""
 
-    seen: list = []  # noqa: RUF012
+    seen: ClassVar[list[str]] = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -295,7 +296,11 @@ def noted(operators, monkeypatch):
     seen = set()
     for name in operators:
         operator = getattr(torch.ops.gradsurgery, name)
-        spy = lambda *args, name=name, operator=operator: seen.add(name) or operator(*args)  # noqa: E731
+
+        def spy(*args, name=name, operator=operator):
+            seen.add(name)
+            return operator(*args)
+
         monkeypatch.setattr(torch.ops.gradsurgery, name, spy)
     return seen
 
