@@ -55,7 +55,6 @@ from gradsurgery.ops._backend import _C
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.combine_tokens import combine_tokens_reference
 from gradsurgery.ops.formed_gramian import formed_gramian_reference
-from gradsurgery.ops.gramian import gramian_of
 from gradsurgery.ops.token_gramian import token_gramian_reference
 
 OPS = torch.ops.claimed_gpu
@@ -177,16 +176,25 @@ def _tables(*sources: Sequence[Sequence[Tensor]]) -> int:
     return -(-sum(len(blocks) for each in sources for blocks in each) // PER_LAUNCH)
 
 
-def _gramian(sources: Any, out: Tensor, scratch: Tensor, precise: bool) -> None:
+def _gramian(sources: Any, out: Tensor, scratch: Tensor, precise: bool, repeat: bool) -> None:
     # twice where float32 may not do, the second looks at a flag of the first; tensor cores multiply
     # few rows of float32 in float64
     m, dtype = len(out), sources[0][0].dtype
-    once = dtype == torch.float64 or (4 < m <= 17 and dtype == torch.float32)
+    once = not repeat or dtype == torch.float64 or (4 < m <= 17 and dtype == torch.float32)
     _launched("gramian", (1 if once else 2) * (_tables(sources) + 1 + (m in (9, 17))))
     if _computes:
-        _C.gramian_cpu(on_cpu(sources), on_cpu(out), precise, 1)
+        _compute_gramian(on_cpu(sources), on_cpu(out), precise, repeat)
     else:
         _orthonormal(out)
+
+
+def _compute_gramian(sources: Any, out: Tensor, precise: bool, repeat: bool) -> None:
+    if repeat or precise or sources[0][0].dtype == torch.float64:
+        _C.gramian_cpu(sources, out, precise, 1)
+    else:  # nothing is put right that float32 does not hold
+        rows = torch.cat([torch.cat(blocks).float() for blocks in zip(*sources, strict=True)], 1)
+        slices = [part @ part.mT for part in rows.split(32, 1)]
+        out.copy_(torch.stack(slices).double().sum(0))
 
 
 def _border(sources: Any, out: Tensor, scratch: Tensor) -> None:
@@ -304,6 +312,13 @@ def _combine_tokens_of(
         combine_tokens_reference(_at(left, a), _at(right, b), mine, _at(out, to), 0)
 
 
+def _rows_gramian(sources: Any, precise: bool = False, repeat: bool = True) -> Tensor:
+    m = sum(len(source[0]) for source in sources)
+    out = torch.empty(m, m, dtype=torch.float64, device="cpu")
+    _compute_gramian(sources, out, precise, repeat)
+    return out
+
+
 def _gramians(*args: Any) -> Any:
     found = together.gramians(*args)
     for gram in () if _computes else found:
@@ -314,7 +329,7 @@ def _gramians(*args: Any) -> Any:
 gramians.gramians = _gramians
 JITFunction.run = _run
 _C.cuda_version = None
-_after("gramian", "gramian", lambda sources, precise=False: gramian_of(sources, precise))
+_after("gramian", "gramian", _rows_gramian)
 _after("combine", "combine_into", combine_into)
 _after("combine_tokens", "combine_tokens", combine_tokens_reference)
 _after("formed_gramian", "formed_gramian", _formed)

@@ -56,7 +56,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
              py::arg("m"));
   module.def("orthonormalize_scratch", &orthonormalize_scratch, py::arg("batch"), py::arg("m"));
   module.def("gramian_cuda", &gramian_cuda, py::arg("sources"), py::arg("out"), py::arg("scratch"),
-             py::arg("precise"));
+             py::arg("precise"), py::arg("repeat"));
   module.def("gramian_border_cuda", &gramian_border_cuda, py::arg("sources"), py::arg("out"),
              py::arg("scratch"));
   module.def("combine_cuda", &combine_cuda, py::arg("sources"), py::arg("weights"), py::arg("outs"),

@@ -299,11 +299,12 @@ cuda::DeviceRows checked_rows(const Sources& sources, const Tensor& out, const T
 
 std::int64_t gramian_scratch(std::int64_t m) { return cuda::row_products_scratch(1, m); }
 
-void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise) {
+void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise,
+                  bool repeat) {
   const cuda::DeviceRows rows = checked_rows(sources, out, scratch);
   const cuda::DeviceGuard guard(rows.device);
   cuda::row_products(rows, {out.data_as<double>(), nullptr, 0}, scratch.data_as<double>(), precise,
-                     true);
+                     repeat);
 }
 
 void gramian_border_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch) {

@@ -20,7 +20,9 @@ std::int64_t orthonormalize_scratch(std::int64_t batch, std::int64_t m);
 // problem: projection, cone, conflict_averse, deconflict, bargaining or eigen; count of them.
 std::int64_t weighting_scratch(const std::string& problem, std::int64_t count, std::int64_t m);
 
-void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise);
+// `repeat`: products that left float32's range are made again, in float64.
+void gramian_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch, bool precise,
+                  bool repeat);
 // The products of the last row with all rows, in float64: the last row and column of the Gramian
 // `out`, [m, m]. Scratch as for that.
 void gramian_border_cuda(const Sources& sources, const Tensor& out, const Tensor& scratch);

@@ -18,6 +18,7 @@ BENCHMARKS = ROOT / "benchmarks"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 STEPS = """
+import os
 import sys
 sys.path.insert(0, {benchmarks!r})
 import claimed_gpu
@@ -32,10 +33,14 @@ from gradsurgery.capture import planner, together
 if {native}:
     claimed_gpu.serve_native()
 if {kept}:  # planes of the forget row, where pairs of tokens would cost less
-    planner.KEEP["cuda"], planner.KEPT["cuda"], planner.PAIR["cuda"] = 0, 0, 1e3
+    planner.KEEP["cuda"], planner.KEPT["cuda"], planner.PAIR["cuda"] = 0, planner.NO_LAUNCHES, 1e3
     together.PRODUCTS = 200  # of a few planes at a time
+if {formed}:
+    os.environ["GRADSURGERY_PATH"] = "direct"
 bordered, several = together._bordered, []
 together._bordered = lambda *args: several.append(len(args[1])) or bordered(*args)
+form, together_formed = together.formed_gramians, []
+together.formed_gramians = lambda *args: together_formed.append(len(args[0])) or form(*args)
 torch.manual_seed(0)
 torch.set_num_threads(1)
 
@@ -53,21 +58,23 @@ models = {{
     "LoRA": (with_lora(transformer(64, 2, 50, 12), 4), tokens),
     "CNN": (MODELS["CNN 0.1M"][0](), images),
 }}
-rules = gs.OrthoGrad(), gs.OrthoGrad(granularity="tensor", retain="mean"), gs.UPGrad()
+rules = [gs.OrthoGrad(), gs.OrthoGrad(granularity="tensor", retain="mean"), gs.UPGrad()]
 for name, (model, batches) in models.items():
-    for rule in rules:
+    # the last time with products that float32 does not hold
+    for rule, size in [*zip(rules, [1] * len(rules)), (gs.OrthoGrad(), 1e-22)]:
         given = [batches(6), batches(5)]
         ends = []
         for device in "cpu", "cuda":
             twin, mine = copy.deepcopy(model).to(device), copy.deepcopy(rule)
             held = [p for p in twin.parameters() if p.requires_grad]
-            surgeon = gs.Surgeon(twin, torch.optim.SGD(held, lr=0.1), mine)
+            surgeon = gs.Surgeon(twin, torch.optim.SGD(held, lr=0.1 / size), mine)
             forget, retain = ([t.to(device) for t in batch] for batch in given)
             for _ in range(2):
                 if isinstance(rule, gs.UPGrad):
                     surgeon.step(batch=retain, loss=loss)
                 else:
-                    surgeon.step(forget=forget, retain=retain, loss=loss)
+                    scaled = lambda model, batch: loss(model, batch) * size
+                    surgeon.step(forget=forget, retain=retain, loss=scaled)
             ends.append(torch.cat([p.detach().cpu().flatten() for p in held]))
         start = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
         apart = (ends[1] - ends[0]).norm() / (ends[0] - start).norm()
@@ -76,6 +83,7 @@ for name, (model, batches) in models.items():
 
 
 assert (max(several, default=0) > 1) == {kept}
+assert (max(together_formed, default=0) > 1) == {formed}
 
 
 # what a rule remembers may be loaded there, though its Gramian is solved on the CPU
@@ -215,11 +223,13 @@ def test_projections_are_the_same_on_a_gpu_and_wait_once(native):
 
 
 @pytest.mark.parametrize(
-    "native,kept", [(True, False), (False, False), (True, True)],
-    ids=["CUDA C++", "Triton", "planes that are kept"],
+    "native,kept,formed", [(True, False, False), (False, False, False), (True, True, False),
+                           (True, False, True), (False, False, True)],
+    ids=["CUDA C++", "Triton", "planes that are kept", "planes that are formed",
+         "planes that are formed, Triton"],
 )  # fmt: skip
-def test_a_step_takes_the_same_update_on_a_gpu(native, kept):
-    code = STEPS.format(benchmarks=str(BENCHMARKS), native=native, kept=kept)
+def test_a_step_takes_the_same_update_on_a_gpu(native, kept, formed):
+    code = STEPS.format(benchmarks=str(BENCHMARKS), native=native, kept=kept, formed=formed)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stdout + found.stderr
 

@@ -17,6 +17,7 @@ from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.tokens import TokenUse
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use, scale
 from gradsurgery.ops._inputs import wide, wide_dtype
+from gradsurgery.ops.formed_gramian import PLANES
 
 PRODUCTS = (MatrixUse, ConvolutionUse, TokenUse)
 FORMED_ON = {"cuda"}  # where `_formed` pays: a CPU launches nothing
@@ -58,8 +59,9 @@ class Plane:
         own, summed = (-(-count // longest) for count in counts[False])
         height, width = self.uses[0].plane
         kept = self.whole is not None
-        work = Work(height, width, longest, own, summed, kept, device, *counts[True])
         uses = [use for use in self.uses if use is not self.whole]
+        alone = one_matrix(uses) is None
+        work = Work(height, width, longest, own, summed, kept, device, *counts[True], alone=alone)
         return plan(work, _are_products(uses, device))
 
     @cached_property
@@ -76,6 +78,16 @@ class Plane:
                 if len(rows):
                     into.append(use.select(blocks, rows))
         return own, summed
+
+    @cached_property
+    def formed(self) -> MatrixUse | None:
+        """The tokens whose planes a GPU forms and multiplies, where each block is a row."""
+        if self.plan is None or self.plan.path != "direct" or not self.parameter.is_cuda:
+            return None
+        use = one_matrix(self.parts[0])
+        if use is None or not use.rows.distinct:
+            return None
+        return use if use.n and use.tokens and math.prod(use.plane) else None
 
     def _combined(
         self,
@@ -143,16 +155,17 @@ class Plane:
         return direct([_best(use) for use in own], m, group, metric)
 
     def bounds(self, metric: Tensor | None) -> tuple[float, float] | None:
-        """Squared norms outside of which `gramian` may have lost products; None if it never does.
+        """Squared norms outside of which products may be lost; None if they never are.
 
-        Planes and rows that exist are multiplied in any range.
+        Planes and rows that exist are multiplied in any range, but for those `formed`.
         """
-        if metric is None and (self.plan is None or self.plan.path != "factored"):
+        formed = metric is None and self.formed is not None
+        if not formed and metric is None and (self.plan is None or self.plan.path != "factored"):
             return None
         values = (tensor for use in self.uses for tensor in use.values)
         if all(tensor.dtype in (torch.float64, torch.int64) for tensor in values):
             return None
-        return SQUARES if metric is None else SCALED
+        return PLANES if formed else SQUARES if metric is None else SCALED
 
     def in_range(self, gram: Tensor, m: int, metric: Tensor | None) -> Tensor:
         """The Gramian, in float64 if float32 lost some of it. Waits for a GPU."""
@@ -161,7 +174,8 @@ class Plane:
         if rows is None or not bool(rows.any()):
             return gram
         # norms out of range are a sign only: the tokens themselves say if values were lost
-        lost = not bool(squares.isfinite().all()) or self._lost(rows, metric is not None)
+        any_value = bounds != SQUARES
+        lost = not bool(squares.isfinite().all()) or self._lost(rows, any_value)
         return self.gramian(m, metric, precise=True) if lost else gram
 
     def _lost(self, rows: Tensor, any_value: bool) -> bool:
@@ -255,7 +269,7 @@ def squares(made: Sequence[Made]) -> dict[tuple[float, float], Tensor]:
     at = [(each.gram.diagonal(), each.plane.bounds(each.metric)) for each in made]
     found = {
         wanted: [diagonal for diagonal, bounds in at if bounds == wanted]
-        for wanted in (SQUARES, SCALED)
+        for wanted in (SQUARES, SCALED, PLANES)
     }
     return {bounds: torch.stack(each) for bounds, each in found.items() if each}
 

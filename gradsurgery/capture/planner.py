@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,10 +35,14 @@ KEEP = {"cpu": 96, "cuda": 650}
 FORM = {"cpu": 0, "cuda": 300}
 # what a product of tokens costs of one that forms a plane; the same H200: 2.6e14 a second at best
 PAIR = {"cpu": 1.0, "cuda": 1.4}
-# and what the launches of a way cost, which a CPU does not notice: 0.6 ms and 0.15 ms; those that
-# form a kept plane and multiply it, 5 of 4 us, where pairs of tokens share a launch of many planes
-LAUNCHES = {"cuda": {"direct": 2e11, "factored": 5e10}}
-KEPT = {"cuda": 6.5e9}
+# and what launches of 4 us cost, which a CPU does not notice, 1.3e9 each. Pairs of tokens share one
+# with other planes of their shape; a plane that is formed after others takes 4, and one that is
+# formed alone 0.6 ms, measured. Those of a kept plane: 2 where others are formed, 5 where it is
+# multiplied with tokens
+LAUNCHES = {"cuda": {"direct": 5.2e9, "factored": 0}}
+ALONE = {"cuda": 2e11}
+KEPT = {"cuda": {"direct": 2.6e9, "factored": 6.5e9}}
+NO_LAUNCHES = {"direct": 0, "factored": 0}
 
 _planned: ContextVar[str] = ContextVar("planned", default="cuda")
 
@@ -69,6 +74,7 @@ class Work(NamedTuple):
     device: str = "cpu"  # torch's type of it
     picked: int = 0  # tokens of embeddings, of all these blocks
     picked_group: int = 0  # and of the summed row's
+    alone: bool = False  # whether its planes cannot be formed with those of other parameters
 
 
 class Plan(NamedTuple):
@@ -82,10 +88,18 @@ def plan(work: Work, products: bool = True) -> Plan:
 
     `products`: every use is a product of tokens, or an embedding beside one.
     """
+    forced = os.environ.get("GRADSURGERY_PATH", "")
+    if products and forced and forced not in PATHS:
+        raise InputError(f"GRADSURGERY_PATH={forced}: must be one of {', '.join(PATHS)}")
+    return _plan(work, products, forced)
+
+
+@lru_cache(maxsize=4096)  # a model has many parameters of few shapes, in every step
+def _plan(work: Work, products: bool, forced: str) -> Plan:
     h, w = work.height, work.width
     pair = PAIR.get(work.device, 1.0)
     own, summed = work.blocks * work.tokens, work.group * work.tokens
-    keep = KEEP.get(work.device, 0) * h * w + KEPT.get(work.device, 0) if work.group else 0
+    keep = KEEP.get(work.device, 0) * h * w if work.group else 0
     form = FORM.get(work.device, 0) * work.blocks
 
     def pairs(tokens: float, others: float, picked: float, others_picked: float) -> float:
@@ -104,14 +118,16 @@ def plan(work: Work, products: bool = True) -> Plan:
         options.append(Plan("factored", "none", pairs(both, both, picked, picked) / 2))
     if not products:
         return options[0]
-    forced = os.environ.get("GRADSURGERY_PATH", "")
-    if forced and forced not in PATHS:
-        raise InputError(f"GRADSURGERY_PATH={forced}: must be one of {', '.join(PATHS)}")
     if work.device == "cuda" and not forced and work.picked + work.picked_group:
         options = options[1:]  # slices of planes with embeddings wait for each other there
-    launches = LAUNCHES.get(work.device, {"direct": 0, "factored": 0})
-    return min(
-        (p._replace(multiplications=p.multiplications + launches[p.path]) for p in options
-         if not forced or p.path == forced),
-        key=lambda p: p.multiplications,
-    )  # fmt: skip
+    launches = LAUNCHES.get(work.device, NO_LAUNCHES)
+    kept = KEPT.get(work.device, NO_LAUNCHES) if work.group else NO_LAUNCHES
+
+    def cost(option: Plan) -> float:
+        more = kept[option.path] if option.cross != "none" else 0
+        if work.alone and option.path == "direct":
+            more += ALONE.get(work.device, 0)
+        return option.multiplications + launches[option.path] + more
+
+    each = [p._replace(multiplications=cost(p)) for p in options if forced in ("", p.path)]
+    return min(each, key=lambda p: p.multiplications)

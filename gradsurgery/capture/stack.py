@@ -47,7 +47,9 @@ class Stack(Plane):
         return total
 
     def bounds(self, metric: Tensor | None) -> tuple[float, float] | None:
-        found = (plane.bounds(metric) for plane in self.sections.values())
+        # those that are formed are multiplied one by one here, in any range
+        each = [p for p in self.sections.values() if metric is not None or p.formed is None]
+        found = (plane.bounds(metric) for plane in each)
         return next((bounds for bounds in found if bounds is not None), None)
 
     def _lost(self, rows: Tensor, any_value: bool) -> bool:

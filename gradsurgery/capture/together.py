@@ -17,6 +17,7 @@ from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import MatrixUse
 from gradsurgery.ops._inputs import wide_dtype
 from gradsurgery.ops.combine_tokens import combine_tokens_of
+from gradsurgery.ops.formed_gramian import formed_gramians
 from gradsurgery.ops.token_gramian import token_gramians
 
 PRODUCTS = 1 << 22  # of blocks with blocks, that are held before those of a row are added up
@@ -28,6 +29,7 @@ class Sides(NamedTuple):
 
     use: MatrixUse | ConvolutionUse
     kept: int | None = None
+    formed: bool = False  # whether planes are formed, not tokens multiplied
 
     @property
     def key(self) -> Hashable:
@@ -35,7 +37,7 @@ class Sides(NamedTuple):
         use = self.use
         more = (use.shape, use.geometry) if isinstance(use, ConvolutionUse) else ()
         known = [(side.shape, side.stride(), side.dtype, side.device) for side in use.values]
-        return self.kept, id(use.rows), *more, *known
+        return self.kept, self.formed, id(use.rows), *more, *known
 
     @property
     def most(self) -> int:
@@ -68,7 +70,7 @@ def gramians(planes: Sequence[Plane], m: int) -> list[Tensor]:
                 found[k] = gram
         waiting.clear()
 
-    for all_ks, all_sides in _alike(planes, _factored):
+    for all_ks, all_sides in _alike(planes, _multiplied):
         if not all_sides:
             (k,) = all_ks
             found[k] = planes[k].gramian(m, None)
@@ -76,10 +78,7 @@ def gramians(planes: Sequence[Plane], m: int) -> list[Tensor]:
         step = all_sides[0].most
         for lo in range(0, len(all_sides), step):
             ks, sides = all_ks[lo : lo + step], all_sides[lo : lo + step]
-            total, rows = token_gramians(*_lists(sides)), sides[0].use.rows
-            if sides[0].kept is not None:
-                mine = [planes[k] for k in ks]
-                total, rows = _bordered(total, [each.use for each in sides], mine)
+            total, rows = _products(sides, [planes[k] for k in ks])
             waiting.setdefault(id(rows), []).append((ks, total, rows))
             held += total.numel()
             if held > PRODUCTS:
@@ -122,8 +121,10 @@ def _lists(sides: Sequence[Sides]) -> tuple[list[Tensor], list[Tensor]]:
     return list(left), list(right)
 
 
-def _factored(plane: Plane) -> Sides | None:
+def _multiplied(plane: Plane) -> Sides | None:
     """What the Gramian of a plane is multiplied of, where it is the tokens of one use."""
+    if plane.formed is not None:
+        return Sides(plane.formed, plane.group if plane.parts[1] else None, True)
     plan = plane.plan
     if plan is None or plan.path != "factored" or plan.cross == "tokens":
         return None
@@ -145,15 +146,30 @@ def _small(plane: Plane) -> Sides | None:
     return Sides(cast(Any, use.wide())) if use.n and use.tokens and len(dtypes) == 1 else None
 
 
+def _products(sides: Sequence[Sides], planes: Sequence[Plane]) -> tuple[Tensor, RowNumbers]:
+    """Of planes that go together, the products of blocks, [planes, n, n], and the rows' numbers.
+
+    The kept plane of each is one block more, the last.
+    """
+    left, right = _lists(sides)
+    first = sides[0]
+    kept = None if first.kept is None else [plane.group_plane() for plane in planes]
+    total = formed_gramians(left, right, kept) if first.formed else token_gramians(left, right)
+    if kept is None:
+        return total, first.use.rows
+    if not first.formed:
+        total = _bordered(total, [each.use for each in sides], kept)
+    return total, first.use.rows.join(planes[0].parts[1][0].rows.ids)
+
+
 def _bordered(
-    total: Tensor, uses: Sequence[MatrixUse | ConvolutionUse], planes: Sequence[Plane]
-) -> tuple[Tensor, RowNumbers]:
-    """Gramians with the kept plane of each as one row more, the last, and the rows' numbers."""
-    kept = [plane.group_plane() for plane in planes]
+    total: Tensor, uses: Sequence[MatrixUse | ConvolutionUse], kept: Sequence[Tensor]
+) -> Tensor:
+    """Products of tokens with those of the kept plane of each as one row more, the last."""
     out = total.new_zeros(len(total), total.shape[1] + 1, total.shape[2] + 1)
     out[:, :-1, :-1] = total
     cross = torch.stack([use.products(each) for use, each in zip(uses, kept, strict=True)])
     out[:, :-1, -1] = out[:, -1, :-1] = cross
     norms = torch.ops.aten._foreach_norm(kept, 2, torch.float64)
     out[:, -1, -1] = torch.stack(norms).square_()
-    return out, uses[0].rows.join(planes[0].parts[1][0].rows.ids)
+    return out

@@ -85,11 +85,13 @@ def gramian_kernel(
     tl.store(at, tl.load(at) + total)
 
 
-def gramian(sources: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
+def gramian(
+    sources: Sequence[Sequence[Tensor]], precise: bool = False, repeat: bool = True
+) -> Tensor:
     """[m, m] float64 over the rows of all sources, without waiting for the device.
 
     A source is the blocks [m_s, n_k] of some rows. As on the CPU, what leaves float32's range is
-    done again in float64.
+    done again in float64, if it is to `repeat`.
     """
     m = sum(source[0].shape[0] for source in sources)
     n = sum(block.shape[1] for block in sources[0])
@@ -97,6 +99,8 @@ def gramian(sources: Sequence[Sequence[Tensor]], precise: bool = False) -> Tenso
     if first.dtype == torch.float64 or precise or n <= FEW_COLUMNS:
         return _sum(sources, m, True, first.new_ones((), dtype=torch.int32))
     out = _sum(sources, m, False, first.new_zeros((), dtype=torch.int32))
+    if not repeat:
+        return out
     squares = out.diagonal()
     # products of values below 1e-17 lose digits in float32
     leaves = ~((squares >= 1e-34 * n) & (squares < torch.inf)).all()

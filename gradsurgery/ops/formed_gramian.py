@@ -1,6 +1,6 @@
 """Gramian of weight gradients that are formed slice by slice and dropped."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -11,8 +11,9 @@ from gradsurgery.ops._inputs import alike, wide
 from gradsurgery.ops.gramian import gramian_of_parts
 
 CHUNK = 1 << 21  # values of all rows' slices that the reference forms at a time
-# Bytes of slices made by matrix products: an H200 moves more in the time of the launches for each
-SLICE = 256 << 20
+# Bytes of slices made by matrix products: 17 planes of 8192 x 2048 in 16 bits. An H200 moves a
+# tenth of that in the time of the launches for each
+SLICE = 640 << 20
 ALIGNED = 64  # rows: matrix products of operands that begin anywhere take four times as long
 # Of planes of fewer values, bfloat16 ones would cost accuracy: each rounding is 2^-9 of a value, in
 # the products of two planes some 2^-9 / sqrt(values) of the norms
@@ -22,6 +23,9 @@ SMALL = 1 << 16
 # 8.5 fs. From counting, for an H200.
 PADDING = 2.7
 MOST_ROWS = 64  # of that kernel
+# Squared norms between which no products of planes are lost: those of float32 values below 1e-17
+# lose digits, 1e-34 each
+PLANES = 2.0**-80, 2.0**100
 
 
 def formed_gramian(
@@ -112,14 +116,9 @@ def formed_gramian_chunked(
     left: Tensor, right: Tensor, lengths: Sequence[int], kept: Tensor | None
 ) -> Tensor:
     """Of [N, a] and [N, b], the tokens of row after row, a slice of the planes at a time."""
-    n, height, width = len(lengths), left.shape[-1], right.shape[-1]
+    n = len(lengths)
     stored = stored_dtype(left, right)
     left, right = left.to(stored), right.to(stored)
-    m = n + (kept is not None)
-    out = left.new_zeros(m, m, dtype=torch.float64)
-    step = max(1, min(height, SLICE // max(1, m * width * left.element_size())))
-    step += -step % ALIGNED
-    buffer = left.new_empty(m * min(step, height) * width)
     if _pads(lengths):
         parts = [(slice(0, n), padded(left, lengths), padded(right, lengths))]
     else:  # a row at a time
@@ -128,16 +127,69 @@ def formed_gramian_chunked(
             (slice(r, r + 1), left[None, end - t : end], right[None, end - t : end])
             for r, (t, end) in enumerate(zip(lengths, ends, strict=True))
         ]
-    for lo in range(0, height, step):
-        hi = min(lo + step, height)
-        planes = buffer[: m * (hi - lo) * width].view(m, hi - lo, width)
-        for which, x, y in parts:
-            torch.bmm(x[..., lo:hi].mT, y, out=planes[which])
-        if kept is not None:
-            planes[-1] = kept[lo:hi]
-        rows = planes.flatten(1)
-        out += gramian_of_parts([[rows]] if kept is None else [[rows[:-1]], [rows[-1:]]])
-    return out
+    slices = _Slices(n + (kept is not None), left, right)
+    found = list(slices.gramians(parts, kept))
+    if not found:
+        return left.new_zeros(slices.m, slices.m, dtype=torch.float64)
+    return torch.stack(found).sum(0)
+
+
+class _Slices:
+    """Memory for slices of m planes, formed of tokens [*, H] and [*, W], and multiplied."""
+
+    def __init__(self, m: int, left: Tensor, right: Tensor) -> None:
+        self.m, self.height, self.width = m, left.shape[-1], right.shape[-1]
+        step = max(1, min(self.height, SLICE // max(1, m * self.width * left.element_size())))
+        self.step = step + -step % ALIGNED
+        self.buffer = left.new_empty(m * min(self.step, self.height) * self.width)
+
+    def gramians(
+        self,
+        parts: Sequence[tuple[slice, Tensor, Tensor]],
+        kept: Tensor | None,
+        repeat: bool = True,
+    ) -> Iterator[Tensor]:
+        """Of each slice, [m, m]; `parts`: planes, and their tokens [n, T, H] and [n, T, W]."""
+        for lo in range(0, self.height, self.step):
+            hi = min(lo + self.step, self.height)
+            planes = self.buffer[: self.m * (hi - lo) * self.width]
+            planes = planes.view(self.m, hi - lo, self.width)
+            for which, x, y in parts:
+                torch.bmm(x[..., lo:hi].mT, y, out=planes[which])
+            if kept is not None:
+                planes[-1] = kept[lo:hi]
+            rows = planes.flatten(1)
+            sources = [[rows]] if kept is None else [[rows[:-1]], [rows[-1:]]]
+            yield gramian_of_parts(sources, repeat=repeat)
+
+
+def formed_gramians(
+    left: Sequence[Tensor], right: Sequence[Tensor], kept: Sequence[Tensor] | None = None
+) -> Tensor:
+    """`formed_gramian` of several planes of one shape, each of whose blocks is a row, on a GPU.
+
+    Products that leave float32's range are not made again, which would take as many launches more:
+    where a squared norm is not within `PLANES`, values may be lost.
+
+    Args:
+        left, right: of each plane [n, T, a] and [n, T, b].
+        kept: of each plane one more row, the last, [a, b].
+
+    Returns:
+        [planes, m, m] float64.
+    """
+    n, slices = len(left[0]), None
+    found: list[Tensor] = []
+    for k, sides in enumerate(zip(left, right, strict=True)):
+        x, y = alike(*sides)
+        stored = stored_dtype(x, y)
+        x, y = x.to(stored), y.to(stored)
+        slices = slices or _Slices(n + (kept is not None), x, y)  # of all, which are of one shape
+        mine = None if kept is None else kept[k]
+        found += slices.gramians([(slice(0, n), x, y)], mine, repeat=False)
+    out = torch.stack(found)
+    several = len(found) // len(left)
+    return out if several == 1 else out.view(len(left), several, *out.shape[1:]).sum(1)
 
 
 def stored_dtype(left: Tensor, right: Tensor) -> torch.dtype:

@@ -88,19 +88,28 @@ def gramian_unchecked(blocks: Sequence[Tensor], precise: bool = False) -> Tensor
     return gramian_of_parts([blocks], precise)
 
 
-def gramian_of_parts(parts: Sequence[Sequence[Tensor]], precise: bool = False) -> Tensor:
-    """The same over the rows of all parts, one below the other; a part is blocks [m_s, n_k]."""
+def gramian_of_parts(
+    parts: Sequence[Sequence[Tensor]], precise: bool = False, repeat: bool = True
+) -> Tensor:
+    """The same over the rows of all parts, one below the other; a part is blocks [m_s, n_k].
+
+    `repeat`: as for `gramian_of`.
+    """
     if backend_of("gramian", parts[0][0].device.type) != "torch":
-        return gramian_of(parts, precise)
+        return gramian_of(parts, precise, repeat)
     wide = [torch.cat(blocks).double() for blocks in zip(*parts, strict=True)]
     return torch.stack([block @ block.mT for block in wide]).sum(0)
 
 
-def gramian_of(sources: Sequence[Sequence[Tensor]], precise: bool) -> Tensor:
+def gramian_of(sources: Sequence[Sequence[Tensor]], precise: bool, repeat: bool = True) -> Tensor:
     """[m, m] over the rows of all sources; a source is the blocks [m_s, n_k] of some rows.
 
     By the kernels for their device: C++, CUDA C++ or Triton, which multiplies many rows of 16 bits
     on tensor cores.
+
+    Args:
+        repeat: a GPU makes products that left float32's range again, in float64. Otherwise the
+            caller looks at the squared norms: launches for what is hardly ever there are saved.
     """
     m, first = sum(source[0].shape[0] for source in sources), sources[0][0]
     out = first.new_empty(m, m, dtype=torch.float64)
@@ -109,12 +118,13 @@ def gramian_of(sources: Sequence[Sequence[Tensor]], precise: bool) -> Tensor:
 
         one_more = sources[-1][0].shape[0] == 1 and m - 1 in TILES
         if not one_more or runs_triton(first):
-            return gramian(sources, precise)
-        out[:-1, :-1] = gramian(sources[:-1], precise)
+            return gramian(sources, precise, repeat)
+        out[:-1, :-1] = gramian(sources[:-1], precise, repeat)
         _C.gramian_border_cuda(sources, out, out.new_empty(_C.gramian_scratch(m)))
         return out
     if runs_cuda(out):
-        _C.gramian_cuda(sources, out, out.new_empty(_C.gramian_scratch(m)), precise)
+        scratch = out.new_empty(_C.gramian_scratch(m))
+        _C.gramian_cuda(sources, out, scratch, precise, repeat)
     else:
         _C.gramian_cpu(sources, out, precise, torch.get_num_threads())
     return out

@@ -221,3 +221,22 @@ def test_slices_of_a_gpu(height, lengths, kept, monkeypatch):
     rows = torch.stack(rows + [plane] * kept).flatten(1).double()
     size = rows.norm(dim=1)
     assert ((out - rows @ rows.mT).abs() <= 1e-6 * size[:, None] * size).all()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2,
+                                    (torch.bfloat16, torch.float32)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("height", [1, 64, 200])
+def test_several_planes_of_a_gpu(height, dtypes, kept, monkeypatch):
+    """Planes in the same memory, one after another, of one slice or several."""
+    for size in (1, module.SLICE):
+        monkeypatch.setattr(module, "SLICE", size)
+        left = [torch.randn(3, 5, height).to(dtypes[0]) for _ in range(4)]
+        right = [torch.randn(3, 5, 7).to(dtypes[1]) for _ in range(4)]
+        planes = [torch.randn(height, 7) for _ in range(4)] if kept else None
+        out = module.formed_gramians(left, right, planes)
+        assert out.shape == (4, 3 + kept, 3 + kept)
+        for k, gram in enumerate(out):
+            rows = torch.arange(3)
+            plane = None if planes is None else planes[k]
+            assert error(gram, [left[k]], [right[k]], [rows], 3, plane) <= 1e-6
