@@ -204,11 +204,11 @@ def trainable(
     Raises:
         InputError: there is none, or the model is spread over several processes or devices.
     """
-    check_one_rank(model)
+    every = check_one_rank(model)
     wanted = None if parameters is None else {id(parameter) for parameter in parameters}
     named = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in every.items()
         if parameter.requires_grad and (wanted is None or id(parameter) in wanted)
     }
     check(len(named) > 0, "model has no parameter to differentiate: all are frozen or left out")

@@ -23,8 +23,9 @@ from gradsurgery.batch import (
     take,
     tokens,
 )
-from gradsurgery.capture import FactoredJacobian, tape
+from gradsurgery.capture import FactoredJacobian
 from gradsurgery.capture.passing import collectives, refused
+from gradsurgery.capture.tape import recorded
 from gradsurgery.errors import InputError
 from gradsurgery.jacobian import DenseJacobian
 from gradsurgery.ops._inputs import check, to_device
@@ -179,10 +180,9 @@ class Passes:
         `cut`: whether it is a piece of a batch.
         """
         sizes = {part: sample_count(self.loss, batch) for part, batch in parts.items()}
-        parameters = list(self.named.values())
         with (
             torch.enable_grad(),
-            tape(self.model, parameters=parameters, outside=self.outside) as recorder,
+            recorded(self.model, self.named, outside=self.outside) as recorder,
         ):
             # of a sample alone nothing is seen of sums, but other pieces have several
             recorder.summed = (self.adds or cut) and max(sizes.values()) > 1

@@ -94,8 +94,12 @@ def mesh_of(model: nn.Module) -> Any:
     return mesh if mesh is not None and not meshes and mesh.ndim == 1 else None
 
 
-def check_one_rank(model: nn.Module) -> None:
-    """Raise where the model, a part of it or a parameter is spread over ranks or devices."""
+def check_one_rank(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Raise where the model, a part of it or a parameter is spread over ranks or devices.
+
+    Returns:
+        Its parameters, by name.
+    """
     fine = set(KNOWN.values()) if _served.get() is model else set()
     # in every step: names are looked for where there is something to name
     kinds = {_kind(kind, MODULES) for kind in {type(module) for module in model.modules()}}
@@ -106,7 +110,9 @@ def check_one_rank(model: nn.Module) -> None:
                 raise _refused(f"model: {name} is" if name else "model is", kind)
     if _served.get() is model:
         fine.add("DTensor")
-    check_whole(dict(model.named_parameters()), fine)
+    named = dict(model.named_parameters())
+    check_whole(named, fine)
+    return named
 
 
 def check_whole(parameters: dict[str, nn.Parameter], fine: Collection[str] = ()) -> None:

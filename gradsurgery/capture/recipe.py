@@ -28,6 +28,7 @@ KEPT = 8  # recipes of a model: batches of a few shapes, which take turns
 TRIED = 2  # graphs' worth of nodes that are compared: more would cost as much as a walk
 RARELY = 16  # steps, of which one is compared, where none was followed for long
 LARGE = 1 << 22  # numbers that the recipes of a model may hold; a node takes some 40
+TABLES = 6  # times as many numbers as rows, at most, with the tables made of them
 UNMET = object()  # in the place of a node that no edge has led to yet
 UNTOLD = "CppFunction"  # the kind of nodes that have none of their own
 
@@ -193,11 +194,13 @@ class Recipe:
             for coupling, parameters in found.coupled.items()
         ]
         self._scattered = found.scattered
-        self._rows = [numbers.tensor for _, numbers in known.rows.values()]
-        self._layouts, self._outs = list(known.layouts), list(known.outs)
+        # tables that a step makes of them, and copies on a GPU, are there in the next
+        rows = [RowNumbers(numbers.tensor) for _, numbers in known.rows.values()]
+        self._layouts = [Layout(stride, rows[k]) for stride, k in known.layouts]
+        self._outs = list(known.outs)
         answered = [a.rows for *_, answers in self._asked for a in answers if isinstance(a, Layout)]
-        held = (self._of, *self._rows, *answered)
-        self.size = sum(rows.untyped_storage().nbytes() // 8 for rows in held) + 40 * len(nodes)
+        held = (self._of, *(TABLES * [each.tensor for each in rows]), *answered)
+        self.size = sum(each.untyped_storage().nbytes() // 8 for each in held) + 40 * len(nodes)
 
     def matched(self, place: Place, layout: Layout, count: int) -> tuple[list[Any] | None, float]:
         """The nodes of a graph by their numbers, if kinds, shapes and edges are what they were, and
@@ -232,14 +235,13 @@ class Recipe:
         """What a walk would find, without it; None where it would read something else."""
         if not self._reads_the_same(nodes, wanted):
             return None
-        numbers = list(map(RowNumbers, self._rows))
-        layouts = [Layout(stride, numbers[k]) for stride, k in self._layouts]
+        layouts = self._layouts
         outs = [{nr: layouts[k] for nr, k in each} for each in self._outs]
         for ask, i, of, rest, known in self._asked:
             answers = ask(nodes[i], outs[of], *rest, Notes())
             if not all(map(_same, answers, known)):
                 return None
-        return self._found(nodes, layouts, outs)
+        return self._found(nodes, outs)
 
     def _reads_the_same(self, nodes: list[Any], wanted: set[int]) -> bool:
         for i, shape in self._parameters:
@@ -250,7 +252,9 @@ class Recipe:
             get(nodes[i]) == known for i, get, known in self._numbers
         )
 
-    def _found(self, nodes: list[Any], layouts: list[Layout], outs: list[dict]) -> Trace:
+    def _found(self, nodes: list[Any], outs: list[dict]) -> Trace:
+        layouts = self._layouts
+
         def junctions(each: _Met) -> list[Junction]:
             return [
                 Junction(nodes[i], k, outs[of], None if whole is None else layouts[whole])

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from gradsurgery.ops._inputs import to_device
 
+JOINS = 16  # that are kept: others may be new ones in every step
+
 
 class Selection(NamedTuple):
     """Some of the blocks: which, as a slice where they are neighbors, and their rows."""
@@ -29,9 +31,9 @@ class _Tables(NamedTuple):
 class RowNumbers:
     """The row that each block, or each loss, belongs to: `tensor` [n] int64 on the CPU; -1 is none.
 
-    All uses of one layout share one of these. What is derived from the numbers is made when it is
-    first asked for and kept here, so it is made once for a model of any depth. Nobody writes to the
-    tensor.
+    All uses of one layout share one of these, in every step that follows one recipe. What is
+    derived from the numbers is made when it is first asked for and kept here, so it is made once
+    for a model of any depth, and not in every step. Nobody writes to the tensor.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -93,6 +95,8 @@ class RowNumbers:
         known = self._tables.joins
         key = tuple(map(id, others))
         if key not in known:
+            if len(known) == JOINS:
+                known.clear()
             # the others are held, so that no new object gets the id of one that is gone
             known[key] = RowNumbers(torch.cat([self.tensor, *(o.tensor for o in others)])), others
         return known[key][0]

@@ -198,7 +198,18 @@ def tape(
     """
     require(isinstance(model, nn.Module), f"model must be a Module, got {type(model).__name__}")
     require(coupled in ("refuse", "exact"), f"coupled must be 'refuse' or 'exact', got {coupled!r}")
-    named = trainable(model, parameters)
+    with recorded(model, trainable(model, parameters), coupled, outside) as recorder:
+        yield recorder
+
+
+@contextmanager
+def recorded(
+    model: nn.Module,
+    named: dict[str, nn.Parameter],
+    coupled: Literal["refuse", "exact"] = "refuse",
+    outside: Mapping[str, nn.Parameter] | None = None,
+) -> Iterator[Tape]:
+    """`tape` with the columns by name, for whoever has just looked them up."""
     for name, parameter in {**named, **(outside or {})}.items():
         if parameter.dtype not in DTYPES:
             raise InputError(f"parameter {name} must be floating point, got {parameter.dtype}")
