@@ -56,6 +56,7 @@ from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.combine_tokens import combine_tokens_reference
 from gradsurgery.ops.formed_gramian import formed_gramian_reference
 from gradsurgery.ops.gramian import gramian_of
+from gradsurgery.ops.row_sums import Summand, summed
 from gradsurgery.ops.token_gramian import token_gramian_reference
 
 OPS = torch.ops.claimed_gpu
@@ -304,6 +305,14 @@ def _combine_tokens_of(
         combine_tokens_reference(_at(left, a), _at(right, b), mine, _at(out, to), 0)
 
 
+def _row_sums(tensors: list[Tensor | None], each: int, dtype: torch.dtype, table: Tensor) -> Tensor:
+    def summed_at(places: list[int]) -> Tensor:
+        found = [t if t is None else _at(t, a) for t, a in zip(tensors, places, strict=True)]
+        return summed(Summand(*found, each=each))
+
+    return torch.stack([summed_at(places) for places in table.T.tolist()]).to(dtype)
+
+
 def _gramians(*args: Any) -> Any:
     found = together.gramians(*args)
     for gram in () if _computes else found:
@@ -320,4 +329,5 @@ _after("combine_tokens", "combine_tokens", combine_tokens_reference)
 _after("formed_gramian", "formed_gramian", _formed)
 _after("token_gramian", "token_gramian", token_gramian_reference)
 _after("token_gramian", "token_gramians", _of_addresses(_token_gramians))
+_after("row_sums", "row_sums", _row_sums)
 _after("combine_tokens", "combine_tokens_of", _of_addresses(_combine_tokens_of))

@@ -1,7 +1,8 @@
 """Collects the uses of every parameter, by one backward pass or a few."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,9 +10,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gradsurgery.capture import grouped, picking  # noqa: F401  which register what they know
+from gradsurgery.capture.broadcast import Sum, added_up
 from gradsurgery.capture.descent import Arrived, CoupledByHook, Descent, not_linear
 from gradsurgery.capture.fallback import Fallback
-from gradsurgery.capture.formulas import prepare
+from gradsurgery.capture.formulas import Finish, prepare
 from gradsurgery.capture.graph import Place, ordered, roots, under
 from gradsurgery.capture.hooks import Sampled
 from gradsurgery.capture.layout import Layout, compress
@@ -279,10 +281,11 @@ class Collector:
             for each in unshared:
                 self._add_unshared(each.parameter, arrived.grads[each.place], each.layout)
             # what nodes saved, and the gradients, are both there now: uses can be made
-            for leaf in leaves:
-                made = self._uses_of(leaf, finishes, arrived, before)
-                if made:
-                    self._assign(leaf, made)
+            made = [self._uses_of(leaf, finishes, arrived, before) for leaf in leaves]
+            uses = map(_occurring, added_up([use for mine in made for use in mine]))
+            for leaf, mine in zip(leaves, made, strict=True):
+                if mine:
+                    self._assign(leaf, list(islice(uses, len(mine))))
 
     def _watched(self, traced: Trace) -> Sampled | None:
         """The operations that gradients pass, where a hook or a Function may do more to them."""
@@ -296,11 +299,11 @@ class Collector:
     def _uses_of(
         self,
         leaf: Leaf,
-        finishes: dict[int, Callable[[Tensor], Use] | None],
+        finishes: dict[int, Finish | None],
         arrived: Arrived,
         before: Snapshot,
-    ) -> list[Use]:
-        made = []
+    ) -> list[Use | Sum]:
+        made: list[Use | Sum] = []
         for junction in leaf.junctions:
             mine: list[Tensor | None] = [None] * len(junction.node._input_metadata)
             for nr in junction.outs:
@@ -311,12 +314,9 @@ class Collector:
             if finish is not None:
                 grad = mine[0]
                 assert grad is not None
-                use = finish(grad)
+                made.append(finish(grad))
             else:
-                use = self._asked(leaf, junction, mine, arrived, before)
-            if use.rows.some_none:
-                use = use.select((use.rows.tensor >= 0).nonzero().flatten())
-            made.append(use)
+                made.append(self._asked(leaf, junction, mine, arrived, before))
         return made
 
     def _asked(
@@ -393,3 +393,10 @@ class Collector:
         every.hooked = any(derived.hooked for derived in self.derived)
         self.derived = [every]
         self.bent.append(Fallback("", tuple(names), "not linear"))
+
+
+def _occurring(use: Use) -> Use:
+    """Without the blocks that belong to no row."""
+    if not use.rows.some_none:
+        return use
+    return use.select((use.rows.tensor >= 0).nonzero().flatten())
