@@ -56,6 +56,7 @@ from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.combine_tokens import combine_tokens_reference
 from gradsurgery.ops.formed_gramian import formed_gramian_reference
 from gradsurgery.ops.gramian import gramian_of
+from gradsurgery.ops.patches import Window, patches_reference
 from gradsurgery.ops.row_sums import Summand, summed
 from gradsurgery.ops.token_gramian import token_gramian_reference
 
@@ -313,6 +314,11 @@ def _row_sums(tensors: list[Tensor | None], each: int, dtype: torch.dtype, table
     return torch.stack([summed_at(places) for places in table.T.tolist()]).to(dtype)
 
 
+def _patches(images: Tensor, window: list[list[int]], places: Tensor | None) -> Tensor:
+    known = [images] if places is None else [_at(images, place) for place in places.tolist()]
+    return torch.stack(patches_reference(known, Window(*map(tuple, window))))
+
+
 def _gramians(*args: Any) -> Any:
     found = together.gramians(*args)
     for gram in () if _computes else found:
@@ -329,5 +335,6 @@ _after("combine_tokens", "combine_tokens", combine_tokens_reference)
 _after("formed_gramian", "formed_gramian", _formed)
 _after("token_gramian", "token_gramian", token_gramian_reference)
 _after("token_gramian", "token_gramians", _of_addresses(_token_gramians))
+_after("patches", "patches", _patches)
 _after("row_sums", "row_sums", _row_sums)
 _after("combine_tokens", "combine_tokens_of", _of_addresses(_combine_tokens_of))

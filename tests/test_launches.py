@@ -48,10 +48,25 @@ def images(batch):
     return torch.randn(batch, 1, 16, 16), torch.randint(0, 10, (batch,))
 
 
+def convolutions():
+    def norm(channels):
+        return nn.Sequential(nn.GroupNorm(4, channels), nn.ReLU())
+
+    return nn.Sequential(
+        nn.Conv2d(1, 24, 3, 2, 1, bias=False), norm(24),
+        *(layer for _ in range(2) for layer in (nn.Conv2d(24, 24, 3, 2, 1, bias=False), norm(24))),
+        nn.Conv2d(24, 24, 3, padding=1), norm(24), nn.Conv2d(24, 24, 3, padding=1), norm(24),
+        nn.ConvTranspose2d(24, 16, 2, 2), nn.Conv2d(16, 32, 3, padding=1, groups=2),
+        nn.Flatten(2), nn.Conv1d(32, 32, 3, padding=1), nn.RMSNorm(16),
+        nn.Flatten(), nn.Linear(512, 10),
+    )
+
+
 models = {{
     "transformer": (transformer(64, 2, 50, 12), tokens),
     "LoRA": (with_lora(transformer(64, 2, 50, 12), 4), tokens),
     "CNN": (MODELS["CNN 0.1M"][0](), images),
+    "convolutions": (convolutions(), images),
 }}
 rules = gs.OrthoGrad(), gs.OrthoGrad(granularity="tensor", retain="mean"), gs.UPGrad()
 for name, (model, batches) in models.items():

@@ -25,6 +25,7 @@ from gradsurgery.kernels import (  # noqa: E402
     combine_tokens,
     formed_gramian,
     gramian,
+    patches,
     row_sums,
     token_gramian,
 )
@@ -100,6 +101,7 @@ def launches(monkeypatch):
         (gramian, "gramian_kernel"),
         (combine, "combine_kernel"),
         (row_sums, "row_sums_kernel"),
+        (patches, "patches_kernel"),
     ):
         recorders.append(Recorder(getattr(module, name)))
         monkeypatch.setattr(module, name, recorders[-1])
@@ -218,6 +220,14 @@ CALLS = {
         )
         for p in (1, 2, 3, 4)
     ],
+    "patches": [
+        lambda d, side=side, channels=channels, table=table: patches.patches(
+            meta(32, 1, channels, side, side, dtype=d),
+            ((3, 3), (2, 2), (1, 1), (1, 1), (side // 2, side // 2)),
+            meta(3, dtype=torch.int64) if table else None,
+        )
+        for side, channels in ((32, 64), (7, 3)) for table in (False, True)
+    ],
     # layer norms, RMS norms and biases; group norms of images
     "row_sums": [
         lambda d, given=given, c=c: normed(
@@ -255,7 +265,7 @@ def test_fits_and_does_not_spill(name, chip, dtype, launches, tmp_path):
             continue  # a version may or may not know instructions for float64
         if name.startswith(("token_gramian", "combine_tokens")):
             assert instruction in code, f"{launch.constants} without {instruction}"
-        elif name not in ("combine", "row_sums"):
+        elif name not in ("combine", "row_sums", "patches"):
             assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", code)
     assert not failures, "\n".join(map(str, failures))
 
@@ -299,6 +309,9 @@ def test_grids_are_in_range(launches):
         ),
         lambda d: formed(
             meta(1 << 22, 1 << 16, dtype=d), meta(1 << 22, 1 << 16, dtype=d), 64
+        ),
+        lambda d: patches.patches(
+            meta(256, 1, 512, 256, 256, dtype=d), ((3, 3), *[(1, 1)] * 3, (256, 256)), None
         ),
         lambda d: normed(meta(1 << 20, 4, 1 << 14, dtype=d), None, 1, 1),
     ]  # fmt: skip
