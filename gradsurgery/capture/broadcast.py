@@ -119,10 +119,14 @@ def _tokens(
 
 
 def added_up(uses: Sequence[Use | Sum]) -> list[Use]:
-    """The uses, with all sums taken together."""
+    """The uses, with all sums taken together, without the blocks that belong to no row."""
     sums = [use for use in uses if isinstance(use, Sum)]
     totals = iter(row_sums([each.summand for each in sums]))
-    return [_rows(next(totals), use) if isinstance(use, Sum) else use for use in uses]
+    found = [_rows(next(totals), use) if isinstance(use, Sum) else use for use in uses]
+    return [
+        use.select((use.rows.tensor >= 0).nonzero().flatten()) if use.rows.some_none else use
+        for use in found
+    ]
 
 
 def _rows(total: Tensor, of: Sum) -> RowsUse:

@@ -282,7 +282,7 @@ class Collector:
                 self._add_unshared(each.parameter, arrived.grads[each.place], each.layout)
             # what nodes saved, and the gradients, are both there now: uses can be made
             made = [self._uses_of(leaf, finishes, arrived, before) for leaf in leaves]
-            uses = map(_occurring, added_up([use for mine in made for use in mine]))
+            uses = iter(added_up([use for mine in made for use in mine]))
             for leaf, mine in zip(leaves, made, strict=True):
                 if mine:
                     self._assign(leaf, list(islice(uses, len(mine))))
@@ -393,10 +393,3 @@ class Collector:
         every.hooked = any(derived.hooked for derived in self.derived)
         self.derived = [every]
         self.bent.append(Fallback("", tuple(names), "not linear"))
-
-
-def _occurring(use: Use) -> Use:
-    """Without the blocks that belong to no row."""
-    if not use.rows.some_none:
-        return use
-    return use.select((use.rows.tensor >= 0).nonzero().flatten())
