@@ -241,10 +241,11 @@ def test_a_step_takes_the_same_update_on_a_gpu(native, kept):
 
 def test_no_step_asks_more_of_a_gpu_than_it_did(tmp_path):
     """Launches of torch 2.13's operations; a wait is the same in every version."""
-    most = {  # launches and waits of a step
-        "MLP 6.3M": (75, 1),
-        "LoRA 384x6 T64": (377, 1),
-        "transformer 384x6 T64": (333, 1),
+    most = {  # launches and waits of a step, and its memory in a plain one's
+        "MLP 6.3M": (75, 1, 1.03),
+        "LoRA 384x6 T64": (377, 1, 1.06),
+        "transformer 384x6 T64": (249, 1, 1.24),
+        "ResNet-18 GN": (375, 1, 1.17),
     }
     file = tmp_path / "counts.json"
     command = [sys.executable, BENCHMARKS / "launches.py", *most, "--json", file]
@@ -252,7 +253,8 @@ def test_no_step_asks_more_of_a_gpu_than_it_did(tmp_path):
     assert found.returncode == 0, found.stderr
     for name, counts in json.loads(file.read_text()).items():
         assert 0 < counts["plain"] < counts["step"], name
-        launches, waits = most[name]
+        launches, waits, memory = most[name]
         assert counts["step"] <= launches, name
         assert counts["waits"] <= waits, name
+        assert counts["bytes"][1] <= memory * counts["bytes"][0], name
         assert sum(part["launches"] for part in counts["phases"].values()) == counts["step"]

@@ -5,18 +5,21 @@ A GPU takes the sums of a whole pass together: a launch costs the host as much a
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradsurgery.capture.layout import Axis
 from gradsurgery.capture.row_numbers import RowNumbers
+from gradsurgery.capture.trace import Junction
 from gradsurgery.capture.uses import RowsUse, Use
 from gradsurgery.ops._backend import backend_of
 from gradsurgery.ops.row_sums import Summand, row_sums
 
 Shape = tuple[int, ...]
+
+HELD = 1 << 26  # bytes that wait to be summed together, while a pass goes on
 
 
 class Sum(NamedTuple):
@@ -66,12 +69,9 @@ def _over(parts: Sequence[int], shape: Shape) -> list[int]:
 
 
 def later(
-    grad: Tensor, axis: Axis | None, broadcast: Shape, shape: Shape, rows: RowNumbers, by: Factors
+    grad: Tensor, rows: RowNumbers, axis: Axis | None, broadcast: Shape, shape: Shape, by: Factors
 ) -> Sum | None:
-    """The rows of a leaf as a sum for `added_up`; None where they are summed at once.
-
-    broadcast: the leaf's shape as it met the gradient, [C, 1, 1] for channels.
-    """
+    """The rows of a leaf as a sum for `added_up`; None where they are summed at once."""
     if by.each > 1 and axis is not None and axis.dim > 0:
         return None
     given = [tensor for tensor in (grad, *by[:3]) if tensor is not None]
@@ -133,25 +133,74 @@ def _rows(total: Tensor, of: Sum) -> RowsUse:
     return RowsUse(total.view(len(total), *of.shape), of.rows)
 
 
-def broadcasting(
-    factor: Callable[[Tensor], Tensor],
-    rows: RowNumbers,
-    axis: Axis | None,
-    broadcast: Shape,
-    shape: Shape | None = None,
-    by: Factors | None = None,
-) -> Callable[[Tensor], Use | Sum]:
-    """What makes of a gradient the rows of a leaf: the sums of `factor` of it.
+class Broadcast(NamedTuple):
+    """Makes of a gradient the rows of a leaf: the sums of `factor` of it."""
 
-    by: the same as a product, where it is one.
-    """
-    to = broadcast if shape is None else shape
+    factor: Callable[[Tensor], Tensor]
+    rows: RowNumbers
+    axis: Axis | None
+    broadcast: Shape  # the leaf's shape as it met the gradient, [C, 1, 1] for channels
+    shape: Shape
+    by: Factors | None = None  # `factor` as a product, where it is one
 
-    def finish(grad: Tensor) -> Use | Sum:
-        found = None if by is None else later(grad, axis, broadcast, to, rows, by)
+    def __call__(self, grad: Tensor) -> Use | Sum:
+        found = None if self.by is None else later(grad, *self[1:5], self.by)
         if found is not None:
             return found
-        parts = reduce_to(factor(grad), axis, broadcast)
-        return RowsUse(parts if shape is None else parts.view(len(parts), *shape), rows)
+        parts = reduce_to(self.factor(grad), self.axis, self.broadcast)
+        same = self.shape == self.broadcast
+        return RowsUse(parts if same else parts.view(len(parts), *self.shape), self.rows)
 
-    return finish
+
+Finishes = dict[int, Callable[[Tensor], Use | Sum] | None]  # by the ids of junctions
+
+
+class OnTheWay:
+    """Sums that a pass takes on its way, so that what they are of is not held until its end.
+
+    On a GPU, of nodes that the pass calls for the sake of others: norms below which something is
+    whose gradient is wanted, as convolutions are.
+    """
+
+    def __init__(self, junctions: Sequence[Junction], finishes: Finishes) -> None:
+        self._finishes, self._waiting, self._held = finishes, list[tuple[int, Sum]](), 0
+        self.uses: dict[int, Use] = {}  # by the junction's id
+        by_node: dict[Any, list[Junction]] = {}
+        for junction in junctions:
+            by_node.setdefault(junction.node, []).append(junction)
+        known = {node: all(map(self._sums, met)) for node, met in by_node.items()}
+        places = {(j.node, nr) for j in junctions if not known[j.node] for nr in j.outs}
+        self.nodes = {
+            node: met
+            for node, met in by_node.items()
+            if known[node] and any(place in places for place in node.next_functions)
+        }
+
+    def _sums(self, junction: Junction) -> bool:
+        finish = self._finishes[id(junction)]
+        on_gpu = junction.node._input_metadata[0].device.type == "cuda"
+        return on_gpu and isinstance(finish, Broadcast) and finish.by is not None
+
+    def take(self, node: Any, grads: Sequence[Tensor | None]) -> None:
+        """What a node takes."""
+        grad = grads[0]
+        if grad is None:
+            return
+        for junction in self.nodes[node]:
+            finish = self._finishes.pop(id(junction))  # what it holds is needed no longer
+            assert finish is not None
+            made = finish(grad.detach())
+            if isinstance(made, Sum):
+                self._waiting.append((id(junction), made))
+                self._held += sum(tensor.nbytes for tensor in made.summand.known)
+            else:
+                self.uses[id(junction)] = made
+        if self._held > HELD:
+            self.end()
+
+    def end(self) -> None:
+        """Sums what is left."""
+        ids = [key for key, _ in self._waiting]
+        sums = [made for _, made in self._waiting]
+        self._waiting, self._held = [], 0
+        self.uses.update(zip(ids, added_up(sums), strict=True))

@@ -13,7 +13,7 @@ from gradsurgery.ops._backend import backend_of
 from gradsurgery.ops.patches import Window, patches, unfold
 
 PATCHES = 128  # positions from which patches, k times the input, cost more than they save
-MADE = 1 << 26  # values of patches, and of what they are multiplied with, that are there at a time
+MADE = 3 << 22  # values of patches, and of what they are multiplied with, that are there at a time
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,11 @@ class ConvolutionUse(Use):
 
     def formed(self) -> RowsUse:
         """The same gradients, which then exist."""
+        # as few pieces as go, and these of one size
+        step = max(1, -(-self.n // max(1, -(-self.n // self.made))))
         pieces = [
-            cast(ConvolutionUse, self.select(slice(lo, lo + self.made)))
-            for lo in range(0, max(1, self.n), self.made)
+            cast(ConvolutionUse, self.select(slice(lo, lo + step)))
+            for lo in range(0, max(1, self.n), step)
         ]
         parts = [piece.matrices().formed().blocks for piece in pieces]
         return RowsUse(parts[0] if len(parts) == 1 else torch.cat(parts), self.rows)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.broadcast import Factors, Sum, blocks, broadcasting
+from gradsurgery.capture.broadcast import Broadcast, Factors, Sum, blocks
 from gradsurgery.capture.carriers import base_name
 from gradsurgery.capture.convolution import ConvolutionUse, Geometry
 from gradsurgery.capture.layout import Axis, Layout
@@ -64,7 +64,8 @@ def _plain(
     layout: Layout, axis: Axis | None, broadcast: Shape, shape: Shape | None = None
 ) -> Finish:
     """The sums of the gradient itself."""
-    return broadcasting(lambda grad: grad, layout.numbers, axis, broadcast, shape, Factors())
+    to = broadcast if shape is None else shape
+    return Broadcast(lambda grad: grad, layout.numbers, axis, broadcast, to, Factors())
 
 
 # sums and products by a broadcast tensor
@@ -76,14 +77,14 @@ def shift(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) ->
     scale = {"Add": (1, alpha), "Sub": (1, -alpha), "Rsub": (-alpha, 1)}.get(name, (1,))[k]
     if scale == 1:
         return _plain(layout, axis, shape)
-    return broadcasting(lambda grad: scale * grad, layout.numbers, axis, shape)
+    return Broadcast(lambda grad: scale * grad, layout.numbers, axis, shape, shape)
 
 
 @formula("Mul")
 def scale(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     other = node._saved_other if k == 0 else node._saved_self
     by = Factors(other) if isinstance(other, Tensor) else None
-    return broadcasting(lambda grad: grad * other, layout.numbers, axis, shape, by=by)
+    return Broadcast(lambda grad: grad * other, layout.numbers, axis, shape, shape, by)
 
 
 @formula("Div")
@@ -92,9 +93,9 @@ def divide(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
         return None
     below = node._saved_other
     if k == 0:
-        return broadcasting(lambda grad: grad / below, layout.numbers, axis, shape)
+        return Broadcast(lambda grad: grad / below, layout.numbers, axis, shape, shape)
     above = node._saved_self
-    return broadcasting(lambda grad: -grad * above / below**2, layout.numbers, axis, shape)
+    return Broadcast(lambda grad: -grad * above / below**2, layout.numbers, axis, shape, shape)
 
 
 @formula("PreluKernel")
@@ -102,7 +103,7 @@ def prelu(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) ->
     if k == 0:
         return None
     x = node._saved_self
-    return broadcasting(lambda grad: grad * x.clamp(max=0), layout.numbers, axis, shape)
+    return Broadcast(lambda grad: grad * x.clamp(max=0), layout.numbers, axis, shape, shape)
 
 
 @formula("Repeat")
@@ -136,8 +137,8 @@ def layer_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
         return _plain(layout, axis, shape)
     x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
     by = Factors(x, mean, rstd)
-    return broadcasting(
-        lambda grad: _normalized(grad, x, mean, rstd), layout.numbers, axis, shape, by=by
+    return Broadcast(
+        lambda grad: _normalized(grad, x, mean, rstd), layout.numbers, axis, shape, shape, by
     )
 
 
@@ -147,7 +148,7 @@ def rms_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape)
         return None
     x, rstd = node._saved_input, node._saved_result1
     by = Factors(x, None, rstd)
-    return broadcasting(lambda grad: grad * (x * rstd), layout.numbers, axis, shape, by=by)
+    return Broadcast(lambda grad: grad * (x * rstd), layout.numbers, axis, shape, shape, by)
 
 
 @formula("NativeGroupNorm")
@@ -168,7 +169,7 @@ def group_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
 
     of_group = (*mean.shape, *[1] * (len(out) - 2))
     by = Factors(x, mean.view(of_group), rstd.view(of_group), shape[0] // groups)
-    return broadcasting(normalized, layout.numbers, axis, per_channel, shape, by)
+    return Broadcast(normalized, layout.numbers, axis, per_channel, shape, by)
 
 
 @formula("NativeBatchNorm CudnnBatchNorm")
@@ -190,7 +191,7 @@ def batch_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
         return _normalized(grad, x, mean.view(per_channel), rstd.view(per_channel))
 
     by = Factors(x, mean.view(per_channel), rstd.view(per_channel))
-    return broadcasting(normalized, layout.numbers, axis, per_channel, shape, by)
+    return Broadcast(normalized, layout.numbers, axis, per_channel, shape, by)
 
 
 def _normalized(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ def matmul(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
         beta = node._saved_beta
         if beta == 1:
             return _plain(layout, axis, shape)
-        return broadcasting(lambda grad: beta * grad, layout.numbers, axis, shape)
+        return Broadcast(lambda grad: beta * grad, layout.numbers, axis, shape, shape)
     if k == 1 + add:  # y = x W: W's gradient is x^T P, tokens in the first dimension
         if axis is not None and axis.dim != 0:
             return None
@@ -254,7 +255,7 @@ def mv(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Fi
         beta = node._saved_beta
         if beta == 1:
             return _plain(layout, axis, shape)
-        return broadcasting(lambda grad: beta * grad, layout.numbers, axis, shape)
+        return Broadcast(lambda grad: beta * grad, layout.numbers, axis, shape, shape)
     if k == add:
         if axis is not None:  # each line of the matrix is of one sample
             return None
