@@ -55,6 +55,8 @@ from gradsurgery.ops._backend import _C
 from gradsurgery.ops.combine import combine_into
 from gradsurgery.ops.combine_tokens import combine_tokens_reference
 from gradsurgery.ops.formed_gramian import formed_gramian_reference
+from gradsurgery.ops.patches import Window, patches_reference
+from gradsurgery.ops.row_sums import Summand, summed
 from gradsurgery.ops.token_gramian import token_gramian_reference
 
 OPS = torch.ops.claimed_gpu
@@ -319,6 +321,19 @@ def _rows_gramian(sources: Any, precise: bool = False, repeat: bool = True) -> T
     return out
 
 
+def _row_sums(tensors: list[Tensor | None], each: int, dtype: torch.dtype, table: Tensor) -> Tensor:
+    def summed_at(places: list[int]) -> Tensor:
+        found = [t if t is None else _at(t, a) for t, a in zip(tensors, places, strict=True)]
+        return summed(Summand(*found, each=each))
+
+    return torch.stack([summed_at(places) for places in table.T.tolist()]).to(dtype)
+
+
+def _patches(images: Tensor, window: list[list[int]], places: Tensor | None) -> Tensor:
+    known = [images] if places is None else [_at(images, place) for place in places.tolist()]
+    return torch.stack(patches_reference(known, Window(*map(tuple, window))))
+
+
 def _gramians(*args: Any) -> Any:
     found = together.gramians(*args)
     for gram in () if _computes else found:
@@ -335,4 +350,6 @@ _after("combine_tokens", "combine_tokens", combine_tokens_reference)
 _after("formed_gramian", "formed_gramian", _formed)
 _after("token_gramian", "token_gramian", token_gramian_reference)
 _after("token_gramian", "token_gramians", _of_addresses(_token_gramians))
+_after("patches", "patches", _patches)
+_after("row_sums", "row_sums", _row_sums)
 _after("combine_tokens", "combine_tokens_of", _of_addresses(_combine_tokens_of))

@@ -52,6 +52,7 @@ What is kept
 - path: the way to the Gramian of one parameter: "factored", products of tokens; "direct", slices of
   planes that are formed, multiplied and dropped; or rows that are stored anyway.
 - together: of planes whose tokens are of one shape, that a GPU multiplies them in one launch.
+- sum: rows of what was broadcast that are still to be summed, those of a pass together (`Sum`).
 - moment: the sum of x x^T over the inputs x that a parameter multiplies.
 """
 

@@ -1,7 +1,8 @@
 """Collects the uses of every parameter, by one backward pass or a few."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,9 +10,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gradsurgery.capture import grouped, picking  # noqa: F401  which register what they know
+from gradsurgery.capture.broadcast import OnTheWay, Sum, added_up
 from gradsurgery.capture.descent import Arrived, CoupledByHook, Descent, not_linear
 from gradsurgery.capture.fallback import Fallback
-from gradsurgery.capture.formulas import prepare
+from gradsurgery.capture.formulas import Finish, prepare
 from gradsurgery.capture.graph import Place, ordered, roots, under
 from gradsurgery.capture.hooks import Sampled
 from gradsurgery.capture.layout import Layout, compress
@@ -240,8 +242,13 @@ class Collector:
             for each in traced.unshared
             if self.column[id(each.parameter)] not in self.rowwise.reasons
         ]
+        plain = watched is None and self.start is None
+        early = OnTheWay(met if plain else (), finishes)
         places: dict[Place, None] = dict.fromkeys(
-            (junction.node, nr) for junction in met for nr in junction.outs
+            (junction.node, nr)
+            for junction in met
+            if junction.node not in early.nodes
+            for nr in junction.outs
         )
         places.update(dict.fromkeys(each.place for each in unshared))
         if not places:
@@ -271,6 +278,7 @@ class Collector:
             weighted=self.weighted,
             start=self.start,
             summed=self.summed and watched is not None,
+            taking=dict.fromkeys(early.nodes, early.take),
         )
         self.all_watched = watched is not None and self.all_watched is not False
         before = Snapshot(j.node for j in own_unknown if j.whole is None)
@@ -279,10 +287,12 @@ class Collector:
             for each in unshared:
                 self._add_unshared(each.parameter, arrived.grads[each.place], each.layout)
             # what nodes saved, and the gradients, are both there now: uses can be made
-            for leaf in leaves:
-                made = self._uses_of(leaf, finishes, arrived, before)
-                if made:
-                    self._assign(leaf, made)
+            early.end()
+            made = [self._uses_of(leaf, finishes, early.uses, arrived, before) for leaf in leaves]
+            uses = iter(added_up([use for mine in made for use in mine]))
+            for leaf, mine in zip(leaves, made, strict=True):
+                if mine:
+                    self._assign(leaf, list(islice(uses, len(mine))))
 
     def _watched(self, traced: Trace) -> Sampled | None:
         """The operations that gradients pass, where a hook or a Function may do more to them."""
@@ -296,27 +306,28 @@ class Collector:
     def _uses_of(
         self,
         leaf: Leaf,
-        finishes: dict[int, Callable[[Tensor], Use] | None],
+        finishes: dict[int, Finish | None],
+        early: dict[int, Use],
         arrived: Arrived,
         before: Snapshot,
-    ) -> list[Use]:
-        made = []
+    ) -> list[Use | Sum]:
+        made: list[Use | Sum] = []
         for junction in leaf.junctions:
+            if id(junction) in early:
+                made.append(early[id(junction)])
+                continue
             mine: list[Tensor | None] = [None] * len(junction.node._input_metadata)
             for nr in junction.outs:
-                mine[nr] = arrived.grads[junction.node, nr]
+                mine[nr] = arrived.grads.get((junction.node, nr))
             if all(grad is None for grad in mine):
                 continue
             finish = finishes[id(junction)]
             if finish is not None:
                 grad = mine[0]
                 assert grad is not None
-                use = finish(grad)
+                made.append(finish(grad))
             else:
-                use = self._asked(leaf, junction, mine, arrived, before)
-            if use.rows.some_none:
-                use = use.select((use.rows.tensor >= 0).nonzero().flatten())
-            made.append(use)
+                made.append(self._asked(leaf, junction, mine, arrived, before))
         return made
 
     def _asked(

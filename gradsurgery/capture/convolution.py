@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, plane_of, scale, scatter
+from gradsurgery.ops._backend import backend_of
+from gradsurgery.ops.patches import Window, patches, unfold
 
 PATCHES = 128  # positions from which patches, k times the input, cost more than they save
-MADE = 1 << 26  # values of patches, and of what they are multiplied with, that are there at a time
+MADE = 3 << 22  # values of patches, and of what they are multiplied with, that are there at a time
 
 
 @dataclass(frozen=True)
@@ -75,17 +76,34 @@ class ConvolutionUse(Use):
         convolution [C, O/groups, *k] is inputs^T patches(grads).
         """
         g, kernel = self.geometry, self.shape[2:]
-        wide, narrow = (self.grads, self.inputs) if g.transposed else (self.inputs, self.grads)
+        wide, narrow = self.wide_and_narrow
         n, count, channels = wide.shape[:3]
-        patches = unfold(wide.flatten(0, 1), kernel, g, narrow.shape[3:])
-        patches = patches.reshape(n, count, g.groups, channels // g.groups * _numel(kernel), -1)
         narrow = narrow.reshape(n, count, g.groups, narrow.shape[2] // g.groups, -1)
         # [n, groups, tokens, .]: the samples of a block are tokens of one product
         left = narrow.permute(0, 2, 1, 4, 3).flatten(2, 3)
-        right = patches.permute(0, 2, 1, 4, 3).flatten(2, 3)
-        if g.groups == 1:
-            left, right = left.squeeze(1), right.squeeze(1)
+        if (
+            g.groups == 1 and backend_of("patches", wide.device.type) == "triton"
+        ):  # torch launches a kernel for each sample
+            left, right = left.squeeze(1), patches([wide], self.window)[0]
+        else:
+            found = unfold(wide.flatten(0, 1), self.window)
+            found = found.reshape(n, count, g.groups, channels // g.groups * _numel(kernel), -1)
+            right = found.permute(0, 2, 1, 4, 3).flatten(2, 3)
+            if g.groups == 1:
+                left, right = left.squeeze(1), right.squeeze(1)
         return MatrixUse(left, right, self.rows, "left" if g.transposed else "right")
+
+    @property
+    def wide_and_narrow(self) -> tuple[Tensor, Tensor]:
+        """What patches are of, and what they are multiplied with."""
+        if self.geometry.transposed:
+            return self.grads, self.inputs
+        return self.inputs, self.grads
+
+    @property
+    def window(self) -> Window:
+        g, positions = self.geometry, self.wide_and_narrow[1].shape[3:]
+        return Window(self.shape[2:], g.stride, g.padding, g.dilation, tuple(positions))
 
     @property
     def made(self) -> int:
@@ -94,9 +112,11 @@ class ConvolutionUse(Use):
 
     def formed(self) -> RowsUse:
         """The same gradients, which then exist."""
+        # as few pieces as go, and these of one size
+        step = max(1, -(-self.n // max(1, -(-self.n // self.made))))
         pieces = [
-            cast(ConvolutionUse, self.select(slice(lo, lo + self.made)))
-            for lo in range(0, max(1, self.n), self.made)
+            cast(ConvolutionUse, self.select(slice(lo, lo + step)))
+            for lo in range(0, max(1, self.n), step)
         ]
         parts = [piece.matrices().formed().blocks for piece in pieces]
         return RowsUse(parts[0] if len(parts) == 1 else torch.cat(parts), self.rows)
@@ -125,13 +145,19 @@ class ConvolutionUse(Use):
                 (part[lo:hi] if whole else part).unsqueeze(0),
             )
 
-    def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
+    def total(self, weights: Tensor | None = None) -> Tensor:
+        """The sum of all blocks, or of their products with weights [n]; [H, W]."""
         # an ordinary weight gradient of all samples, with the gradients of each scaled
-        each = weights.to(self.grads.dtype).view(-1, *[1] * (self.grads.dim() - 1))
-        grads = (self.grads * each).flatten(0, 1)
+        grads = self.grads
+        if weights is not None:
+            grads = grads * weights.to(grads.dtype).view(-1, *[1] * (grads.dim() - 1))
+        grads = grads.flatten(0, 1)
         weight = grads.new_empty(self.shape)
-        planes = self.kernel_grad(self.inputs.flatten(0, 1), grads, weight)
-        scale(out, beta).add_(planes.reshape(out.shape))
+        found = self.kernel_grad(self.inputs.flatten(0, 1), grads, weight)
+        return found.reshape(self.plane)
+
+    def combine(self, weights: Tensor, out: Tensor, beta: float = 1) -> None:
+        scale(out, beta).add_(self.total(weights))
 
     def products(self, vector: Tensor) -> Tensor:
         g = self.geometry
@@ -142,34 +168,14 @@ class ConvolutionUse(Use):
         return (out * self.grads).flatten(1).sum(1, dtype=torch.float64)
 
 
-def unfold(x: Tensor, kernel: Sequence[int], g: Geometry, positions: Sequence[int]) -> Tensor:
-    """Patches under the kernel, [N, C, *kernel, *positions], flattened to [N, C * k, positions]."""
-    dims = len(kernel)
-    if dims == 2 and not _uneven(x, kernel, g, positions):
-        return F.unfold(x, tuple(kernel), g.dilation, g.padding, g.stride)
-    # padded, or cut, to what the visited positions cover: strides may leave a rest
-    pads: list[int] = []
-    for d in reversed(range(dims)):
-        need = (positions[d] - 1) * g.stride[d] + (kernel[d] - 1) * g.dilation[d] + 1
-        pads += [g.padding[d], need - x.shape[2 + d] - g.padding[d]]
-    x = F.pad(x, pads)
-    for d in range(dims):
-        span = (kernel[d] - 1) * g.dilation[d] + 1
-        x = x.unfold(2 + d, span, g.stride[d])[..., :: g.dilation[d]]
-    # [N, C, *positions, *kernel]
-    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
-    return x.permute(order).reshape(x.shape[0], x.shape[1] * _numel(kernel), -1)
+def token_sides(uses: Sequence[ConvolutionUse]) -> tuple[list[Tensor], list[Tensor]]:
+    """Left and right sides of uses whose kernels, inputs and geometries are alike; of one group.
 
-
-def _uneven(x: Tensor, kernel: Sequence[int], g: Geometry, positions: Sequence[int]) -> bool:
-    """F.unfold would not visit these positions."""
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel, g.dilation, strict=True)]
-    return any(
-        (size + 2 * pad - span) // stride + 1 != count
-        for size, pad, span, stride, count in zip(
-            x.shape[2:], g.padding, spans, g.stride, positions, strict=True
-        )
-    )
+    [n, T, .] as `ConvolutionUse.matrices` has them, tokens one after another in memory.
+    """
+    wide, narrow = zip(*(use.wide_and_narrow for use in uses), strict=True)
+    left = patches(narrow, Window.point(narrow[0].shape[3:]))
+    return left, patches(wide, uses[0].window)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -60,6 +60,7 @@ class Descent:
         weighted: where passes of weighted losses will follow, what these must find as it was.
         start: where other passes will follow, the same.
         summed: whether rows will be summed over several passes.
+        taking: by nodes that the pass comes to, who is given what they take.
     """
 
     def __init__(
@@ -75,12 +76,13 @@ class Descent:
         weighted: Snapshot | None = None,
         start: Snapshot | None = None,
         summed: bool = False,
+        taking: Mapping[Any, Callable[[Any, Sequence[Tensor | None]], None]] | None = None,
     ) -> None:
         self.losses, self.root = losses, roots(losses)
         self.places, self.below = list(places), list(below)
         self.handing, self.fresh = list(handing), list(fresh)
         self.watched, self.hooked, self.weighted = watched, hooked, weighted
-        self.start, self.summed = start, summed
+        self.start, self.summed, self.taking = start, summed, taking or {}
         self.functions = [node for node in watched or () if is_function(node)]
 
     def run(self, rows: RowNumbers, model: nn.Module, retain_graph: bool) -> Arrived:
@@ -150,6 +152,8 @@ class Descent:
             for place in self.fresh:
                 take = partial(_copy_one, copies, place)
                 stack.callback(register(place[0].register_prehook, take).remove)
+            for node, take in self.taking.items():
+                stack.callback(register(node.register_prehook, partial(take, node)).remove)
             grads = torch.autograd.grad(
                 self.losses,
                 [GradientEdge(*place) for place in edges],

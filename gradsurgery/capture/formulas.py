@@ -1,9 +1,10 @@
 """Formulas: for each operation in which a leaf meets samples, the gradient of the leaf by blocks.
 
 A formula reads what autograd saved, before the backward pass frees it, and returns the `Finish`: a
-function from the gradient P of the operation's output to a `Use`. It gets the node, which input the
-leaf is, the layout of P, the `axis` where P has its samples, None where all of it belongs to one
-row, and the leaf's shape. None for an answer: in this case it does not know.
+function from the gradient P of the operation's output to a `Use`, or to a `Sum` that is yet to be
+taken. It gets the node, which input the leaf is, the layout of P, the `axis` where P has its
+samples, None where all of it belongs to one row, and the leaf's shape. None for an answer: in this
+case it does not know.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.broadcast import Broadcast, Factors, Sum, blocks
 from gradsurgery.capture.carriers import base_name
 from gradsurgery.capture.convolution import ConvolutionUse, Geometry
 from gradsurgery.capture.layout import Axis, Layout
@@ -22,7 +24,7 @@ from gradsurgery.capture.trace import Junction
 from gradsurgery.capture.uses import EmbeddingUse, MatrixUse, RowsUse, Use
 
 Shape = tuple[int, ...]
-Finish = Callable[[Tensor], Use]
+Finish = Callable[[Tensor], Use | Sum]
 Formula = Callable[[Any, int, Layout, Axis | None, Shape], Finish | None]
 
 FORMULAS: dict[str, Formula] = {}
@@ -58,34 +60,12 @@ def prepare(junction: Junction, shape: Shape) -> Finish | None:
     return known(junction.node, junction.k, layout, axis, shape)
 
 
-def blocks(tensor: Tensor, axis: Axis | None, dim: int = 0) -> Tensor:
-    """Samples first: [n, outer * inner] in place of dimension `dim`, other dimensions as before.
-
-    A view where the samples are contiguous or alternate.
-    """
-    if axis is None:
-        return tensor.unsqueeze(0)
-    if dim == 0 and axis.outer == 1:
-        return tensor.unflatten(0, (-1, axis.inner))
-    split = tensor.unflatten(dim, (axis.outer, -1, axis.inner)).movedim(dim + 1, 0)
-    return split.flatten(dim + 1, dim + 2)
-
-
-def reduce_to(grad: Tensor, axis: Axis | None, shape: Shape) -> Tensor:
-    """[n, *shape]: the sums of a gradient over what was broadcast, sample by sample."""
-    parts = blocks(grad, axis, 0 if axis is None else axis.dim)
-    lead = parts.dim() - 1 - len(shape)
-    ones = [k for k, size in enumerate(shape) if size == 1 and parts.shape[1 + lead + k] != 1]
-    over = [*range(1, 1 + lead), *[1 + lead + k for k in ones]]
-    if over:
-        parts = parts.sum(over, keepdim=True)
-    return parts.reshape(parts.shape[0], *shape)
-
-
-def broadcasting(
-    factor: Callable[[Tensor], Tensor], layout: Layout, axis: Axis | None, shape: Shape
+def _plain(
+    layout: Layout, axis: Axis | None, broadcast: Shape, shape: Shape | None = None
 ) -> Finish:
-    return lambda grad: RowsUse(reduce_to(factor(grad), axis, shape), layout.numbers)
+    """The sums of the gradient itself."""
+    to = broadcast if shape is None else shape
+    return Broadcast(lambda grad: grad, layout.numbers, axis, broadcast, to, Factors())
 
 
 # sums and products by a broadcast tensor
@@ -95,13 +75,16 @@ def broadcasting(
 def shift(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     name, alpha = base_name(node), getattr(node, "_saved_alpha", 1)
     scale = {"Add": (1, alpha), "Sub": (1, -alpha), "Rsub": (-alpha, 1)}.get(name, (1,))[k]
-    return broadcasting(lambda grad: grad if scale == 1 else scale * grad, layout, axis, shape)
+    if scale == 1:
+        return _plain(layout, axis, shape)
+    return Broadcast(lambda grad: scale * grad, layout.numbers, axis, shape, shape)
 
 
 @formula("Mul")
 def scale(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Finish | None:
     other = node._saved_other if k == 0 else node._saved_self
-    return broadcasting(lambda grad: grad * other, layout, axis, shape)
+    by = Factors(other) if isinstance(other, Tensor) else None
+    return Broadcast(lambda grad: grad * other, layout.numbers, axis, shape, shape, by)
 
 
 @formula("Div")
@@ -110,9 +93,9 @@ def divide(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
         return None
     below = node._saved_other
     if k == 0:
-        return broadcasting(lambda grad: grad / below, layout, axis, shape)
+        return Broadcast(lambda grad: grad / below, layout.numbers, axis, shape, shape)
     above = node._saved_self
-    return broadcasting(lambda grad: -grad * above / below**2, layout, axis, shape)
+    return Broadcast(lambda grad: -grad * above / below**2, layout.numbers, axis, shape, shape)
 
 
 @formula("PreluKernel")
@@ -120,7 +103,7 @@ def prelu(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) ->
     if k == 0:
         return None
     x = node._saved_self
-    return broadcasting(lambda grad: grad * x.clamp(max=0), layout, axis, shape)
+    return Broadcast(lambda grad: grad * x.clamp(max=0), layout.numbers, axis, shape, shape)
 
 
 @formula("Repeat")
@@ -151,9 +134,12 @@ def layer_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
     if k == 0:
         return None
     if k == 2:
-        return broadcasting(lambda grad: grad, layout, axis, shape)
+        return _plain(layout, axis, shape)
     x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
-    return broadcasting(lambda grad: _normalized(grad, x, mean, rstd), layout, axis, shape)
+    by = Factors(x, mean, rstd)
+    return Broadcast(
+        lambda grad: _normalized(grad, x, mean, rstd), layout.numbers, axis, shape, shape, by
+    )
 
 
 @formula("FusedRmsNorm")
@@ -161,7 +147,8 @@ def rms_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape)
     if k == 0:
         return None
     x, rstd = node._saved_input, node._saved_result1
-    return broadcasting(lambda grad: grad * (x * rstd), layout, axis, shape)
+    by = Factors(x, None, rstd)
+    return Broadcast(lambda grad: grad * (x * rstd), layout.numbers, axis, shape, shape, by)
 
 
 @formula("NativeGroupNorm")
@@ -171,7 +158,7 @@ def group_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
     out = tuple(node._input_metadata[0].shape)
     per_channel = (*shape, *[1] * (len(out) - 2))  # [C, 1, ..]
     if k == 2:
-        return _channels(lambda grad: grad, layout, axis, per_channel, shape)
+        return _plain(layout, axis, per_channel, shape)
     x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
     groups = mean.shape[-1]
 
@@ -180,7 +167,9 @@ def group_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
         grad = grad.reshape(whole.shape)
         return _normalized(grad, whole, mean.unsqueeze(-1), rstd.unsqueeze(-1)).view(out)
 
-    return _channels(normalized, layout, axis, per_channel, shape)
+    of_group = (*mean.shape, *[1] * (len(out) - 2))
+    by = Factors(x, mean.view(of_group), rstd.view(of_group), shape[0] // groups)
+    return Broadcast(normalized, layout.numbers, axis, per_channel, shape, by)
 
 
 @formula("NativeBatchNorm CudnnBatchNorm")
@@ -190,7 +179,7 @@ def batch_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
     out = tuple(node._input_metadata[0].shape)
     per_channel = (*shape, *[1] * (len(out) - 2))
     if k == 2:
-        return _channels(lambda grad: grad, layout, axis, per_channel, shape)
+        return _plain(layout, axis, per_channel, shape)
     x = node._saved_input
     if node._saved_training:
         mean, rstd = node._saved_result1, node._saved_result2
@@ -201,7 +190,8 @@ def batch_norm(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shap
     def normalized(grad: Tensor) -> Tensor:
         return _normalized(grad, x, mean.view(per_channel), rstd.view(per_channel))
 
-    return _channels(normalized, layout, axis, per_channel, shape)
+    by = Factors(x, mean.view(per_channel), rstd.view(per_channel))
+    return Broadcast(normalized, layout.numbers, axis, per_channel, shape, by)
 
 
 def _normalized(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -209,20 +199,6 @@ def _normalized(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     out = (x - mean).mul_(rstd)
     same = out.dtype == torch.promote_types(out.dtype, grad.dtype)
     return out.mul_(grad) if same else out * grad
-
-
-def _channels(
-    factor: Callable[[Tensor], Tensor],
-    layout: Layout,
-    axis: Axis | None,
-    per_channel: Shape,
-    shape: Shape,
-) -> Finish:
-    def finish(grad: Tensor) -> Use:
-        parts = reduce_to(factor(grad), axis, per_channel)
-        return RowsUse(parts.view(-1, *shape), layout.numbers)
-
-    return finish
 
 
 # products with a matrix
@@ -234,7 +210,9 @@ def matmul(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -
     alpha = node._saved_alpha if add else 1
     if add and k == 0:
         beta = node._saved_beta
-        return broadcasting(lambda grad: _times(beta, grad), layout, axis, shape)
+        if beta == 1:
+            return _plain(layout, axis, shape)
+        return Broadcast(lambda grad: beta * grad, layout.numbers, axis, shape, shape)
     if k == 1 + add:  # y = x W: W's gradient is x^T P, tokens in the first dimension
         if axis is not None and axis.dim != 0:
             return None
@@ -275,7 +253,9 @@ def mv(node: Any, k: int, layout: Layout, axis: Axis | None, shape: Shape) -> Fi
     alpha = node._saved_alpha if add else 1
     if add and k == 0:
         beta = node._saved_beta
-        return broadcasting(lambda grad: _times(beta, grad), layout, axis, shape)
+        if beta == 1:
+            return _plain(layout, axis, shape)
+        return Broadcast(lambda grad: beta * grad, layout.numbers, axis, shape, shape)
     if k == add:
         if axis is not None:  # each line of the matrix is of one sample
             return None
@@ -382,7 +362,7 @@ def convolution(
         return None
     per_channel = (*shape, *[1] * (len(node._input_metadata[0].shape) - 2))
     if k == 2:
-        return _channels(lambda grad: grad, layout, axis, per_channel, shape)
+        return _plain(layout, axis, per_channel, shape)
     if axis is not None and axis.dim != 0:
         return None
     x, geometry = node._saved_input, Geometry.of(node)

@@ -97,6 +97,9 @@ class Plane:
         out: Tensor | None = None,
     ) -> Tensor:
         """[H, W]; fresh memory costs most when it is first written, so it is written once."""
+        alone = None if precise or out is not None else self._summed_alone(uses)
+        if isinstance(alone, ConvolutionUse):
+            return alone.total(_picked(alone, weights, alone.grads))
         if out is None or precise:
             dtype = torch.float64 if precise else wide_dtype(self.parameter.dtype)
             out = self.parameter.new_empty(self.uses[0].plane, dtype=dtype)
@@ -111,14 +114,24 @@ class Plane:
             self.kept = wide(self.whole.blocks).reshape(self.whole.plane).contiguous()
         if self.kept is None:
             assert self.group is not None
-            use = one_matrix(self.parts[1])
-            if use is not None and self.parameter.is_cuda:  # a product, and nothing else
+            use = self._summed_alone(self.parts[1])
+            if use is not None:  # a product, and nothing else
                 self.kept = use.total()
                 return self.kept
             # all blocks of that row count once; weights are looked up by row, so up to its number
             ones = torch.ones(self.group + 1, device=self.parameter.device)
             self.kept = self._combined(self.parts[1], ones)
         return self.kept
+
+    def _summed_alone(self, uses: Sequence[Use]) -> MatrixUse | ConvolutionUse | None:
+        """On a GPU, the only use, whose sum is one product and what that returns."""
+        if not self.parameter.is_cuda:
+            return None
+        use = uses[0].wide() if len(uses) == 1 else None
+        known = isinstance(use, ConvolutionUse)
+        if known and use.grads.dtype == wide_dtype(self.parameter.dtype):
+            return use
+        return one_matrix(uses)
 
     def _group(self, precise: bool) -> tuple[RowNumbers, Tensor] | None:
         if self.group is None or not self.parts[1]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from gradsurgery.capture.convolution import ConvolutionUse
+from gradsurgery.capture.convolution import ConvolutionUse, token_sides
 from gradsurgery.capture.paths import to_rows
 from gradsurgery.capture.plane import Plane, one_matrix
 from gradsurgery.capture.row_numbers import RowNumbers
@@ -46,11 +46,6 @@ class Sides(NamedTuple):
         if isinstance(self.use, ConvolutionUse):
             most = min(most, max(1, self.use.made // self.use.n))
         return most
-
-    @property
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        use: Any = self.use.matrices() if isinstance(self.use, ConvolutionUse) else self.use
-        return use.left, use.right
 
 
 def gramians(planes: Sequence[Plane], m: int) -> list[Tensor]:
@@ -117,8 +112,11 @@ def _alike(
 
 
 def _lists(sides: Sequence[Sides]) -> tuple[list[Tensor], list[Tensor]]:
-    left, right = zip(*(each.tokens for each in sides), strict=True)
-    return list(left), list(right)
+    uses = [each.use for each in sides]
+    if isinstance(uses[0], ConvolutionUse):
+        return token_sides(cast(list[ConvolutionUse], uses))
+    matrices = cast(list[MatrixUse], uses)
+    return [use.left for use in matrices], [use.right for use in matrices]
 
 
 def _multiplied(plane: Plane) -> Sides | None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradsurgery.capture.broadcast import Shape, reduce_to
 from gradsurgery.capture.carriers import ELEMENTWISE, base_name
-from gradsurgery.capture.formulas import Shape, reduce_to
 from gradsurgery.capture.probe import call, may_keep, steady, unsteady
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.trace import Junction

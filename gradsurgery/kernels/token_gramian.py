@@ -117,7 +117,7 @@ def token_gramian(
 ) -> Tensor:
     """As `gradsurgery.ops.token_gramian.token_gramian`, of sides of one dtype."""
     symmetric = other_left is None or other_right is None
-    sides = [left, right, left, right] if symmetric else [left, right, other_left, other_right]
+    sides = [left, right] if symmetric else [left, right, other_left, other_right]
     ids = not left.is_floating_point()
     # [n, g, T, .]; of ids [n, g, T]
     grouped = right.dim() == 4
@@ -126,7 +126,7 @@ def token_gramian(
         side if (ids and s % 2 == 0) or side.stride(-1) == 1 else side.contiguous()
         for s, side in enumerate(sides)
     ]
-    return _launched(sides, symmetric, None, 1)[0]
+    return _launched(sides * 2 if symmetric else sides, symmetric, None, 1)[0]
 
 
 def token_gramians(left: Tensor, right: Tensor, addresses: Tensor) -> Tensor:

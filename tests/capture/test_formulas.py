@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from gradsurgery.capture import broadcast
 from gradsurgery.capture.carriers import CARRIERS, COUPLED, ELEMENTWISE, MANY, SHARED, base_name
 from gradsurgery.capture.formulas import FORMULAS, prepare
 from gradsurgery.capture.layout import Layout, compress, constant
@@ -30,6 +31,12 @@ FLOAT32 = {"GroupedMm"}  # torch has it in no float64: tests/capture/test_expert
 
 # of DTensors on several ranks: tests/ranks/test_tensor_parallel.py
 ON_RANKS = {"RedistributeBackward", "_FromTorchTensorBackward", "_ToTorchTensorBackward"}
+
+# whose sums a GPU takes together
+SUMS = {
+    "Add", "Addmm", "Addmv", "Convolution", "Expand", "Mul", "NativeBatchNorm", "NativeGroupNorm",
+    "NativeLayerNorm", "Rsub", "Sub",
+}  # fmt: skip
 
 ROWS = 24  # the most that a layout here tells apart
 
@@ -134,10 +141,13 @@ def junctions(name):
                     yield Junction(node, k, outs, answer), out, shape
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["at once", "as a GPU sums"])
 @pytest.mark.parametrize("name", sorted(({*FORMULAS} | ELEMENTWISE) & {*CASES}))
-def test_junction(name):
+def test_junction(name, together, monkeypatch):
     """What a junction keeps gives each row's gradient, as the operation's own backward does."""
-    kept = met = 0
+    if together:
+        monkeypatch.setattr(broadcast, "backend_of", lambda *_: "triton")
+    kept = met = later = 0
     for junction, out, shape in junctions(name):
         grad = torch.randn(out, dtype=torch.float64)
         grads = [grad, *[None] * (len(junction.node._input_metadata) - 1)]
@@ -147,11 +157,12 @@ def test_junction(name):
         if use is None:
             continue
         kept += 1
-        known = (use.rows.tensor >= 0).nonzero().flatten()
-        actual = dense_rows([use.select(known)], ROWS).reshape(ROWS, *shape)
+        later += isinstance(use, broadcast.Sum)
+        actual = dense_rows(broadcast.added_up([use]), ROWS).reshape(ROWS, *shape)
         expected = torch.zeros(ROWS, *shape, dtype=torch.float64)
         one = one_by_one(junction, grads, shape)
         for row, block in zip(one.rows.tensor.tolist(), one.blocks, strict=True):
             expected[row] = block
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     assert kept or name not in FORMULAS, f"none of {met} junctions was kept"
+    assert (later > 0) == (together and name in SUMS)

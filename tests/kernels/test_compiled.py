@@ -25,6 +25,8 @@ from gradsurgery.kernels import (  # noqa: E402
     combine_tokens,
     formed_gramian,
     gramian,
+    patches,
+    row_sums,
     token_gramian,
 )
 from gradsurgery.kernels.tiles import precision  # noqa: E402
@@ -98,6 +100,8 @@ def launches(monkeypatch):
         (combine_tokens, "combine_tokens_kernel"),
         (gramian, "gramian_kernel"),
         (combine, "combine_kernel"),
+        (row_sums, "row_sums_kernel"),
+        (patches, "patches_kernel"),
     ):
         recorders.append(Recorder(getattr(module, name)))
         monkeypatch.setattr(module, name, recorders[-1])
@@ -145,6 +149,18 @@ def formed(left, right, count, kept=None):
     """As the operator calls it."""
     offsets, stored = meta(count + 1, dtype=torch.int64), stored_dtype(left, right)
     return formed_gramian.formed_gramian(left, right, offsets, kept, stored)
+
+
+def normed(values, means, each, given=4):
+    """Sums of 13 parameters, of which the first factors are there."""
+    dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+    kind = values.dtype if given < 3 else dtype
+    tensors = [values, values, means, means][:given] + [None] * (4 - given)
+    return row_sums.row_sums(tensors, each, kind, meta(4, 13, dtype=torch.int64))
+
+
+def statistics(n, t, c, dtype, d=torch.float32):
+    return meta(n, 1, c, dtype=d if dtype.itemsize == 2 else dtype).expand(n, t, c)
 
 
 LARGE = torch.bfloat16, torch.float32, torch.float64
@@ -204,6 +220,26 @@ CALLS = {
         )
         for p in (1, 2, 3, 4)
     ],
+    "patches": [
+        lambda d, side=side, channels=channels, table=table: patches.patches(
+            meta(32, 1, channels, side, side, dtype=d),
+            ((3, 3), (2, 2), (1, 1), (1, 1), (side // 2, side // 2)),
+            meta(3, dtype=torch.int64) if table else None,
+        )
+        for side, channels in ((32, 64), (7, 3)) for table in (False, True)
+    ],
+    # layer norms, RMS norms and biases; group norms of images
+    "row_sums": [
+        lambda d, given=given, c=c: normed(
+            meta(32, 256, c, dtype=d), statistics(32, 256, 1, d).expand(32, 256, c), 1, given
+        )
+        for given in (1, 2, 4) for c in (4096, 77)
+    ] + [
+        lambda d, given=given, t=t: normed(
+            meta(32, 256, t, dtype=d).mT, statistics(32, t, 32, d), 8, given
+        )
+        for given in (1, 4) for t in (1024, 49)
+    ],
 }  # fmt: skip
 
 
@@ -229,7 +265,7 @@ def test_fits_and_does_not_spill(name, chip, dtype, launches, tmp_path):
             continue  # a version may or may not know instructions for float64
         if name.startswith(("token_gramian", "combine_tokens")):
             assert instruction in code, f"{launch.constants} without {instruction}"
-        elif name != "combine":
+        elif name not in ("combine", "row_sums", "patches"):
             assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", code)
     assert not failures, "\n".join(map(str, failures))
 
@@ -274,6 +310,10 @@ def test_grids_are_in_range(launches):
         lambda d: formed(
             meta(1 << 22, 1 << 16, dtype=d), meta(1 << 22, 1 << 16, dtype=d), 64
         ),
+        lambda d: patches.patches(
+            meta(256, 1, 512, 256, 256, dtype=d), ((3, 3), *[(1, 1)] * 3, (256, 256)), None
+        ),
+        lambda d: normed(meta(1 << 20, 4, 1 << 14, dtype=d), None, 1, 1),
     ]  # fmt: skip
     for launch in launches(lambda: [call(torch.bfloat16) for call in huge]):
         grid = (*launch.grid, 1, 1)[:3]

@@ -14,29 +14,15 @@ from gradsurgery.ops.token_gramian import (
     token_gramian_reference,
     token_gramians,
 )
-from tests.conftest import INTERPRETED, ROUNDOFF
+from tests.conftest import ROUNDOFF
+from tests.kernels.interpreted import DEVICE, needs_triton, randn, triton  # noqa: F401
 
-DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
-
-pytestmark = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu", reason="needs a GPU, or the interpreter: make interpret"
-)
+pytestmark = needs_triton
 
 # of the largest |error| / (|g_i| |g_j|)
 LIMITS = {
     torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def triton(monkeypatch):
-    monkeypatch.setenv("GRADSURGERY_BACKEND", "triton")
-    with torch.device(DEVICE):
-        yield
-
-
-def randn(*shape, dtype=torch.float32, scale=1.0):
-    return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype)
 
 
 def relative(gram, exact, left=None, right=None):
