@@ -212,6 +212,17 @@ def test_gramian_leaves_the_range_of_float32(m, scale):
     assert gramian_error(gramian_of([[rows]], False), matrix([rows])) <= GRAMIAN[True]
 
 
+@pytest.mark.parametrize("m", [2, 8, 9, 16, 17, 33])
+def test_gramian_that_nobody_repeats_has_the_same_bits_in_range(m):
+    """A caller who looks at the norms has it in half the launches; what is lost there stays so."""
+    rows = randn(m, 700, dtype=torch.bfloat16)
+    assert torch.equal(gramian_of([[rows]], False, repeat=False), gramian_of([[rows]], False))
+    tiny = rows * 2.0**-70
+    lost = gramian_of([[tiny]], False, repeat=False)
+    assert gramian_error(gramian_of([[tiny]], False), matrix([tiny])) <= GRAMIAN[True]
+    assert float(lost.diagonal().max()) < 2.0**-80  # as its norms tell
+
+
 @pytest.mark.parametrize("m", [2, 6, 15])
 def test_gramian_repeats_its_bits_and_keeps_what_is_not_finite(m):
     rows = randn(m, 5000)

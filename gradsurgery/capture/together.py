@@ -149,15 +149,19 @@ def _products(sides: Sequence[Sides], planes: Sequence[Plane]) -> tuple[Tensor, 
 
     The kept plane of each is one block more, the last.
     """
-    left, right = _lists(sides)
     first = sides[0]
-    kept = None if first.kept is None else [plane.group_plane() for plane in planes]
-    total = formed_gramians(left, right, kept) if first.formed else token_gramians(left, right)
-    if kept is None:
-        return total, first.use.rows
-    if not first.formed:
-        total = _bordered(total, [each.use for each in sides], kept)
-    return total, first.use.rows.join(planes[0].parts[1][0].rows.ids)
+
+    def kept() -> list[Tensor] | None:
+        return None if first.kept is None else [plane.group_plane() for plane in planes]
+
+    if first.formed:
+        total = formed_gramians(*_lists(sides), kept())
+    else:
+        total = token_gramians(*_lists(sides))  # and patches are gone before planes are there
+        summed = kept()
+        total = total if summed is None else _bordered(total, [s.use for s in sides], summed)
+    rows = first.use.rows
+    return total, rows if first.kept is None else rows.join(planes[0].parts[1][0].rows.ids)
 
 
 def _bordered(
