@@ -11,13 +11,13 @@ from typing import NoReturn
 
 from gradsurgery import __version__
 from gradsurgery.errors import InputError, RankError, TrainingError
+from gradsurgery.extras import extra_of, project_of
 from gradsurgery.text import show
 
 DESCRIPTION = "Gradient surgery and unlearning: jobs, reports, benchmarks."
 LONGEST = 800  # characters of a message
 COMMANDS = ("report", "compare", "bench", "rules", "doctor")  # and unlearn
-EXTRAS = "cli,jobs"  # what brings the packages that a command needs
-MORE = {"PIL": "pillow", "mlxtend": "mlxtend"}  # of images, by the names they are imported by
+EXTRAS = ("cli", "jobs")  # what brings the packages that every command needs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("gradsurgery"):
             raise
-        name = MORE.get(error.name, error.name)
-        extras = f"{EXTRAS},images" if error.name in MORE else EXTRAS
-        advice = f'pip install "gradsurgery[{extras}]"'
-        fail(f"this command needs {name}, which is not installed: {advice}", 2)
+        more = extra_of(error.name)
+        names = [*EXTRAS, *([more] if more and more not in EXTRAS else [])]
+        advice = f'pip install "gradsurgery[{",".join(names)}]"'
+        fail(f"this command needs {project_of(error.name)}, which is not installed: {advice}", 2)
 
 
 def fail(message: str, code: int) -> NoReturn:
