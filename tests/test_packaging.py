@@ -34,12 +34,15 @@ def build(*arguments):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """The names of the files in it."""
+    """The files in it, by name."""
     folder = tmp_path_factory.mktemp("sdist")
     build("egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder)
     (path,) = folder.glob("gradsurgery-*.tar.gz")
     with tarfile.open(path) as archive:
-        return {name.partition("/")[2] for name in archive.getnames()}
+        members = [member for member in archive if member.isfile()]
+        return {
+            member.name.partition("/")[2]: archive.extractfile(member).read() for member in members
+        }
 
 
 def test_one_version_everywhere(project):
@@ -99,11 +102,26 @@ def test_the_sdist_builds_and_tests_itself(sdist):
         mine = {
             str(path.relative_to(ROOT))
             for path in (ROOT / folder).rglob("*")
-            if path.is_file() and path.suffix not in (".so", ".pyc") and "-" not in path.stem
+            if path.is_file() and path.suffix not in (".so", ".pyc")
         }
-        assert mine <= sdist
-    assert {"CMakeLists.txt", "setup.py", "LICENSE", "CHANGELOG.md", "constraints.txt"} <= sdist
+        assert mine <= set(sdist)
+    others = {"CMakeLists.txt", "setup.py", "LICENSE", "CHANGELOG.md", "constraints.txt"}
+    assert others <= set(sdist)
     assert not [name for name in sdist if name.endswith((".so", ".pyc"))]
+
+
+def test_links_of_the_readme_lead_somewhere_from_an_index(sdist, project):
+    text = sdist["PKG-INFO"].decode()
+    assert "Description-Content-Type: text/markdown" in text
+    links = re.findall(r"""(?:\]\(|src=["']|href=["'])([^)"'\s]+)""", text)
+    base = project["project"]["urls"]["Repository"]
+    assert len(links) > 5
+    for link in links:
+        assert link.startswith(("http", "#")), link
+        if link.startswith(base):
+            kind, tag, path = link.removeprefix(f"{base}/").split("/", 2)
+            assert kind in ("raw", "blob") and tag == f"v{gradsurgery.__version__}"
+            assert (ROOT / path.partition("#")[0]).exists(), path
 
 
 def test_the_wheel_has_all_that_is_no_python(tmp_path):
