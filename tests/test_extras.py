@@ -10,8 +10,10 @@ import pytest
 
 import gradsurgery as gs
 from gradsurgery import doctor, extras
+from gradsurgery.cli import main
 from gradsurgery.errors import MissingPackageError
 from gradsurgery.extras import Requirement
+from gradsurgery.unlearn.jobs import registry
 
 PACKAGES = ("sklearn", "scipy", "matplotlib", "transformers", "accelerate", "rouge_score")
 # what a user calls or imports, and what it then names; None: it needs nothing but torch
@@ -144,6 +146,20 @@ def test_the_doctor_says_which_extra_brings_what_is_missing(monkeypatch):
         'extra cli lacks tyro: pip install "gradsurgery[cli]"',
         'extra hf lacks transformers>=4.51 (4.40.0 is here): pip install "gradsurgery[hf]"',
     ]
+
+
+def test_jobs_are_listed_although_one_lacks_a_package(monkeypatch, capsys):
+    def find(name):
+        if name == "images":
+            raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
+        return SimpleNamespace(about=f"what {name} is")
+
+    monkeypatch.setattr(registry, "find", find)
+    main(["unlearn", "--help"])
+    said = capsys.readouterr().out
+    advice = 'pip install "gradsurgery[cli,jobs,images]"'
+    assert f"images   needs pillow, which is not installed: {advice}" in said
+    assert "text     what text is" in said
 
 
 def native(**known):
