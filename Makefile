@@ -21,12 +21,13 @@ workers = -n $(WORKERS) --maxprocesses=8 --dist=worksteal
 test: $(VENV)/dev
 	$(bin)/python -m pytest $(workers) $(ARGS)
 
-# inputs drawn anew for each seed, EFFORT times as many as in `make test`: some 20 minutes a seed on
+# inputs drawn anew for each seed from FIRST on, EFFORT times as many as in `make test`: some 20 minutes a seed on
 # one core. What fails is kept in build/fuzz/examples, and tried first the next time
+FIRST ?= 0
 SEEDS ?= 1
 EFFORT ?= 20
 fuzz: $(VENV)/dev
-	$(bin)/python -m tests.fuzz $(SEEDS) $(EFFORT) $(ARGS)
+	$(bin)/python -m tests.fuzz $(FIRST) $(SEEDS) $(EFFORT) $(ARGS)
 
 lint: $(VENV)/dev
 	$(bin)/ruff check .

@@ -1,6 +1,7 @@
-"""Builds gradsurgery._C with CMake; everything else is in pyproject.toml."""
+"""Builds gradsurgery._C with CMake, and the README for PyPI; all else is in pyproject.toml."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,22 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+REPOSITORY = "https://github.com/gradsurgery/gradsurgery"
+
+
+def readme() -> str:
+    """README.md with links that lead from any page to the files of this version."""
+    source = (ROOT / "gradsurgery/__init__.py").read_text(encoding="utf-8")
+    (version,) = re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    # ](path) and src="path", but no address and no #heading
+    link = re.compile(r"""(\]\(|(?:src|srcset|href)=["'])(?!https?:|mailto:|#)([^)"'\s]+)""")
+
+    def absolute(match: re.Match[str]) -> str:
+        kind = "raw" if match[2].endswith((".svg", ".png", ".jpg", ".gif", ".webp")) else "blob"
+        return f"{match[1]}{REPOSITORY}/{kind}/v{version}/{match[2]}"
+
+    return link.sub(absolute, text)
 
 
 class CMakeBuild(build_ext):
@@ -37,4 +54,9 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
 
-setup(ext_modules=[Extension("gradsurgery._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("gradsurgery._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+)

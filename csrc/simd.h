@@ -125,6 +125,13 @@ inline T sum(Vector<T> vector) {
   return sum_halves<Vector<T>, T>(vector);
 }
 
+// a processor's half: gcc 12 has _Float16 on x86-64 alone
+#if defined(__aarch64__)
+using Binary16 = __fp16;
+#else
+using Binary16 = _Float16;
+#endif
+
 // storage to arithmetic and back
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
@@ -135,7 +142,7 @@ inline float widen(BFloat16 value) {
   return out;
 }
 inline float widen(Float16 value) {
-  _Float16 half;
+  Binary16 half;
   std::memcpy(&half, &value, sizeof(half));
   return static_cast<float>(half);
 }
@@ -143,7 +150,7 @@ inline float widen(Float16 value) {
 inline void narrow(double value, double* out) { *out = value; }
 inline void narrow(double value, float* out) { *out = static_cast<float>(value); }
 inline void narrow(double value, Float16* out) {
-  _Float16 half = static_cast<_Float16>(static_cast<float>(value));
+  Binary16 half = static_cast<Binary16>(static_cast<float>(value));
   std::memcpy(out, &half, sizeof(half));
 }
 inline void narrow(double value, BFloat16* out) {

@@ -204,7 +204,7 @@ class Pairs {
   static_assert(lanes<T> % tile_rows<T> == 0);
 
   // by squares: a column of a large matrix takes as many pages as it is long
-  void mirror(double* out, int threads) const {
+  void mirror(double* out, [[maybe_unused]] int threads) const {  // unused without OpenMP
     constexpr std::int64_t side = 32;
     const std::int64_t n = row_blocks_;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)

@@ -11,13 +11,13 @@ from typing import NoReturn
 
 from gradsurgery import __version__
 from gradsurgery.errors import InputError, RankError, TrainingError
+from gradsurgery.extras import extra_of, project_of
 from gradsurgery.text import show
 
 DESCRIPTION = "Gradient surgery and unlearning: jobs, reports, benchmarks."
 LONGEST = 800  # characters of a message
 COMMANDS = ("report", "compare", "bench", "rules", "doctor")  # and unlearn
-EXTRAS = "cli,jobs"  # what brings the packages that a command needs
-MORE = {"PIL": "pillow", "mlxtend": "mlxtend"}  # of images, by the names they are imported by
+EXTRAS = ("cli", "jobs")  # what brings the packages that every command needs
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,12 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("gradsurgery"):
-            raise
-        name = MORE.get(error.name, error.name)
-        extras = f"{EXTRAS},images" if error.name in MORE else EXTRAS
-        advice = f'pip install "gradsurgery[{extras}]"'
-        fail(f"this command needs {name}, which is not installed: {advice}", 2)
+        fail(f"this command {_lacks(error)}", 2)
+
+
+def _lacks(error: ModuleNotFoundError) -> str:
+    """What is not installed, and all that a command then needs; an error of our own is raised."""
+    if error.name is None or error.name.startswith("gradsurgery"):
+        raise error
+    more = extra_of(error.name)
+    names = [*EXTRAS, *([more] if more and more not in EXTRAS else [])]
+    advice = f'pip install "gradsurgery[{",".join(names)}]"'
+    return f"needs {project_of(error.name)}, which is not installed: {advice}"
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -90,7 +95,11 @@ def _unlearn(arguments: list[str]) -> None:
     if arguments[:1] in ([], ["-h"], ["--help"]):
         print("usage: gradsurgery unlearn JOB [options]; gradsurgery unlearn JOB --help\n\njobs:")
         for name in registry.names():
-            print(f"  {name:<8} {registry.find(name).about}")
+            try:
+                about = registry.find(name).about
+            except ModuleNotFoundError as error:  # the others are there all the same
+                about = _lacks(error)
+            print(f"  {name:<8} {about}")
         if not arguments:
             raise SystemExit(2)
         return

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 from gradsurgery.jacobian import Jacobian
 from gradsurgery.ops import projection_weights
 from gradsurgery.ops._inputs import as_gramian, check, check_gramian_finite, check_values, shown
@@ -69,10 +70,7 @@ class Diagnosis:
 
     def plot(self, ax: Any = None) -> Any:
         """Draws the cosines as a heat map and returns the matplotlib axes."""
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise InputError("plot needs matplotlib: pip install 'gradsurgery[cli]'") from error
+        pyplot = package("matplotlib.pyplot", "cli", "plot")
         if ax is None:
             _, ax = pyplot.subplots(figsize=(4.8, 4), layout="constrained")
         image = ax.imshow(self.cosines.numpy(), cmap="RdBu", vmin=-1, vmax=1)

@@ -1,8 +1,9 @@
-"""What was built, what runs, and with which versions: `gradsurgery doctor`."""
+"""What was built, what runs, with which versions, what is missing: `gradsurgery doctor`."""
 
 import importlib.util
 import os
 import platform
+import shutil
 import sys
 from importlib import metadata
 from types import ModuleType
@@ -10,14 +11,22 @@ from types import ModuleType
 import torch
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import fits, requirements
 from gradsurgery.ops import _backend
 from gradsurgery.ops._backend import OPERATORS, backend_of, native_available, triton_available
 from gradsurgery.text import show
 
+REBUILD = (
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-binary gradsurgery gradsurgery"
+)
+ABSENT = "absent"
+DEVELOPERS = ("dev",)  # extras that nobody misses who does not work on the package itself
+
 
 def main() -> None:
-    """Print the report."""
+    """Print the report, then what is missing and how to get it."""
     print(report())
+    print("\n" + "\n".join(advice() or ["nothing is missing"]))
 
 
 def report() -> str:
@@ -36,6 +45,57 @@ def report() -> str:
     facts |= {name: _serving(name) for name in OPERATORS}
     width = max(len(name) for name in facts)
     return "\n".join(f"{name:<{width}}  {show(value)}" for name, value in facts.items())
+
+
+def advice() -> list[str]:
+    """What is missing here and how to get it, one line each; empty where nothing is."""
+    return [*_advice_on_builds(), *_advice_on_packages()]
+
+
+def _advice_on_builds() -> list[str]:
+    native, reason = _load_native()
+    found = []
+    if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
+        found.append(
+            "torch: this build does not use the NVIDIA GPU; one that does: "
+            "https://pytorch.org/get-started/locally"
+        )
+    if native is None:
+        found.append(
+            f"native module: {reason}; plain torch serves, slower. Build it with a C++20 compiler: "
+            f"{REBUILD}"
+        )
+        return found
+    if not native.openmp and sys.platform != "darwin":  # where torch's own would be loaded twice
+        found.append(f"openmp: install your compiler's OpenMP (libgomp or libomp), then {REBUILD}")
+    if torch.cuda.is_available() and torch.version.hip is None and not native.cuda_version:
+        have = "Triton's kernels serve" if _backend.TRITON else "plain torch serves"
+        found.append(f"cuda kernels: not built, {have}. With nvcc 12 or newer on PATH: {REBUILD}")
+    if torch.cuda.is_available() and torch.version.hip is None and not _backend.TRITON:
+        found.append("triton: its kernels are missing: pip install triton")
+    return found
+
+
+def _advice_on_packages() -> list[str]:
+    asked = requirements()
+    if not asked:
+        return ["gradsurgery: not installed as a package, so its extras are unknown: pip install ."]
+    found: list[str] = []
+    lacks: dict[str, list[str]] = {}
+    for project, versions, extra in asked:
+        have = _version(project)
+        there = have != ABSENT
+        if extra in DEVELOPERS or (there and fits(have, versions)):
+            continue
+        if extra:
+            note = f" ({have} is here)" if there else ""
+            lacks.setdefault(extra, []).append(project + versions + note)
+        else:
+            note = " is too old or too new" if there else ""
+            found.append(f'{project} {have}{note}: pip install --upgrade "{project}{versions}"')
+    for extra, names in lacks.items():
+        found.append(f'extra {extra} lacks {", ".join(names)}: pip install "gradsurgery[{extra}]"')
+    return found
 
 
 def _serving(name: str) -> str:
@@ -118,4 +178,4 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "absent"
+        return ABSENT

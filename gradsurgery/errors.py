@@ -37,6 +37,10 @@ class PositionError(InputError, TypeError):
     """Arguments by position that only their names may give; the message has the names."""
 
 
+class MissingPackageError(InputError, ModuleNotFoundError):
+    """An optional package is not installed; the message has the extra that brings it."""
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on: the loss or the model stopped being finite."""
 

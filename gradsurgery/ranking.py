@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 
 
 def checked_scores(values: Tensor, name: str) -> Tensor:
@@ -46,7 +47,7 @@ def auc(member_scores: Tensor, nonmember_scores: Tensor) -> float:
         member_scores: [n_members].
         nonmember_scores: [n_nonmembers].
     """
-    from scipy.stats import mannwhitneyu
+    mannwhitneyu = package("scipy.stats", "jobs", "auc").mannwhitneyu
 
     members, others = ranked(member_scores, nonmember_scores)
     # the method is that of the p-value, which is not used: an exact one takes long

@@ -15,6 +15,7 @@ ROOT = Path(gradsurgery.__file__).parent
 ORDER = (
     "errors",
     "text",
+    "extras",  # what to install where a package is missing
     "ranking",
     "spread",
     "grads",

@@ -1,4 +1,4 @@
-"""`make fuzz SEEDS=n`: every test of this package under n seeds, and the count of them all."""
+"""`make fuzz SEEDS=n FIRST=k`: every test here under the seeds k to k + n - 1, and their count."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from tests.fuzz.profiles import table
 BUILD = Path("build/fuzz")
 
 
-def main(seeds, effort, arguments):
+def main(first, seeds, effort, arguments):
     """0 if nothing failed; build/fuzz/summary.json and, of each seed, the log of its tests."""
     BUILD.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     total, failed = {}, []
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         counts, log = BUILD / "seed.json", BUILD / f"seed{seed}.log"
         counts.unlink(missing_ok=True)
         environment = {
@@ -42,7 +42,7 @@ def main(seeds, effort, arguments):
         summary = {
             "commit": commit.stdout.strip(),
             "effort": effort,
-            "seeds": seed + 1,
+            "seeds": [first, seed],
             "seeds with failures": failed,
             "kinds": total,
         }
@@ -53,4 +53,4 @@ def main(seeds, effort, arguments):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
+    raise SystemExit(main(*map(int, sys.argv[1:4]), sys.argv[4:]))

@@ -3,6 +3,11 @@
 `SurgeryTrainer` is a `transformers.Trainer`, `SurgeryMixin` makes one of any subclass of it.
 """
 
-from gradsurgery.integrations.transformers.trainer import SurgeryMixin, SurgeryTrainer
+from gradsurgery.extras import missing
+
+try:
+    from gradsurgery.integrations.transformers.trainer import SurgeryMixin, SurgeryTrainer
+except ModuleNotFoundError as error:
+    raise missing(error, "hf", "gradsurgery.integrations.transformers") from error
 
 __all__ = ["SurgeryMixin", "SurgeryTrainer"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 from gradsurgery.language.data.examples import Example, collect
 from gradsurgery.text import brief, show
 
@@ -29,7 +30,7 @@ def read(path: str | os.PathLike[str], first_id: int = 0) -> list[Example]:
     | .jsonl | a row on each line; blank lines are left out |
     | .json | a list of rows, or a row on each line, as TOFU's files |
     | .txt | one text, the whole file, as MUSE's raw ones |
-    | .parquet | rows, if pyarrow is installed |
+    | .parquet | rows; the extra `parquet` brings the reader |
 
     Rows are as `from_rows` takes them. The first three may be compressed, with .gz after their
     name. Text is UTF-8.
@@ -42,7 +43,7 @@ def read(path: str | os.PathLike[str], first_id: int = 0) -> list[Example]:
     Raises:
         InputError: naming the file, the line (of a list or a table, the row, from 1) and what is
             wrong with it.
-        ModuleNotFoundError: a .parquet file without pyarrow.
+        MissingPackageError: a .parquet file without pyarrow.
     """
     path = Path(path)
     name = show(path)
@@ -185,12 +186,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _table(path: Path) -> list[tuple[str, Any]]:
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{show(path)}: .parquet files need pyarrow: pip install pyarrow"
-        ) from None
+    package("pyarrow", "parquet", show(path))
+    from pyarrow import ArrowInvalid, parquet
+
     try:
         rows = parquet.read_table(path).to_pylist()
     except ArrowInvalid as error:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import harmonic_mean
 
 from gradsurgery.errors import InputError
-from gradsurgery.language.metrics.packages import package
+from gradsurgery.extras import package
 from gradsurgery.ops._inputs import check, shown
 
 
@@ -89,7 +89,7 @@ def forget_quality(ratios: Mapping[int, float], retrained: Mapping[int, float]) 
 
     TOFU, Maini et al. 2024 (arXiv:2401.06121).
     """
-    stats = package("scipy.stats", "forget_quality")
+    stats = package("scipy.stats", "language", "forget_quality")
     sides = [_known(ratios, "ratios"), _known(retrained, "retrained")]
     return float(stats.ks_2samp(*sides).pvalue)
 

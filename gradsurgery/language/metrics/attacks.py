@@ -14,7 +14,7 @@ from torch import nn
 
 from gradsurgery.capture import tape
 from gradsurgery.errors import InputError
-from gradsurgery.language.metrics.packages import package
+from gradsurgery.extras import package
 from gradsurgery.language.metrics.scores import TokenScores, mean_losses, numbered
 from gradsurgery.language.reference import still
 from gradsurgery.language.tokens import Batch
@@ -88,7 +88,7 @@ def attack_aucs(
     Raises:
         InputError: no sample on a side; a score that is NaN, by attack and sample id.
     """
-    package("scipy.stats", "attack_aucs")
+    package("scipy.stats", "language", "attack_aucs")
     found = {}
     for name in forget:
         if name not in holdout:

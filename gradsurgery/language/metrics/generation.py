@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from gradsurgery.errors import InputError
-from gradsurgery.language.metrics.packages import package
+from gradsurgery.extras import package
 from gradsurgery.language.metrics.scores import numbered
 from gradsurgery.language.reference import still
 from gradsurgery.language.tokens import IGNORED, Batch, named
@@ -153,7 +153,7 @@ def rouge_l(
 
     ROUGE: A Package for Automatic Evaluation of Summaries, Lin 2004.
     """
-    scorer = package("rouge_score.rouge_scorer", "rouge_l").RougeScorer(
+    scorer = package("rouge_score.rouge_scorer", "language", "rouge_l").RougeScorer(
         ["rougeL"], use_stemmer=stemmer
     )
     missing = [sample for sample in true if sample not in written]

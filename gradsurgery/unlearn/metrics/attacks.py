@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 from gradsurgery.ranking import auc, checked_scores, ranked
 from gradsurgery.unlearn.objectives.classification import integers
 
@@ -154,7 +155,7 @@ def roc(member_scores: Tensor, nonmember_scores: Tensor) -> tuple[Tensor, Tensor
     Returns:
         fpr [K + 1] and tpr [K + 1], float64, in [0, 1], ascending, K the distinct scores.
     """
-    from sklearn.metrics import roc_curve
+    roc_curve = package("sklearn.metrics", "jobs", "roc").roc_curve
 
     members, others = ranked(member_scores, nonmember_scores)
     truth = [1] * len(members) + [0] * len(others)
@@ -219,6 +220,7 @@ def mia(forget_losses: Tensor, unseen_losses: Tensor, seed: int = 0) -> float:
         unseen_losses: [n_unseen], samples no model was trained on.
         seed: of the subsample and of the folds.
     """
+    package("sklearn", "jobs", "an attack by a fitted model")
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline

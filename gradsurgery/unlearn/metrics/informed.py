@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 from gradsurgery.ranking import auc
 from gradsurgery.unlearn.metrics.attacks import (
     ATTACK_SPLITS,
@@ -72,6 +73,7 @@ def informed_attack(
     Unlearning Jeopardizes Privacy, Chen et al. (arXiv:2005.02205), whose other model is the
     original. Retrain in its place, unseen samples beside it and the features are inferred.
     """
+    package("sklearn", "jobs", "an attack by a fitted model")
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold
     from sklearn.pipeline import make_pipeline

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 from gradsurgery.text import show
 from gradsurgery.unlearn.objectives import classification
 from gradsurgery.unlearn.objectives.base import Batch, take
@@ -101,6 +102,7 @@ def linear_probe(known: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
     Understanding intermediate layers using linear classifier probes, Alain and Bengio
     (arXiv:1610.01644). Retrain as the measure of it is inferred.
     """
+    package("sklearn", "jobs", "a probe")
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 
 
 def gap(metrics: Mapping[str, float], retrain: Mapping[str, float]) -> dict[str, float]:
@@ -47,7 +48,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float | list[flo
     center, n = mean(differences), len(differences)
     if n == 1:
         return {"mean": center, "stderr": None, "interval": None}
-    from scipy.stats import t
+    t = package("scipy.stats", "jobs", "an interval").t
 
     # exact, where SciPy's sem squares floats: of 1e-200 that leaves 0, of 1e200 infinity
     error = stdev(differences) / math.sqrt(n)

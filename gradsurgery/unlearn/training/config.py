@@ -8,8 +8,6 @@ from operator import or_
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import msgspec
-
 from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
 
@@ -77,21 +75,34 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(item, parts[0], name) for item in items)
     try:
-        # YAML 1.1 reads 1e-3, which has no dot, as a string; NumPy's floats are none to msgspec
-        if hint is float and isinstance(value, (float, str)):
-            return float(value)
-        return msgspec.convert(value, hint, dec_hook=_path)
-    except ValueError:  # msgspec.ValidationError is one
+        return _plain(value, hint)
+    except (ValueError, OverflowError):  # float's own, of a text or of an integer too large
         kind = getattr(hint, "__name__", hint)
         wanted = f"one of {', '.join(map(str, parts))}" if origin is Literal else f"of type {kind}"
         raise InputError(f"{name} must be {wanted}, got {brief(value)}") from None
 
 
-def _path(kind: type, value: Any) -> Any:
-    """A path, which msgspec does not know."""
-    if kind is Path and isinstance(value, (str, Path)):
+def _plain(value: Any, hint: Any) -> Any:
+    """`value` as an annotation without parts wants it; `ValueError` where it is none of its kind.
+
+    An integer is a number, as is a text that reads as one: YAML 1.1 takes 1e-3, which has no dot,
+    for a string. True and False are neither.
+    """
+    if get_origin(hint) is Literal:
+        for allowed in get_args(hint):
+            if isinstance(value, type(allowed)) and value == allowed:
+                return allowed
+    elif hint is Any:
+        return value
+    elif hint is Path and isinstance(value, (str, Path)):
         return Path(value)
-    raise TypeError(f"{value} is no {kind}")
+    elif isinstance(value, bool) != (hint is bool):
+        raise ValueError
+    elif hint is float and isinstance(value, (float, int, str)):
+        return float(value)
+    elif isinstance(value, hint):
+        return value
+    raise ValueError
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:

@@ -151,7 +151,7 @@ def test_tables(tmp_path):
 
 def test_tables_need_a_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install pyarrow"):
+    with pytest.raises(ModuleNotFoundError, match=r"pyarrow: pip install 'gradsurgery\[parquet\]'"):
         read(written(tmp_path / "a.parquet", "PAR1"))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradsurgery as gs
-from gradsurgery import language
+from gradsurgery import extras, language
 from gradsurgery.language import metrics
 from gradsurgery.language.metrics import TokenScores
 from tests.language.tiny import SAMPLES, batch, made, tokens
@@ -137,7 +137,7 @@ def test_a_missing_package_is_an_error_with_its_extra(monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(metrics.packages, "import_module", missing)
+    monkeypatch.setattr(extras, "import_module", missing)
     for call, needs in (
         (lambda: metrics.rouge_l({0: "a"}, {0: "a"}), "rouge_l needs rouge-score"),
         (lambda: metrics.forget_quality({0: 0.0}, {0: 0.0}), "forget_quality needs scipy"),

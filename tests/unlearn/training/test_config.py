@@ -47,6 +47,10 @@ def test_update_leaves_the_original_alone():
         ({"task": "klass"}, "task must be one of mislabeled, class, random, got 'klass'"),
         ({"method": ["orthograd", "magic"]}, "method must be one of .*, got 'magic'"),
         ({"orthograd": {"lr": "fast"}}, "orthograd.lr must be of type float, got 'fast'"),
+        ({"orthograd": {"lr": True}}, "orthograd.lr must be of type float, got True"),
+        ({"orthograd": {"lr": 10**400}}, "orthograd.lr must be of type float, got 1000"),
+        ({"seeds": "3"}, "seeds must be of type int, got '3'"),
+        ({"method": [["orthograd"]]}, r"method must be one of .*, got \['orthograd'\]"),
     ],
 )
 def test_nonsense_names_its_key(changes, message):

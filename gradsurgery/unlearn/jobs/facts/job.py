@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import nn
 
-from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 from gradsurgery.unlearn.jobs.base import Summary, Texts, with_weights
 from gradsurgery.unlearn.jobs.classifiers import counted
 from gradsurgery.unlearn.jobs.facts import data
@@ -104,12 +104,9 @@ class FactsJob(LanguageJob):
         )
 
     def model(self, config: FactsConfig, seed: int = 0) -> nn.Module:
-        try:
-            from transformers import LlamaConfig, LlamaForCausalLM
-        except ImportError:
-            raise InputError(
-                "the facts job needs transformers: pip install 'gradsurgery[hf]'"
-            ) from None
+        package("transformers", "hf", "the facts job")
+        from transformers import LlamaConfig, LlamaForCausalLM
+
         sizes: dict[str, Any] = {
             "vocab_size": len(data.tokenizer()),
             "hidden_size": config.width,

@@ -16,26 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsurgery.errors import InputError
+from gradsurgery.extras import package
 from gradsurgery.text import show
 from gradsurgery.unlearn.training.seeds import seeded
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt")  # of a directory, what makes a model
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-def package(name: str) -> Any:
-    """transformers or peft.
-
-    Raises:
-        InputError: it is not installed, with what to install.
-    """
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except ImportError:
-        raise InputError(f"the text job needs {name}: pip install 'gradsurgery[hf]'") from None
 
 
 def folder(model: str, option: str) -> Path:
@@ -79,7 +66,7 @@ def _other_weights(names: list[str]) -> str:
 
 
 def _cached(model: str, option: str) -> Path:
-    package("transformers")  # which brings the other
+    package("transformers", "hf", "the text job")  # which brings the other
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -94,7 +81,7 @@ def _cached(model: str, option: str) -> Path:
 
 def tokenizer(path: Path) -> Any:
     """The tokenizer of a model's directory."""
-    transformers = package("transformers")
+    transformers = package("transformers", "hf", "the text job")
     if not any((path / name).exists() for name in TOKENIZERS):
         raise InputError(
             f"--model: {show(path)} has no tokenizer, none of {', '.join(TOKENIZERS)}: save it "
@@ -114,7 +101,7 @@ def load(path: Path, option: str, dtype: str, device: str) -> nn.Module:
     Raises:
         InputError: one of another kind, one that needs code of its own, weights that are missing.
     """
-    transformers = package("transformers")
+    transformers = package("transformers", "hf", "the text job")
     where, local = f"--{option}: {show(path)}", {"local_files_only": True}
     try:
         known = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **local)
@@ -162,7 +149,7 @@ def dealt_out(model: nn.Module, device: str) -> nn.Module:
 def _quiet() -> Iterator[None]:
     """No bar for each of the many times that a run reads the model, and no warnings of what
     transformers and peft are to change between them."""
-    logging = package("transformers").utils.logging
+    logging = package("transformers", "hf", "the text job").utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -200,7 +187,7 @@ class Adapter:
     def on(self, model: nn.Module, seed: int) -> nn.Module:
         """The model with an adapter that changes nothing yet; it alone trains, and it alone is in
         the state of the whole."""
-        peft = package("peft")
+        peft = package("peft", "hf", "the text job")
         targets = self.targets[0] if self.targets == ("all-linear",) else list(self.targets)
         options = peft.LoraConfig(
             r=self.rank, lora_alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM"
