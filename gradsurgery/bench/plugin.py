@@ -1,0 +1,200 @@
+"""pytest-benchmark, told what to measure and for how long; it writes the JSON.
+
+Contenders are timed in turns, one call of each a round, so that what slows the machine slows all of
+them. The time that is left is shared out among the cases that are left.
+"""
+
+import contextlib
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from gradsurgery import __version__
+from gradsurgery.bench import measuring, suite
+from gradsurgery.bench.cases import OURS, Case, Contender
+from gradsurgery.bench.report import line
+from gradsurgery.errors import InputError
+from gradsurgery.unlearn.jobs.progress import Progress
+
+ROUNDS = 5, 50  # at least and at most
+ONCE = 0.5  # of a case's time: what a single call takes longer than is not called again
+
+
+class Left(NamedTuple):
+    """A case without numbers."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Plugin:
+    """Cases for the suite, a fixture that measures one, and what becomes of them."""
+
+    cases: list[Case]
+    device: torch.device
+    seconds: float
+    machine: dict[str, Any]
+    progress: Progress
+    left: list[Left] = field(default_factory=list)
+    failed: list[Left] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter()
+        self.step: Callable[[int], None] = lambda done: None
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        metafunc.parametrize("case", self.cases, ids=[case.name for case in self.cases])
+
+    @pytest.fixture
+    def measure(self, benchmark: BenchmarkFixture) -> Callable[[Case], None]:
+        return partial(self._measure, benchmark)
+
+    def _measure(self, benchmark: BenchmarkFixture, case: Case) -> None:
+        start, place = time.perf_counter(), self.cases.index(case)
+        left = self.seconds - (start - self.start)
+        if left <= 0:
+            self.left.append(Left(case.name, "no time was left"))
+            pytest.skip("no time was left")
+        share = left * case.weight / sum(other.weight for other in self.cases[place:])
+        with _quiet():
+            self._run(benchmark, case, start + share, share)
+        self.progress.say(line(benchmark.name, benchmark.extra_info))
+
+    def _run(self, benchmark: BenchmarkFixture, case: Case, end: float, share: float) -> None:
+        work = case.make(self.device)
+        tried = {name: _try(one, self.device) for name, one in work.contenders.items()}
+        mine = tried.pop(OURS)
+        if "failure" in mine:
+            raise RuntimeError(mine["failure"])
+        again = [name for name, t in tried.items() if t.get("first", share) < ONCE * share]
+        taken: dict[str, list[float]] = {name: [] for name in again}
+
+        def others() -> None:
+            for name in again:
+                taken[name].append(measuring.seconds(work.contenders[name].call, self.device))
+
+        def ours() -> None:
+            work.contenders[OURS].call()
+            measuring.waited(self.device)
+
+        begun = time.perf_counter()
+        others()
+        ours()
+        now = time.perf_counter()
+        fits = int((end - now) / (now - begun))
+        rounds = min(max(fits, ROUNDS[0]), ROUNDS[1])
+        taken = {name: [] for name in again}
+        benchmark.pedantic(ours, setup=others, rounds=rounds)
+        assert benchmark.stats is not None
+        stats = benchmark.stats.stats
+        found = {OURS: {"seconds": stats.median, "spread": stats.iqr, "rounds": rounds} | mine}
+        for name, first in tried.items():
+            values = taken.get(name) or ([first["first"]] if "first" in first else [])
+            if values:
+                first |= {
+                    "seconds": statistics.median(values),
+                    "spread": measuring.iqr(values),
+                    "rounds": len(values),
+                }
+            found[name] = first | {"floor": work.contenders[name].floor}
+        for one in found.values():
+            one.pop("first", None)
+        benchmark.extra_info.update(
+            group=case.group,
+            kind=case.kind,
+            along=case.along,
+            bytes=work.bytes,
+            operations=work.operations,
+            contenders=found,
+        )
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            name = report.nodeid.partition("[")[2].removesuffix("]")
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.failed.append(Left(name, crash.message if crash else str(report.longrepr)))
+            self.progress.say(f"failed: {name}: {self.failed[-1].reason}")
+        if report.when == "teardown":
+            self.done = getattr(self, "done", 0) + 1
+            self.step(self.done)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
+        return self.machine
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_benchmark_generate_commit_info(self) -> dict[str, Any]:
+        # of the package: pytest-benchmark would tell of the folder that the command is started in
+        return {"version": __version__}
+
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        output_json["seconds"] = time.perf_counter() - self.start
+        output_json["left_out"] = [one._asdict() for one in self.left]
+        output_json["failed"] = [one._asdict() for one in self.failed]
+
+
+def _try(contender: Contender, device: torch.device) -> dict[str, Any]:
+    """Seconds of a first call, after those that made what is made once; error and memory."""
+    try:
+        error = None if contender.error is None else contender.error()
+        contender.call()
+        memory = measuring.extra_memory(contender.call, device)
+        first = measuring.seconds(contender.call, device)
+    except Exception as failure:  # what a rival cannot do is told, and the rest measured
+        if isinstance(failure, torch.OutOfMemoryError):
+            return {"failure": "out of memory"}
+        return {"failure": f"{type(failure).__name__}: {str(failure).splitlines()[0]}"}
+    return {"error": error, "memory": memory, "first": first}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of those that are timed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run(plugin: Plugin, out: Path) -> None:
+    """Measure all cases and write pytest-benchmark's JSON to `out`.
+
+    pytest reads no settings, plugins or conftest.py files of the folder it is started in.
+
+    Raises:
+        KeyboardInterrupt: as it came.
+        InputError: nothing could be measured.
+    """
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        found = Path(scratch) / "bench.json"
+        arguments = [
+            suite.__file__,
+            *("-c", os.devnull, "--rootdir", scratch, "--noconftest", "-s"),
+            *("-p", "no:terminal", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin"),
+            *("-o", "python_functions=bench", "--benchmark-disable-gc", "--benchmark-quiet"),
+            *(f"--benchmark-json={found}", f"--benchmark-storage=file://{scratch}"),
+        ]
+        patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        patch.delenv("PYTEST_ADDOPTS", raising=False)
+        patch.delenv("PYTEST_PLUGINS", raising=False)
+        with plugin.progress.stage("measuring", len(plugin.cases), 0) as plugin.step:
+            code = pytest.main(arguments, plugins=[plugin])
+        if code == pytest.ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
+        if not found.is_file() or not found.stat().st_size:
+            reasons = [f"{one.name}: {one.reason}" for one in (*plugin.failed, *plugin.left)]
+            why = "; ".join(reasons) or f"pytest ended with {code!r}"
+            raise InputError(f"nothing was measured: {why}")
+        shutil.copyfile(found, out)
