@@ -6,9 +6,11 @@ they say what no exact method can beat.
 
 import contextlib
 import copy
+import functools
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -32,7 +34,7 @@ from gradsurgery.bench.models import (
 )
 
 OURS = "gradsurgery"
-GROUPS = ("operators", "rules", "steps", "scaling")  # as they are asked for and told of
+GROUPS = ("steps", "operators", "rules", "scaling")  # as they are asked for and told of
 REFERENCE = "plain PyTorch"  # the same rule, its solver in torch
 
 
@@ -70,15 +72,79 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def operators(columns: int, rows: tuple[int, ...]) -> Iterator[Case]:
-    for m in rows:
+@dataclass(frozen=True)
+class Size:
+    """How large everything is."""
+
+    columns: int
+    """Of rows that exist."""
+    rows: tuple[int, ...]
+    rule_rows: tuple[int, ...]
+    samples: int
+    """To forget, and as many to retain."""
+    hidden: int
+    """Width of the MLP, whose inputs are half as many."""
+    transformer: tuple[int, int, int]
+    """Width, layers, tokens."""
+    channels: tuple[int, ...]
+    """Of the stages of a ResNet."""
+    side: int
+    """Of its images."""
+    grown: dict[str, tuple[int, ...]]
+    """Of a transformer of two layers, the numbers that grow, one at a time from the first."""
+
+
+SIZES = {
+    "tiny": Size(
+        columns=10_000,
+        rows=(2, 4),
+        rule_rows=(3,),
+        samples=2,
+        hidden=64,
+        transformer=(64, 1, 8),
+        channels=(32,),
+        side=8,
+        grown={"tokens": (4, 8), "width": (64, 128), "samples": (2, 4)},
+    ),
+    "small": Size(
+        columns=1_000_000,
+        rows=(2, 4, 8, 16, 32, 64),
+        rule_rows=(8, 32),
+        samples=16,
+        hidden=2048,
+        transformer=(256, 2, 64),
+        channels=(32, 64, 128),
+        side=32,
+        grown={"tokens": (32, 64, 128), "width": (128, 256, 512), "samples": (8, 16, 32)},
+    ),
+    "large": Size(
+        columns=20_000_000,
+        rows=(2, 4, 8, 16, 32, 64),
+        rule_rows=(8, 32),
+        samples=16,
+        hidden=4096,
+        transformer=(512, 8, 128),
+        channels=(64, 128, 256, 512),
+        side=32,
+        grown={
+            "tokens": (64, 128, 256, 512),
+            "width": (256, 512, 1024, 2048),
+            "samples": (8, 16, 32, 64),
+        },
+    ),
+}
+
+
+def operators(size: Size) -> Iterator[Case]:
+    columns = size.columns
+    for m in size.rows:
         for kind, make in (
             ("gramian", _gramian),
             ("combine", _combine),
             ("project_out", _project_out),
         ):
             name = f"{kind} {m} x {columns:,}"
-            weight = m / rows[-1] * (2 if kind == "project_out" else 1) + 0.3
+            weight = m / size.rows[-1] * (2 if kind == "project_out" else 1) + 0.3
             yield Case("operators", name, partial(make, m, columns), weight, {"rows": m}, kind)
 
 
@@ -145,9 +211,12 @@ RULES: dict[str, dict[str, float] | None] = {
 }
 
 
-def rules(rows: tuple[int, ...]) -> Iterator[Case]:
+TORCH = {"IMTLG", "AlignedMTL"}  # made of calls of torch, so ours is the plain one
+
+
+def rules(size: Size) -> Iterator[Case]:
     for name in RULES:
-        for m in rows:
+        for m in size.rule_rows:
             make = partial(_rule, name, m)
             yield Case("rules", f"{name} of {m} rows", make, 0.3, {"rows": m}, name)
 
@@ -167,9 +236,9 @@ def _rule(name: str, m: int, device: torch.device) -> Work:
 
     found = {
         OURS: Contender(lambda: ours.weights(gram), lambda: relative(kind().weights(gram), exact)),
-        # float64 itself, so its error is none by definition
-        REFERENCE: Contender(reference, lambda: 0.0),
     }
+    if name not in TORCH:  # what errors are distances from has none
+        found[REFERENCE] = Contender(reference, lambda: 0.0)
     theirs = RULES[name]
     if theirs is not None and (weighting := _torchjd(name, theirs)):
         # PCGrad draws an order, and theirs another one
@@ -208,59 +277,39 @@ class Model(NamedTuple):
 
     build: Callable[[], nn.Module]
     batches: Batches
-    samples: int = 16  # to forget, and as many to retain
+    samples: int
+    """To forget, and as many to retain."""
 
 
-def models(size: str) -> dict[str, Model]:
-    """By name, the models of a step of each kind."""
-    width, layers, tokens = {"tiny": (64, 1, 8), "small": (256, 4, 64), "large": (512, 8, 128)}[
-        size
-    ]
-    inner = {"tiny": 64, "small": 2048, "large": 4096}[size]
-    channels = {"tiny": (32,), "small": (32, 64, 128, 256), "large": (64, 128, 256, 512)}[size]
-    side = 8 if size == "tiny" else 32
-    samples = 2 if size == "tiny" else 16
-    text_model = partial(transformer, width, layers, VOCAB, tokens)
-    return {
-        f"MLP {inner // 2}-{inner}-{inner}": Model(
-            partial(mlp, inner // 2, inner, inner, CLASSES), labelled(inner // 2), samples
-        ),
-        f"transformer {width} x {layers}, {tokens} tokens": Model(
-            text_model, text(tokens), samples
-        ),
-        f"LoRA on transformer {width} x {layers}, {tokens} tokens": Model(
-            lambda: with_lora(text_model(), 8), text(tokens), samples
-        ),
-        f"ResNet of {len(channels)} stages, {channels[0]} channels": Model(
-            partial(resnet, *channels), labelled(3, side, side), samples
-        ),
+def of_models(size: Size) -> Iterator[Case]:
+    """A step of each kind of model."""
+    hidden, (width, layers, tokens) = size.hidden, size.transformer
+    build = partial(transformer, width, layers, VOCAB, tokens)
+    text_model = f"transformer {width} x {layers}, {tokens} tokens"
+    inputs = labelled(hidden // 2), text(tokens), text(tokens), labelled(3, size.side, size.side)
+    builds = {
+        f"MLP {hidden // 2}-{hidden}-{hidden}": partial(mlp, hidden // 2, hidden, hidden, CLASSES),
+        text_model: build,
+        f"LoRA on {text_model}": lambda: with_lora(build(), 8),
+        f"ResNet of {'-'.join(map(str, size.channels))} channels": partial(resnet, *size.channels),
     }
+    for (name, made), batches in zip(builds.items(), inputs, strict=True):
+        yield Case("steps", name, partial(_step, Model(made, batches, size.samples)), 8)
 
 
-def of_steps(size: str) -> Iterator[Case]:
-    for name, model in models(size).items():
-        yield Case("steps", name, partial(_step, model), 8)
-
-
-def scaling(size: str) -> Iterator[Case]:
+def scaling(size: Size) -> Iterator[Case]:
     """Steps of one model, of which one number grows."""
-    d, t, b = {"tiny": (64, 4, 2), "small": (256, 32, 8), "large": (512, 64, 16)}[size]
-    axes = {
-        "tokens": {"tiny": (2, 8), "small": (16, 64, 256), "large": (32, 128, 512)}[size],
-        "width": {"tiny": (64, 128), "small": (128, 256, 512), "large": (256, 512, 1024)}[size],
-        "samples": {"tiny": (2, 4), "small": (4, 8, 16, 32), "large": (8, 16, 32, 64)}[size],
-    }
-    base = {"tokens": t, "width": d, "samples": b}
+    base = {axis: values[0] for axis, values in size.grown.items()}
     places: dict[tuple[int, ...], dict[str, int]] = {}  # one that is on several axes comes once
-    for axis, values in axes.items():
+    for axis, values in size.grown.items():
         for value in values:
             place = tuple((base | {axis: value}).values())
             places.setdefault(place, {})[axis] = value
     for (tokens, width, samples), along in places.items():
         model = Model(partial(transformer, width, 2, VOCAB, tokens), text(tokens), samples)
         name = f"transformer {width} x 2, {tokens} tokens, {samples} + {samples} samples"
-        weight = 1 + tokens / t + (width / d) ** 2 + samples / b
-        yield Case("scaling", name, partial(_step, model), weight, along, "step")
+        grown = math.prod(value / base[axis] for axis, value in along.items())
+        yield Case("scaling", name, partial(_step, model), 1 + grown, along, "step")
 
 
 def _step(model: Model, device: torch.device) -> Work:
@@ -268,7 +317,7 @@ def _step(model: Model, device: torch.device) -> Work:
     forget, retain = (
         (x.to(device), y.to(device)) for x, y in (model.batches(model.samples) for _ in range(2))
     )
-    exact = steps.exact_update(ours, forget, retain)
+    exact = functools.cache(lambda: steps.exact_update(ours, forget, retain))
     found = {}
     for name, make in {OURS: steps.our_step, **steps.RIVALS}.items():
         # a model of its own: TorchJD's hooks count every forward pass while its engine lives
@@ -286,23 +335,15 @@ def _step(model: Model, device: torch.device) -> Work:
 
 
 def _of_step(
-    step: steps.Step, model: nn.Module, optimizer: torch.optim.Optimizer, exact: Tensor
+    step: steps.Step,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    exact: Callable[[], Tensor],
 ) -> float:
-    return relative(steps.update_of(step, model, optimizer), exact)
+    return relative(steps.update_of(step, model, optimizer), exact())
 
 
-SIZES = ("tiny", "small", "large")
-COLUMNS = {"tiny": 10_000, "small": 1_000_000, "large": 20_000_000}
-ROWS = {"tiny": (2, 4), "small": (2, 4, 8, 16, 32, 64), "large": (2, 4, 8, 16, 32, 64)}
-RULE_ROWS = {"tiny": (3,), "small": (8, 32), "large": (8, 32)}
-
-
-def all_cases(size: str, groups: tuple[str, ...] = GROUPS) -> list[Case]:
+def all_cases(size: Size, groups: Sequence[str] = GROUPS) -> list[Case]:
     """Of the groups, steps first: what does not fit into the time is what comes last."""
-    made = {
-        "steps": lambda: of_steps(size),
-        "operators": lambda: operators(COLUMNS[size], ROWS[size]),
-        "rules": lambda: rules(RULE_ROWS[size]),
-        "scaling": lambda: scaling(size),
-    }
-    return [case for group in made if group in groups for case in made[group]()]
+    makers = {"steps": of_models, "operators": operators, "rules": rules, "scaling": scaling}
+    return [case for group, make in makers.items() if group in groups for case in make(size)]

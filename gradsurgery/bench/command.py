@@ -40,7 +40,7 @@ def parser() -> Parser:
     found.add_argument("--device", help="cpu, cuda, cuda:1; a GPU if there is one")
     found.add_argument("--threads", type=int, help="of the CPU; as many as torch takes")
     found.add_argument(
-        "--size", choices=cases.SIZES, help="small on a CPU, large on a GPU; tiny is a trial"
+        "--size", choices=[*cases.SIZES], help="small on a CPU, large on a GPU; tiny is a trial"
     )
     found.add_argument(
         "--only", nargs="+", choices=cases.GROUPS, metavar="GROUP", help=", ".join(cases.GROUPS)
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     size = options.size or ("large" if device.type == "cuda" else "small")
-    chosen = cases.all_cases(size, tuple(options.only or cases.GROUPS))
+    chosen = cases.all_cases(cases.SIZES[size], options.only or cases.GROUPS)
     progress = make_progress()
     progress.say(f"{len(chosen)} cases in some {options.minutes:g} minutes, into {out}")
     machine = _machine(device, size)
@@ -94,12 +94,14 @@ def main(arguments: list[str]) -> None:
     if options.profile:
         from gradsurgery.bench.profile import traces
 
-        for path in traces(cases.all_cases(size, ("steps",)), device, out):
+        for path in traces(cases.all_cases(cases.SIZES[size], ("steps",)), device, out):
             progress.say(f"trace {show(path)}")
-    for told in report.sentences(found):
+    for told in report.sentences(found, old):
         progress.say(told)
     for told in report.slower(found):
-        progress.say(f"slower: {told}")
+        progress.say(
+            f"{told.times} than {told.faster}: {told.work}, {told.takes}, ours {told.ours}"
+        )
     progress.say(f"table {show(out / 'table.md')}")
     progress.say(f"report {show(out / 'report.html')}")
     if found.failed:

@@ -21,7 +21,7 @@ def page(record: Record, old: Record | None) -> str:
     return PAGES.get_template("bench.html.jinja").render(
         heading=f"What gradsurgery costs on {where}",
         conditions=report.conditions(machine),
-        sentences=report.sentences(record),
+        sentences=report.sentences(record, old),
         galleries=list(galleries(record)),
         columns=report.COLUMNS,
         tables=[
@@ -34,6 +34,9 @@ def page(record: Record, old: Record | None) -> str:
             if record.group(group)
         ],
         slower=report.slower(record),
+        slower_heading=report.SLOWER,
+        slower_columns=report.LOST,
+        change_columns=report.Change._fields,
         missing=report.missing(record),
         old=old and old.datetime[:10],
         changes=report.changes(old, record) if old else [],

@@ -1,6 +1,6 @@
 """The pictures of a record as SVG, each narrow enough to be read on a phone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,7 +8,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from gradsurgery.bench.cases import OURS, REFERENCE
-from gradsurgery.bench.record import Entry, Record, Taken
+from gradsurgery.bench.record import Entry, Record
+from gradsurgery.bench.report import duration, size
 from gradsurgery.bench.steps import PLAIN, QR, TORCHJD
 from gradsurgery.unlearn.report.pictures import Gallery, Picture
 from gradsurgery.unlearn.report.pictures import picture as placed
@@ -56,44 +57,37 @@ def _contenders(entries: Iterable[Entry]) -> list[str]:
 
 
 @picture
-def bars(values: dict[str, dict[str, float]], label: str, across: float | None) -> Figure:
-    """By work and contender, a logarithmic bar each; `across` is where a line stands."""
+def dots(values: dict[str, dict[str, float]], label: str, shown: Callable[[float], str]) -> Figure:
+    """By work and contender a dot, on a logarithmic axis, and the number beside it."""
     names = list(dict.fromkeys(name for one in values.values() for name in one))
-    figure, axes = _axes(1.3 + 0.28 * len(names) * len(values))
-    thick = 0.8 / len(names)
+    step = 1 / (len(names) + 0.8)  # of a contender's line; between works is some room
+    figure, axes = _axes(1.2 + 0.2 * (len(names) + 0.8) * len(values))
     for k, name in enumerate(names):
+        color, marker = LOOKS.get(name, OTHER)
         places = [
-            (row + k * thick, one[name]) for row, one in enumerate(values.values()) if name in one
+            (one[name], row + k * step) for row, one in enumerate(values.values()) if name in one
         ]
-        ys, widths = zip(*places, strict=True)
-        axes.barh(ys, widths, thick * 0.9, color=LOOKS.get(name, OTHER)[0], label=name)
-        for y, width in places:
+        axes.plot(*zip(*places, strict=True), color=color, marker=marker, ls="", label=name)
+        for place in places:
             axes.annotate(
-                f"{width:.3g}",
-                (width, y),
-                (3, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
+                shown(place[0]), place, (6, 0), textcoords="offset points", va="center", fontsize=8
             )
-    axes.set_yticks([row + thick * (len(names) - 1) / 2 for row in range(len(values))])
+    axes.set_yticks([row + step * (len(names) - 1) / 2 for row in range(len(values))])
     axes.set_yticklabels([_wrapped(work) for work in values])
-    axes.invert_yaxis()
+    axes.set_ylim(len(values) - step, -step)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high * 2.2)  # room for the last number
+    axes.set_xlim(low, high * (high / low) ** 0.35)  # room for the last number
     _plain(axes.xaxis)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)
-    if across is not None:
-        axes.axvline(across, color="#3b4048", lw=1, ls=":")
     _legend(figure)
     return figure
 
 
 def _wrapped(work: str) -> str:
-    """Over lines, so that bars keep their room."""
-    return "\n".join(work.replace(", ", ",\n").replace(" on ", " on\n").split("\n"))
+    """Over lines, so that dots keep their room."""
+    return work.replace(", ", ",\n").replace(" on ", " on\n")
 
 
 @picture
@@ -113,7 +107,11 @@ def lines(entries: list[Entry], axis: str, label: str) -> Figure:
         axes.errorbar(
             [at for at, _ in found],
             [1e3 * (taken.seconds or 0) for _, taken in found],
-            yerr=[1e3 * taken.spread / 2 for _, taken in found],
+            # no farther down than a logarithmic axis goes
+            yerr=[
+                [1e3 * min(t.spread / 2, 0.5 * (t.seconds or 0)) for _, t in found],
+                [1e3 * t.spread / 2 for _, t in found],
+            ],
             color=color,
             marker=marker,
             ms=5,
@@ -169,14 +167,11 @@ def roofline(record: Record) -> Figure:
 def _values(entries: list[Entry], of: str) -> dict[str, dict[str, float]]:
     """By work and contender, seconds or bytes, of those that have them."""
 
-    def known(taken: Taken) -> bool:
-        return bool(getattr(taken, of))
-
     found = {
         entry.name: {
-            name: getattr(taken, of)
+            name: value
             for name, taken in entry.extra_info.contenders.items()
-            if known(taken)
+            if (value := getattr(taken, of))  # a memory of 0 has no place on a logarithmic axis
         }
         for entry in entries
     }
@@ -189,8 +184,8 @@ def galleries(record: Record) -> Iterator[Gallery]:
     yield from _of_operators(record)
     if entries := record.group("rules"):
         times = _values(entries, "seconds")
-        times = {work: {n: 1e6 * s for n, s in one.items()} for work, one in times.items()}
-        drawn = bars(times, "µs", None)
+        times = {work: {n: 1e3 * s for n, s in one.items()} for work, one in times.items()}
+        drawn = dots(times, "ms", lambda value: duration(value / 1e3))
         caption = "Time to solve a rule's weights from a Gramian."
         yield Gallery("Rules", [placed(drawn, caption)], "one")
 
@@ -204,27 +199,28 @@ def _of_steps(record: Record) -> Iterator[Gallery]:
             for work, one in times.items()
             if PLAIN in one
         }
-        caption = "A whole step in units of a plain training step on as many samples, dotted."
-        pictures.append(placed(bars(shares, "plain steps", 1.0), caption))
+        caption = "A whole step in units of a plain training step on as many samples."
+        drawn = dots(shares, "plain steps", "{:.3g}".format)
+        pictures.append(placed(drawn, caption))
     if memory := _values(entries, "memory"):
         scaled = {work: {n: b / 2**20 for n, b in one.items()} for work, one in memory.items()}
         caption = "Memory that a step needs beside model, data and optimizer."
-        pictures.append(placed(bars(scaled, "MiB", None), caption))
+        pictures.append(placed(dots(scaled, "MiB", lambda mib: size(round(mib * 2**20))), caption))
     if pictures:
         yield Gallery("Steps: time and memory", pictures)
     grown = record.group("scaling")
-    labels = {
-        "tokens": "tokens of a sample",
-        "width": "width of the model",
-        "samples": "samples to forget, and as many to retain",
+    captions = {
+        "tokens": "A step, as a sample's tokens grow.",
+        "width": "A step, as the model's width grows.",
+        "samples": "A step, as the samples to forget grow, and as many to retain.",
     }
     pictures = []
-    for axis, label in labels.items():
+    for axis, caption in captions.items():
         chosen = [entry for entry in grown if axis in entry.extra_info.along]
         if len(chosen) > 1:
-            pictures.append(placed(lines(chosen, axis, label), f"A step as {axis} grow."))
+            pictures.append(placed(lines(chosen, axis, axis), caption))
     if pictures:
-        yield Gallery("Steps as they grow", pictures, "small")
+        yield Gallery("Steps as they grow", pictures)
 
 
 def _of_operators(record: Record) -> Iterator[Gallery]:
@@ -238,11 +234,10 @@ def _of_operators(record: Record) -> Iterator[Gallery]:
         if len(chosen) > 1:
             caption = f"{kind} of rows with {columns} columns."
             pictures.append(placed(lines(chosen, "rows", "rows"), caption))
-    if pictures:
-        yield Gallery("Operators as rows grow", pictures, "small")
     caption = (
-        "Filled: ours. Hollow: others. The slope is how fast this device reads its memory, the "
-        "flat part how fast torch multiplies float32 matrices. Operations are the fewest that the "
-        "work asks, whoever does it, so the height of a point tells the time alone."
+        "Roofline. Filled: ours, hollow: others. The slope is how fast this device reads its "
+        "memory, the flat part how fast torch multiplies float32 matrices. Operations are the "
+        "fewest that the work asks, whoever does it. Rows that fit into a cache can lie above."
     )
-    yield Gallery("Roofline", [placed(roofline(record), caption)], "one")
+    pictures.append(placed(roofline(record), caption))
+    yield Gallery("Operators as rows grow, and beside what the device can do", pictures)

@@ -28,8 +28,9 @@ from gradsurgery.bench.report import line
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs.progress import Progress
 
-ROUNDS = 5, 50  # at least and at most
-ONCE = 0.5  # of a case's time: what a single call takes longer than is not called again
+# at least and at most; a contender that the least would cost more than its part of a case's time is
+# called once
+ROUNDS = 3, 50
 
 
 class Left(NamedTuple):
@@ -79,24 +80,28 @@ class Plugin:
         mine = tried.pop(OURS)
         if "failure" in mine:
             raise RuntimeError(mine["failure"])
-        again = [name for name, t in tried.items() if t.get("first", share) < ONCE * share]
-        taken: dict[str, list[float]] = {name: [] for name in again}
+        part = share / len(work.contenders)
+        again = [name for name, t in tried.items() if ROUNDS[0] * t.get("first", share) < part]
+        taken: dict[str, list[float]] = {}
 
         def others() -> None:
             for name in again:
-                taken[name].append(measuring.seconds(work.contenders[name].call, self.device))
+                seconds = measuring.seconds(work.contenders[name].call, self.device)
+                taken.setdefault(name, []).append(seconds)
 
         def ours() -> None:
             work.contenders[OURS].call()
             measuring.waited(self.device)
 
-        begun = time.perf_counter()
-        others()
-        ours()
-        now = time.perf_counter()
-        fits = int((end - now) / (now - begun))
+        a_round = mine["first"] + sum(tried[name]["first"] for name in again)
+        if time.perf_counter() + (ROUNDS[0] + 1) * a_round < end:  # one that is not counted
+            begun = time.perf_counter()
+            others()
+            ours()
+            a_round = time.perf_counter() - begun
+            taken.clear()
+        fits = int((end - time.perf_counter()) / a_round)
         rounds = min(max(fits, ROUNDS[0]), ROUNDS[1])
-        taken = {name: [] for name in again}
         benchmark.pedantic(ours, setup=others, rounds=rounds)
         assert benchmark.stats is not None
         stats = benchmark.stats.stats
@@ -147,17 +152,19 @@ class Plugin:
 
 
 def _try(contender: Contender, device: torch.device) -> dict[str, Any]:
-    """Seconds of a first call, after those that made what is made once; error and memory."""
+    """Error and memory, and seconds of a call after one that made what is made once."""
     try:
-        error = None if contender.error is None else contender.error()
-        contender.call()
+        error = contender.error() if contender.error else None
+        if contender.error is None:
+            contender.call()
+        start = time.perf_counter()
         memory = measuring.extra_memory(contender.call, device)
-        first = measuring.seconds(contender.call, device)
     except Exception as failure:  # what a rival cannot do is told, and the rest measured
         if isinstance(failure, torch.OutOfMemoryError):
             return {"failure": "out of memory"}
-        return {"failure": f"{type(failure).__name__}: {str(failure).splitlines()[0]}"}
-    return {"error": error, "memory": memory, "first": first}
+        reason = next(iter(str(failure).splitlines()), "")
+        return {"failure": f"{type(failure).__name__}: {reason}"}
+    return {"error": error, "memory": memory, "first": time.perf_counter() - start}
 
 
 @contextlib.contextmanager

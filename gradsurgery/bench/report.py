@@ -1,5 +1,6 @@
 """What was measured, in words and in tables of Markdown."""
 
+import statistics
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from gradsurgery.bench.record import Entry, Info, Machine, Record, Taken
 from gradsurgery.bench.steps import PLAIN
 
 COLUMNS = ("work", "by", "time", "ours is", "error", "memory")
+LOST = ("work", "faster", "ours is", "its time", "ours")
+SLOWER = "Where gradsurgery is slower than what does the same work"
 HEADINGS = {
     "steps": "Whole steps",
     "operators": "Operators on rows that exist",
@@ -33,14 +36,32 @@ NOTE = (
 
 def ratio(value: float) -> str:
     """How many times faster we are than a rival, or how many times slower."""
-    return f"{value:.2g}x faster" if value >= 1 else f"{1 / value:.3g}x slower"
+    return f"{_short(value, 3)}x faster" if value >= 1 else f"{_short(1 / value, 3)}x slower"
+
+
+def apart(one: Taken, other: Taken) -> bool:
+    """Whether the medians differ by more than the calls did."""
+    assert one.seconds is not None and other.seconds is not None
+    return abs(one.seconds - other.seconds) > (one.spread + other.spread) / 2
+
+
+def _told(times: float, one: Taken, other: Taken) -> str:
+    return ratio(times) + ("" if apart(one, other) else ", within the spread")
 
 
 def duration(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
+    unit, scale = _unit(seconds)
+    return f"{_short(seconds / scale, 3)} {unit}"
+
+
+def _unit(seconds: float) -> tuple[str, float]:
+    units = ("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)
+    return next((unit for unit in units if seconds >= 0.9995 * unit[1]), units[-1])
+
+
+def _short(value: float, digits: int) -> str:
+    """So many digits, more where the number is large: no powers of ten."""
+    return f"{value:.{digits}g}" if value < 10**digits else f"{value:.0f}"
 
 
 def spread(taken: Taken) -> str:
@@ -49,15 +70,15 @@ def spread(taken: Taken) -> str:
         return taken.failure
     if taken.rounds < 2:
         return f"{duration(taken.seconds)}, one call"
-    number, unit = duration(taken.seconds).split()
-    scale = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}[unit]
-    return f"{number} ± {taken.spread / scale:.2g} {unit}"
+    unit, scale = _unit(taken.seconds)
+    return f"{_short(taken.seconds / scale, 3)} ± {_short(taken.spread / scale, 2)} {unit}"
 
 
 def size(count: int | None) -> str:
     if count is None:
         return ""
-    return f"{count / 2**20:.3g} MiB" if count >= 2**20 / 10 else f"{count / 2**10:.3g} KiB"
+    unit, scale = ("MiB", 2**20) if count >= 2**20 / 10 else ("KiB", 2**10)
+    return f"{_short(count / scale, 3)} {unit}"
 
 
 class Row(NamedTuple):
@@ -69,7 +90,6 @@ class Row(NamedTuple):
     against: str
     error: str
     memory: str
-    slower: bool
 
 
 def rows(entry: Entry) -> Iterator[Row]:
@@ -79,10 +99,9 @@ def rows(entry: Entry) -> Iterator[Row]:
             entry.name if name == OURS else "",
             f"{name} (floor)" if taken.floor else name,
             spread(taken),
-            "" if times is None else ratio(times),
+            "" if times is None else _told(times, entry.ours, taken),
             "" if taken.error is None else f"{taken.error:.0e}",
             size(taken.memory),
-            slower=times is not None and times < 1 and not taken.floor,
         )
 
 
@@ -113,7 +132,7 @@ def compared(record: Record) -> Iterator[tuple[Entry, str, float]]:
                 yield entry, name, times
 
 
-def sentences(record: Record) -> list[str]:
+def sentences(record: Record, old: Record | None = None) -> list[str]:
     """What the numbers say, the worse of it too."""
     found = []
     steps = [(entry.ratio(PLAIN), entry.name) for entry in record.group("steps")]
@@ -123,24 +142,46 @@ def sentences(record: Record) -> list[str]:
             f"An exact OrthoGrad step takes as long as {low:.2f} plain steps ({easy}) to "
             f"{high:.2f} ({hard})."
         )
-    ratios = [times for _, _, times in compared(record)]
-    lost = sum(times < 1 for times in ratios)
-    if ratios:
-        where = f"it is slower in {lost}, listed below" if lost else "it is slower in none"
+    known = list(compared(record))
+    clear = [
+        times
+        for entry, name, times in known
+        if apart(entry.ours, entry.extra_info.contenders[name])
+    ]
+    if known:
+        won = sum(times >= 1 for times in clear)
         found.append(
-            f"Of {len(ratios)} comparisons with others that do the same work, gradsurgery is the "
-            f"faster one in {len(ratios) - lost}; {where}."
+            f"Of {len(known)} comparisons with others that do the same work, gradsurgery is the "
+            f"faster one in {won} and the slower one in {len(clear) - won}; in "
+            f"{len(known) - len(clear)} the medians differ by less than the calls."
         )
+    if old is not None:
+        found.append(change(old, record))
     return found
 
 
-def slower(record: Record) -> list[str]:
-    """Where something that does the same work takes less time than ours."""
+class Lost(NamedTuple):
+    """A comparison that is lost."""
+
+    work: str
+    faster: str
+    times: str
+    takes: str
+    ours: str
+
+
+def slower(record: Record) -> list[Lost]:
+    """Where something that does the same work takes less time than ours, the worst first."""
+    lost = sorted((item for item in compared(record) if item[2] < 1), key=lambda item: item[2])
     return [
-        f"{entry.name}: {name} takes {spread(entry.extra_info.contenders[name])}, ours "
-        f"{spread(entry.ours)} ({ratio(times)})"
-        for entry, name, times in compared(record)
-        if times < 1
+        Lost(
+            entry.name,
+            name,
+            _told(times, entry.ours, entry.extra_info.contenders[name]),
+            spread(entry.extra_info.contenders[name]),
+            spread(entry.ours),
+        )
+        for entry, name, times in lost
     ]
 
 
@@ -159,28 +200,48 @@ def missing(record: Record) -> list[str]:
 
 
 class Change(NamedTuple):
+    """The same work in two runs."""
+
     work: str
     by: str
+    change: str
     then: str
     now: str
-    change: str
 
 
-def changes(old: Record, new: Record) -> list[Change]:
-    """Of what both have, times then and now; within both spreads they are told as the same."""
+def _both(old: Record, new: Record) -> Iterator[tuple[Entry, str, Taken, Taken, float]]:
+    """What both runs timed, and how many times faster it is now."""
     before = {entry.name: entry.extra_info.contenders for entry in old.benchmarks}
-    found = []
     for entry in new.benchmarks:
         for name, now in entry.extra_info.contenders.items():
             then = before.get(entry.name, {}).get(name)
-            if then is None or then.seconds is None or now.seconds is None:
-                continue
-            apart = abs(then.seconds - now.seconds) > then.spread + now.spread
-            times = then.seconds / now.seconds
-            told = f"{times:.2f}x faster" if times >= 1 else f"{1 / times:.2f}x slower"
-            change = told if apart else "within the spread"
-            found.append(Change(entry.name, name, spread(then), spread(now), change))
-    return found
+            if then is not None and then.seconds and now.seconds:
+                yield entry, name, then, now, then.seconds / now.seconds
+
+
+def changes(old: Record, new: Record) -> list[Change]:
+    return [
+        Change(entry.name, name, _told(times, then, now), spread(then), spread(now))
+        for entry, name, then, now, times in _both(old, new)
+    ]
+
+
+def change(old: Record, new: Record) -> str:
+    """What became of ours, beside what became of the others, which is the machine's doing."""
+    ours = [found for found in _both(old, new) if found[1] == OURS]
+    others = [times for _, name, _, _, times in _both(old, new) if name != OURS]
+    if not ours:
+        return f"The run of {old.datetime[:10]} has no work in common with this one."
+    clear = [times for _, _, then, now, times in ours if apart(then, now)]
+    faster = sum(times > 1 for times in clear)
+    told = (
+        f"Since the run of {old.datetime[:10]} gradsurgery became faster in {faster} and slower in "
+        f"{len(clear) - faster} of {len(ours)} pieces of work"
+    )
+    if not others:
+        return f"{told}."
+    middle = ratio(statistics.median(others))
+    return f"{told}; what it is timed beside became {middle} in the median."
 
 
 def unlike(old: Record, new: Record) -> list[str]:
@@ -201,20 +262,18 @@ def table(header: tuple[str, ...], cells: Iterator[tuple[str, ...]]) -> str:
 
 def markdown(record: Record, old: Record | None) -> str:
     parts = ["# What gradsurgery costs here", conditions(record.machine_info) + ".", NOTE]
-    parts += sentences(record)
+    parts += sentences(record, old)
     for group in GROUPS:
         if entries := record.group(group):
-            cells = (row[:6] for entry in entries for row in rows(entry))
+            cells = (row for entry in entries for row in rows(entry))
             parts += [f"## {HEADINGS[group]}", ABOUT[group], table(COLUMNS, cells)]
-    for heading, items in (
-        ("Where ours is slower", slower(record) or ["nowhere"]),
-        ("Without numbers", missing(record)),
-    ):
-        if items:
-            parts += [f"## {heading}", "\n".join(f"- {item}" for item in items)]
-    if old is not None:
-        parts += [f"## Beside the run of {old.datetime[:10]}"]
+    if lost := slower(record):
+        parts += [f"## {SLOWER}", table(LOST, iter(lost))]
+    if items := missing(record):
+        parts += ["## Without numbers", "\n".join(f"- {item}" for item in items)]
+    if old is not None and (rows_of_both := changes(old, record)):
+        parts.append(f"## Beside the run of {old.datetime[:10]}")
         if different := unlike(old, record):
             parts.append(f"Not the same conditions: {'; '.join(different)}.")
-        parts.append(table(Change._fields, iter(changes(old, record))))
+        parts.append(table(Change._fields, iter(rows_of_both)))
     return "\n\n".join(parts) + "\n"
