@@ -92,6 +92,8 @@ class Size:
     """Of its images."""
     grown: dict[str, tuple[int, ...]]
     """Of a transformer of two layers, the numbers that grow, one at a time from the first."""
+    rounds: int = 50
+    """At most, however much time is left."""
 
 
 SIZES = {
@@ -105,6 +107,7 @@ SIZES = {
         channels=(32,),
         side=8,
         grown={"tokens": (4, 8), "width": (64, 128), "samples": (2, 4)},
+        rounds=5,
     ),
     "small": Size(
         columns=1_000_000,

@@ -80,12 +80,13 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--out: cannot make {show(out)}: {error.strerror or error}") from None
     if options.threads:
         torch.set_num_threads(options.threads)
-    size = options.size or ("large" if device.type == "cuda" else "small")
-    chosen = cases.all_cases(cases.SIZES[size], options.only or cases.GROUPS)
+    name = options.size or ("large" if device.type == "cuda" else "small")
+    size = cases.SIZES[name]
+    chosen = cases.all_cases(size, options.only or cases.GROUPS)
     progress = make_progress()
     progress.say(f"{len(chosen)} cases in some {options.minutes:g} minutes, into {out}")
-    machine = _machine(device, size)
-    running = plugin.Plugin(chosen, device, 60 * options.minutes, machine, progress)
+    machine, seconds = _machine(device, name), 60 * options.minutes
+    running = plugin.Plugin(chosen, device, seconds, size.rounds, machine, progress)
     plugin.run(running, out / "bench.json")
     found = record.read(out / "bench.json", "bench")
     text = report.markdown(found, old)
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> None:
     if options.profile:
         from gradsurgery.bench.profile import traces
 
-        for path in traces(cases.all_cases(cases.SIZES[size], ("steps",)), device, out):
+        for path in traces(cases.all_cases(size, ("steps",)), device, out):
             progress.say(f"trace {show(path)}")
     for told in report.sentences(found, old):
         progress.say(told)

@@ -4,14 +4,13 @@ Contenders are timed in turns, one call of each a round, so that what slows the 
 them. The time that is left is shared out among the cases that are left.
 """
 
-import contextlib
 import os
 import shutil
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,8 @@ from gradsurgery.bench.report import line
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn.jobs.progress import Progress
 
-# at least and at most; a contender that the least would cost more than its part of a case's time is
-# called once
-ROUNDS = 3, 50
+# at least; a contender that they would cost more than its part of a case's time is called once
+ROUNDS = 3
 
 
 class Left(NamedTuple):
@@ -47,6 +45,8 @@ class Plugin:
     cases: list[Case]
     device: torch.device
     seconds: float
+    rounds: int
+    """Of a case at most."""
     machine: dict[str, Any]
     progress: Progress
     left: list[Left] = field(default_factory=list)
@@ -66,12 +66,11 @@ class Plugin:
     def _measure(self, benchmark: BenchmarkFixture, case: Case) -> None:
         start, place = time.perf_counter(), self.cases.index(case)
         left = self.seconds - (start - self.start)
-        if left <= 0:
+        if left <= 0 and place:  # the first one is measured, however little there is
             self.left.append(Left(case.name, "no time was left"))
             pytest.skip("no time was left")
-        share = left * case.weight / sum(other.weight for other in self.cases[place:])
-        with _quiet():
-            self._run(benchmark, case, start + share, share)
+        share = max(left, 0) * case.weight / sum(other.weight for other in self.cases[place:])
+        self._run(benchmark, case, start + share, share)
         self.progress.say(line(benchmark.name, benchmark.extra_info))
 
     def _run(self, benchmark: BenchmarkFixture, case: Case, end: float, share: float) -> None:
@@ -81,7 +80,7 @@ class Plugin:
         if "failure" in mine:
             raise RuntimeError(mine["failure"])
         part = share / len(work.contenders)
-        again = [name for name, t in tried.items() if ROUNDS[0] * t.get("first", share) < part]
+        again = [name for name, t in tried.items() if ROUNDS * t.get("first", share) < part]
         taken: dict[str, list[float]] = {}
 
         def others() -> None:
@@ -94,14 +93,14 @@ class Plugin:
             measuring.waited(self.device)
 
         a_round = mine["first"] + sum(tried[name]["first"] for name in again)
-        if time.perf_counter() + (ROUNDS[0] + 1) * a_round < end:  # one that is not counted
+        if time.perf_counter() + (ROUNDS + 1) * a_round < end:  # one that is not counted
             begun = time.perf_counter()
             others()
             ours()
             a_round = time.perf_counter() - begun
             taken.clear()
         fits = int((end - time.perf_counter()) / a_round)
-        rounds = min(max(fits, ROUNDS[0]), ROUNDS[1])
+        rounds = min(max(fits, ROUNDS), self.rounds)
         benchmark.pedantic(ours, setup=others, rounds=rounds)
         assert benchmark.stats is not None
         stats = benchmark.stats.stats
@@ -167,14 +166,6 @@ def _try(contender: Contender, device: torch.device) -> dict[str, Any]:
     return {"error": error, "memory": memory, "first": time.perf_counter() - start}
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of those that are timed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def run(plugin: Plugin, out: Path) -> None:
     """Measure all cases and write pytest-benchmark's JSON to `out`.
 
@@ -184,18 +175,24 @@ def run(plugin: Plugin, out: Path) -> None:
         KeyboardInterrupt: as it came.
         InputError: nothing could be measured.
     """
-    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+    ):
         found = Path(scratch) / "bench.json"
         arguments = [
             suite.__file__,
             *("-c", os.devnull, "--rootdir", scratch, "--noconftest", "-s"),
-            *("-p", "no:terminal", "-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin"),
+            *("-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:warnings"),
+            *("-p", "pytest_benchmark.plugin"),
             *("-o", "python_functions=bench", "--benchmark-disable-gc", "--benchmark-quiet"),
             *(f"--benchmark-json={found}", f"--benchmark-storage=file://{scratch}"),
         ]
         patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
         patch.delenv("PYTEST_ADDOPTS", raising=False)
         patch.delenv("PYTEST_PLUGINS", raising=False)
+        warnings.simplefilter("ignore")  # of those that are timed
         with plugin.progress.stage("measuring", len(plugin.cases), 0) as plugin.step:
             code = pytest.main(arguments, plugins=[plugin])
         if code == pytest.ExitCode.INTERRUPTED:

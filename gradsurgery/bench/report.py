@@ -36,7 +36,9 @@ NOTE = (
 
 def ratio(value: float) -> str:
     """How many times faster we are than a rival, or how many times slower."""
-    return f"{_short(value, 3)}x faster" if value >= 1 else f"{_short(1 / value, 3)}x slower"
+    if value < 1:
+        return f"{_short(1 / value, 3)}x slower"
+    return f"{_short(value, 2 if value >= 1.095 else 3)}x faster"
 
 
 def apart(one: Taken, other: Taken) -> bool:
