@@ -121,7 +121,7 @@ SIZES = {
         grown={"tokens": (32, 64, 128), "width": (128, 256, 512), "samples": (8, 16, 32)},
     ),
     "large": Size(
-        columns=20_000_000,
+        columns=5_000_000,
         rows=(2, 4, 8, 16, 32, 64),
         rule_rows=(8, 32),
         samples=16,
@@ -131,7 +131,7 @@ SIZES = {
         side=32,
         grown={
             "tokens": (64, 128, 256, 512),
-            "width": (256, 512, 1024, 2048),
+            "width": (256, 512, 1024),
             "samples": (8, 16, 32, 64),
         },
     ),
@@ -212,8 +212,6 @@ RULES: dict[str, dict[str, float] | None] = {
     "IMTLG": {},
     "AlignedMTL": {},
 }
-
-
 TORCH = {"IMTLG", "AlignedMTL"}  # made of calls of torch, so ours is the plain one
 
 
@@ -315,6 +313,10 @@ def scaling(size: Size) -> Iterator[Case]:
         yield Case("scaling", name, partial(_step, model), 1 + grown, along, "step")
 
 
+STEPS = {OURS: steps.our_step, **steps.RIVALS}
+PACKAGES = ("torchjd",)  # timed where they are installed
+
+
 def _step(model: Model, device: torch.device) -> Work:
     ours = seeded(model.build).to(device)
     forget, retain = (
@@ -322,7 +324,7 @@ def _step(model: Model, device: torch.device) -> Work:
     )
     exact = functools.cache(lambda: steps.exact_update(ours, forget, retain))
     found = {}
-    for name, make in {OURS: steps.our_step, **steps.RIVALS}.items():
+    for name, make in STEPS.items():
         # a model of its own: TorchJD's hooks count every forward pass while its engine lives
         own = copy.deepcopy(ours)
         optimizer = torch.optim.SGD(steps.parameters(own), lr=0.0)

@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> None:
         progress.say(told)
     for told in report.slower(found):
         progress.say(
-            f"{told.times} than {told.faster}: {told.work}, {told.takes}, ours {told.ours}"
+            f"slower: {told.work}, ours {told.ours}, {told.faster} {told.takes}: {told.times}"
         )
     progress.say(f"table {show(out / 'table.md')}")
     progress.say(f"report {show(out / 'report.html')}")
@@ -129,7 +129,7 @@ def _machine(device: torch.device, size: str) -> dict[str, Any]:
         "gradsurgery": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchjd": _version("torchjd"),
+        "packages": {package: _version(package) for package in cases.PACKAGES},
         "threads": torch.get_num_threads(),
         "kernels": _kernels(device.type),
         "memory": measuring.memory_kind(),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 from jinja2 import FileSystemLoader
 
 from gradsurgery.bench import report
@@ -47,9 +48,7 @@ def page(record: Record, old: Record | None) -> str:
             f"in {record.seconds:.0f} seconds",
             **{
                 name: f"{value:.4g}" if isinstance(value, float) else value
-                for name, value in (
-                    (name, getattr(machine, name)) for name in machine.__struct_fields__
-                )
+                for name, value in msgspec.structs.asdict(machine).items()
             },
         },
     )

@@ -4,6 +4,8 @@ Contenders are timed in turns, one call of each a round, so that what slows the 
 them. The time that is left is shared out among the cases that are left.
 """
 
+import contextlib
+import gc
 import os
 import shutil
 import statistics
@@ -55,6 +57,7 @@ class Plugin:
     def __post_init__(self) -> None:
         self.start = time.perf_counter()
         self.step: Callable[[int], None] = lambda done: None
+        self.done = 0
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", self.cases, ids=[case.name for case in self.cases])
@@ -74,13 +77,17 @@ class Plugin:
         self.progress.say(line(benchmark.name, benchmark.extra_info))
 
     def _run(self, benchmark: BenchmarkFixture, case: Case, end: float, share: float) -> None:
+        gc.collect()  # of the case before, models that point to themselves
         work = case.make(self.device)
         tried = {name: _try(one, self.device) for name, one in work.contenders.items()}
-        mine = tried.pop(OURS)
-        if "failure" in mine:
-            raise RuntimeError(mine["failure"])
+        if failure := tried[OURS].get("failure"):
+            raise RuntimeError(failure)
         part = share / len(work.contenders)
-        again = [name for name, t in tried.items() if ROUNDS * t.get("first", share) < part]
+        again = [
+            name
+            for name, first in tried.items()
+            if name != OURS and ROUNDS * first.get("seconds", share) < part
+        ]
         taken: dict[str, list[float]] = {}
 
         def others() -> None:
@@ -92,7 +99,9 @@ class Plugin:
             work.contenders[OURS].call()
             measuring.waited(self.device)
 
-        a_round = mine["first"] + sum(tried[name]["first"] for name in again)
+        # others made hooks of an optimizer, and a step after that looks through all objects for them
+        ours()
+        a_round = sum(tried[name]["seconds"] for name in (OURS, *again))
         if time.perf_counter() + (ROUNDS + 1) * a_round < end:  # one that is not counted
             begun = time.perf_counter()
             others()
@@ -104,25 +113,17 @@ class Plugin:
         benchmark.pedantic(ours, setup=others, rounds=rounds)
         assert benchmark.stats is not None
         stats = benchmark.stats.stats
-        found = {OURS: {"seconds": stats.median, "spread": stats.iqr, "rounds": rounds} | mine}
-        for name, first in tried.items():
-            values = taken.get(name) or ([first["first"]] if "first" in first else [])
-            if values:
-                first |= {
-                    "seconds": statistics.median(values),
-                    "spread": measuring.iqr(values),
-                    "rounds": len(values),
-                }
-            found[name] = first | {"floor": work.contenders[name].floor}
-        for one in found.values():
-            one.pop("first", None)
+        tried[OURS] |= {"seconds": stats.median, "spread": stats.iqr, "rounds": rounds}
+        for name, values in taken.items():
+            middle, spread = statistics.median(values), measuring.iqr(values)
+            tried[name] |= {"seconds": middle, "spread": spread, "rounds": len(values)}
         benchmark.extra_info.update(
             group=case.group,
             kind=case.kind,
             along=case.along,
             bytes=work.bytes,
             operations=work.operations,
-            contenders=found,
+            contenders=tried,
         )
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -132,7 +133,7 @@ class Plugin:
             self.failed.append(Left(name, crash.message if crash else str(report.longrepr)))
             self.progress.say(f"failed: {name}: {self.failed[-1].reason}")
         if report.when == "teardown":
-            self.done = getattr(self, "done", 0) + 1
+            self.done += 1
             self.step(self.done)
 
     @pytest.hookimpl(tryfirst=True)
@@ -152,18 +153,22 @@ class Plugin:
 
 def _try(contender: Contender, device: torch.device) -> dict[str, Any]:
     """Error and memory, and seconds of a call after one that made what is made once."""
+    floor = {"floor": contender.floor}
     try:
-        error = contender.error() if contender.error else None
-        if contender.error is None:
+        error = None
+        with contextlib.suppress(torch.OutOfMemoryError):  # float64 may need more than the call
+            error = contender.error() if contender.error else None
+        if error is None:
             contender.call()
         start = time.perf_counter()
         memory = measuring.extra_memory(contender.call, device)
+        taken = time.perf_counter() - start
+    except torch.OutOfMemoryError:
+        return floor | {"failure": "out of memory"}
     except Exception as failure:  # what a rival cannot do is told, and the rest measured
-        if isinstance(failure, torch.OutOfMemoryError):
-            return {"failure": "out of memory"}
         reason = next(iter(str(failure).splitlines()), "")
-        return {"failure": f"{type(failure).__name__}: {reason}"}
-    return {"error": error, "memory": memory, "first": time.perf_counter() - start}
+        return floor | {"failure": f"{type(failure).__name__}: {reason}"}
+    return floor | {"error": error, "memory": memory, "seconds": taken, "rounds": 1}
 
 
 def run(plugin: Plugin, out: Path) -> None:

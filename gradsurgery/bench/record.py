@@ -60,7 +60,8 @@ class Machine(msgspec.Struct):
     gradsurgery: str
     python: str
     torch: str
-    torchjd: str | None
+    packages: dict[str, str | None]
+    """Versions of others' libraries; none: not installed."""
     threads: int
     kernels: str
     memory: str

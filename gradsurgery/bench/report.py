@@ -115,11 +115,14 @@ def line(name: str, info: dict[str, Any]) -> str:
 
 
 def conditions(machine: Machine) -> str:
+    others = ", ".join(
+        f"{name} {version or 'absent'}" for name, version in machine.packages.items()
+    )
     return (
         f"gradsurgery {machine.gradsurgery} on {machine.device}, {machine.kernels}; "
         f"{machine.processor}, {machine.threads} "
         f"{'thread' if machine.threads == 1 else 'threads'}; torch {machine.torch}, "
-        f"TorchJD {machine.torchjd or 'absent'}, Python {machine.python}; memory {machine.memory}. "
+        f"{others}, Python {machine.python}; memory {machine.memory}. "
         f"The device reads {machine.read_gbps:.0f} GB/s, copies {machine.copy_gbps:.0f} GB/s and "
         f"multiplies at {machine.matmul_gflops:.0f} GFLOP/s in float32"
     )
@@ -190,8 +193,11 @@ def slower(record: Record) -> list[Lost]:
 def missing(record: Record) -> list[str]:
     """What has no numbers, and why."""
     found = [f"{one.name}: {one.reason}" for one in (*record.failed, *record.left_out)]
-    if record.machine_info.torchjd is None:
-        found.append("TorchJD is not installed: pip install torchjd")
+    found += [
+        f"{name} is not installed: pip install {name}"
+        for name, version in record.machine_info.packages.items()
+        if version is None
+    ]
     found += [
         f"{entry.name}, {name}: {taken.failure}"
         for entry in record.benchmarks

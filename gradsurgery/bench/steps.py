@@ -16,6 +16,7 @@ import gradsurgery as gs
 from gradsurgery.bench.models import Batch, loss
 
 PLAIN, TORCHJD, VMAP, QR = "plain step", "TorchJD autogram", "vmap(grad)", "vmap(grad) + QR"
+ALPHA = 0.5  # OrthoGrad's
 Step = Callable[[], object]
 
 
@@ -46,12 +47,12 @@ def exact_rows(model: nn.Module, samples: Sequence[Batch]) -> Tensor:
     return rows
 
 
-def exact_update(model: nn.Module, forget: Batch, retain: Batch, alpha: float = 0.5) -> Tensor:
+def exact_update(model: nn.Module, forget: Batch, retain: Batch) -> Tensor:
     """By the normal equations, which float64 affords at these rows' conditions."""
     rows = exact_rows(model, [forget, *ones(retain)])
     g_u, rows = rows[0], rows[1:]
     coefficients = torch.linalg.solve(rows @ rows.mT, rows @ g_u)
-    return alpha * rows.mean(0) - (1 - alpha) * (g_u - coefficients @ rows)
+    return ALPHA * rows.mean(0) - (1 - ALPHA) * (g_u - coefficients @ rows)
 
 
 def distance(value: Tensor, exact: Tensor) -> float:
@@ -103,7 +104,7 @@ def torchjd_step(
     """As its documentation has it: the Gramian, weights, the losses backward with these."""
     from torchjd.autogram import Engine
 
-    both, rule = together(forget, retain), gs.OrthoGrad()
+    both, rule = together(forget, retain), gs.OrthoGrad(alpha=ALPHA)
     engine = Engine(model, batch_dim=0)
 
     def step() -> None:
@@ -117,11 +118,7 @@ def torchjd_step(
 
 
 def qr_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    forget: Batch,
-    retain: Batch,
-    alpha: float = 0.5,
+    model: nn.Module, optimizer: torch.optim.Optimizer, forget: Batch, retain: Batch
 ) -> Step:
     """Per-sample gradients by vmap(grad), the projection by Householder QR."""
     held = parameters(model)
@@ -131,7 +128,7 @@ def qr_step(
         parts = torch.autograd.grad(loss(model, forget).mean(), held)
         g_u = torch.cat([g.flatten() for g in parts])
         q = torch.linalg.qr(rows.mT).Q
-        update = alpha * rows.mean(0) - (1 - alpha) * (g_u - q @ (q.mT @ g_u))
+        update = ALPHA * rows.mean(0) - (1 - ALPHA) * (g_u - q @ (q.mT @ g_u))
         for p, part in zip(held, update.split([p.numel() for p in held]), strict=True):
             p.grad = part.view_as(p)
         optimizer.step()
@@ -148,7 +145,7 @@ def our_step(
     **options: object,
 ) -> Step:
     """`options` are `Surgeon`'s."""
-    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(), **options)  # pyright: ignore[reportArgumentType]
+    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(alpha=ALPHA), **options)  # pyright: ignore[reportArgumentType]
     return lambda: surgeon.step(forget=forget, retain=retain, loss=loss)
 
 

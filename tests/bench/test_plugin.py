@@ -15,7 +15,7 @@ from gradsurgery.errors import InputError
 CPU = torch.device("cpu")
 MACHINE = {
     **dict.fromkeys(("device", "processor", "gradsurgery", "python", "torch", "kernels"), "?"),
-    **{"memory": "fresh", "size": "tiny", "torchjd": "1", "threads": 1},
+    **{"memory": "fresh", "size": "tiny", "packages": {"torchjd": "1"}, "threads": 1},
     **dict.fromkeys(("copy_gbps", "read_gbps", "matmul_gflops"), 1.0),
 }
 
