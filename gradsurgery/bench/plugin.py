@@ -99,7 +99,7 @@ class Plugin:
             work.contenders[OURS].call()
             measuring.waited(self.device)
 
-        # others made hooks of an optimizer, and a step after that looks through all objects for them
+        # errors make hooks of an optimizer, and a step after that looks for them in all objects
         ours()
         a_round = sum(tried[name]["seconds"] for name in (OURS, *again))
         if time.perf_counter() + (ROUNDS + 1) * a_round < end:  # one that is not counted

@@ -63,7 +63,7 @@ def _unit(seconds: float) -> tuple[str, float]:
 
 def _short(value: float, digits: int) -> str:
     """So many digits, more where the number is large: no powers of ten."""
-    return f"{value:.{digits}g}" if value < 10**digits else f"{value:.0f}"
+    return f"{value:.{digits}g}" if value < 10**digits - 0.5 else f"{value:.0f}"
 
 
 def spread(taken: Taken) -> str:
@@ -264,7 +264,9 @@ def unlike(old: Record, new: Record) -> list[str]:
 
 def table(header: tuple[str, ...], cells: Iterator[tuple[str, ...]]) -> str:
     """In Markdown."""
-    lines = [f"| {' | '.join(row)} |" for row in (header, *cells)]
+    lines = [
+        f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in (header, *cells)
+    ]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 

@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
-from gradsurgery.bench import measuring
+from gradsurgery.bench import measuring, report
 from gradsurgery.bench.cases import OURS, Case, Contender, Work
 from gradsurgery.bench.plugin import Plugin, run
-from gradsurgery.bench.record import read
+from gradsurgery.bench.record import Taken, read
 from gradsurgery.bench.report import changes, missing, sentences, slower
 from gradsurgery.errors import InputError
 
@@ -139,6 +139,19 @@ def test_noise_is_no_difference(tmp_path):
     assert changes(old, record)[0].change == "1.2x faster, within the spread"
     entry.ours.spread = 0.1
     assert changes(old, record)[0].change == "1.2x faster"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spread", "told"),
+    [
+        (0.0123456, 0.00211, "12.3 ± 2.1 ms"),
+        (246e-6, 99.7e-6, "246 ± 100 µs"),
+        (0.9996, 1630e-3, "1 ± 1.6 s"),
+        (1630.4, 12.0, "1630 ± 12 s"),
+    ],
+)
+def test_times_are_told_in_one_unit_and_without_powers_of_ten(seconds, spread, told):
+    assert report.spread(Taken(seconds=seconds, spread=spread, rounds=3)) == told
 
 
 @pytest.mark.skipif(measuring.extra_memory(int, CPU) is None, reason="Linux tells")
