@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
-from bench_step import PLAIN, distance, exact_update, parameters, together, update_of
-from models import loss, make
 
 import gradsurgery as gs
+from gradsurgery.bench.models import loss, make
+from gradsurgery.bench.steps import PLAIN, distance, exact_update, parameters, together, update_of
 
 PARTS, SAMPLES = 8, 2
 # times faster than the plain step at least, and extra memory of a plain step's at most

@@ -8,9 +8,9 @@ import copy
 
 import pytest
 import torch
-from bench_step import PLAIN, distance, parameters, update_of
 
 import gradsurgery as gs
+from gradsurgery.bench.steps import PLAIN, distance, parameters, update_of
 from gradsurgery.language import lm_losses
 from gradsurgery.language.head import whole
 

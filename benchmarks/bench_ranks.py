@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from bench_step import distance, exact_update, parameters, update_of
-from models import loss, make
 from torch import nn
 from torch._C._distributed_c10d import FileStore
 from torch.multiprocessing.spawn import spawn
 
 import gradsurgery as gs
+from gradsurgery.bench.models import loss, make
+from gradsurgery.bench.steps import distance, exact_update, parameters, update_of
 
 SIZE = 8
 DDP = "plain step of DDP"

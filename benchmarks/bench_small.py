@@ -5,9 +5,9 @@ Against plain torch, and the operator called by torch's dispatcher, its argument
 
 import pytest
 import torch
-from bench_project_out import by_gramian
 
 import gradsurgery as gs
+from gradsurgery.bench.cases import by_gramian
 
 ROUNDS = 300  # of some microseconds each
 

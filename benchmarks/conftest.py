@@ -1,60 +1,29 @@
 """One fixture, `compare`: a call beside its named rivals, timed in turns."""
 
-import ctypes
 import os
 import statistics
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from gradsurgery.bench.measuring import extra_memory, iqr, memory_kind, rates, seconds
+
 THREADS = int(os.environ.get("GRADSURGERY_BENCH_THREADS", "2"))
+CPU = torch.device("cpu")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     from gradsurgery import _C
 
     torch.set_num_threads(THREADS)
-    source, target = torch.randn(1 << 26), torch.empty(1 << 26)
-    copies = [_seconds(lambda: target.copy_(source)) for _ in range(9)]
-    reads = [_seconds(source.sum) for _ in range(9)]
     machine_info.update(
         torch=torch.__version__,
         threads=THREADS,
         isa=_C.isa(),
         compiler=_C.compiler,
-        copy_gbps=2 * 4 * source.numel() / statistics.median(copies) / 1e9,
-        read_gbps=4 * source.numel() / statistics.median(reads) / 1e9,
-        memory="reused" if "MALLOC_MMAP_THRESHOLD_" in os.environ else "fresh",
+        memory=memory_kind(),
+        **rates(CPU),
     )
-
-
-def _seconds(call):
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _extra_memory(call):
-    """Bytes by which the process grows while `call` runs, its result included; Linux only."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what an allocator keeps would be taken unseen
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = _status("VmRSS")
-        result = call()
-        peak = _status("VmHWM")
-    except OSError:
-        return None
-    del result
-    return max(0, peak - before)
-
-
-def _status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(field)
 
 
 @pytest.fixture
@@ -81,27 +50,27 @@ def compare(benchmark):
         rounds=15,
     ):
         torch.set_num_threads(THREADS)
-        seconds = {name: [] for name in rivals}
+        taken = {name: [] for name in rivals}
 
         def setup():
             for name, rival in rivals.items():
-                seconds[name].append(_seconds(rival))
+                taken[name].append(seconds(rival, CPU))
 
         setup()
-        seconds = {name: [] for name in rivals}
-        _extra_memory(ours)  # what is made once, such as an optimizer's state, is no one's extra
-        memory = _extra_memory(ours)
-        theirs = {name: _extra_memory(rivals[name]) for name in memory_target or {}}
+        taken = {name: [] for name in rivals}
+        extra_memory(ours, CPU)  # what is made once, as an optimizer's state, is no one's extra
+        memory = extra_memory(ours, CPU)
+        theirs = {name: extra_memory(rivals[name], CPU) for name in memory_target or {}}
         benchmark.pedantic(ours, setup=setup, rounds=rounds, warmup_rounds=1)
         mine = benchmark.stats.stats.median
         benchmark.extra_info.update(
             rivals={
                 name: {
                     "median": statistics.median(s),
-                    "iqr": _iqr(s),
+                    "iqr": iqr(s),
                     "ratio": statistics.median(s) / mine,
                 }
-                for name, s in seconds.items()
+                for name, s in taken.items()
             },
             target=target or {},
             memory_target=memory_target or {},
@@ -112,8 +81,3 @@ def compare(benchmark):
         )
 
     return run
-
-
-def _iqr(values):
-    low, _, high = statistics.quantiles(values, n=4)
-    return high - low

@@ -6,6 +6,7 @@ repetitions measured with device events; every ratio is of times in this run.
 
 import argparse
 import copy
+import importlib.util
 import json
 import platform
 import statistics
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gradsurgery as gs
+from gradsurgery.bench.models import MODELS, loss, text, transformer
+from gradsurgery.bench.steps import PLAIN, RIVALS, distance, parameters, update_of
 from gradsurgery.ops.combine_tokens import combine_tokens
 from gradsurgery.ops.formed_gramian import formed_gramian
 from gradsurgery.ops.gramian import gramian_of
@@ -295,13 +298,9 @@ def tofu(bench: Bench) -> None:
 
 def rivals(bench: Bench) -> None:
     """OrthoGrad in float32 beside a plain step, TorchJD, and QR of torch.func's gradients."""
-    try:
-        from bench_step import PLAIN, RIVALS, distance, parameters, update_of
-    except ImportError as missing:
-        print(f"no {missing.name}: the rivals' steps are left out")
+    if importlib.util.find_spec("torchjd") is None:
+        print("no torchjd: the rivals' steps are left out")
         return
-    from models import MODELS, loss, text, transformer
-
     large = {"transformer 768x12 T256": (lambda: transformer(768, 12, 128, 256), text(256))}
     small = {name: MODELS[name] for name in ("ResNet-18 GN", "transformer 384x6 T64", "MLP 6.3M")}
     for name, (build, batches) in (small | large).items():

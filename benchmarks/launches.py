@@ -27,12 +27,12 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from gpu import Bench, llama
-from models import MODELS, loss
 from torch import Tensor, nn
 
 import gradsurgery as gs
 from gradsurgery import passes, step
 from gradsurgery.batch import joined, map_batch
+from gradsurgery.bench.models import MODELS, loss
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.tape import Tape
 

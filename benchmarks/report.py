@@ -4,8 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+from gradsurgery.bench.report import ratio
+from gradsurgery.bench.report import table as rows_of
+
 COLUMNS = ("work", "ours", "GB/s", "error", "extra memory", "against", "target")
-HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def row(bench):
@@ -27,7 +29,7 @@ def row(bench):
             "sent: " + ", ".join(f"{k} {v / 1e6:.4g} MB" for k, v in info["sent"].items())
         )
     memory = info["extra_memory"]
-    cells = [
+    return (
         bench["name"].removeprefix("bench_").replace("[", " ").replace("]", ""),
         f"{1e3 * stats['median']:.3g} ms ± {1e3 * stats['iqr']:.2g}",
         f"{info['gbps']:.0f}",
@@ -35,13 +37,7 @@ def row(bench):
         "" if memory is None else f"{max(memory, 0) / 2**20:.1f} MiB",
         "; ".join(against),
         "; ".join(verdict),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def ratio(value):
-    """How many times faster we are than a rival, or how many times slower."""
-    return f"{value:.2g}x faster" if value >= 1 else f"{1 / value:.3g}x slower"
+    )
 
 
 def table(path):
@@ -54,8 +50,7 @@ def table(path):
         f"{machine['read_gbps']:.0f} GB/s; memory {machine['memory']}; commit {commit['id'][:10]}"
         f"{' with changes' if commit['dirty'] else ''}, {data['datetime'][:10]}"
     )
-    rows = [row(bench) for bench in data["benchmarks"]]
-    return "\n".join([conditions, "", HEADER, *rows])
+    return f"{conditions}\n\n{rows_of(COLUMNS, map(row, data['benchmarks']))}"
 
 
 if __name__ == "__main__":

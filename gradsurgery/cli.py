@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare = commands.add_parser("compare", help="finished runs in one table and one page")
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
     compare.add_argument("--out", type=Path, metavar="FILE", help="HTML page to write")
-    bench = commands.add_parser("bench", help="run the benchmarks of a source tree", add_help=False)
+    bench = commands.add_parser("bench", help="what it costs here, beside others", add_help=False)
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     commands.add_parser("rules", help="the rules of surgery: name, update, what holds of it")
     commands.add_parser("doctor", help="what is built, which backends work, versions, threads")
@@ -154,20 +154,6 @@ def _compare(paths: list[Path], out: Path | None) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    """Run pytest on the source tree's benchmarks/; options go to pytest."""
-    import gradsurgery
+    from gradsurgery.bench import command
 
-    folder = Path(gradsurgery.__file__).resolve().parent.parent / "benchmarks"
-    if not folder.is_dir():
-        raise InputError(
-            f"bench runs from a source tree, and {folder.parent} has no benchmarks/: "
-            "clone the repository and install it with pip install -e ."
-        )
-    try:
-        import pytest
-        import pytest_benchmark as _  # noqa: F401 - whether it is there
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f'bench needs {error.name}, which is not installed: pip install "gradsurgery[bench]"'
-        ) from None
-    raise SystemExit(pytest.main([str(folder), f"--rootdir={folder.parent}", *arguments]))
+    command.main(arguments)

@@ -17,7 +17,6 @@ import safetensors.torch
 import torch
 import yaml
 
-import gradsurgery as package
 from gradsurgery.cli import main
 from gradsurgery.unlearn import METHODS
 from gradsurgery.unlearn.command import choose_directory, parse
@@ -392,11 +391,6 @@ def test_report_says_verdict_first_and_settings_last(finished):
 def test_report_names_what_is_no_run(path, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert fails(capsys, "report", path).startswith(message)
-
-
-def test_bench_needs_a_source_tree(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(package, "__file__", str(tmp_path / "gradsurgery/__init__.py"))
-    assert f"{tmp_path} has no benchmarks/" in fails(capsys, "bench")
 
 
 def test_doctor_reports(capsys):

@@ -25,7 +25,7 @@ import claimed_gpu
 import copy
 import torch
 from torch import nn
-from models import MODELS, loss, transformer, with_lora
+from gradsurgery.bench.models import MODELS, loss, transformer, with_lora
 import gradsurgery as gs
 
 from gradsurgery.capture import planner, together

@@ -50,6 +50,7 @@ ORDER = (
     "unlearn.function",
     "unlearn",  # the public names of unlearn
     "unlearn.command",
+    "bench",  # what all of the above costs
     "doctor",
     "cli",
     "__main__",

@@ -38,8 +38,9 @@ def _printable(value: Any) -> Any:
     return show(value, sys.maxsize)
 
 
+TEMPLATES = Path(__file__).parent / "templates"
 PAGES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    loader=FileSystemLoader(TEMPLATES),
     autoescape=True,
     finalize=_printable,
     undefined=StrictUndefined,

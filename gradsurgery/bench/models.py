@@ -1,16 +1,19 @@
 """The models that steps are measured on, a loss per sample and batches for them."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 VOCAB, CLASSES = 128, 10
+Batch = tuple[Tensor, Tensor]  # inputs and labels
+Batches = Callable[[int], Batch]  # of a number of samples
 
 
-def loss(model, batch):
+def loss(model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
     """Cross entropy of each sample, [B]; the mean over its tokens where it has several."""
     x, y = batch
     logits = model(x)
@@ -21,14 +24,14 @@ def loss(model, batch):
 class Block(nn.Module):
     """Causal attention and a GELU MLP, each after a LayerNorm and added to its input."""
 
-    def __init__(self, d):
+    def __init__(self, d: int) -> None:
         super().__init__()
         self.heads = d // 64
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, 64] each
         x = x + self.proj(
@@ -38,36 +41,36 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, d, layers, vocab, tokens):
+    def __init__(self, d: int, layers: int, vocab: int, tokens: int) -> None:
         super().__init__()
         self.embedding, self.positions = nn.Embedding(vocab, d), nn.Embedding(tokens, d)
         self.blocks = nn.Sequential(*(Block(d) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocab)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         # positions of each sample, not of the batch: TorchJD takes modules' inputs for batched
         places = torch.arange(x.shape[1], device=x.device).expand_as(x)
         return self.head(self.norm(self.blocks(self.embedding(x) + self.positions(places))))
 
 
-def transformer(d, layers, vocab, tokens):
+def transformer(d: int, layers: int, vocab: int, tokens: int) -> Transformer:
     return Transformer(d, layers, vocab, tokens)
 
 
 class LoRA(nn.Module):
     """A frozen linear layer and a trained product of rank r beside it."""
 
-    def __init__(self, base, r):
+    def __init__(self, base: nn.Linear, r: int) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.a = nn.Linear(base.in_features, r, bias=False)
         self.b = nn.Linear(r, base.out_features, bias=False)  # not zero: as after some steps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.b(self.a(x))
 
 
-def with_lora(model, r):
+def with_lora(model: nn.Module, r: int) -> nn.Module:
     """The model with LoRA on every linear layer and all else frozen."""
     model.requires_grad_(False)
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -79,29 +82,30 @@ def with_lora(model, r):
 class Checkpointed(nn.Module):
     """Computed once more in the backward pass, in place of keeping activations."""
 
-    def __init__(self, inner):
+    def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
-def checkpointed(model):
+def checkpointed(model: nn.Module) -> nn.Module:
     """The transformer with a checkpoint around each block."""
-    for k, block in enumerate(model.blocks):
-        model.blocks[k] = Checkpointed(block)
+    blocks = model.get_submodule("blocks")
+    for name, block in list(blocks.named_children()):
+        blocks.set_submodule(name, Checkpointed(block))
     return model
 
 
-def mlp(*widths):
-    layers = []
+def mlp(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = []
     for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
-def cnn():
+def cnn() -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -112,7 +116,7 @@ def cnn():
 class Residual(nn.Module):
     """Two 3x3 convolutions with GroupNorm beside a shortcut."""
 
-    def __init__(self, i, o, stride):
+    def __init__(self, i: int, o: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             *(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.GroupNorm(32, o), nn.ReLU()),
@@ -124,32 +128,43 @@ class Residual(nn.Module):
                 nn.Conv2d(i, o, 1, stride, bias=False), nn.GroupNorm(32, o)
             )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet18():
-    """ResNet-18 for 32x32 images: a 3x3 stem, no pooling after it, GroupNorm."""
-    layers = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.GroupNorm(32, 64), nn.ReLU()]
-    width = 64
-    for o, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [Residual(width, o, stride), Residual(o, o, 1)]
+def resnet(*widths: int) -> nn.Module:
+    """For small images: a 3x3 stem, no pooling after it, GroupNorm, two blocks of each width."""
+    width = widths[0]
+    layers = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.GroupNorm(32, width), nn.ReLU()]
+    for k, o in enumerate(widths):
+        layers += [Residual(width, o, 2 if k else 1), Residual(o, o, 1)]
         width = o
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
     return nn.Sequential(*layers)
 
 
-def text(tokens):
+def resnet18() -> nn.Module:
+    """ResNet-18 for 32x32 images."""
+    return resnet(64, 128, 256, 512)
+
+
+def text(tokens: int) -> Batches:
     """A maker of batches: random tokens and random ones to follow them."""
-    return lambda size: tuple(torch.randint(VOCAB, (2, size, tokens)))
+
+    def batch(size: int) -> Batch:
+        x, y = torch.randint(VOCAB, (2, size, tokens))
+        return x, y
+
+    return batch
 
 
-def labelled(*shape):
+def labelled(*shape: int) -> Batches:
     """A maker of batches: random inputs of a shape and random classes."""
     return lambda size: (torch.randn(size, *shape), torch.randint(CLASSES, (size,)))
 
 
-MODELS = {  # name: (the model, batches for it)
+# name: (the model, batches for it)
+MODELS: dict[str, tuple[Callable[[], nn.Module], Batches]] = {
     "transformer 384x6 T64": (lambda: transformer(384, 6, VOCAB, 64), text(64)),
     "transformer 384x6 T196": (lambda: transformer(384, 6, VOCAB, 196), text(196)),
     "transformer 768x2 T16": (lambda: transformer(768, 2, VOCAB, 16), text(16)),
@@ -167,8 +182,13 @@ MODELS = {  # name: (the model, batches for it)
 }
 
 
-def make(name):
+def make(name: str) -> tuple[nn.Module, Batches]:
     """The model of a name and the maker of its batches, the same ones every time."""
-    torch.manual_seed(1)  # most others put a ReLU of the ResNet within float32's rounding of 0
     build, batches = MODELS[name]
-    return build(), batches
+    return seeded(build), batches
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """The same weights every time, and the same batches after them."""
+    torch.manual_seed(1)  # most others put a ReLU of the ResNet within float32's rounding of 0
+    return build()
