@@ -15,7 +15,7 @@ from gradsurgery.surgery.rule import Weighting, one_of
 class PCGrad(Weighting):
     """Each row, off every other row that it conflicts with at that moment, in random order.
 
-    For each i: v = g_i; for j ≠ i in random order: if <v, g_j> < 0: v -= <v, g_j> / |g_j|² g_j.
+    For each i: v = g_i; for j ≠ i in random order: if ⟨v, g_j⟩ < 0: v -= ⟨v, g_j⟩ / |g_j|² g_j.
 
     Args:
         reduction: of the changed rows, "sum" as in the paper, or "mean".
@@ -24,7 +24,7 @@ class PCGrad(Weighting):
     Gradient Surgery for Multi-Task Learning, Yu et al. 2020 (arXiv:2001.06782).
     """
 
-    formula: ClassVar[str] = "Σ_i g_i off each g_j with <v, g_j> < 0"
+    formula: ClassVar[str] = "Σ_i g_i off each g_j with ⟨v, g_j⟩ < 0"
     paper: ClassVar[str] = "Yu et al. 2020 (arXiv:2001.06782)"
     properties: ClassVar[frozenset[str]] = frozenset({"linear"})
     remembers: ClassVar[tuple[str, ...]] = ("draws",)

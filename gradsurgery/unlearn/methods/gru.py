@@ -1,6 +1,6 @@
 """GRU: climb the forget loss along the part of its gradient that does not oppose retaining.
 
-With f = -grad L_f and m a moving average of grad L_r, descend f - min(0, <f, m>) / |m|² m.
+With f = -grad L_f and m a moving average of grad L_r, descend f - min(0, ⟨f, m⟩) / |m|² m.
 """
 
 from __future__ import annotations
