@@ -32,6 +32,7 @@ SURGEON = (ROOT / "docs" / "surgeon.md").read_text(encoding="utf-8")
 SCRIPTS = {
     "distributed.md": "17 rows of all ranks, forget loss",
     "quickstart.md": "17 rows, of all processes",
+    "tutorials/ranks.md": "step 4: 17 rows, forget loss 1.6629",
 }
 
 
@@ -49,10 +50,24 @@ def run(code, page, line, namespace):
 # peft 0.21 asks transformers by a name that it will drop
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 @pages
-def test_python_blocks_run_in_order(page):
-    namespace = {"__name__": page.name}
-    for code, line in blocks(page.read_text(encoding="utf-8"), "python"):
+def test_python_blocks_run_in_order(page, capsys):
+    """And print the block of text that stands below, if one does."""
+    text, namespace = page.read_text(encoding="utf-8"), {"__name__": page.name}
+    shown = dict.fromkeys(code for code, _ in blocks(text, "python"))
+    shown |= re.findall(r"^```python\n([^`]*?)^```\n\n```text\n(.*?)^```", text, re.M | re.S)
+    for code, line in blocks(text, "python"):
+        capsys.readouterr()
         run(code, page, line, namespace)
+        if shown[code]:
+            assert_alike(capsys.readouterr().out, shown[code])
+
+
+def assert_alike(printed, shown):
+    """The same words, and numbers that another processor might have come to."""
+    number = r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?"
+    assert re.sub(number, "#", printed).split() == re.sub(number, "#", shown).split()
+    numbers = [[float(x) for x in re.findall(number, text)] for text in (printed, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.2, abs=0.05), printed
 
 
 @pytest.mark.parametrize("side", ["-", "+"], ids=["before", "after"])
