@@ -5,9 +5,15 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -53,3 +59,85 @@ def test_every_public_name_is_in_the_reference(package):
     module, shown = importlib.import_module(package), set(referenced())
     missing = [name for name in module.__all__ if id(getattr(module, name)) not in shown]
     assert missing == (["integrations"] if package == "gradsurgery" else [])
+
+
+def sides(title):
+    """The diffs of a section of docs/moving.md, each as the code before and after."""
+    page = (DOCS / "moving.md").read_text(encoding="utf-8")
+    section = re.split(r"^## ", page.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
+    for diff in re.findall(r"^```diff\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
+        lines = diff.splitlines()
+        yield tuple(
+            "\n".join(line[1:] for line in lines if line[:1] in ("", " ", side)) for side in "-+"
+        )
+
+
+class PCGrad:
+    """Stands in for that of Pytorch-PCGrad: the mean of the changed gradients, of two losses."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.zero_grad, self.step = optimizer, optimizer.zero_grad, optimizer.step
+
+    def pc_backward(self, objectives):
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        grads = [torch.autograd.grad(one, parameters, retain_graph=True) for one in objectives]
+        a, b = (torch.cat([grad.flatten() for grad in each]) for each in grads)
+        least = (a @ b).clamp(max=0)
+        mean = (a - least / (b @ b) * b + b - least / (a @ a) * a) / 2
+        for p, grad in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+            p.grad = grad.view_as(p)
+
+
+class GradSampleModule(nn.Module):
+    """Stands in for that of opacus: grad_sample [B, *p.shape] after a backward pass of a sum."""
+
+    def __init__(self, model, loss_reduction):
+        super().__init__()
+        assert loss_reduction == "sum"
+        self.model = model
+
+    def forward(self, inputs):
+        outputs = inputs
+        for layer in self.model:
+            before, outputs = outputs, layer(outputs)
+            if isinstance(layer, nn.Linear):
+                outputs.register_hook(partial(self.keep, layer, before.detach()))
+        return outputs
+
+    def keep(self, layer, before, grad):
+        layer.weight.grad_sample = grad[:, :, None] * before[:, None]
+        layer.bias.grad_sample = grad
+
+
+MOVES = [
+    ("From TorchJD", 3, "torchjd"),
+    ("From Opacus", 1, None),
+    ("From a PCGrad repository", 1, None),
+]
+
+
+@pytest.mark.parametrize(("title", "count", "package"), MOVES, ids=lambda value: str(value))
+def test_both_sides_of_a_move_train_alike(title, count, package, monkeypatch):
+    if package:
+        pytest.importorskip(package)
+    monkeypatch.setitem(sys.modules, "pcgrad", SimpleNamespace(PCGrad=PCGrad))
+    monkeypatch.setitem(sys.modules, "opacus", SimpleNamespace(GradSampleModule=GradSampleModule))
+    found = list(sides(title))
+    assert len(found) == count
+    for pair in found:
+        before, after = (trained(code) for code in pair)
+        for one, other in zip(before, after, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def trained(code):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = [(torch.randn(6, 5), torch.randint(3, (6,))) for _ in range(3)]
+    tasks = [(torch.randn(6, 5), torch.randn(6)) for _ in range(3)]
+    namespace = {"model": model, "optimizer": optimizer, "loader": loader, "task_loader": tasks}
+    exec(code, namespace | {"torch": torch, "F": F})
+    assert not any(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
+    return [p.detach() for p in model.parameters()]
