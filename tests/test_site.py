@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -141,3 +142,26 @@ def trained(code):
     exec(code, namespace | {"torch": torch, "F": F})
     assert not any(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
     return [p.detach() for p in model.parameters()]
+
+
+def test_the_tables_of_benchmarks_are_of_the_results():
+    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    script = runpy.run_path(str(DOCS / "pictures" / "benchmarks.py"))
+    for name, table in script["tables"]().items():
+        assert page.split(f"<!-- {name} -->")[1].strip() == table
+
+
+def test_every_variable_that_is_read_is_on_its_page():
+    page = (DOCS / "environment.md").read_text(encoding="utf-8")
+    sources = [*ROOT.glob("gradsurgery/**/*.py"), *ROOT.glob("csrc/*.h"), ROOT / "setup.py"]
+    read = r"(?:environ(?:\.get|\.setdefault)?[\[(]|getenv\()\"(\w+)\""
+    found = {name for path in sources for name in re.findall(read, path.read_text("utf-8"))}
+    assert "GRADSURGERY_BACKEND" in found
+    assert not [name for name in found if f"`{name}`" not in page]
+
+
+def test_every_page_is_in_the_menu():
+    """As the build asks, too; what is not yet there may be named as such."""
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    for page in DOCS.glob("**/*.md"):
+        assert re.search(rf"\b{page.relative_to(DOCS).as_posix()}\b", text), page
