@@ -41,7 +41,8 @@ format: $(VENV)/dev
 types: $(VENV)/dev
 	$(bin)/pyright --pythonpath $(bin)/python
 
-# into build/site; what Material says of the years to come is read where its version is raised
+# into build/site, with Python 3.11 or newer; what Material says of the years to come is read where
+# its version is raised
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict $(ARGS)
 

@@ -165,3 +165,9 @@ def test_every_page_is_in_the_menu():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.glob("**/*.md"):
         assert re.search(rf"\b{page.relative_to(DOCS).as_posix()}\b", text), page
+
+
+def test_the_site_links_to_the_repository_that_the_package_names():
+    named = re.search(r'^Repository = "(.*)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    if named:
+        assert f"repository: {named[1]}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
