@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import gradsurgery as gs
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PACKAGES = (
@@ -171,3 +173,14 @@ def test_the_site_links_to_the_repository_that_the_package_names():
     named = re.search(r'^Repository = "(.*)"', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
     if named:
         assert f"repository: {named[1]}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def test_rules_and_methods_are_counted():
+    from gradsurgery.unlearn import METHODS
+
+    for page in DOCS.glob("**/*.md"):
+        text = page.read_text(encoding="utf-8")
+        for number in re.findall(r"\b(\d+) \[?rules\b", text):
+            assert int(number) == len(gs.RULES), page
+        for number in re.findall(r"\b(\d+) \[?(?:unlearning )?methods\b", text):
+            assert int(number) == len(METHODS), page
