@@ -147,7 +147,7 @@ def trained(code):
 
 
 def test_the_tables_of_benchmarks_are_of_the_results():
-    page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    page = (DOCS / "speed.md").read_text(encoding="utf-8")
     script = runpy.run_path(str(DOCS / "pictures" / "benchmarks.py"))
     for name, table in script["tables"]().items():
         assert page.split(f"<!-- {name} -->")[1].strip() == table

@@ -1,4 +1,4 @@
-"""Draws bench-*.svg and prints the tables of docs/benchmarks.md, of what benchmarks/results holds.
+"""Draws bench-*.svg and prints the tables of docs/speed.md, of what benchmarks/results holds.
 
 python docs/pictures/benchmarks.py
 
@@ -86,7 +86,7 @@ def _said(name: str) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The tables of docs/benchmarks.md by the name between whose marks they stand."""
+    """The tables of docs/speed.md by the name between whose marks they stand."""
     head = ["model", "plain step, ms", *PARTS, "memory of OrthoGrad"]
     found = {}
     for name, rows in (("cpu", cpu_steps()), ("gpu", gpu_steps())):
