@@ -42,7 +42,7 @@ types: $(VENV)/dev
 	$(bin)/pyright --pythonpath $(bin)/python
 
 # into build/site, with Python 3.11 or newer; what Material says of the years to come is read where
-# its version is raised
+# its version is raised. Without -q, with which MkDocs counts no warnings
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict $(ARGS)
 
