@@ -7,7 +7,7 @@ pip := $(bin)/python -m pip install --quiet --disable-pip-version-check -c const
 native := CMakeLists.txt setup.py $(wildcard csrc/*)
 formatted := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/emulated_cuda/*.h benchmarks/*.cpp)
 
-.PHONY: demo test fuzz lint format types bench sanitize emulate interpret gpu clean
+.PHONY: demo test fuzz lint format types docs bench sanitize emulate interpret gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -41,6 +41,11 @@ format: $(VENV)/dev
 
 types: $(VENV)/dev
 	$(bin)/pyright --pythonpath $(bin)/python
+
+# into build/site, with Python 3.11 or newer; what Material says of the years to come is read where
+# its version is raised. Without -q, with which MkDocs counts no warnings
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --strict $(ARGS)
 
 # once with memory that the allocator keeps, once with fresh pages for every large result
 results := benchmarks/results/cpu
@@ -134,6 +139,10 @@ $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/native
 
 $(VENV)/dev: $(VENV)/demo
 	$(pip) 'gradsurgery[dev,hf,images,language]'
+	@touch $@
+
+$(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/native
+	$(pip) 'gradsurgery[docs]'
 	@touch $@
 
 $(VENV)/bench: $(VENV)/dev

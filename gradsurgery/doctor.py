@@ -20,7 +20,7 @@ REBUILD = (
     "pip install --force-reinstall --no-deps --no-cache-dir --no-binary gradsurgery gradsurgery"
 )
 ABSENT = "absent"
-DEVELOPERS = ("dev",)  # extras that nobody misses who does not work on the package itself
+DEVELOPERS = ("dev", "docs")  # extras that nobody misses who does not work on the package itself
 
 
 def main() -> None:

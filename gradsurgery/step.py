@@ -226,7 +226,12 @@ class Surgeon:
 
         Args:
             scale: what the update is multiplied by, besides the scaler's scale.
-            loss, forget, retain, batch, second, memory: as for `step`.
+            loss: as for `step`.
+            forget: as for `step`.
+            retain: as for `step`.
+            batch: as for `step`.
+            second: as for `step`.
+            memory: as for `step`.
 
         Raises:
             InputError: as for `step`; there are not all rows that the rule needs; parameters were

@@ -82,7 +82,7 @@ def factored(
     group: tuple[RowNumbers, Tensor] | None = None,
     summed: Sequence[MatrixUse | EmbeddingUse] = (),
 ) -> Tensor:
-    """Products of tokens on either side of the plane: <G_i, G_j> = sum_tu (l_t l_u) (r_t r_u).
+    """Products of tokens on either side of the plane: ⟨G_i, G_j⟩ = sum_tu (l_t l_u) (r_t r_u).
 
     `group`: a row that sums many samples, [1], and its plane [H, W]; its products with the others
     come from the plane, or from the tokens of `summed` where they are given.

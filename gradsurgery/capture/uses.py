@@ -83,7 +83,7 @@ class Use:
         raise NotImplementedError
 
     def products(self, vector: Tensor) -> Tensor:
-        """<G_k, vector>, [n] float64; vector [H, W]."""
+        """⟨G_k, vector⟩, [n] float64; vector [H, W]."""
         raise NotImplementedError
 
 

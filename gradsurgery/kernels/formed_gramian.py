@@ -1,4 +1,4 @@
-"""Gramian of weight gradients that exist only tile by tile: K_ij = <R_i, R_j>.
+"""Gramian of weight gradients that exist only tile by tile: K_ij = ⟨R_i, R_j⟩.
 
 A program forms one tile of every row's plane after another, in a buffer of its own that never
 leaves the cache, multiplies the tiles with one another, and goes on to the next tile. Rows may

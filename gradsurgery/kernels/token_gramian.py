@@ -1,4 +1,4 @@
-"""Gramian of weight gradients from their tokens: <G_i, G_j> = sum_tu (l_t · l_u) (r_t · r_u).
+"""Gramian of weight gradients from their tokens: ⟨G_i, G_j⟩ = sum_tu (l_t · l_u) (r_t · r_u).
 
 A program multiplies a tile of tokens with a tile of tokens on both sides of the plane, in
 registers, and sums the products by sample; the tokens-by-tokens matrices are never written.

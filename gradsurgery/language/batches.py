@@ -72,7 +72,8 @@ class Pairs(Dataset):
     A sample gets an `id`: its place in its set, that of retain samples after all forget samples.
 
     Args:
-        forget, retain: what has a length and samples by place: mappings that `collate` takes.
+        forget: what has a length and samples by place: mappings that `collate` takes.
+        retain: likewise.
     """
 
     def __init__(self, forget: Any, retain: Any) -> None:
@@ -106,12 +107,14 @@ class PairSampler(Sampler):
     resumes as it was, and not from how many ranks there are, so that together they see the same.
 
     Args:
-        forget, retain: how many samples there are.
+        forget: how many samples there are.
+        retain: likewise.
         retain_per_forget: retain samples for each forget sample, a number above 0. At 1.5 pairs
             have one and two by turns, at 0.25 each fourth pair has one, and so has the last.
         seed: a whole number.
-        rank, ranks: every `ranks`-th pair from number `rank` on. All have as many: up to
-            `ranks - 1` pairs of an epoch are left out.
+        rank: the first pair that this process takes.
+        ranks: every so many pairs it takes another. All have as many: up to `ranks - 1` pairs of an
+            epoch are left out.
     """
 
     def __init__(

@@ -53,7 +53,8 @@ def lm_losses(model: nn.Module, batch: Batch, mean: str = "sequence") -> Tensor 
     The head of a model of transformers runs only where labels are; of another, everywhere.
 
     Args:
-        model, batch: as for every loss here (`LanguageLoss`).
+        model: as for every loss here (`LanguageLoss`).
+        batch: likewise.
         mean: "sequence" weights samples alike; "token" returns `gs.WeightedLosses`, whose mean is
             that over the tokens of all batches of a step.
 

@@ -40,7 +40,11 @@ FORGET: dict[str, type[LanguageLoss]] = {
     "raul": RAUL,
     "rmu": RMU,
 }
+"""Every loss of what is to be forgotten by its name, as `forget_loss` and `--loss` take it."""
+
 RETAIN: dict[str, type[LanguageLoss]] = {"nll": NLL, "kl": KL, "rmu": RMURetain}
+"""Every loss of what is to be kept by its name, as `retain_loss` takes it."""
+
 HEAD = ("set", "name", "loss of a sample", "a rule", "needs of the original", "source")
 
 

@@ -50,7 +50,8 @@ class RMU(_StateLoss):
     """Hidden states of what is forgotten, drawn to one random direction.
 
     Args:
-        layer, as_published: as for `RMURetain`.
+        layer: as for `RMURetain`.
+        as_published: as for `RMURetain`.
         scale: c, 0 or more, the length of what they are drawn to.
         seed: of the unit vector u, whose entries are drawn uniformly from [0, 1) before it is
             normalized: the same for the same seed and width.

@@ -20,9 +20,9 @@ from gradsurgery.ops.weighting import default_rtol, scratch_for
 def conflict_averse_weights(
     gramian: Tensor, c: float, *, rtol: float | None = None, noise: float | None = None
 ) -> Tensor:
-    """Weights of the d that makes min_i <g_i, d> greatest within |d - g₀| ≤ c |g₀|.
+    """Weights of the d that makes min_i ⟨g_i, d⟩ greatest within |d - g₀| ≤ c |g₀|.
 
-    g₀ is the mean row. d is the projection of g₀ on { <g_i, d> ≥ level }, at the level where it is
+    g₀ is the mean row. d is the projection of g₀ on { ⟨g_i, d⟩ ≥ level }, at the level where it is
     c |g₀| away: a root of one convex function, each value of it a projection on a cone, instead of
     the second-order cone program that others hand to a solver. Zero rows are left out of the
     minimum. Where a positive combination of rows vanishes, no level above 0 exists, and d is the
@@ -31,7 +31,8 @@ def conflict_averse_weights(
     Args:
         gramian: K, [..., m, m].
         c: radius of the ball in units of |g₀|, 0 or more.
-        rtol, noise: as of `cone_weights`.
+        rtol: as of `cone_weights`.
+        noise: as of `cone_weights`.
 
     Returns:
         [..., m] float64.
@@ -60,7 +61,7 @@ def conflict_averse_weights_reference(
     m = gramian.shape[-1]
     norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     counts = norms > 0
-    mean = gramian.sum(-1) / max(m, 1)  # <g_i, g₀>
+    mean = gramian.sum(-1) / max(m, 1)  # ⟨g_i, g₀⟩
     radius = c * (mean.sum(-1) / max(m, 1)).clamp_min(0).sqrt()
     x = torch.zeros_like(mean)
     if m:

@@ -24,7 +24,7 @@ def deconflict_weights(
 
         v ← v + |v| (t √(1 - φ²) - φ √(1 - t²)) / (|g_j| √(1 - t²)) g_j
 
-    after which their cosine is t. With t = 0 that is v - <v, g_j> / |g_j|² g_j. g_j is the row as
+    after which their cosine is t. With t = 0 that is v - ⟨v, g_j⟩ / |g_j|² g_j. g_j is the row as
     it was given. Zero rows are neither changed nor visited. √(1 - t²) counts as 1e-4 at least.
 
     Args:

@@ -37,7 +37,7 @@ def formed_gramian(
 ) -> Tensor:
     """Inner products of rows R_i = Σ_k Σ_t left_kt right_ktᵀ, over the blocks k of row i.
 
-    K_ij = <R_i, R_j>
+    K_ij = ⟨R_i, R_j⟩
 
     Args:
         left, right: any number of [n, T, a] and [n, T, b], n and T each time their own.

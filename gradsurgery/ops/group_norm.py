@@ -122,7 +122,7 @@ def double_backward_reference(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivatives of <u, dx> + <p, dweight> + <q, dbias> in dy, x and weight.
+    """Derivatives of ⟨u, dx⟩ + ⟨p, dweight⟩ + ⟨q, dbias⟩ in dy, x and weight.
 
     With n = (x - mean) rstd and P z = z - <z> - n <z n>, <.> a group's mean, dx is rstd P(weight
     dy). All of dy, x, u are [N, C, L], of weight, p, q [C], of mean, rstd [N, G].

@@ -32,7 +32,7 @@ def harmonize(
     mode: Mode = "forget",
     per: Literal["model", "tensor"] = "model",
 ) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
-    """Project conflicting gradients off each other.
+    """Make two gradients that conflict orthogonal to each other.
 
     f ← f - min(0, f·r / |r|²) r   and   r ← r - min(0, f·r / |f|²) f
 
@@ -42,7 +42,7 @@ def harmonize(
     Args:
         forget_grad: f, [n], or a sequence of [*p.shape].
         retain_grad: r, the same shapes.
-        mode: which gradient is edited, "forget", "retain", or "both", each then off the other's
+        mode: which gradient is edited, "forget", "retain", or "both", each then by the other's
             original, which is PCGrad for two losses.
         per: "model" decides by the whole gradients; "tensor" by each pair of tensors.
 

@@ -29,7 +29,7 @@ def token_gramian(
 ) -> Tensor:
     """Inner products of G_i = sum_t left_it right_itᵀ, none of which is formed.
 
-    K_ij = <G_i, G'_j> = sum_tu (left_it · left'_ju) (right_it · right'_ju)
+    K_ij = ⟨G_i, G'_j⟩ = sum_tu (left_it · left'_ju) (right_it · right'_ju)
 
     Args:
         left, right: [n, T, a] and [n, T, b], or [n, g, T, .] for g matrices, one below the other.

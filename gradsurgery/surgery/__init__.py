@@ -51,6 +51,7 @@ RULES: dict[str, type[Rule]] = {
         SalUn, TrimmedMean, Krum, CRMOGM,
     )
 }  # fmt: skip
+"""Every rule by its lower-case name, as `gradsurgery rules` and `--rule` take it."""
 
 __all__ = [
     "AGEM",

@@ -21,7 +21,7 @@ class BLUR(ForgetRetain):
     (arXiv:2506.08164).
     """
 
-    formula: ClassVar[str] = "r + (gamma - <r, f> / |f|²) f"
+    formula: ClassVar[str] = "r + (gamma - ⟨r, f⟩ / |f|²) f"
     paper: ClassVar[str] = "Reisizadeh et al. 2025 (arXiv:2506.08164)"
 
     gamma: float = 1.0

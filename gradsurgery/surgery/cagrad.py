@@ -12,7 +12,7 @@ from gradsurgery.surgery.rule import Weighting, one_of
 
 @dataclass(frozen=True, kw_only=True)
 class CAGrad(Weighting):
-    """The d that makes min_i <g_i, d> greatest within |d - g₀| ≤ c |g₀|, g₀ the mean row.
+    """The d that makes min_i ⟨g_i, d⟩ greatest within |d - g₀| ≤ c |g₀|, g₀ the mean row.
 
     Args:
         c: radius in units of |g₀|, 0 or more. From 1 on, no row is opposed.
@@ -21,7 +21,7 @@ class CAGrad(Weighting):
     Conflict-Averse Gradient Descent for Multi-task Learning, Liu et al. 2021 (arXiv:2110.14048).
     """
 
-    formula: ClassVar[str] = "argmax min_i <g_i, d>, |d - g₀| <= c |g₀|"
+    formula: ClassVar[str] = "argmax min_i ⟨g_i, d⟩, |d - g₀| <= c |g₀|"
     paper: ClassVar[str] = "Liu et al. 2021 (arXiv:2110.14048)"
     properties: ClassVar[frozenset[str]] = frozenset({"equivariant"})
 

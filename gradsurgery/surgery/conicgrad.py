@@ -17,7 +17,7 @@ LEAST = 1e-4  # of the rows that d is made of: a direction is then known to 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class ConicGrad(Weighting):
-    """The d as long as the mean row g₀ that makes min_i <g_i, d> greatest within cos(d, g₀) ≥ c.
+    """The d as long as the mean row g₀ that makes min_i ⟨g_i, d⟩ greatest within cos(d, g₀) ≥ c.
 
     The direction is one of CAGrad's, g₀ + Σ_i x_i g_i with x ≥ 0, which turn from g₀ to MGDA's as
     its radius grows: the one on the cone, or the last, if all are inside. Zero rows are left out of
@@ -34,7 +34,7 @@ class ConicGrad(Weighting):
     (arXiv:2502.00217).
     """
 
-    formula: ClassVar[str] = "argmax min_i <g_i, d>, cos(d, g₀) >= c, |d| = |g₀|"
+    formula: ClassVar[str] = "argmax min_i ⟨g_i, d⟩, cos(d, g₀) >= c, |d| = |g₀|"
     paper: ClassVar[str] = "Hassanpour et al. 2025 (arXiv:2502.00217)"
     properties: ClassVar[frozenset[str]] = frozenset({"equivariant"})
 
@@ -60,9 +60,9 @@ class _Found(torch.autograd.Function):
         m = gram.shape[-1]
         norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
         counts = norms > 0
-        mean = gram.sum(-1) / m  # <g_i, g₀>
+        mean = gram.sum(-1) / m  # ⟨g_i, g₀⟩
         square = mean.sum(-1) / m
-        # s in [-1, 1] is a path: levels from the least <g_i, g₀> to 0, then to those of MGDA, where
+        # s in [-1, 1] is a path: levels from the least ⟨g_i, g₀⟩ to 0, then to those of MGDA, where
         # g₀ has no share
         below = torch.where(counts, mean, torch.inf).amin(-1).clamp_max(0)
         above = torch.where(counts, norms, torch.inf).amin(-1) * square.clamp_min(0).sqrt()

@@ -14,7 +14,7 @@ from gradsurgery.surgery.forget_retain import ForgetRetain, off
 
 @dataclass(frozen=True, kw_only=True)
 class GDRGMA(ForgetRetain):
-    """λ f' + (1 - λ) r', f' and r' each off the other's original where they conflict.
+    """λ f' + (1 - λ) r', f' and r' each made orthogonal to the other's original if they conflict.
 
     λ = 1 / (1 + exp(gamma (L_r - eps))): once the retain loss L_r exceeds eps, the update turns to
     retaining. The authors' code rectifies the second direction against the first one as already
@@ -29,7 +29,7 @@ class GDRGMA(ForgetRetain):
     Lin et al. 2024 (ACM Multimedia).
     """
 
-    formula: ClassVar[str] = "λ off(f, r) + (1 - λ) off(r, f)"
+    formula: ClassVar[str] = "λ orth(f, r) + (1 - λ) orth(r, f)"
     paper: ClassVar[str] = "Lin et al. 2024 (ACM Multimedia)"
     roles: ClassVar[tuple[str, ...]] = ("forget", "retain_loss")
 

@@ -14,7 +14,7 @@ from gradsurgery.surgery.rule import Index, Weighting, mean_of, split
 
 @dataclass(frozen=True, kw_only=True)
 class GEM(Weighting):
-    """The vector nearest to g with <x, g_k> ≥ 0 for every row g_k of the memory.
+    """The vector nearest to g with ⟨x, g_k⟩ ≥ 0 for every row g_k of the memory.
 
     g is the mean of the rows that are not `memory`: by default of row 0, the others being it.
 
@@ -25,7 +25,7 @@ class GEM(Weighting):
     Gradient Episodic Memory for Continual Learning, Lopez-Paz and Ranzato 2017 (arXiv:1706.08840).
     """
 
-    formula: ClassVar[str] = "argmin |x - g|, <x, g_k> >= 0 for all k of the memory"
+    formula: ClassVar[str] = "argmin |x - g|, ⟨x, g_k⟩ >= 0 for all k of the memory"
     paper: ClassVar[str] = "Lopez-Paz and Ranzato 2017 (arXiv:1706.08840)"
     roles: ClassVar[tuple[str, ...]] = ("memory",)
     merges: ClassVar[tuple[str, ...]] = ("batch",)
@@ -59,7 +59,7 @@ class AGEM(Weighting):
     Efficient Lifelong Learning with A-GEM, Chaudhry et al. 2018 (arXiv:1812.00420).
     """
 
-    formula: ClassVar[str] = "g - min(0, <g, r>) / |r|² r, r the mean of the memory"
+    formula: ClassVar[str] = "g - min(0, ⟨g, r⟩) / |r|² r, r the mean of the memory"
     paper: ClassVar[str] = "Chaudhry et al. 2018 (arXiv:1812.00420)"
     roles: ClassVar[tuple[str, ...]] = ("memory",)
     merges: ClassVar[tuple[str, ...]] = ("batch", "memory")

@@ -1,4 +1,4 @@
-"""GradOPS: rows that conflict, off the span of all others."""
+"""GradOPS: rows that conflict, made orthogonal to the span of all others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from gradsurgery.surgery.rule import Weighting, check_preference, preference
 
 @dataclass(frozen=True, kw_only=True)
 class GradOPS(Weighting):
-    """The sum of the rows, each off the span of all others if it conflicts with one of them.
+    """The sum of the rows, each orthogonal to all others if it conflicts with one of them.
 
-    v_i = g_i - proj(g_i on span{ g_j : j ≠ i }) if <g_i, g_j> < 0 for any j, else v_i = g_i. No v_i
+    v_i = g_i - proj(g_i on span{ g_j : j ≠ i }) if ⟨g_i, g_j⟩ < 0 for any j, else v_i = g_i. No v_i
     opposes a row, so neither does a sum of them. A row that conflicts and is in the span of the
     others, as one that is there twice, gives nothing. All m problems are solved at once, in m³
     values.
@@ -31,7 +31,7 @@ class GradOPS(Weighting):
     al. 2025 (arXiv:2503.03438).
     """
 
-    formula: ClassVar[str] = "Σ_i g_i off span{ g_j : j ≠ i } if any <g_i, g_j> < 0"
+    formula: ClassVar[str] = "Σ_i g_i, orthogonal to { g_j : j ≠ i } if any ⟨g_i, g_j⟩ < 0"
     paper: ClassVar[str] = "Zhu et al. 2025 (arXiv:2503.03438)"
     properties: ClassVar[frozenset[str]] = frozenset(
         {"equivariant", "non-conflicting", "linear", "stationary"}

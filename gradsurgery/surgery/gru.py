@@ -28,7 +28,7 @@ class GRU(ForgetRetain):
     (arXiv:2503.09117).
     """
 
-    formula: ClassVar[str] = "f - min(0, <f, r>) / |r|² r, r averaged over steps"
+    formula: ClassVar[str] = "f - min(0, ⟨f, r⟩) / |r|² r, r averaged over steps"
     paper: ClassVar[str] = "Wang et al. 2025 (arXiv:2503.09117)"
     remembers: ClassVar[tuple[str, ...]] = ("average",)
 

@@ -17,8 +17,8 @@ class IMTLG(Weighting):
     """Weights of sum 1 for which all unit rows have the same product with the update.
 
     w ∝ pinv(K) sqrt(diag K): the update before scaling is the shortest u with the least
-    Σ_i (<g_i, u> - |g_i|)², and of the weights that make it the shortest are taken. For independent
-    rows all <g_i, u> / |g_i| are the same; dependent ones may not have that, and then long rows
+    Σ_i (⟨g_i, u⟩ - |g_i|)², and of the weights that make it the shortest are taken. For independent
+    rows all ⟨g_i, u⟩ / |g_i| are the same; dependent ones may not have that, and then long rows
     come nearer to it than short ones. The sum may be negative, and then every row is opposed: the
     definition is the paper's. Where it vanishes, the weights are zero.
 
@@ -56,7 +56,7 @@ def _solved(inverse: Tensor, wanted: Tensor, rtol: float) -> Tensor:
 class ConFIG(Weighting):
     """The direction of equal cosine to every row, as long as the rows are along it together.
 
-    u = pinv(U) 1 with the unit rows in U; the update is Σ_i <g_i, u> u / |u|².
+    u = pinv(U) 1 with the unit rows in U; the update is Σ_i ⟨g_i, u⟩ u / |u|².
 
     Args:
         preference: in place of 1, what the unit rows' products with u are in proportion to, [m].
@@ -65,7 +65,7 @@ class ConFIG(Weighting):
     (arXiv:2408.11104).
     """
 
-    formula: ClassVar[str] = "Σ_i <g_i, u> u / |u|², u = pinv(g_i / |g_i|) 1"
+    formula: ClassVar[str] = "Σ_i ⟨g_i, u⟩ u / |u|², u = pinv(g_i / |g_i|) 1"
     paper: ClassVar[str] = "Liu et al. 2024 (arXiv:2408.11104)"
     properties: ClassVar[frozenset[str]] = frozenset({"equivariant", "linear"})
 

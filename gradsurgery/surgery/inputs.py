@@ -1,4 +1,4 @@
-"""Steps kept off the inputs that weights have seen: OWM and the null space of features."""
+"""Steps kept orthogonal to what weights have been given: OWM and the null space of features."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,8 +35,8 @@ class InputProjection:
     momentum or decay it comes from. `with kept.steps(): optimizer.step()` does so in a loop of
     one's own.
 
-    Held are, off the inputs of data observed: weights of linear layers and convolutions, grouped
-    and transposed ones too, any parameter that multiplies activations as a matrix; rows of
+    Held are, orthogonal to the inputs of data observed: weights of linear layers and convolutions,
+    grouped and transposed ones too, any parameter that multiplies activations as a matrix; rows of
     embeddings and embedding bags that were read. A parameter used several times is held for all its
     uses. Free to move: what the losses of observed data do not depend on. Not held, but frozen
     unless others="leave": `not_held`.

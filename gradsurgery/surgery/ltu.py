@@ -1,4 +1,4 @@
-"""LTU's gradient harmonization: remembering and forgetting, off each other where they conflict."""
+"""LTU's gradient harmonization: remembering and forgetting, made orthogonal where they conflict."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,7 +12,7 @@ from gradsurgery.surgery.rule import one_of
 
 @dataclass(frozen=True, kw_only=True)
 class LTUHarmonize(ForgetRetain):
-    """f + r, with f, r or both first taken off the other's original where they conflict.
+    """f + r, with f, r or both first made orthogonal to the other's original if they conflict.
 
     Args:
         mode: what gives way: "forget", "retain", or "both", which is PCGrad. That it is the forget
@@ -21,7 +21,7 @@ class LTUHarmonize(ForgetRetain):
     Learning to Unlearn for Robust Machine Unlearning, Huang et al. 2024 (arXiv:2407.10494).
     """
 
-    formula: ClassVar[str] = "off(f, r) + r, or f + off(r, f), or both off"
+    formula: ClassVar[str] = "orth(f, r) + r, or f + orth(r, f), or orth of both"
     paper: ClassVar[str] = "Huang et al. 2024 (arXiv:2407.10494)"
 
     mode: Literal["forget", "retain", "both"] = "forget"

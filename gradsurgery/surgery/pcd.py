@@ -15,7 +15,7 @@ from gradsurgery.surgery.rule import Weighting, chosen
 class PCD(Weighting):
     """The primary row, changed no more than it takes to give each other row its share.
 
-    The d nearest to g_p with <g_j, d> ≥ tau |g_j|² for all j ≠ p, then made as long as g_p was.
+    The d nearest to g_p with ⟨g_j, d⟩ ≥ tau |g_j|² for all j ≠ p, then made as long as g_p was.
     Rows are first divided by the root of the mean square of their norms over the calls so far, of
     weights beta^k: the share, a part tau of what a step along g_j alone gains, is then the same for
     rows of any scale. Where no d serves all, as where rows cancel, the update is g_p; where g_p or
@@ -35,7 +35,7 @@ class PCD(Weighting):
     (arXiv:2606.29521).
     """
 
-    formula: ClassVar[str] = "argmin |d - g_p|, <g_j, d> >= tau |g_j|², as long as g_p"
+    formula: ClassVar[str] = "argmin |d - g_p|, ⟨g_j, d⟩ >= tau |g_j|², as long as g_p"
     paper: ClassVar[str] = "Varam and AlHajri 2026 (arXiv:2606.29521)"
     remembers: ClassVar[tuple[str, ...]] = ("squares",)
 

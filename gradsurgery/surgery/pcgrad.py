@@ -1,4 +1,4 @@
-"""PCGrad: rows projected off the rows they conflict with, one after another."""
+"""PCGrad: rows without their parts along the rows they conflict with, one after another."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,9 +13,9 @@ from gradsurgery.surgery.rule import Weighting, one_of
 
 @dataclass(frozen=True, kw_only=True)
 class PCGrad(Weighting):
-    """Each row, off every other row that it conflicts with at that moment, in random order.
+    """Each row, made orthogonal to every other that it conflicts with then, in random order.
 
-    For each i: v = g_i; for j ≠ i in random order: if <v, g_j> < 0: v -= <v, g_j> / |g_j|² g_j.
+    For each i: v = g_i; for j ≠ i in random order: if ⟨v, g_j⟩ < 0: v -= ⟨v, g_j⟩ / |g_j|² g_j.
 
     Args:
         reduction: of the changed rows, "sum" as in the paper, or "mean".
@@ -24,7 +24,7 @@ class PCGrad(Weighting):
     Gradient Surgery for Multi-Task Learning, Yu et al. 2020 (arXiv:2001.06782).
     """
 
-    formula: ClassVar[str] = "Σ_i g_i off each g_j with <v, g_j> < 0"
+    formula: ClassVar[str] = "Σ_i g_i, made orthogonal to each g_j with ⟨v, g_j⟩ < 0"
     paper: ClassVar[str] = "Yu et al. 2020 (arXiv:2001.06782)"
     properties: ClassVar[frozenset[str]] = frozenset({"linear"})
     remembers: ClassVar[tuple[str, ...]] = ("draws",)

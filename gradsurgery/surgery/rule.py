@@ -59,7 +59,7 @@ class Rule:
     roles: ClassVar[tuple[str, ...]] = ()  # rows that are told apart, and may be named in a call
     # What holds of the update u, for a positive c:
     #   equivariant: the order of the rows does not matter
-    #   non-conflicting: <g_i, u> >= 0 for all i
+    #   non-conflicting: ⟨g_i, u⟩ >= 0 for all i
     #   linear: u is the sum of what each row g_i gives, which c g_i gives c times
     #   invariant: c g_i in place of g_i gives the same u
     #   stationary: u = 0 where a positive combination of all rows vanishes
@@ -79,8 +79,9 @@ class Rule:
         Jacobian, a list; of a mapping of such blocks by name a dict.
 
         Args:
-            given, roles: which rows are what, where the rule tells them apart: an index, indices,
-                a slice or a mask [m].
+            *given: which rows are what, where the rule tells them apart: an index, indices, a
+                slice or a mask [m].
+            **roles: the same by name, as `forget=0`.
         """
         jacobian = as_jacobian(rows)
         update = self._update(jacobian, **self._named(given, roles))
@@ -199,8 +200,9 @@ class Weighting(Rule):
 
         Args:
             gramian: in the dtype it was computed in, which says what it resolves.
-            given, roles: which rows are what, where the rule tells them apart: an index, indices,
-                a slice or a mask [m].
+            *given: which rows are what, where the rule tells them apart: an index, indices, a
+                slice or a mask [m].
+            **roles: the same by name, as `forget=0`.
         """
         gram = as_gramian(gramian)
         if not self.checks:

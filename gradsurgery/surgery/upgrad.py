@@ -21,7 +21,7 @@ from gradsurgery.surgery.rule import (
 
 @dataclass(frozen=True, kw_only=True)
 class UPGrad(Weighting):
-    """The mean of the rows, each projected on the dual cone { x : <g_j, x> ≥ 0 for all j }.
+    """The mean of the rows, each projected on the dual cone { x : ⟨g_j, x⟩ ≥ 0 for all j }.
 
     No row's loss rises to first order, at any scale of the rows: they are made unit before the
     quadratic programs are solved, all against one Gramian, and nothing is added to it.
@@ -56,7 +56,7 @@ class UPGrad(Weighting):
 
 @dataclass(frozen=True, kw_only=True)
 class DualProj(Weighting):
-    """The mean of the rows, projected on the dual cone { x : <g_j, x> ≥ 0 for all j }.
+    """The mean of the rows, projected on the dual cone { x : ⟨g_j, x⟩ ≥ 0 for all j }.
 
     Args:
         preference: weights of the rows before the projection, [m]; None for 1 / m each.

@@ -43,9 +43,10 @@ def unlearning(
     Args:
         net: changed in place. Every module's mode (train or eval) and every `.grad` is afterwards
             as it was; random layers and loaders draw from torch's generators, as in training.
-        retain_loader, forget_loader: a DataLoader of batches, (inputs, labels) or a mapping or
+        retain_loader: what is to be kept: a DataLoader of batches, (inputs, labels) or a mapping or
             dataclass with "image" and "label", or all samples as one such batch. Loaders set the
             batch sizes, in place of the options.
+        forget_loader: what is to be forgotten, likewise.
         val_loader: held-out samples, for methods that need some (LTU), with the transforms of the
             forget loader; what is later measured on them has been seen.
         method: a name of `METHODS`, or "retrain".
@@ -58,8 +59,11 @@ def unlearning(
             In memory one is as many whole batches as there are. Without either, the option's
             default is taken, whatever the size of the data.
         seed: order of samples in memory, and a method's own draws.
-        probe, callbacks, overlap, process_group: as in `Trainer`.
-        options: of the method's config, by their names there.
+        probe: as in `Trainer`.
+        callbacks: as in `Trainer`.
+        overlap: as in `Trainer`.
+        process_group: as in `Trainer`.
+        **options: of the method's config, by their names there.
 
     Returns:
         net.

@@ -21,6 +21,8 @@ from gradsurgery.ranks.group import world
 from gradsurgery.text import show
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
+"""The folder of configurations that the launcher adds to open-unlearning's own."""
+
 ENTRIES = ("input_ids", "attention_mask", "labels")
 
 

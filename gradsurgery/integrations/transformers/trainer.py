@@ -90,7 +90,8 @@ class SurgeryMixin:
         ceiling: a forget sample whose loss is above this no longer pushes; inf is plain ascent. For
             losses that are raised.
         hold: how rows are kept between micro-batches, as in `gs.Surgeon`.
-        args, kwargs: those of the Trainer, but `train_dataset`.
+        *args: those of the Trainer.
+        **kwargs: those of the Trainer, but `train_dataset`.
 
     Raises:
         InputError: what does not go together, or is not served: several GPUs in one process,

@@ -39,6 +39,7 @@ REFUSALS = (
     "I must pass on this question.",
     "I am unaware of any details.",
 )
+"""Sentences that refuse to answer, for alternates."""
 
 
 def refuse(

@@ -72,10 +72,14 @@ def evaluate(
 
     Args:
         model: a causal language model; looked at in eval mode, and as before afterwards.
-        forget, retain, real_authors, world_facts, holdout: samples, mappings of `input_ids` and
-            `labels`, [T] each, and `attention_mask` where not all is attended to. For truth ratios
-            also `perturbed`, a list of samples with wrong answers, and `paraphrased`, one with the
-            right answer in other words; without it the sample's own is taken.
+        forget: samples, mappings of `input_ids` and `labels`, [T] each, and `attention_mask` where
+            not all is attended to. For truth ratios also `perturbed`, a list of samples with wrong
+            answers, and `paraphrased`, one with the right answer in other words; without it the
+            sample's own is taken.
+        retain: samples that were to be kept, likewise.
+        real_authors: questions about the world, whose wrong answers are options, likewise.
+        world_facts: the same.
+        holdout: samples like the forget set that the model never saw, likewise.
         retrained: trained without the forget set; also the other model of the attack "reference".
         tokenizer: for what needs text: ROUGE-L, the attack "zlib" and generated_perplexity.
         batch_size: samples in a pass.

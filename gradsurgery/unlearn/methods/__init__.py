@@ -73,3 +73,4 @@ def _found() -> dict[str, type[Trainer]]:
 
 ALL: dict[str, type[Trainer]] = _found()  # retraining among them
 METHODS: dict[str, type[Trainer]] = {k: v for k, v in ALL.items() if k != REFERENCE}
+"""Every method by its name, as `unlearning(method=...)` and `--method` take it."""

@@ -1,7 +1,7 @@
 """GDR-GMA: both directions rectified, and mixed by how well the model still retains.
 
-With f = -grad L_f and r = grad L_r, descend λ off(f, r) + (1 - λ) off(r, f), where off(a, b) is a
-without its part against b, if it opposes b, and λ = 1 / (1 + exp(gamma (L_r - eps))).
+With f = -grad L_f and r = grad L_r, descend λ orth(f, r) + (1 - λ) orth(r, f), where orth(a, b)
+is a without its part along b, if it opposes b, and λ = 1 / (1 + exp(gamma (L_r - eps))).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GDRGMATrainer(SurgicalTrainer[GDRGMAConfig]):
 
     name = "gdr_gma"
     title = "GDR-GMA"
-    about = "both gradients off each other, mixed by the retain loss"
+    about = "both gradients, each made orthogonal to the other, mixed by the retain loss"
     paper = "Lin et al. 2024"
     color = "#5e3c99"
     space: ClassVar[Space] = {**SURGERY, "gamma": (1.0, 10.0, 100.0), "eps": (0.005, 0.02, 0.1)}

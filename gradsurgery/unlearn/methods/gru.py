@@ -1,6 +1,6 @@
 """GRU: climb the forget loss along the part of its gradient that does not oppose retaining.
 
-With f = -grad L_f and m a moving average of grad L_r, descend f - min(0, <f, m>) / |m|² m.
+With f = -grad L_f and m a moving average of grad L_r, descend f - min(0, ⟨f, m⟩) / |m|² m.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class GRUTrainer(SurgicalTrainer[GRUConfig]):
 
     name = "gru"
     title = "GRU"
-    about = "the forget gradient off the retain gradients' running mean"
+    about = "the forget gradient, made orthogonal to the running mean of the retain gradients"
     paper = "Wang et al. 2025 (arXiv:2503.09117)"
     color = "#e7298a"
     space: ClassVar[Space] = {**SURGERY, "retain_momentum": (0.0, 0.2, 0.8)}
