@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -44,7 +46,8 @@ def packing(batch: Mapping[str, Any]) -> Packing | None:
 
     Raises:
         InputError: documents that attention would not keep apart, for there is an `attention_mask`
-            too, or it is not by `position_ids` that `seq_idx` or `cu_seq_lens_q` part them.
+            too, or it is not by `position_ids` that `seq_idx` or `cu_seq_lens_q` part them, or
+            transformers is too old to look at these.
     """
     found = _packing(batch)
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -54,7 +57,22 @@ def packing(batch: Mapping[str, Any]) -> Packing | None:
             "attention_mask, with which attention does not keep documents apart: leave it out, or "
             "take gradsurgery.language.unpacked(batch)"
         )
+    if found is not None and not _parts_documents():
+        raise InputError(
+            "batch is packed, and attention in this transformers does not keep documents apart: "
+            "update to 4.55 or newer, or take gradsurgery.language.unpacked(batch)"
+        )
     return found
+
+
+def _parts_documents() -> bool:
+    """Whether attention masks are made by `position_ids`; so, too, where no model can be its."""
+    if "transformers" not in sys.modules:
+        return True
+    if importlib.util.find_spec("transformers.masking_utils") is None:
+        return False
+    masks = importlib.import_module("transformers.masking_utils")
+    return hasattr(masks, "find_packed_sequence_indices")
 
 
 def unpacked(batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -153,6 +153,14 @@ def test_attention_that_mixes_documents_is_refused():
     torch.testing.assert_close(loss(model, unpacked(masked)), alone, rtol=1e-9, atol=1e-9)
 
 
+def test_transformers_that_reads_no_position_ids_is_refused(monkeypatch):
+    monkeypatch.delattr(transformers.masking_utils, "find_packed_sequence_indices")
+    batch = packed(documents())
+    with pytest.raises(gs.InputError, match=r"update to 4.55 or newer.*unpacked"):
+        forget_loss("grad_ascent")(llama(), batch)
+    assert len(unpacked(batch)["input_ids"]) == len(LENGTHS)
+
+
 def gpt2():
     config = transformers.GPT2Config(
         vocab_size=37, n_embd=16, n_layer=1, n_head=2, n_positions=32,
