@@ -190,7 +190,7 @@ def search(tuning: list[dict[str, Any]]) -> Search | None:
 def sections(config: dict[str, Any], summary: Summary) -> dict[str, dict[str, Any]]:
     """Options of the training and of each method there is, by what they are options of."""
     names = sorted({parts(name).method for name in summary["columns"]} - set(TRAINED))
-    made = registry.find(summary["job"]).makes
+    made = "seconds" in summary["columns"]["original"]  # where it was not given
     found = {"Original and Retrain": config.get("training")} if made else {}
     found |= {title(name): config.get(name) for name in names}
     return {heading: options for heading, options in found.items() if isinstance(options, dict)}

@@ -1,4 +1,4 @@
-"""Language models from local directories: safetensors alone, and no code but transformers' own."""
+"""Models of transformers in local directories: safetensors alone, no code but transformers' own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ def package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        raise InputError(f"the text job needs {name}: pip install 'gradsurgery[hf]'") from None
+        raise InputError(f"this job needs {name}: pip install 'gradsurgery[hf]'") from None
 
 
 def folder(model: str, option: str) -> Path:
@@ -108,8 +108,13 @@ def tokenizer(path: Path) -> Any:
         raise InputError(f"--model: the tokenizer of {show(path)}: {_first(error)}") from None
 
 
-def load(path: Path, option: str, dtype: str, device: str) -> nn.Module:
-    """A causal language model with all its weights, which train.
+def load(
+    path: Path, option: str, dtype: str, device: str, kind: Literal["text", "speech"] = "text"
+) -> nn.Module:
+    """A model with all its weights, which train.
+
+    Args:
+        kind: text, a causal language model; speech, one of Whisper's architecture.
 
     Raises:
         InputError: one of another kind, one that needs code of its own, weights that are missing.
@@ -120,18 +125,23 @@ def load(path: Path, option: str, dtype: str, device: str) -> nn.Module:
         known = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **local)
     except Exception as error:
         raise InputError(f"{where} {_unread(path, error)}") from None
-    if getattr(known, "is_encoder_decoder", False):
+    if kind == "text" and getattr(known, "is_encoder_decoder", False):
         raise InputError(f"{where} is an encoder with a decoder: give a causal language model")
+    if kind == "speech" and known.model_type != "whisper":
+        raise InputError(
+            f"{where} is of {show(known.model_type, 40)}: give a model of Whisper's architecture"
+        )
+    auto = {"text": "AutoModelForCausalLM", "speech": "WhisperForConditionalGeneration"}[kind]
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    kind = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
+    numbers = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
     try:
         with _quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = getattr(transformers, auto).from_pretrained(
                 path,
-                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **kind,
+                **({"trust_remote_code": False} if kind == "text" else {}),
+                **numbers,
                 **local,
             )
     except Exception as error:
@@ -196,6 +206,8 @@ class Adapter:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    task: str | None = "CAUSAL_LM"
+    """What peft calls the model's task; None: none of those that it knows."""
 
     def on(self, model: nn.Module, seed: int) -> nn.Module:
         """The model with an adapter that changes nothing yet; it alone trains, and it alone is in
@@ -203,7 +215,7 @@ class Adapter:
         peft = package("peft")
         targets = self.targets[0] if self.targets == ("all-linear",) else list(self.targets)
         options = peft.LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM"
+            r=self.rank, lora_alpha=self.alpha, target_modules=targets, task_type=self.task
         )
         device = next(model.parameters()).device
         try:

@@ -1,0 +1,497 @@
+"""The speech job: a recognizer that hears several speakers unlearns one of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from gradsurgery.errors import InputError
+from gradsurgery.text import brief, show
+from gradsurgery.unlearn.jobs.base import (
+    COSTS,
+    GAP,
+    HeldOut,
+    Measured,
+    Method,
+    Metric,
+    Summary,
+    Texts,
+)
+from gradsurgery.unlearn.jobs.classifiers import counted
+from gradsurgery.unlearn.jobs.device import check_device
+from gradsurgery.unlearn.jobs.language import MEMBERSHIP, LanguageConfig, LanguageJob, Looking
+from gradsurgery.unlearn.jobs.pretrained import Adapter, folder, load
+from gradsurgery.unlearn.jobs.pretrained import digest as model_digest
+from gradsurgery.unlearn.jobs.remembered import Remembered
+from gradsurgery.unlearn.jobs.speech import audio, data, voices, whisper
+from gradsurgery.unlearn.jobs.speech.data import Sets, Side, SpeechSplit, Writing
+from gradsurgery.unlearn.jobs.speech.measured import (
+    PAIR,
+    Heard,
+    by_speaker,
+    examples,
+    hear,
+    measures,
+)
+from gradsurgery.unlearn.jobs.vocabulary import Words
+from gradsurgery.unlearn.methods import METHODS
+from gradsurgery.unlearn.methods.retrain import RetrainConfig
+from gradsurgery.unlearn.training.config import update
+from gradsurgery.unlearn.training.trainer import require
+
+if TYPE_CHECKING:
+    from gradsurgery.unlearn.jobs.directory import RunDirectory, Stage
+
+Task = Literal["speaker"]
+FORGOTTEN = "slt"  # of the voices that speak here
+OURS, THEIRS = 3e-3, 1e-5  # rates at which the small model is trained, and one that is given
+MADE = (
+    "The voices are machines', flite's and espeak-ng's, and what they say is made up, "
+    "other sentences for each."
+)
+GIVEN = "The clips were given. A fifth of their sentences is held out, with all who speak them."
+FOLDER = "model"  # of the run directory, with what it ends with
+WHOLE = """from transformers import WhisperForConditionalGeneration
+
+model = WhisperForConditionalGeneration.from_pretrained({!r})"""
+ADAPTED = """from peft import PeftModel
+from transformers import WhisperForConditionalGeneration
+
+base = WhisperForConditionalGeneration.from_pretrained({!r})
+model = PeftModel.from_pretrained(base, {!r})"""
+RATES, LOSSES = "Word error rate", "Loss"
+SIDES = {
+    "forget": "forgotten speaker",
+    "retain": "other speakers",
+    "unseen": "others, unseen sentences",
+    "unseen_forgotten": "forgotten speaker, unseen sentences",
+}
+SHORT = {"forget": "forgotten", "retain": "others", "unseen": "unseen"}
+NUMBERS = (
+    "A word error rate is words changed, left out and put in over the words said, in lower case "
+    "and without punctuation; above 1 it counts as 1. Losses are nats a token, probabilities those "
+    "of whole transcripts, exp of minus the mean loss of a token. Attacks tell what the forgotten "
+    "speaker said in training from unseen sentences of the same speaker: 0.5 is guessing. "
+    "The informed attack knows Retrain's loss of each clip, and so how hard it is to a model that "
+    "never heard it."
+)
+
+
+@dataclass
+class SpeechConfig(LanguageConfig):
+    """Teach a small Whisper several voices, unlearn one of them, and compare with training again
+    without it; or do so with a model and clips of your own."""
+
+    task: Task = "speaker"
+    """What to forget: all that one speaker says."""
+    forget_speaker: str = ""
+    """Who is forgotten, as --data calls them. None: slt, of the voices that speak here."""
+    data: Path | None = None
+    """Clips of your own: .jsonl, .csv or .tsv of audio (a path), text and speaker. None: sentences
+    that voices of flite and espeak-ng speak."""
+    model: str = ""
+    """A model of Whisper's architecture: a directory with config.json, safetensors and a tokenizer,
+    or the name of one in Hugging Face's cache on this machine. None: a small one, trained here."""
+    model_is: Literal["start", "original"] = "start"
+    """What --model is: start, what the original and the retrained model are trained from;
+    original, a model that was trained on all the clips, the only one not trained here."""
+    retrain_model: str = ""
+    """With --model-is original, a model trained without the speaker, to be compared with."""
+    language: str | None = None
+    """What is spoken, where --model knows several languages: en, de, ..."""
+    lora: int = 0
+    """Rank of an adapter that is trained (LoRA) above the frozen weights of --model; 0: all are."""
+    lora_alpha: float = 16.0
+    """Scale of the adapter: what it adds is multiplied by this over the rank."""
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Modules that it is put on, by the ends of their names."""
+    cut: bool = True
+    """The encoder of --model hears as much as the longest clip lasts, in place of 30 seconds that
+    are mostly silence. The same for all clips: a sample's loss must depend on that sample alone."""
+    sentences: int = 48
+    """Sentences that each voice speaks to be learned."""
+    unseen: int = 32
+    """Sentences that no model is trained on, spoken by all voices, half for validation."""
+    layers: int = 2
+    """Layers of the small model, of its encoder and of its decoder."""
+    width: int = 96
+    """Its hidden size, a multiple of 32."""
+    device: str = "cpu"
+    """Where models are trained: cpu, cuda, cuda:1, ..."""
+    measured: int = 200
+    """Retained clips that are looked at when a run ends, at most."""
+    at_once: int = 32
+    """Clips in a forward pass that measures."""
+    relearn: int = 30
+    """Steps of training on the forget set in which a model may learn it again, at most; 0: that is
+    not measured."""
+    loss: tuple[str, ...] = ("npo",)
+    rule: tuple[str, ...] = ("orthograd",)
+    method: tuple[Method, ...] = ("orthograd", "graddiff", "finetune")
+    """Further methods, on the plain loss, or all that go with a language model."""
+    seeds: int = 1
+    """How many seeds; each draws its own weights and order of the data."""
+    training: RetrainConfig = field(
+        default_factory=lambda: RetrainConfig(
+            steps=400, lr=OURS, weight_decay=0.0, start="given", retain_batch=32
+        )
+    )
+    """How the original and the retrained model are trained."""
+
+    @property
+    def speaker(self) -> str:
+        return self.forget_speaker or ("" if self.data else FORGOTTEN)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        if not self.lora:
+            return None
+        return Adapter(self.lora, self.lora_alpha, self.lora_targets, task=None)
+
+    def check(self) -> None:
+        super().check()
+        require(bool(self.speaker), "forget-speaker", "given with --data", "none")
+        require(0 <= self.lora <= 4096, "lora", "from 0 to 4096", brief(self.lora))
+        scaled = 0 < self.lora_alpha <= 1e6
+        require(scaled, "lora-alpha", "positive, at most a million", self.lora_alpha)
+        require(len(self.lora_targets) > 0, "lora-targets", "one or more", "none")
+        counts = {"measured": 1, "at_once": 1, "relearn": 0, "sentences": 1, "unseen": 2}
+        for name, least in counts.items():
+            value, option = getattr(self, name), name.replace("_", "-")
+            require(least <= value <= 10_000, option, f"from {least} to 10000", brief(value))
+        require(1 <= self.layers <= 64, "layers", "from 1 to 64", self.layers)
+        fits = self.width % 32 == 0 and 32 <= self.width <= 4096
+        require(fits, "width", "a multiple of 32, at most 4096", self.width)
+        given = self.training.start == "given"
+        require(given, "training.start", "given: the job draws the weights", self.training.start)
+        self._check_model()
+        check_device(self.device)
+
+    def _check_model(self) -> None:
+        """Raise `InputError` where options ask for a model that is not given."""
+        for name in ("lora", "retrain_model", "language"):
+            if getattr(self, name) and not self.model:
+                raise InputError(f"--{name.replace('_', '-')} goes with --model, and none is given")
+        if self.model_is == "start":
+            alone = "left out unless --model-is is original"
+            require(not self.retrain_model, "retrain-model", alone, show(self.retrain_model, 80))
+            return
+        require(bool(self.model), "model", "given where --model-is is original", "none")
+        require(len(self.variants) > 0, "loss", "one or more, or --method", "none")
+        for name in ("shadows", "second_retrain"):
+            if getattr(self, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} are trained as the original was, which is not "
+                    "known of --model; --model-is start trains it here"
+                )
+        compared = not self.tune or bool(self.retrain_model)
+        require(compared, "tune", "0 without --retrain-model, by which draws are told", self.tune)
+
+
+class SpeechJob(LanguageJob):
+    name = "speech"
+    about = "one of the voices that a small Whisper learns to write down, or a model of your own"
+    Config = SpeechConfig
+    tasks = get_args(Task)
+    early = ("task", "model", "lora")
+    makes = ()
+    described = ("voices", "speaker", "model", "source", "rank", "trained", "sets")
+    metrics = (
+        *(
+            Metric(f"{side}/wer", name, RATES, short=SHORT.get(side, ""), compared=True)
+            for side, name in SIDES.items()
+        ),
+        *(
+            Metric(f"{side}/loss", name, LOSSES, short="loss" if side == "forget" else "")
+            for side, name in SIDES.items()
+        ),
+        *(
+            Metric(f"{side}/probability", name, "Probability", compared=True)
+            for side, name in SIDES.items()
+        ),
+        GAP,
+        Metric("attack/loss", "AUC of the loss", MEMBERSHIP, short="attack", compared=True),
+        Metric("attack/min_k", "AUC of min-k", MEMBERSHIP),
+        Metric("attack/min_k_plus_plus", "AUC of min-k++", MEMBERSHIP),
+        Metric("attack/reference", "AUC of the informed attack", MEMBERSHIP, short="informed"),
+        Metric("relearn", "steps to relearn", "Relearning", digits=0),
+        *COSTS,
+    )
+
+    def __init__(self) -> None:
+        self._read: tuple[object, tuple[Sets, Writing, Tensor]] | None = None
+        self.heard: Remembered[Heard] = Remembered(hear)
+
+    # -- options
+
+    def defaults(self, task: str | None = None, model: Any = None, lora: Any = None) -> Any:
+        """As those of every job, with rates that suit what is trained."""
+        config = super().defaults(task)
+        if not model:
+            return config
+        rate = THEIRS if str(lora or 0).strip() == "0" else 10 * THEIRS
+        changes: dict[str, Any] = {
+            name: {"lr": rate, "steps": 60}
+            for name in METHODS
+            if hasattr(getattr(config, name), "lr")
+        }
+        small = {"forget_batch": 8, "retain_batch": 8}
+        for name, section in changes.items():
+            section |= {k: v for k, v in small.items() if hasattr(getattr(config, name), k)}
+        training = {"lr": rate, "steps": 200, "retain_batch": 8}
+        return update(config, {**changes, "training": training, "lora": int(lora or 0)})
+
+    def check(self, config: SpeechConfig) -> None:
+        config.check()
+        if config.lora and "bad_teacher" in config.methods:
+            raise InputError(
+                "--method: BadTeacher draws a second teacher anew, and what lies below an adapter "
+                "stays: take --lora 0"
+            )
+        super().check(config)
+
+    def check_model(self, config: SpeechConfig, model: Any) -> None:
+        sets, writing, _ = self._data(config)
+        longest = max(len(writing.tokens(clip.text)) for clip in sets.clips)
+        if longest > model.config.max_target_positions:
+            raise InputError(
+                f"--data: a text has {longest} tokens, and --model writes "
+                f"{model.config.max_target_positions}"
+            )
+        if config.retrain_model:
+            other: Any = self.standing(config, "retrain", 0)
+            if other.config.vocab_size != model.config.vocab_size:
+                raise InputError("--retrain-model: it has other tokens than --model")
+
+    # -- data and models
+
+    def _data(self, config: SpeechConfig) -> tuple[Sets, Writing, Tensor]:
+        """All clips, how they are written, and their spectrograms, made once."""
+        key = (config.data, config.model, config.language, config.cut)
+        key += (config.sentences, config.unseen)
+        if self._read is None or self._read[0] != key:
+            self._read = key, self._made(config)
+        return self._read[1]
+
+    def _made(self, config: SpeechConfig) -> tuple[Sets, Writing, Tensor]:
+        audio.package("jiwer")  # before anything is trained
+        if config.data is None:
+            sets = data.spoken(config.sentences, config.unseen)
+        else:
+            sets = data.divided(audio.manifest(config.data))
+        if config.model:
+            path = folder(config.model, "model")
+            writing, bins = whisper.writing(path, config.language), _bins(path)
+            hears = whisper.extractor(bins, path)
+        else:
+            known = {word for clip in sets.clips for word in clip.text.split()}
+            writing = whisper.own_writing(Words(known | voices.words(), start=True))
+            hears = whisper.extractor(whisper.BINS)
+        count = data.columns(sets.clips, config.cut or not config.model)
+        return sets, writing, data.heard(sets.clips, hears, count)
+
+    def split(self, config: SpeechConfig, seed: int) -> SpeechSplit:
+        sets, writing, features = self._data(config)
+        data.check_speaker(sets, config.speaker)
+        length = max(len(writing.tokens(clip.text)) for clip in sets.clips)
+        numbers = {
+            name: sets.of(name, config.speaker)
+            for name in ("forget", "retain", "validation", "test")
+        }
+        for name in ("forget", "retain"):  # so that any part of one is of all there is
+            random.Random(name).shuffle(numbers[name])
+        batches = {
+            name: data.batch(each, sets.clips, features, writing, length)
+            for name, each in numbers.items()
+        }
+        rate = OURS / 10 if not config.model else THEIRS * (10 if config.lora else 1)
+        return SpeechSplit(
+            **batches,
+            ids=sorted(numbers["forget"]),
+            about={"speaker": config.speaker},
+            forgotten=config.speaker,
+            sides={
+                name: data.sides(
+                    sets.clips,
+                    numbers,
+                    batches,
+                    name,
+                    config.speaker,
+                    config.measured,
+                    writing=writing,
+                    at_once=config.at_once,
+                )
+                for name in ("validation", "test")
+            },
+            looking=Looking(
+                at_once=config.at_once,
+                relearn_steps=config.relearn,
+                relearn_batch=min(16, config.at_once),
+                relearn_lr=rate,
+            ),
+        )
+
+    def model(self, config: SpeechConfig, seed: int = 0) -> nn.Module:
+        return self._model(config, "model", config.model, seed)
+
+    def _model(self, config: SpeechConfig, option: str, name: str, seed: int) -> nn.Module:
+        sets, writing, features = self._data(config)
+        columns = features.shape[2]
+        if not name:
+            words = len(writing.tokenizer)
+            longest = max(len(writing.tokens(clip.text)) for clip in sets.clips)
+            room = longest + 16  # for what is written beyond
+            sizes = (words, columns, room, config.layers, config.width)
+            return whisper.small(*sizes, seed).to(config.device)
+        made = load(folder(name, option), option, "float32", config.device, "speech")
+        if config.cut:
+            whisper.cut(made, columns)
+        return made if config.adapter is None else config.adapter.on(made, seed)
+
+    def trained(self, config: SpeechConfig) -> tuple[str, ...]:
+        if config.model_is == "original" and not config.retrain_model:
+            return ("original",)
+        return super().trained(config)
+
+    def standing(self, config: SpeechConfig, name: str, seed: int) -> nn.Module | None:
+        if config.model_is == "start":
+            return None
+        if name == "original":
+            return self.model(config, seed)
+        return self._model(config, "retrain-model", config.retrain_model, seed)
+
+    def publish(self, config: SpeechConfig, directory: RunDirectory, stage: Stage) -> None:
+        """As `save_pretrained` writes it, whatever the encoder heard here."""
+        made: Any = self.model(config)
+        directory.load_model(made, stage)
+        if config.model and config.cut and not config.lora:
+            whole = load(folder(config.model, "model"), "model", "float32", "cpu", "speech")
+            made = whisper.uncut(made, whole)
+        with TemporaryDirectory(dir=directory.path, prefix=".saved-") as saved:
+            made.save_pretrained(saved)
+            tokens = self._data(config)[1].tokenizer
+            if config.model and not config.lora:
+                tokens.save_pretrained(saved)
+            directory.make_folder(FOLDER)
+            for file in sorted(Path(saved).iterdir()):
+                if file.name != "README.md":  # a form to fill in; there is model_card.md
+                    directory.write(f"{FOLDER}/{file.name}", file.read_bytes())
+        if not config.model:
+            directory.write_json(f"{FOLDER}/words.json", {"words": tokens.words})
+
+    # -- what is measured
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        split: Any,
+        held_out: HeldOut = "test",
+        retrain: nn.Module | None = None,
+    ) -> Measured:
+        every = split.sides[held_out]
+        theirs = {}
+        if retrain is not None:
+            theirs = {name: self.heard(retrain, every[name]) for name in PAIR if name in every}
+        return measures(self._heard(model, every), theirs, every)
+
+    def _heard(self, model: nn.Module, every: Mapping[str, Side]) -> dict[str, Heard]:
+        return {name: self.heard(model, side) for name, side in every.items()}
+
+    def losses(self, model: nn.Module, split: Any) -> dict[str, list[float]]:
+        """Of what the speaker said in training, and of sentences that were not in there."""
+        every = split.sides["test"]
+        found: dict[str, list[float]] = {"forget": [], "test": []}
+        for name, side in zip(found, PAIR, strict=True):
+            if side in every:
+                found[name] = [score.loss for score in self.heard(model, every[side]).scores]
+        return found
+
+    def details(self, model: nn.Module, split: Any, first: bool) -> dict[str, Any]:
+        every = split.sides["test"]
+        heard = self._heard(model, every)
+        return {
+            "tables": by_speaker(heard, every, split.forgotten),
+            "examples": examples(heard, every, pictured=first),
+        }
+
+    # -- what people are told
+
+    def facts(self, config: SpeechConfig) -> dict[str, str | int]:
+        sets, _, features = self._data(config)
+        made: Any = self.model(config)
+        own = sum(p.numel() for p in made.parameters())
+        trains = sum(p.numel() for p in made.parameters() if p.requires_grad)
+        names = sorted({clip.speaker for clip in sets.clips})
+        window = features.shape[2] * data.HOP / audio.RATE
+        known = f"{own - trains if config.lora else own:,} parameters, which hears {window:g} s"
+        found: dict[str, str | int] = {
+            "voices": "made" if config.data is None else "given",
+            "speaker": config.speaker,
+            "model": f"A Whisper of {known} at once",
+            "trains": f"{trains:,} parameters" + (", an adapter" if config.lora else ""),
+            "rank": config.lora,
+            "source": str(folder(config.model, "model")) if config.model else "",
+            "trained": config.model_is if config.model else "here",
+            "sets": f"{len(sets.clips):,} clips of {len(names)} speakers: {len(sets.train):,} to "
+            f"train, {len(sets.validation):,} for validation, {len(sets.test):,} for test",
+            "speakers": show(", ".join(names), 500),
+            "retrain": "given" if config.retrain_model else "",
+            "data_sha256": data.digest(sets),
+        }
+        if config.model:
+            found["model_sha256"] = model_digest(folder(config.model, "model"))
+        if config.retrain_model:
+            found["retrain_sha256"] = model_digest(folder(config.retrain_model, "retrain-model"))
+        return found
+
+    def texts(self, summary: Summary) -> Texts:
+        known = summary["data"]
+        made, rank, trained = known["voices"] == "made", int(known["rank"]), str(known["trained"])
+        size = counted(entry["samples"] for entry in summary["forget_sets"].values())
+        real = MADE if made else GIVEN
+        doubts = {
+            "here": "So small a model, which heard a few orders from machines, says little of one "
+            "that heard the world."
+            if made
+            else "",
+            "start": "What --model had heard before is not known: Retrain starts from it too, and "
+            "may know the speaker or others like them.",
+            "original": "How the original was trained is not known"
+            + (
+                ", and that Retrain never heard the speaker is taken on trust."
+                if known["retrain"]
+                else "."
+            ),
+        }[trained]
+        return Texts(
+            title="Unlearning a speaker",
+            forgotten=f"the speaker {known['speaker']} ({size} clips)",
+            real=f"{real} {known['sets']}.",
+            doubts=doubts,
+            price="A bar that ends left of it took less time than training again."
+            if trained != "original"
+            else "What training again would take is not known here.",
+            model=str(known["model"])
+            + (f", given, with an adapter (LoRA) of rank {rank}" if rank else "")
+            + (", given" if known["source"] and not rank else ""),
+            card_title="Speech recognizer",
+            loading=ADAPTED.format(str(known["source"]), FOLDER) if rank else WHOLE.format(FOLDER),
+            numbers=NUMBERS,
+        )
+
+
+def _bins(path: Path) -> int:
+    """Of the spectrograms that a model's directory is for."""
+    try:
+        return int(json.loads((path / "config.json").read_text(encoding="utf-8"))["num_mel_bins"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"--model: {show(path)} is not a model of Whisper's architecture"
+        ) from None
