@@ -11,6 +11,7 @@ from gradsurgery.unlearn.jobs.stages import TRAINED, parts, trained
 from gradsurgery.unlearn.jobs.tune import winner
 from gradsurgery.unlearn.metrics.statistics import spread
 from gradsurgery.unlearn.report import pictures, plots, tables
+from gradsurgery.unlearn.report.details import details
 from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.page import page
 from gradsurgery.unlearn.report.pictures import Gallery, of_steps
@@ -88,6 +89,7 @@ def render(
         best=best,
         figures=figures(summary, best) if best else [],
         pictures={share: of_steps(summary, share, steps, results) for share in given},
+        details=details(seed, tables.stages(summary, (given or [1.0])[0]), results),
         not_measured=not_measured([summary]),
         search=search(tuning),
         options={key: value for key, value in config.items() if not isinstance(value, dict)},

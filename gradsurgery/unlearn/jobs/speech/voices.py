@@ -23,8 +23,8 @@ VOICES = {
     "kal": ("flite", "kal16"),
     "adam": ("espeak-ng", "en-us+adam"),
     "linda": ("espeak-ng", "en-us+linda"),
-    "belinda": ("espeak-ng", "en-gb+belinda"),
-    "michael": ("espeak-ng", "en-gb+m7"),
+    "british": ("espeak-ng", "en-gb"),  # which takes no variant
+    "scottish": ("espeak-ng", "en-gb-scotland+f3"),
 }
 PROGRAMS = ("flite", "espeak-ng")
 GRAMMAR = (
