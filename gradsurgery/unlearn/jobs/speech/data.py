@@ -17,7 +17,7 @@ from gradsurgery.language.packed import IGNORED
 from gradsurgery.text import show
 from gradsurgery.unlearn.jobs.language import TextSplit
 from gradsurgery.unlearn.jobs.speech import voices
-from gradsurgery.unlearn.jobs.speech.audio import LONGEST, RATE, Clip
+from gradsurgery.unlearn.jobs.speech.audio import RATE, Clip
 from gradsurgery.unlearn.objectives.base import Batch, take
 
 HOP = 160  # samples between two columns of a spectrogram
@@ -133,10 +133,9 @@ def check_speaker(sets: Sets, speaker: str) -> None:
             raise InputError(f"--forget-speaker: no clip of {whose} is left to train on")
 
 
-def columns(clips: Sequence[Clip], cut: bool) -> int:
-    """How many columns of a spectrogram the encoder is given of each clip."""
-    longest = max(clip.seconds for clip in clips) if cut else LONGEST
-    return STRIDE * ceil(longest * RATE / HOP / STRIDE)
+def columns(clips: Sequence[Clip]) -> int:
+    """How many columns of a spectrogram the longest clip has, to be a whole number of strides."""
+    return STRIDE * ceil(max(len(clip.wave) for clip in clips) / HOP / STRIDE)
 
 
 def heard(clips: Sequence[Clip], extractor: Any, count: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -286,16 +285,21 @@ class SpeechJob(LanguageJob):
             sets = data.spoken(config.sentences, config.unseen)
         else:
             sets = data.divided(audio.manifest(config.data))
-        if config.model:
-            path = folder(config.model, "model")
-            writing, bins = whisper.writing(path, config.language), _bins(path)
-            hears = whisper.extractor(bins, path)
-        else:
+        count = data.columns(sets.clips)
+        if not config.model:
             known = {word for clip in sets.clips for word in clip.text.split()}
             writing = whisper.own_writing(Words(known | voices.words(), start=True))
-            hears = whisper.extractor(whisper.BINS)
-        count = data.columns(sets.clips, config.cut or not config.model)
-        return sets, writing, data.heard(sets.clips, hears, count)
+            return sets, writing, data.heard(sets.clips, whisper.extractor(whisper.BINS), count)
+        path = folder(config.model, "model")
+        bins, most = whisper.spectrogram(path)
+        if count > most:
+            longest, hears = (columns * data.HOP / audio.RATE for columns in (count, most))
+            raise InputError(
+                f"--data: a clip lasts {longest:g} seconds, and --model hears {hears:g}"
+            )
+        writing = whisper.writing(path, config.language)
+        made = data.heard(sets.clips, whisper.extractor(bins, path), count if config.cut else most)
+        return sets, writing, made
 
     def split(self, config: SpeechConfig, seed: int) -> SpeechSplit:
         sets, writing, features = self._data(config)
@@ -375,7 +379,8 @@ class SpeechJob(LanguageJob):
             whole = load(folder(config.model, "model"), "model", "float32", "cpu", "speech")
             made = whisper.uncut(made, whole)
         with TemporaryDirectory(dir=directory.path, prefix=".saved-") as saved:
-            made.save_pretrained(saved)
+            # embeddings are never trained, and to ask whether they are would ask the network
+            made.save_pretrained(saved, **({"save_embedding_layers": False} if config.lora else {}))
             tokens = self._data(config)[1].tokenizer
             if config.model and not config.lora:
                 tokens.save_pretrained(saved)
@@ -485,13 +490,3 @@ class SpeechJob(LanguageJob):
             loading=ADAPTED.format(str(known["source"]), FOLDER) if rank else WHOLE.format(FOLDER),
             numbers=NUMBERS,
         )
-
-
-def _bins(path: Path) -> int:
-    """Of the spectrograms that a model's directory is for."""
-    try:
-        return int(json.loads((path / "config.json").read_text(encoding="utf-8"))["num_mel_bins"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"--model: {show(path)} is not a model of Whisper's architecture"
-        ) from None

@@ -3,6 +3,7 @@ what a model writes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,21 @@ def small(words: int, columns: int, length: int, layers: int, width: int, seed: 
     )
     with seeded(seed, torch.device("cpu")):
         return transformers.WhisperForConditionalGeneration(config)
+
+
+def spectrogram(path: Path) -> tuple[int, int]:
+    """Bins and columns of what a model's directory is for.
+
+    Raises:
+        InputError: it is of another architecture.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] == "whisper":
+            return int(config["num_mel_bins"]), STRIDE * int(config["max_source_positions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"--model: {show(path)} is not a model of Whisper's architecture")
 
 
 def extractor(bins: int, path: Path | None = None) -> Any:

@@ -55,7 +55,7 @@ def test_what_is_wrong_with_a_row_is_said(tmp_path):
         path.write_text(text)
         with pytest.raises(gs.InputError, match=message):
             audio.manifest(path)
-    with pytest.raises(gs.InputError, match="must be .jsonl, .csv or .tsv"):
+    with pytest.raises(gs.InputError, match=r"must be \.jsonl, \.csv or \.tsv"):
         audio.manifest(tmp_path / "one.wav")
     with pytest.raises(gs.InputError, match="No such file"):
         audio.manifest(tmp_path / "none.csv")
@@ -76,7 +76,7 @@ def test_unseen_sentences_are_nobodys_in_training(tmp_path):
 
 def test_missing_programs_are_named_with_how_to_install_them(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "flite" else name)
-    with pytest.raises(gs.InputError, match="flite speak, .* apt-get install flite espeak-ng"):
+    with pytest.raises(gs.InputError, match=r"flite speak, .* apt-get install flite espeak-ng"):
         voices.speak([("slt", "put the red box near the river")])
 
 

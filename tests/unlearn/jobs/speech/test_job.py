@@ -1,4 +1,4 @@
-"""The speech job on tones in the place of words: whole runs, what they end with, what is refused."""
+"""The speech job on tones in the place of words: runs, what they end with, what is refused."""
 
 import json
 import re
@@ -15,13 +15,15 @@ from gradsurgery.unlearn.jobs.speech.job import SpeechConfig, SpeechJob
 from gradsurgery.unlearn.objectives.base import take
 from gradsurgery.unlearn.objectives.causal_lm import trimmed
 from gradsurgery.unlearn.training.config import update
-from tests.unlearn.jobs.speech.made import SMALL, arguments, clips, model, write
+from tests.unlearn.jobs.speech.made import SMALL, arguments, clips, model, sentences, write
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("jiwer")
 
 __all__ = ["clips"]
+# of peft, by what transformers is to rename
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 PAIR = "surgery+npo with orthograd"
 JOB = SpeechJob()
 TEXT = re.compile('<style>.*?</style>|src="data:[^"]*"|<[^>]*>', re.DOTALL)
@@ -151,7 +153,7 @@ def test_an_adapter_is_all_that_trains_and_is_kept(given, clips, tmp_path):
     own = JOB.model(update(options, {"cut": False}))
     with gs.unlearn.jobs.directory.RunDirectory(tmp_path) as directory:
         directory.load_model(own, (0, PAIR))
-    assert own.config.max_source_positions == 1500
+    assert own.config.max_source_positions == 60
     names = {name for name, p in own.named_parameters() if p.requires_grad}
     assert set(own.state_dict()) == names and all("lora" in name for name in names)
     wanted = dict(own.named_parameters())
@@ -202,7 +204,7 @@ def test_models_of_another_kind_are_refused(given, clips, tmp_path):
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     llama = transformers.LlamaConfig(num_attention_heads=1, **sizes)
     transformers.LlamaForCausalLM(llama).save_pretrained(tmp_path)
-    with pytest.raises(gs.InputError, match="is not a model of Whisper's architecture|Whisper's"):
+    with pytest.raises(gs.InputError, match="is not a model of Whisper's architecture"):
         JOB.check(config(clips, model=str(tmp_path)))
     many = {"model": folder, "model_is": "original"}
     for option in ("shadows", "second_retrain"):
@@ -213,9 +215,12 @@ def test_models_of_another_kind_are_refused(given, clips, tmp_path):
 def test_too_long_a_text_and_too_few_sentences_are_refused(given, tmp_path):
     texts = [f"{'red ' * k}lamp" for k in range(1, 13)]
     path = write(tmp_path, texts=texts)
-    with pytest.raises(gs.InputError, match="a text has 55 tokens, and --model writes 48"):
+    with pytest.raises(gs.InputError, match=r"a clip lasts .* seconds, and --model hears"):
         JOB.check(config(path, model=str(given / "model")))
-    path = write(tmp_path, texts=texts[:9])
+    path = write(tmp_path, texts=[*sentences(), f"red {'.' * 50}"])
+    with pytest.raises(gs.InputError, match="a text has 58 tokens, and --model writes 48"):
+        JOB.check(config(path, model=str(given / "model")))
+    path = write(tmp_path, texts=sentences()[:9])
     with pytest.raises(gs.InputError, match="9 different sentences are too few"):
         JOB.check(config(path))
 
