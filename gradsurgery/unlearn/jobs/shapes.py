@@ -28,7 +28,7 @@ STAGE: Shape = {
     "losses?": {"forget": [float], "test": [float]},
     "details?": {
         "tables?": {str: {str: float}},
-        "examples?": [{"title": str, "wanted": str, "written": str, "picture?": [[int]]}],
+        "examples?": [{"title": str, "wanted": str, "written": str, "picture?": [[float]]}],
     },
     "files?": {"model?": str, "records": str},
 }

@@ -29,7 +29,7 @@ from gradsurgery.unlearn.jobs.language import MEMBERSHIP, LanguageConfig, Langua
 from gradsurgery.unlearn.jobs.pretrained import Adapter, folder, load
 from gradsurgery.unlearn.jobs.pretrained import digest as model_digest
 from gradsurgery.unlearn.jobs.remembered import Remembered
-from gradsurgery.unlearn.jobs.speech import audio, data, voices, whisper
+from gradsurgery.unlearn.jobs.speech import audio, data, whisper
 from gradsurgery.unlearn.jobs.speech.data import Sets, Side, SpeechSplit, Writing
 from gradsurgery.unlearn.jobs.speech.measured import (
     PAIR,
@@ -236,16 +236,14 @@ class SpeechJob(LanguageJob):
         if not model:
             return config
         rate = THEIRS if str(lora or 0).strip() == "0" else 10 * THEIRS
+        usual = {"lr": rate, "steps": 60, "forget_batch": 8, "retain_batch": 8}
+        sections = {name: getattr(config, name) for name in METHODS}
         changes: dict[str, Any] = {
-            name: {"lr": rate, "steps": 60}
-            for name in METHODS
-            if hasattr(getattr(config, name), "lr")
+            name: {key: value for key, value in usual.items() if hasattr(section, key)}
+            for name, section in sections.items()
         }
-        small = {"forget_batch": 8, "retain_batch": 8}
-        for name, section in changes.items():
-            section |= {k: v for k, v in small.items() if hasattr(getattr(config, name), k)}
         training = {"lr": rate, "steps": 200, "retain_batch": 8}
-        return update(config, {**changes, "training": training, "lora": int(lora or 0)})
+        return update(config, {**changes, "training": training})
 
     def check(self, config: SpeechConfig) -> None:
         config.check()
@@ -266,8 +264,9 @@ class SpeechJob(LanguageJob):
             )
         if config.retrain_model:
             other: Any = self.standing(config, "retrain", 0)
-            if other.config.vocab_size != model.config.vocab_size:
-                raise InputError("--retrain-model: it has other tokens than --model")
+            for name, what in (("vocab_size", "tokens"), ("num_mel_bins", "spectrograms")):
+                if getattr(other.config, name) != getattr(model.config, name):
+                    raise InputError(f"--retrain-model: it has other {what} than --model")
 
     # -- data and models
 
@@ -288,7 +287,7 @@ class SpeechJob(LanguageJob):
         count = data.columns(sets.clips)
         if not config.model:
             known = {word for clip in sets.clips for word in clip.text.split()}
-            writing = whisper.own_writing(Words(known | voices.words(), start=True))
+            writing = whisper.own_writing(Words(known, start=True))
             return sets, writing, data.heard(sets.clips, whisper.extractor(whisper.BINS), count)
         path = folder(config.model, "model")
         bins, most = whisper.spectrogram(path)

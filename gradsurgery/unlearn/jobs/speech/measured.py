@@ -46,7 +46,8 @@ def hear(model: nn.Module, side: Side) -> Heard:
     device = next(model.parameters()).device
     batches = [trimmed(part) for part in whole(side.samples, side.at_once, device)]
     longest = max(len(side.writing.tokens(clip.text)) for clip in side.clips)
-    most = longest - len(side.writing.prompt) + MORE
+    room: Any = model.config
+    most = min(longest + MORE, room.max_target_positions) - len(side.writing.prompt)
     texts: list[str] = []
     for part in batches:
         texts += transcribed(model, part["input_features"], side.writing, most)

@@ -48,11 +48,6 @@ def sentences(count: int, draw: random.Random, without: Sequence[str] = ()) -> l
     return found
 
 
-def words() -> set[str]:
-    """All that sentences are made of."""
-    return {word for part in GRAMMAR for text in part for word in text.split()}
-
-
 def check_programs() -> None:
     """Raise `InputError` saying how to install what speaks, where it is missing."""
     missing = [program for program in PROGRAMS if shutil.which(program) is None]

@@ -93,8 +93,7 @@ def test_every_voice_speaks_in_its_own_way():
     assert torch.equal(again.wave, clips[0].wave)
 
 
-def test_sentences_are_unlike_and_of_known_words():
+def test_sentences_are_unlike():
     found = voices.sentences(300, random.Random(0))
     others = voices.sentences(300, random.Random(0), without=found)
     assert len({*found, *others}) == 600
-    assert {word for text in found for word in text.split()} <= voices.words()
