@@ -365,7 +365,7 @@ class Job(ABC, Generic[C, S]):
 
         tables: by heading a number a row. examples: some samples, each with title, what is wanted
         and what the model has written, and from the `first` model of a seed perhaps a picture, rows
-        of 0 to 255 from the top down.
+        of 0 to 255 from the top down. note: a sentence below them.
         """
         return {}
 

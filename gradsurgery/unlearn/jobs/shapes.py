@@ -27,6 +27,7 @@ STAGE: Shape = {
     "metrics?": {str: float},
     "losses?": {"forget": [float], "test": [float]},
     "details?": {
+        "note?": str,
         "tables?": {str: {str: float}},
         "examples?": [{"title": str, "wanted": str, "written": str, "picture?": [[float]]}],
     },

@@ -28,7 +28,7 @@ class Example(NamedTuple):
 
 
 class Details(NamedTuple):
-    seed: int
+    note: str
     tables: list[Table]
     examples: list[Example]
 
@@ -50,7 +50,8 @@ def details(
         _example(same[0], [(name, one["written"]) for name, one in zip(shown, same, strict=True)])
         for same in zip(*each, strict=False)
     ]
-    return Details(seed, tables, examples)
+    note = f"{found[0].get('note', '')} Seed {seed}.".strip()
+    return Details(note, tables, examples)
 
 
 def _rows(heading: str, found: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

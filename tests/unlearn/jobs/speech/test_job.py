@@ -62,9 +62,11 @@ def given(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(clips, tmp_path_factory):
-    """A run of the small model, trained a little."""
+    """A run of the small model, which learns the words."""
     path = tmp_path_factory.mktemp("runs") / "made"
-    main(arguments(clips, *SMALL, "--out", path))
+    more = ["--training.steps=150", "--training.lr=6e-3", "--training.retain-batch=16"]
+    more += ["--surgery.steps=6", "--surgery.lr=1e-3", "--graddiff.steps=6", "--graddiff.lr=1e-3"]
+    main(arguments(clips, *SMALL, *more, "--graddiff.retain-batch=16", "--out", path))
     return path
 
 
@@ -81,6 +83,20 @@ def test_a_run_measures_every_side_beside_retrain(made):
     assert gap == pytest.approx(abs(values[0] - values[1]))
 
 
+def test_one_speaker_is_forgotten_and_the_others_are_not(made):
+    columns = read(made / "summary.json")["columns"]
+    rates = {
+        (name, side): columns[name][f"{side}/wer"]["mean"]
+        for name in columns
+        for side in ("forget", "retain", "unseen")
+    }
+    for name in ("original", "retrain"):
+        assert max(rates[name, "retain"], rates[name, "unseen"]) < 0.1
+    assert rates["original", "forget"] < 0.1 and rates["retrain", "forget"] > 0.4
+    assert rates[PAIR, "forget"] > 0.2 and rates[PAIR, "retain"] < 0.1
+    assert columns[PAIR]["gap_mean"]["mean"] < 0.8 * columns["original"]["gap_mean"]["mean"]
+
+
 def test_the_page_shows_speakers_transcripts_and_sounds(made):
     page, shown = (made / "report.html").read_text(), words(made / "report.html")
     assert "the speaker anna (24 clips)" in shown
@@ -89,6 +105,7 @@ def test_the_page_shows_speakers_transcripts_and_sounds(made):
     stage = read(made / "stages" / f"seed0-{PAIR}.json")["details"]
     for one in stage["examples"]:
         assert one["title"] in shown and one["wanted"] in shown
+    assert "Pictures are spectrograms of whole clips" in shown
     assert page.count('alt="spectrogram of: ') == len(stage["examples"]) == 8
     assert not re.search(r"\bnan\b|None", shown)
 
