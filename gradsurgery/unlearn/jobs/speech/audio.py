@@ -97,6 +97,8 @@ def manifest(path: Path) -> list[Clip]:
                 has = show(", ".join(map(str, row)), 120)
                 raise InputError(f"{where} has no {name}, text that is not empty; it has {has}")
         audio, text, speaker = (str(value).strip() for value in given.values())
+        if not any(map(str.isalnum, text)):
+            raise InputError(f"{where} has no word in its text, {show(text, 40)}")
         try:
             clips.append(Clip(speaker, " ".join(text.split()), read(path.parent / audio)))
         except InputError as error:

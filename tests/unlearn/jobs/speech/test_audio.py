@@ -44,6 +44,7 @@ def test_what_is_wrong_with_a_row_is_said(tmp_path):
     for change, message in (
         ({"speaker": None}, "row 2 has no speaker"),
         ({"text": " "}, "row 2 has no text"),
+        ({"text": "..."}, "row 2 has no word in its text"),
         ({"audio": "two.wav"}, "row 2: .*two.wav is no audio"),
         ({"audio": "no.wav"}, "row 2: .*no.wav is no audio"),
         ({"audio": "long.wav"}, "at most 30 seconds, got 31"),
