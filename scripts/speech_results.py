@@ -242,11 +242,10 @@ def table(run: Path, checked: dict[str, float]) -> str:
         "attack/loss": "attack by the loss, AUC",
         "attack/reference": "informed attack, AUC",
         "gap_mean": "mean gap to Retrain",
-        "relearn": "steps to relearn",
-        "seconds": "seconds",
+        "steps": "steps",
     }
     for key, name in names.items():
-        digits = 0 if key in ("relearn", "seconds") else 3
+        digits = 0 if key == "steps" else 3
         cells = [columns[each].get(key) for each in order]
         shown = ["" if one is None else f"{one['mean']:.{digits}f}" for one in cells]
         lines.append(f"| {name} | {' | '.join(shown)} |")
