@@ -76,7 +76,7 @@ class SpeechConfig(LanguageConfig):
     """How many seeds; each draws its own weights and order of the data."""
     training: RetrainConfig = field(
         default_factory=lambda: RetrainConfig(
-            steps=400, lr=OURS, weight_decay=0.0, start="given", retain_batch=32
+            steps=300, lr=OURS, weight_decay=0.0, start="given", retain_batch=32
         )
     )
     """How the original and the retrained model are trained."""
