@@ -58,9 +58,10 @@ class Sets:
     def of(self, name: str, speaker: str) -> list[int]:
         """Clips of a set by number; forget and retain are what it has of the speaker and of the
         others."""
-        if name in ("forget", "retain"):
-            return [n for n in self.train if (self.clips[n].speaker == speaker) == (name[0] == "f")]
-        return list(getattr(self, name))
+        if name not in ("forget", "retain"):
+            return list(getattr(self, name))
+        own = name == "forget"
+        return [n for n in self.train if (self.clips[n].speaker == speaker) == own]
 
 
 @dataclass(frozen=True)
