@@ -263,8 +263,8 @@ def test_a_config_that_is_not_one_names_file_and_key(capsys, tmp_path):
 
 
 def test_unknown_jobs_and_options_end_with_code_2(capsys):
-    known = "no job named speech; there are digits and facts and images and text"
-    assert known in fails(capsys, "unlearn", "speech")
+    known = "no job named music; there are digits and facts and images and speech and text"
+    assert known in fails(capsys, "unlearn", "music")
     with pytest.raises(SystemExit) as caught:
         main([*DIGITS, "--sedes", "3"])
     assert caught.value.code == 2

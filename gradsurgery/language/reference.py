@@ -15,6 +15,8 @@ from gradsurgery.language.packed import ids_of, packing
 from gradsurgery.language.tokens import Batch, known_labels, label_tokens, named, predictions
 from gradsurgery.ops._inputs import check
 
+ENCODED = ("input_features",)  # entries of a batch that an encoder is given, not a decoder
+
 
 class LogProbs:
     """The original's log-probabilities of samples, by sample id: no second model stays in memory.
@@ -175,6 +177,8 @@ def summed(model: nn.Module, batch: Batch) -> Tensor:
 def alternate(batch: Batch) -> Batch:
     """The samples of a batch with the answers that are wanted in place of theirs.
 
+    What an encoder is given is the same for both, and stands in the batch alone.
+
     Raises:
         InputError: the batch has none.
     """
@@ -184,7 +188,8 @@ def alternate(batch: Batch) -> Batch:
             f"batch has no alternate, the same samples with other answers, only "
             f"{sorted(map(str, batch))}"
         )
-    return {**({"id": batch["id"]} if "id" in batch else {}), **found}
+    shared = {name: batch[name] for name in ("id", *ENCODED) if name in batch}
+    return {**shared, **found}
 
 
 def _keys(batch: Batch) -> list[tuple[int, int]]:

@@ -360,6 +360,15 @@ class Job(ABC, Generic[C, S]):
     def probe(self, split: S) -> Probe:
         """Measures a model during its run, and looks at no test sample."""
 
+    def details(self, model: nn.Module, split: S, first: bool) -> dict[str, Any]:
+        """What pages show of a model besides numbers that all jobs have; {}: nothing.
+
+        tables: by heading a number a row. examples: some samples, each with title, what is wanted
+        and what the model has written, and from the `first` model of a seed perhaps a picture, rows
+        of 0 to 255 from the top down. note: a sentence below them.
+        """
+        return {}
+
     @property
     def compared(self) -> tuple[str, ...]:
         """Of these the mean gap to Retrain is the mean."""

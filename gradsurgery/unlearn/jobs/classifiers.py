@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from gradsurgery.unlearn.jobs.base import (
     Metric,
     Split,
 )
+from gradsurgery.unlearn.jobs.remembered import Remembered
 from gradsurgery.unlearn.methods.finetune import FinetuneConfig
 from gradsurgery.unlearn.metrics import attacks, distance
 from gradsurgery.unlearn.metrics.accuracy import share_right, uis
@@ -39,7 +39,6 @@ from gradsurgery.unlearn.training.trainer import Probe
 PROBED = 256  # retain samples measured during a run; at its end all of them are
 PIXELS = 2**21  # measured at once, at most: a network's activations are many times as large
 MOST = 256  # samples measured at once: of more a small network's activations leave the caches
-LAST = 8  # outputs that are remembered: of two models on four sets
 KNOWN = 2048  # retain samples that a probe of features is fitted on, at most
 # how the forget set is learned again, to see how well it was forgotten
 RELEARN = FinetuneConfig(steps=60, lr=3e-3, retain_batch=128)
@@ -81,8 +80,8 @@ class ClassifierJob(Job[C, LabeledSplit]):
     """A job whose model tells classes apart."""
 
     @cached_property
-    def remembered(self) -> Remembered:
-        return Remembered()
+    def remembered(self) -> Remembered[Tensor]:
+        return Remembered(outputs)
 
     metrics = (
         Metric("forget", "forget set", ACCURACY, short="forget", compared=True),
@@ -236,25 +235,6 @@ class ClassifierJob(Job[C, LabeledSplit]):
         return measure
 
 
-class Remembered:
-    """`outputs`, of which those last asked for are not computed again: all models of a seed are
-    measured beside one Retrain, and each of them for several numbers."""
-
-    def __init__(self) -> None:
-        self._known: list[tuple[str, Batch, Tensor]] = []
-
-    def __call__(self, model: nn.Module, samples: Batch) -> Tensor:
-        weights = digest(*model.state_dict().values())
-        for at, (theirs, of, _) in enumerate(self._known):
-            if theirs == weights and of is samples:
-                found = self._known.pop(at)
-                break
-        else:
-            found = weights, samples, outputs(model, samples)
-        self._known = [found, *self._known][:LAST]
-        return found[2]
-
-
 @torch.no_grad()
 def outputs(model: nn.Module, samples: Batch) -> Tensor:
     """Logits [N, C] on the CPU of a model in evaluation mode, a part of the samples at a time."""
@@ -340,15 +320,6 @@ def divide(
         mislabeled=wrong is not None,
         forget_class=forget_class,
     )
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 of the values of tensors, in their order."""
-    found = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)  # a count has no dimension to view
-        found.update(flat.view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def counted(sizes: Iterable[int]) -> str:

@@ -274,7 +274,9 @@ class StageRun:
         if run.config.shadows and name not in ("retrain", AGAIN) and parts(name).run == 1:
             measured |= shadows.compare(run, self.split, self.stage)
         losses = run.job.losses(model, self.split)
-        run.directory.add(self.stage, {"metrics": measured, "losses": losses})
+        details = run.job.details(model, self.split, first=name == "original")
+        found = {"metrics": measured, "losses": losses, **({"details": details} if details else {})}
+        run.directory.add(self.stage, found)
         cost = f"{done['steps']:>4} steps {done['seconds']:6.1f} s" if "steps" in done else "given"
         shown = "  ".join(f"{k} {measured[k]:.3f}" for k in run.job.compared if k in measured)
         run.progress.say(f"{self.label}  {cost}  {shown}")

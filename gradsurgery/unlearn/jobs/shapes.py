@@ -26,6 +26,11 @@ STAGE: Shape = {
     "step_seconds?": {"orthograd": float, "plain": float},
     "metrics?": {str: float},
     "losses?": {"forget": [float], "test": [float]},
+    "details?": {
+        "note?": str,
+        "tables?": {str: {str: float}},
+        "examples?": [{"title": str, "wanted": str, "written": str, "picture?": [[float]]}],
+    },
     "files?": {"model?": str, "records": str},
 }
 RECORD: Shape = {"seed": int, "method": str, "step": int, str: (str, bool, float, None)}

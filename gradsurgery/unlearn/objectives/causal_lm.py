@@ -1,4 +1,4 @@
-"""Causal language models: batches of padded texts, whose label tokens are what is predicted."""
+"""Models that write token by token: batches of padded texts, whose labels are what is predicted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsurgery import language
 from gradsurgery.language import Frozen, LanguageLoss, LogProbs, WithoutAdapter
 from gradsurgery.language.reference import alternate
-from gradsurgery.language.tokens import predictions
+from gradsurgery.language.tokens import IGNORED, predictions
 from gradsurgery.ops._inputs import check
 from gradsurgery.ranks.shards import kind_of
 from gradsurgery.unlearn.objectives.base import Batch, Named, Objective, Outputs
@@ -24,6 +24,10 @@ class CausalLM(Objective):
     A batch is a mapping of `input_ids`, `attention_mask`, `labels` [B, T], `id` [B] and, where
     there are other answers to learn, `alternate`. Positions that no sample of a batch needs are cut
     off, so that sets padded to one length cost no more.
+
+    A decoder beside an encoder is one too: `decoder_input_ids` [B, T], the whole text from its
+    first token on, stand in the place of `input_ids` and the mask, beside what the encoder is
+    given, such as `input_features`. Labels are as ever: not shifted, -100 where none counts.
     """
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -61,8 +65,11 @@ class CausalLM(Objective):
 def trimmed(batch: Batch) -> Batch:
     """A batch without the positions behind the last that any of its samples needs.
 
-    What stands before a text stays: without `position_ids` a model may count from there.
+    What stands before a text stays: without `position_ids` a model may count from there. Of a
+    decoder's text nothing is needed behind the last label, and what the encoder is given stays.
     """
+    if "decoder_input_ids" in batch:
+        return _trimmed_decoder(batch)
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return batch
@@ -77,6 +84,15 @@ def trimmed(batch: Batch) -> Batch:
         return entry[:, :end] if same else entry
 
     return {name: cut(entry) for name, entry in batch.items()}
+
+
+def _trimmed_decoder(batch: Batch) -> Batch:
+    needed = (batch["labels"] != IGNORED).any(0).nonzero()
+    end = int(needed[-1]) + 1 if len(needed) else batch["labels"].shape[1]
+    cut = {name: batch[name][:, :end] for name in ("decoder_input_ids", "labels")}
+    if "alternate" in batch:  # which has a length of its own
+        cut["alternate"] = _trimmed_decoder(batch["alternate"])
+    return {**batch, **cut}
 
 
 def _named(loss: LanguageLoss) -> Named:

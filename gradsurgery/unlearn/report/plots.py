@@ -335,6 +335,15 @@ def histogram(forget: list[float], test: list[float], name: str) -> Figure:
 
 
 @picture
+def spectrogram(rows: list[list[int]]) -> Figure:
+    """Sound as rows of 0 to 255, high sounds on top, time to the right."""
+    figure, axes = _axes(3.6, 1.2)
+    axes.imshow(np.clip(rows, 0, 255), cmap="magma", vmin=0, vmax=255, aspect="auto")
+    axes.set_axis_off()
+    return figure
+
+
+@picture
 def surgery(records: Records, name: str, keys: dict[str, str], label: str) -> Figure:
     """What OrthoGrad's steps saw, in the stage `name`: one line a quantity."""
     figure, axes = _axes(4.7, 3.0)

@@ -11,6 +11,7 @@ from gradsurgery.unlearn.jobs.stages import TRAINED, parts, trained
 from gradsurgery.unlearn.jobs.tune import winner
 from gradsurgery.unlearn.metrics.statistics import spread
 from gradsurgery.unlearn.report import pictures, plots, tables
+from gradsurgery.unlearn.report.details import details
 from gradsurgery.unlearn.report.labels import percent, title
 from gradsurgery.unlearn.report.page import page
 from gradsurgery.unlearn.report.pictures import Gallery, of_steps
@@ -88,6 +89,7 @@ def render(
         best=best,
         figures=figures(summary, best) if best else [],
         pictures={share: of_steps(summary, share, steps, results) for share in given},
+        details=details(seed, tables.stages(summary, (given or [1.0])[0]), results),
         not_measured=not_measured([summary]),
         search=search(tuning),
         options={key: value for key, value in config.items() if not isinstance(value, dict)},
@@ -190,7 +192,7 @@ def search(tuning: list[dict[str, Any]]) -> Search | None:
 def sections(config: dict[str, Any], summary: Summary) -> dict[str, dict[str, Any]]:
     """Options of the training and of each method there is, by what they are options of."""
     names = sorted({parts(name).method for name in summary["columns"]} - set(TRAINED))
-    made = registry.find(summary["job"]).makes
+    made = "seconds" in summary["columns"]["original"]  # where it was not given
     found = {"Original and Retrain": config.get("training")} if made else {}
     found |= {title(name): config.get(name) for name in names}
     return {heading: options for heading, options in found.items() if isinstance(options, dict)}

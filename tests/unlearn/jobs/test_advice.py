@@ -124,8 +124,8 @@ def test_a_page_in_the_place_of_a_folder_is_refused_first(
 def test_a_command_in_the_place_of_a_job_is_named(capsys):
     line = refused(capsys, ["unlearn", "compare", "a", "--out", "b"])
     assert line == (
-        "unlearn has no job named compare; there are digits and facts and images and text; "
-        "compare is a command: gradsurgery compare"
+        "unlearn has no job named compare; there are digits and facts and images and speech and "
+        "text; compare is a command: gradsurgery compare"
     )
 
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradsurgery.unlearn.jobs.facts import words
+from gradsurgery.unlearn.jobs.vocabulary import END, Words
 
 IGNORED = -100
 WRONG = 4  # wrong answers of a question
-PAD, END = 0, 1
 
 
 class Kind(NamedTuple):
@@ -94,33 +94,13 @@ def world() -> dict[str, list[Fact]]:
     }
 
 
-class Words:
-    """A tokenizer whose tokens are words: all that facts are made of."""
-
-    pad_token_id, eos_token_id = PAD, END
-
-    def __init__(self) -> None:
-        kinds = (*OF_AUTHORS.values(), CAPITAL, WRITER)
-        texts = [text for kind in kinds for text in (kind.question, kind.answer, *kind.values)]
-        texts += [*words.FIRST, *words.LAST, *words.CAPITALS, *words.WRITERS, *REFUSALS]
-        known = {word for text in texts for word in text.split()} - {"{who}", "{what}"}
-        self.words = ["<pad>", "<end>", *sorted(known)]
-        self.numbers = {word: number for number, word in enumerate(self.words)}
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def encode(self, text: str) -> list[int]:
-        return [self.numbers[word] for word in text.split()]
-
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
-        kept = [t for t in tokens if not (skip_special_tokens and t in (PAD, END))]
-        return " ".join(self.words[token] for token in kept)
-
-
 @cache
 def tokenizer() -> Words:
-    return Words()
+    """Of all that facts are made of."""
+    kinds = (*OF_AUTHORS.values(), CAPITAL, WRITER)
+    texts = [text for kind in kinds for text in (kind.question, kind.answer, *kind.values)]
+    texts += [*words.FIRST, *words.LAST, *words.CAPITALS, *words.WRITERS, *REFUSALS]
+    return Words({word for text in texts for word in text.split()} - {"{who}", "{what}"})
 
 
 def tokens(question: str, answer: str) -> dict[str, Tensor]:

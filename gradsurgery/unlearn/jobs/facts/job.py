@@ -15,6 +15,7 @@ from gradsurgery.unlearn.jobs.classifiers import counted
 from gradsurgery.unlearn.jobs.facts import data
 from gradsurgery.unlearn.jobs.facts.data import Fact
 from gradsurgery.unlearn.jobs.language import NUMBERS, LanguageConfig, LanguageJob, TextSplit
+from gradsurgery.unlearn.jobs.vocabulary import END, PAD
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
 from gradsurgery.unlearn.training.seeds import derived, seeded
 from gradsurgery.unlearn.training.trainer import require
@@ -115,7 +116,7 @@ class FactsJob(LanguageJob):
             "num_attention_heads": config.width // 32,
             "max_position_embeddings": 128,
         }
-        tokens = {"pad_token_id": data.PAD, "eos_token_id": data.END, "bos_token_id": None}
+        tokens = {"pad_token_id": PAD, "eos_token_id": END, "bos_token_id": None}
         made = LlamaConfig(
             **sizes,
             **tokens,

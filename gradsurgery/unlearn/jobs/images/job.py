@@ -15,13 +15,7 @@ from gradsurgery.errors import InputError
 from gradsurgery.text import brief, show
 from gradsurgery.unlearn.jobs import tune
 from gradsurgery.unlearn.jobs.base import JobConfig, Summary, Texts, with_weights
-from gradsurgery.unlearn.jobs.classifiers import (
-    NUMBERS,
-    ClassifierJob,
-    LabeledSplit,
-    counted,
-    digest,
-)
+from gradsurgery.unlearn.jobs.classifiers import NUMBERS, ClassifierJob, LabeledSplit, counted
 from gradsurgery.unlearn.jobs.device import check_device
 from gradsurgery.unlearn.jobs.directory import fingerprint
 from gradsurgery.unlearn.jobs.images.arrays import Images
@@ -30,6 +24,7 @@ from gradsurgery.unlearn.jobs.images.memorized import unseen_losses
 from gradsurgery.unlearn.jobs.images.networks import load_checkpoint, network
 from gradsurgery.unlearn.jobs.images.split import Task, Wanted, split
 from gradsurgery.unlearn.jobs.pipeline import reproducible
+from gradsurgery.unlearn.jobs.remembered import digest
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
 from gradsurgery.unlearn.objectives.base import batch_size, take
 from gradsurgery.unlearn.training.config import update

@@ -24,8 +24,7 @@ from gradsurgery.unlearn.jobs.language import (
     Looking,
     TextSplit,
 )
-from gradsurgery.unlearn.jobs.text import data
-from gradsurgery.unlearn.jobs.text.model import (
+from gradsurgery.unlearn.jobs.pretrained import (
     Adapter,
     dealt_out,
     digest,
@@ -33,6 +32,7 @@ from gradsurgery.unlearn.jobs.text.model import (
     load,
     tokenizer,
 )
+from gradsurgery.unlearn.jobs.text import data
 from gradsurgery.unlearn.methods import METHODS
 from gradsurgery.unlearn.methods.retrain import RetrainConfig
 from gradsurgery.unlearn.training.config import update

@@ -372,7 +372,7 @@ def test_without_peft_it_says_what_to_install(given, monkeypatch):
 
 
 def test_a_name_is_looked_up_in_the_cache(given, tmp_path, monkeypatch):
-    from gradsurgery.unlearn.jobs.text.model import folder
+    from gradsurgery.unlearn.jobs.pretrained import folder
 
     cached = tmp_path / "models--me--tiny"
     model(cached / "snapshots" / "abc")

@@ -1,4 +1,4 @@
-"""Language models from local directories: safetensors alone, and no code but transformers' own."""
+"""Models of transformers in local directories: safetensors alone, no code but transformers' own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ def _other_weights(names: list[str]) -> str:
 
 
 def _cached(model: str, option: str) -> Path:
-    package("transformers", "hf", "the text job")  # which brings the other
+    package("transformers", "hf", "this job")  # which brings the other
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -81,7 +81,7 @@ def _cached(model: str, option: str) -> Path:
 
 def tokenizer(path: Path) -> Any:
     """The tokenizer of a model's directory."""
-    transformers = package("transformers", "hf", "the text job")
+    transformers = package("transformers", "hf", "this job")
     if not any((path / name).exists() for name in TOKENIZERS):
         raise InputError(
             f"--model: {show(path)} has no tokenizer, none of {', '.join(TOKENIZERS)}: save it "
@@ -95,30 +95,40 @@ def tokenizer(path: Path) -> Any:
         raise InputError(f"--model: the tokenizer of {show(path)}: {_first(error)}") from None
 
 
-def load(path: Path, option: str, dtype: str, device: str) -> nn.Module:
-    """A causal language model with all its weights, which train.
+def load(
+    path: Path, option: str, dtype: str, device: str, kind: Literal["text", "speech"] = "text"
+) -> nn.Module:
+    """A model with all its weights, which train.
+
+    Args:
+        kind: text, a causal language model; speech, one of Whisper's architecture.
 
     Raises:
         InputError: one of another kind, one that needs code of its own, weights that are missing.
     """
-    transformers = package("transformers", "hf", "the text job")
+    transformers = package("transformers", "hf", "this job")
     where, local = f"--{option}: {show(path)}", {"local_files_only": True}
     try:
         known = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **local)
     except Exception as error:
         raise InputError(f"{where} {_unread(path, error)}") from None
-    if getattr(known, "is_encoder_decoder", False):
+    if kind == "text" and getattr(known, "is_encoder_decoder", False):
         raise InputError(f"{where} is an encoder with a decoder: give a causal language model")
+    if kind == "speech" and known.model_type != "whisper":
+        raise InputError(
+            f"{where} is of {show(known.model_type, 40)}: give a model of Whisper's architecture"
+        )
+    auto = {"text": "AutoModelForCausalLM", "speech": "WhisperForConditionalGeneration"}[kind]
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    kind = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
+    numbers = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype)}
     try:
         with _quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = getattr(transformers, auto).from_pretrained(
                 path,
-                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **kind,
+                **({"trust_remote_code": False} if kind == "text" else {}),
+                **numbers,
                 **local,
             )
     except Exception as error:
@@ -149,7 +159,7 @@ def dealt_out(model: nn.Module, device: str) -> nn.Module:
 def _quiet() -> Iterator[None]:
     """No bar for each of the many times that a run reads the model, and no warnings of what
     transformers and peft are to change between them."""
-    logging = package("transformers", "hf", "the text job").utils.logging
+    logging = package("transformers", "hf", "this job").utils.logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -183,14 +193,16 @@ class Adapter:
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    task: str | None = "CAUSAL_LM"
+    """What peft calls the model's task; None: none of those that it knows."""
 
     def on(self, model: nn.Module, seed: int) -> nn.Module:
         """The model with an adapter that changes nothing yet; it alone trains, and it alone is in
         the state of the whole."""
-        peft = package("peft", "hf", "the text job")
+        peft = package("peft", "hf", "this job")
         targets = self.targets[0] if self.targets == ("all-linear",) else list(self.targets)
         options = peft.LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, target_modules=targets, task_type="CAUSAL_LM"
+            r=self.rank, lora_alpha=self.alpha, target_modules=targets, task_type=self.task
         )
         device = next(model.parameters()).device
         try:

@@ -1,0 +1,1 @@
+"""The speech job: a recognizer that hears speakers unlearns one of them."""
