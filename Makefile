@@ -138,7 +138,7 @@ $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/native
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(pip) 'gradsurgery[dev,hf,images,language,speech]'
+	$(pip) 'gradsurgery[dev,bench,hf,images,language,speech]'
 	@touch $@
 
 $(VENV)/docs: pyproject.toml constraints.txt | $(VENV)/native

@@ -197,6 +197,8 @@ def run(plugin: Plugin, out: Path) -> None:
         patch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
         patch.delenv("PYTEST_ADDOPTS", raising=False)
         patch.delenv("PYTEST_PLUGINS", raising=False)
+        # inside of one of several processes of pytest, pytest-benchmark would time nothing
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)
         warnings.simplefilter("ignore")  # of those that are timed
         with plugin.progress.stage("measuring", len(plugin.cases), 0) as plugin.step:
             code = pytest.main(arguments, plugins=[plugin])
