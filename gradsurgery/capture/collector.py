@@ -242,8 +242,12 @@ class Collector:
             for each in traced.unshared
             if self.column[id(each.parameter)] not in self.rowwise.reasons
         ]
+        # a Function may give memory that it writes to later: what comes from one is copied
+        given = {
+            place for node in traced.sampled if is_function(node) for place in node.next_functions
+        }
         plain = watched is None and self.start is None
-        early = OnTheWay(met if plain else (), finishes)
+        early = OnTheWay(met if plain else (), finishes, given)
         places: dict[Place, None] = dict.fromkeys(
             (junction.node, nr)
             for junction in met
@@ -255,10 +259,6 @@ class Collector:
             return
         unknown = [junction for junction in met if finishes[id(junction)] is None]
         own_unknown = [junction for junction in unknown if is_function(junction.node)]
-        # a Function may give memory that it writes to later: what comes from one is copied
-        given = {
-            place for node in traced.sampled if is_function(node) for place in node.next_functions
-        }
         fresh = [place for place in places if place in given]
         # autograd calls a node only if something below it is asked for
         called = {junction.node for junction in own_unknown} | {node for node, _ in fresh}
