@@ -185,15 +185,17 @@ class Collector:
         # one row is right whatever hooks do; a sum with rows of other passes need not be
         asks = (self.weighted is not None or self.owner.summed) and self._may_bend()
         snapshot = self.weighted or Snapshot(functions([roots(self.losses)[0]]) if asks else ())
-        grads: list[Tensor | None] = list(
-            torch.autograd.grad(
-                self.losses,
-                self.owner.parameters,
-                self._outputs(rows),
-                retain_graph=retain_graph or asks,
-                allow_unused=True,
-            )
+        held = [p for p in self.owner.parameters if p.requires_grad]  # the loss may freeze some
+        found = torch.autograd.grad(
+            self.losses,
+            held,
+            self._outputs(rows),
+            retain_graph=retain_graph or asks,
+            allow_unused=True,
         )
+        by_parameter = dict(zip(map(id, held), found, strict=True))
+        grads: list[Tensor | None] = [by_parameter.get(id(p)) for p in self.owner.parameters]
+        del found, by_parameter
         if asks:
             grads = [None if g is None else g.to_dense() for g in snapshot.owned(grads)]
             self._expect_linear(grads, rows, snapshot)
