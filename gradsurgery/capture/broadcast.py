@@ -15,7 +15,7 @@ from gradsurgery.capture.layout import Axis
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.trace import Junction
 from gradsurgery.capture.uses import RowsUse, Use
-from gradsurgery.ops._backend import backend_of
+from gradsurgery.ops._backend import runs_triton
 from gradsurgery.ops.row_sums import Summand, row_sums
 
 Shape = tuple[int, ...]
@@ -83,7 +83,7 @@ def later(
         and not (tensor.is_meta or tensor.is_neg() or tensor.is_complex())
         for tensor in given
     )
-    if not plain or backend_of("row_sums", grad.device.type) != "triton":
+    if not plain or not runs_triton(grad, among=True):
         return None
     if by.x is None and len(rows) * math.prod(shape) == grad.numel():
         return None  # every value is a sum of its own
