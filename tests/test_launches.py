@@ -230,6 +230,56 @@ for dtype in torch.float32, torch.float64, torch.bfloat16, torch.float16:
 """
 
 
+MEMORY_OF_A_FUNCTION = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import claimed_gpu
+import copy
+import torch
+from torch import nn
+import gradsurgery as gs
+
+given = {{}}  # the one memory, by device, in which all gradients are handed over
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return given.setdefault(grad.device, torch.empty_like(grad)).copy_(grad).mul_(2)
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return Doubled.apply(x)
+
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = nn.Sequential(
+    nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), Double(),
+    nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), Double(),
+    nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, 4),
+).double()
+images, found = torch.randn(5, 3, 6, 6).double(), []
+for device in "cpu", "cuda":
+    twin = copy.deepcopy(model).to(device)
+    with gs.tape(twin) as tape:
+        losses = twin(images.to(device)).square().sum(1)
+    found.append(tape.jacobian(losses).gramian(per="tensor").cpu())
+assert torch.allclose(*found, rtol=1e-9), [each.diagonal(0, 1, 2) for each in found]
+"""
+
+
+def test_memory_that_a_function_uses_again_holds_no_gradients_of_norms():
+    code = MEMORY_OF_A_FUNCTION.format(benchmarks=str(BENCHMARKS))
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 @pytest.mark.parametrize("native", [True, False], ids=["CUDA C++", "Triton"])
 def test_projections_are_the_same_on_a_gpu_and_wait_once(native):
     code = PROJECTIONS.format(benchmarks=str(BENCHMARKS), native=native)

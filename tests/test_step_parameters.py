@@ -391,3 +391,19 @@ def test_a_function_without_gradient_is_in_the_graph(summed):
     with gs.tape(model) as tape:
         losses = classification(lambda x: Stop.apply(model(x)), batch(4))
     assert not tape.jacobian(losses.sum() if summed else losses).gramian().any()
+
+
+@pytest.mark.parametrize("together", [True, False, None])
+def test_a_loss_may_freeze_parameters(together):
+    model, forget, retain = mlp(), batch(4), batch(4)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def freezing(model, batch):
+        model[2].weight.requires_grad_(False)
+        return classification(model, batch)
+
+    optimizer = sgd(list(model.parameters()))
+    surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(), together=together)
+    surgeon.step(forget=forget, retain=retain, loss=freezing)
+    moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert moved == [p is not model[2].weight for p in model.parameters()]

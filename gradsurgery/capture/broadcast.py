@@ -4,17 +4,18 @@ A GPU takes the sums of a whole pass together: a launch costs the host as much a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gradsurgery.capture.graph import Place
 from gradsurgery.capture.layout import Axis
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.trace import Junction
 from gradsurgery.capture.uses import RowsUse, Use
-from gradsurgery.ops._backend import backend_of
+from gradsurgery.ops._backend import runs_triton
 from gradsurgery.ops.row_sums import Summand, row_sums
 
 Shape = tuple[int, ...]
@@ -82,7 +83,7 @@ def later(
         and not (tensor.is_meta or tensor.is_neg() or tensor.is_complex())
         for tensor in given
     )
-    if not plain or backend_of("row_sums", grad.device.type) != "triton":
+    if not plain or not runs_triton(grad, among=True):
         return None
     if by.x is None and len(rows) * math.prod(shape) == grad.numel():
         return None  # every value is a sum of its own
@@ -159,16 +160,22 @@ class OnTheWay:
     """Sums that a pass takes on its way, so that what they are of is not held until its end.
 
     On a GPU, of nodes that the pass calls for the sake of others: norms below which something is
-    whose gradient is wanted, as convolutions are.
+    whose gradient is wanted, as convolutions are. None of those `given` memory that may be written
+    to again before the pass ends.
     """
 
-    def __init__(self, junctions: Sequence[Junction], finishes: Finishes) -> None:
+    def __init__(
+        self, junctions: Sequence[Junction], finishes: Finishes, given: Container[Place]
+    ) -> None:
         self._finishes, self._waiting, self._held = finishes, list[tuple[int, Sum]](), 0
         self.uses: dict[int, Use] = {}  # by the junction's id
         by_node: dict[Any, list[Junction]] = {}
         for junction in junctions:
             by_node.setdefault(junction.node, []).append(junction)
-        known = {node: all(map(self._sums, met)) for node, met in by_node.items()}
+        known = {
+            node: all(self._sums(j) and not any((node, nr) in given for nr in j.outs) for j in met)
+            for node, met in by_node.items()
+        }
         places = {(j.node, nr) for j in junctions if not known[j.node] for nr in j.outs}
         self.nodes = {
             node: met

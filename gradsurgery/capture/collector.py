@@ -185,15 +185,17 @@ class Collector:
         # one row is right whatever hooks do; a sum with rows of other passes need not be
         asks = (self.weighted is not None or self.owner.summed) and self._may_bend()
         snapshot = self.weighted or Snapshot(functions([roots(self.losses)[0]]) if asks else ())
-        grads: list[Tensor | None] = list(
-            torch.autograd.grad(
-                self.losses,
-                self.owner.parameters,
-                self._outputs(rows),
-                retain_graph=retain_graph or asks,
-                allow_unused=True,
-            )
+        held = [p for p in self.owner.parameters if p.requires_grad]  # the loss may freeze some
+        found = torch.autograd.grad(
+            self.losses,
+            held,
+            self._outputs(rows),
+            retain_graph=retain_graph or asks,
+            allow_unused=True,
         )
+        by_parameter = dict(zip(map(id, held), found, strict=True))
+        grads: list[Tensor | None] = [by_parameter.get(id(p)) for p in self.owner.parameters]
+        del found, by_parameter
         if asks:
             grads = [None if g is None else g.to_dense() for g in snapshot.owned(grads)]
             self._expect_linear(grads, rows, snapshot)
@@ -242,8 +244,12 @@ class Collector:
             for each in traced.unshared
             if self.column[id(each.parameter)] not in self.rowwise.reasons
         ]
+        # a Function may give memory that it writes to later: what comes from one is copied
+        given = {
+            place for node in traced.sampled if is_function(node) for place in node.next_functions
+        }
         plain = watched is None and self.start is None
-        early = OnTheWay(met if plain else (), finishes)
+        early = OnTheWay(met if plain else (), finishes, given)
         places: dict[Place, None] = dict.fromkeys(
             (junction.node, nr)
             for junction in met
@@ -255,10 +261,6 @@ class Collector:
             return
         unknown = [junction for junction in met if finishes[id(junction)] is None]
         own_unknown = [junction for junction in unknown if is_function(junction.node)]
-        # a Function may give memory that it writes to later: what comes from one is copied
-        given = {
-            place for node in traced.sampled if is_function(node) for place in node.next_functions
-        }
         fresh = [place for place in places if place in given]
         # autograd calls a node only if something below it is asked for
         called = {junction.node for junction in own_unknown} | {node for node, _ in fresh}

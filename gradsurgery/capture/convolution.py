@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.uses import MatrixUse, RowsUse, Use, plane_of, scale, scatter
-from gradsurgery.ops._backend import backend_of
+from gradsurgery.ops._backend import runs_triton
 from gradsurgery.ops.patches import Window, patches, unfold
 
 PATCHES = 128  # positions from which patches, k times the input, cost more than they save
@@ -81,9 +81,8 @@ class ConvolutionUse(Use):
         narrow = narrow.reshape(n, count, g.groups, narrow.shape[2] // g.groups, -1)
         # [n, groups, tokens, .]: the samples of a block are tokens of one product
         left = narrow.permute(0, 2, 1, 4, 3).flatten(2, 3)
-        if (
-            g.groups == 1 and backend_of("patches", wide.device.type) == "triton"
-        ):  # torch launches a kernel for each sample
+        if g.groups == 1 and runs_triton(wide, among=True):
+            # torch launches a kernel for each sample
             left, right = left.squeeze(1), patches([wide], self.window)[0]
         else:
             found = unfold(wide.flatten(0, 1), self.window)

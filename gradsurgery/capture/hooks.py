@@ -87,7 +87,8 @@ def refuse_unseen_accumulation(named: Mapping[str, nn.Parameter]) -> None:
                 f"parameter {name} has its gradient accumulated in main_grad, by a backward of its "
                 "own, which rows do not see: switch gradient accumulation fusion off"
             )
-        if _looked_at.get(parameter) == made:
+        # one that the loss of another pass froze accumulates nothing
+        if not parameter.requires_grad or _looked_at.get(parameter) == made:
             continue
         _looked_at[parameter] = made
         node = torch.autograd.graph.get_gradient_edge(parameter).node

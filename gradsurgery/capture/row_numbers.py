@@ -94,12 +94,14 @@ class RowNumbers:
             return self
         known = self._tables.joins
         key = tuple(map(id, others))
-        if key not in known:
-            if len(known) == JOINS:
+        found = known.get(key)
+        if found is None:
+            if len(known) >= JOINS:  # another thread may add one, and clear them, between two lines
                 known.clear()
             # the others are held, so that no new object gets the id of one that is gone
-            known[key] = RowNumbers(torch.cat([self.tensor, *(o.tensor for o in others)])), others
-        return known[key][0]
+            found = RowNumbers(torch.cat([self.tensor, *(o.tensor for o in others)])), others
+            known[key] = found
+        return found[0]
 
     def pick(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight of each block, [n], by its row, in a dtype.

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+import gradsurgery as gs
 from gradsurgery.capture import broadcast
 from gradsurgery.capture.carriers import CARRIERS, COUPLED, ELEMENTWISE, MANY, SHARED, base_name
 from gradsurgery.capture.formulas import FORMULAS, prepare
@@ -146,7 +148,7 @@ def junctions(name):
 def test_junction(name, together, monkeypatch):
     """What a junction keeps gives each row's gradient, as the operation's own backward does."""
     if together:
-        monkeypatch.setattr(broadcast, "backend_of", lambda *_: "triton")
+        monkeypatch.setattr(broadcast, "runs_triton", lambda *_, among: True)
     kept = met = later = 0
     for junction, out, shape in junctions(name):
         grad = torch.randn(out, dtype=torch.float64)
@@ -166,3 +168,14 @@ def test_junction(name, together, monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     assert kept or name not in FORMULAS, f"none of {met} junctions was kept"
     assert (later > 0) == (together and name in SUMS)
+
+
+def test_a_forced_backend_serves_norms_and_convolutions(impl):
+    layers = [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 2), nn.Flatten()]
+    model, images = nn.Sequential(*layers).double(), torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    with gs.tape(model) as tape:
+        losses = model(images).square().sum(1)
+    gramian = tape.jacobian(losses).gramian()
+    each = [torch.autograd.grad(model(x[None]).square().sum(), model.parameters()) for x in images]
+    rows = torch.stack([torch.cat([g.flatten() for g in grads]) for grads in each])
+    torch.testing.assert_close(gramian, rows @ rows.mT, rtol=1e-9, atol=1e-9)

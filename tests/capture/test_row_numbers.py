@@ -1,11 +1,14 @@
 """Row numbers are shared by uses, and what is derived from them is made once."""
 
+import sys
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 import gradsurgery as gs
-from gradsurgery.capture.row_numbers import RowNumbers, index_of
+from gradsurgery.capture.row_numbers import JOINS, RowNumbers, index_of
 from tests.capture.oracle import BATCH, batch, energy
 
 NUMBERS = [[0, 1, 2], [2, 0, 1], [1, 1, 4, -1, 1], [3], []]
@@ -79,3 +82,28 @@ def test_a_deeper_model_makes_no_more_tables(groups, monkeypatch):
         return len(made)
 
     assert tables(2) == tables(8)
+
+
+def test_threads_that_join_keep_few():
+    rows, failed = RowNumbers(torch.arange(4)), []
+    assert rows.distinct  # its tables are there before the threads
+
+    def join():
+        try:
+            for _ in range(10_000):
+                assert rows.join(RowNumbers(torch.arange(2))).tensor.tolist() == [0, 1, 2, 3, 0, 1]
+        except BaseException as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    try:
+        threads = [threading.Thread(target=join) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failed
+    assert len(rows._tables.joins) <= JOINS + len(threads)
