@@ -60,7 +60,7 @@ def there(value):
     return value
 
 
-def measured(tmp_path, *cases, seconds=1.0):
+def measured(tmp_path, *cases, seconds=60.0):  # that no busy machine runs out of
     plugin = Plugin(list(cases), CPU, seconds, 20, MACHINE, Quiet())
     run(plugin, tmp_path / "bench.json")
     return read(tmp_path / "bench.json", "test"), plugin.progress.told
