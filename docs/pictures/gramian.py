@@ -13,8 +13,8 @@ mpl.use("svg")
 mpl.rcParams.update({"svg.hashsalt": "gradsurgery", "font.size": 12, "mathtext.fontset": "cm"})
 
 import matplotlib.pyplot as plt  # noqa: E402 - once the backend is chosen
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402 - likewise
+from matplotlib.patches import Rectangle  # noqa: E402 - likewise
 
 INK, ROWS, GRAM, UPDATE = "#76808c", "#d9534f", "#3b82d6", "#2e9d5b"
 

@@ -15,7 +15,7 @@ from gradsurgery.ops.token_gramian import (
     token_gramians,
 )
 from tests.conftest import ROUNDOFF
-from tests.kernels.interpreted import DEVICE, needs_triton, randn, triton  # noqa: F401
+from tests.kernels.interpreted import DEVICE, needs_triton, randn, triton  # noqa: F401 - a fixture
 
 pytestmark = needs_triton
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradsurgery.ops.patches import Window, patches, patches_reference
-from tests.kernels.interpreted import needs_triton, randn, triton  # noqa: F401
+from tests.kernels.interpreted import needs_triton, randn, triton  # noqa: F401 - a fixture
 
 pytestmark = needs_triton
 

@@ -5,7 +5,7 @@ import torch
 
 from gradsurgery.ops.row_sums import LONG, Summand, row_sums, row_sums_reference
 from tests.conftest import ROUNDOFF
-from tests.kernels.interpreted import needs_triton, randn, triton  # noqa: F401
+from tests.kernels.interpreted import needs_triton, randn, triton  # noqa: F401 - a fixture
 
 pytestmark = needs_triton
 
