@@ -27,13 +27,15 @@ class Layout:
     """Element e, counted row-major, belongs to row rows[e // stride % len(rows)].
 
     So a view that keeps the order of elements, such as a reshape, keeps its layout. `rows` is the
-    tensor of `numbers`; -1 stands where no loss depends on an element.
+    tensor of `numbers`; -1 stands where no loss depends on an element. Axes are found once for each
+    shape, and stay for as long as the layout does: over many steps, if it is a recipe's.
     """
 
-    __slots__ = ("constant", "count", "numbers", "rows", "stride")
+    __slots__ = ("_axes", "constant", "count", "numbers", "rows", "stride")
 
     def __init__(self, stride: int, numbers: RowNumbers) -> None:
         self.stride, self.numbers, self.rows = stride, numbers, numbers.tensor
+        self._axes: dict[tuple[int, ...], Axis | None] = {}
         self.count = self.rows.shape[0]
         self.constant = self.count == 1  # all of the tensor belongs to one row
 
@@ -47,6 +49,13 @@ class Layout:
 
     def axis(self, shape: Sequence[int]) -> Axis | None:
         """The one dimension that the row depends on; None if it depends on several, or none."""
+        shape = tuple(shape)
+        try:
+            return self._axes[shape]
+        except KeyError:
+            return self._axes.setdefault(shape, self._axis(shape))
+
+    def _axis(self, shape: tuple[int, ...]) -> Axis | None:
         # the dimension in which the stride of the rows lies; a step of it is `suffix` elements
         n, suffix = self.count, 1
         if n == 1:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import gradsurgery as gs
 from gradsurgery.capture import recipe
 from gradsurgery.capture.graph import Notes, ordered
+from gradsurgery.capture.layout import Layout
 from tests.capture.oracle import check, energy, loop, mlp
 from tests.capture.zoo import ZOO, make
 
@@ -575,6 +576,25 @@ def test_graphs_alike_but_for_a_number(monkeypatch):
             shifted(k)
     assert counts["another"] == 4 * recipe.TRIED
     assert len(recipe._recipes[layer].recipes) == recipe.TRIED
+
+
+def test_axes_are_found_once_for_all_steps(monkeypatch):
+    layers = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 5)
+    model = nn.Sequential(*layers).double()
+    found, find = [], Layout._axis
+
+    def noted(self, shape):
+        found.append(shape)
+        return find(self, shape)
+
+    monkeypatch.setattr(Layout, "_axis", noted)
+    counts = []
+    for _ in range(4):
+        found.clear()
+        step(model, torch.randn(4, 3, 6, 6, dtype=torch.float64)).gramian()
+        counts.append(len(found))
+    assert counts[0] > 0
+    assert counts[2:] == [0, 0]
 
 
 class Mark:
