@@ -158,9 +158,12 @@ def sample_rows(
 
 def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
     """Of a scalar, whose graph is freed; None for parameters that it does not depend on."""
-    if not loss.requires_grad:
+    # the loss may have frozen some
+    wanted = [each for each in parameters if each.requires_grad]
+    if not wanted or not loss.requires_grad:
         return [None] * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True)
+    found = dict(zip(wanted, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True))
+    return [found.get(each) for each in parameters]
 
 
 def first_loss(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
@@ -189,7 +192,7 @@ def _unserved(
         named = f" {', '.join(sorted(names))}" if names else ""
         what = f"torch.autograd.Function{named} has no setup_context, which torch.func needs"
     elif any(word in text for word in ("requires_grad_()", "does not require grad", "backward()")):
-        what = "the loss takes a gradient of its own, which torch.func does not serve"
+        what = "the loss calls requires_grad_() or takes a gradient, which torch.func refuses"
     elif ".item()" in text:
         what = "values of samples decide what is computed (.item(), if), which torch.func refuses"
     elif moves:

@@ -114,7 +114,7 @@ def tracked():
     "make,loss,message",
     [
         (mlp, squared, "torch.autograd.Function Square has no setup_context"),
-        (mlp, penalty, "the loss takes a gradient of its own"),
+        (mlp, penalty, "the loss calls requires_grad_.. or takes a gradient"),
         (mlp, branching, r"values of samples decide what is computed \(.item\(\), if\)"),
         (tracked, lambda m, d: m(d[0]).pow(3).sum(1), "buffers by values .*: 2.running_mean, 2.r"),
         (lambda: Average(in_place=True), classification, "changes buffers by values.*: average"),
@@ -139,6 +139,24 @@ def test_what_torch_func_does_not_run_is_named(make, loss, message, way):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     info = gs.Surgeon(model, optimizer, gs.UPGrad()).step(batch=data, loss=loss)
     torch.testing.assert_close(info.gramian, rows @ rows.mT, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layers", [[0], [0, 2]], ids=["one", "all"])
+def test_a_loss_that_freezes_parameters_is_named(layers):
+    model = mlp()
+
+    def freezing(model, data):
+        for layer in layers:
+            model[layer].requires_grad_(False)
+        return classification(model, data)
+
+    # the forget row is of a mean, and comes first: torch.func has no part in it
+    surgeon = gs.Surgeon(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), gs.OrthoGrad(), rows="stored"
+    )
+    match = "does not depend on" if len(layers) > 1 else "the loss calls requires_grad_"
+    with pytest.raises(gs.InputError, match=match):
+        surgeon.step(forget=batch(3), retain=batch(4), loss=freezing)
 
 
 def test_an_error_of_the_loss_itself_is_left_as_it_is():
