@@ -225,8 +225,3 @@ def test_the_table_of_pairs_is_what_rules_take():
 
     page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
     assert page.split("<!-- pairs -->")[1].strip() == pairs.markdown()
-
-
-def test_the_table_of_steps_is_that_of_the_measurements():
-    script = runpy.run_path(str(ROOT / "scripts" / "readme_speed.py"))
-    assert README.split(script["MARK"])[1].strip() == script["table"]()

@@ -146,11 +146,13 @@ def trained(code):
     return [p.detach() for p in model.parameters()]
 
 
-def test_the_tables_of_benchmarks_are_of_the_results():
-    page = (DOCS / "speed.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/speed.md"])
+def test_the_tables_of_benchmarks_are_of_the_results(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     script = runpy.run_path(str(DOCS / "pictures" / "benchmarks.py"))
-    for name, table in script["tables"]().items():
-        assert page.split(f"<!-- {name} -->")[1].strip() == table
+    tables = script["tables"]()
+    for name in script["PAGES"][page]:
+        assert text.split(f"<!-- {name} -->")[1].strip() == tables[name]
 
 
 def test_every_variable_that_is_read_is_on_its_page():

@@ -1,4 +1,4 @@
-"""Draws bench-*.svg and prints the tables of docs/speed.md, of what benchmarks/results holds.
+"""Draws bench-*.svg and writes the tables of docs/speed.md and README.md, of benchmarks/results.
 
 python docs/pictures/benchmarks.py
 
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent.parent / "benchmarks" / "results"
+ROOT = HERE.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {"README.md": ("speed",), "docs/speed.md": ("cpu", "gpu", "rules")}
 INK, COLORS = "#76808c", ("#2e9d5b", "#3b82d6", "#d9534f")
 RIVALS = ("TorchJD autogram", "vmap(grad) + QR")
 PARTS = ("OrthoGrad", *RIVALS)
@@ -32,7 +34,8 @@ Row = tuple[str, list[float | None], float | None, float]  # name, times, memory
 def cpu_steps() -> list[Row]:
     """A model, what each step takes in plain steps, the memory in that of plain, plain's ms."""
     rows = []
-    for bench in _benchmarks("cpu/reused.json", "bench_orthograd_step["):
+    # memory as the allocator gives it to who sets nothing
+    for bench in _benchmarks("cpu/fresh.json", "bench_orthograd_step["):
         info = bench["extra_info"]
         rivals = info["rivals"]
         if "plain step" not in rivals:
@@ -65,7 +68,7 @@ def gpu_steps() -> list[Row]:
 
 def rules() -> list[tuple[str, float, float]]:
     """A rule and its rows, ms of ours, ms of TorchJD's."""
-    benches = _benchmarks("cpu/rules_reused.json", "bench_weighting[")
+    benches = _benchmarks("cpu/rules_fresh.json", "bench_weighting[")
     return [
         (
             "{}, {} rows".format(*bench["param"].split("-")),
@@ -86,19 +89,26 @@ def _said(name: str) -> str:
 
 
 def tables() -> dict[str, str]:
-    """The tables of docs/speed.md by the name between whose marks they stand."""
-    head = ["model", "plain step, ms", *PARTS, "memory of OrthoGrad"]
-    found = {}
-    for name, rows in (("cpu", cpu_steps()), ("gpu", gpu_steps())):
-        lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-        for model, times, memory, ms in rows:
-            cells = ["" if one is None else shown(one) for one in [ms, *times, memory]]
-            lines.append([model, *cells])
-        found[name] = _markdown(lines)
+    """The tables of the pages by the name between whose marks they stand."""
+    steps = {"cpu": cpu_steps(), "gpu": gpu_steps()}
+    found = {name: _of_steps("model", rows) for name, rows in steps.items()}
+    both = [(f"CPU: {model}", *rest) for model, *rest in steps["cpu"]]
+    both += [(f"H200: {model}", *rest) for model, *rest in steps["gpu"]]
+    found["speed"] = _of_steps("OrthoGrad's step, 16 + 16 samples", both)
     lines = [["rule", "here, ms", "TorchJD, ms", "times faster"], ["---", *["---:"] * 3]]
     lines += [[n, shown(a), shown(b), shown(b / a, 2)] for n, a, b in _fast_first(rules())]
     found["rules"] = _markdown(lines)
     return found
+
+
+def _of_steps(head: str, rows: Iterable[Row]) -> str:
+    columns = [head, "plain step, ms", *PARTS, "memory"]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    for model, times, memory, ms in rows:
+        cells = ["" if one is None else shown(one) for one in [ms, *times, memory]]
+        cells[1] = f"**{cells[1]}**"
+        lines.append([model, *cells])
+    return _markdown(lines)
 
 
 def _fast_first(rows: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
@@ -153,8 +163,14 @@ def main() -> None:
         draw(name, [(model, found) for model, found, *_ in rows], PARTS, times)
     pairs = [(name, [here, there]) for name, here, there in _fast_first(rules())]
     draw("rules", pairs, ("here", "TorchJD"), "ms for a call")
-    for name, table in tables().items():
-        print(f"<!-- {name} -->\n{table}\n<!-- {name} -->\n")
+    found = tables()
+    for page, names in PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in names:
+            mark = f"<!-- {name} -->\n"
+            before, _, after = text.split(mark)
+            text = f"{before}{mark}{found[name]}\n{mark}{after}"
+        (ROOT / page).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
