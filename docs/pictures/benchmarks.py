@@ -142,7 +142,7 @@ def draw(
         dots = [(v[k], place) for place, (_, v) in enumerate(rows) if v[k] is not None]
         ax.scatter(*zip(*dots, strict=True), s=60, color=COLORS[k], label=label, zorder=5 - k)
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    ax.xaxis.set_major_formatter(lambda value, _: shown(value))
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel(x, color=INK)
