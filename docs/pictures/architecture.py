@@ -1,22 +1,15 @@
 """Draws architecture.svg: the way from losses to .grad, and the rooms it passes.
 
 python docs/pictures/architecture.py
-
-Every color has a contrast of 3 or more on white and on #0d1117, and nothing fills the background.
 """
 
-from pathlib import Path
+import matplotlib.pyplot as plt
+import pen
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+from pen import BLUE, GREEN, INK, RED, label, save
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams.update({"svg.hashsalt": "gradsurgery", "font.size": 12, "mathtext.fontset": "cm"})
-
-import matplotlib.pyplot as plt  # noqa: E402 - once the backend is chosen
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import FancyBboxPatch  # noqa: E402
-
-INK, ROWS, RULE, UPDATE = "#76808c", "#3b82d6", "#d9534f", "#2e9d5b"
+ROWS, RULE, UPDATE = BLUE, RED, GREEN
 
 # what passes from one room to the next, and the rooms: (x, title, files, color)
 ROOMS = (
@@ -33,14 +26,13 @@ def room(ax: Axes, x: float, title: str, files: str, color: str) -> None:
     shape = {"boxstyle": "round,pad=0,rounding_size=0.12"}
     ax.add_patch(FancyBboxPatch((x, 0), 1.8, 1.25, fc=color, alpha=0.12, ec="none", **shape))
     ax.add_patch(FancyBboxPatch((x, 0), 1.8, 1.25, fc="none", ec=color, lw=1.3, **shape))
-    ax.text(x + 0.9, 0.92, title, color=color, fontsize=14, ha="center", va="center")
-    ax.text(x + 0.9, 0.4, files, color=INK, fontsize=8.4, ha="center", va="center")
+    label(ax, x + 0.9, 0.92, title, color, 14)
+    label(ax, x + 0.9, 0.4, files, INK, 8.4)
 
 
 def arrow(ax: Axes, tail: float, tip: float, text: str) -> None:
-    style = {"arrowstyle": "-|>", "color": INK, "lw": 1.8, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", xy=(tip, 0.62), xytext=(tail, 0.62), arrowprops={**style, "mutation_scale": 13})
-    ax.text((tail + tip) / 2, 0.86, text, color=INK, fontsize=12, ha="center", va="center")
+    pen.arrow(ax, (tail, 0.62), (tip, 0.62))
+    label(ax, (tail + tip) / 2, 0.86, text, size=12)
 
 
 def main() -> None:
@@ -55,8 +47,7 @@ def main() -> None:
     ax.set(xlim=(-1.05, 13.95), ylim=(-0.1, 1.35))
     ax.axis("off")
     figure.subplots_adjust(0, 0, 1, 1)
-    path = Path(__file__).with_suffix(".svg")
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    save(figure, __file__)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,14 @@
 """Draws capture.svg: what one backward pass leaves, and the two ways from there to the Gramian.
 
 python docs/pictures/capture.py
-
-Every color has a contrast of 3 or more on white and on #0d1117, and nothing fills the background.
 """
 
-from pathlib import Path
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from pen import BLUE, GREEN, INK, RED, arrow, box, label, save
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams.update({"svg.hashsalt": "gradsurgery", "font.size": 12, "mathtext.fontset": "cm"})
-
-import matplotlib.pyplot as plt  # noqa: E402 - once the backend is chosen
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import Rectangle  # noqa: E402
-
-INK, GRADIENT, ACTIVATION, KEPT = "#76808c", "#d9534f", "#3b82d6", "#2e9d5b"
-
-
-def box(ax: Axes, x: float, y: float, w: float, h: float, color: str, fill: float = 0.15) -> None:
-    ax.add_patch(Rectangle((x, y), w, h, facecolor=color, alpha=fill, edgecolor="none"))
-    ax.add_patch(Rectangle((x, y), w, h, facecolor="none", edgecolor=color, lw=1.2))
-
-
-def arrow(ax: Axes, tail: tuple[float, float], tip: tuple[float, float], color: str) -> None:
-    style = {"arrowstyle": "-|>", "color": color, "lw": 1.8, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", xy=tip, xytext=tail, arrowprops={**style, "mutation_scale": 13})
-
-
-def label(ax: Axes, x: float, y: float, text: str, color: str = INK, size: float = 13) -> None:
-    ax.text(x, y, text, color=color, fontsize=size, ha="center", va="center")
+GRADIENT, ACTIVATION, KEPT = RED, BLUE, GREEN
 
 
 def one_pass(ax: Axes) -> None:
@@ -122,8 +100,7 @@ def main() -> None:
         ax.set_aspect("equal")
         ax.set(xlim=(-0.1, width - 0.1), ylim=(-1.15, 2.75))
     figure.subplots_adjust(0, 0, 1, 1, 0.02, 0)
-    path = Path(__file__).with_suffix(".svg")
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    save(figure, __file__)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,12 @@
 """Draws gramian.svg: long rows, their small Gramian, a rule's weights, and the update.
 
 python docs/pictures/gramian.py
-
-Every color has a contrast of 3 or more on white and on #0d1117, and nothing fills the background.
 """
 
-from pathlib import Path
+import matplotlib.pyplot as plt
+from pen import BLUE, GREEN, RED, arrow, box, label, save
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams.update({"svg.hashsalt": "gradsurgery", "font.size": 12, "mathtext.fontset": "cm"})
-
-import matplotlib.pyplot as plt  # noqa: E402 - once the backend is chosen
-from matplotlib.axes import Axes  # noqa: E402 - likewise
-from matplotlib.patches import Rectangle  # noqa: E402 - likewise
-
-INK, ROWS, GRAM, UPDATE = "#76808c", "#d9534f", "#3b82d6", "#2e9d5b"
-
-
-def box(ax: Axes, x: float, y: float, w: float, h: float, color: str, fill: float = 0.2) -> None:
-    ax.add_patch(Rectangle((x, y), w, h, facecolor=color, alpha=fill, edgecolor="none"))
-    ax.add_patch(Rectangle((x, y), w, h, facecolor="none", edgecolor=color, lw=1.2))
-
-
-def arrow(ax: Axes, tail: tuple[float, float], tip: tuple[float, float], color: str) -> None:
-    style = {"arrowstyle": "-|>", "color": color, "lw": 1.8, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", xy=tip, xytext=tail, arrowprops={**style, "mutation_scale": 13})
-
-
-def label(ax: Axes, x: float, y: float, text: str, color: str = INK, size: float = 11) -> None:
-    ax.text(x, y, text, color=color, fontsize=size, ha="center", va="center")
+ROWS, GRAM, UPDATE = RED, BLUE, GREEN
 
 
 def main() -> None:
@@ -58,7 +34,7 @@ def main() -> None:
     ax.set_aspect("equal")
     ax.set(xlim=(-0.1, 11.3), ylim=(-0.95, 2.05))
     figure.subplots_adjust(0, 0, 1, 1)
-    figure.savefig(Path(__file__).with_suffix(".svg"), transparent=True, metadata={"Date": None})
+    save(figure, __file__)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,12 @@
 """Draws ranks.svg: how two processes get the Gramian of all rows, none of them having these.
 
 python docs/pictures/ranks.py
-
-Every color has a contrast of 3 or more on white and on #0d1117, and nothing fills the background.
 """
 
-from pathlib import Path
+import matplotlib.pyplot as plt
+from pen import BLUE, GREEN, INK, RED, arrow, box, label, save
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams.update({"svg.hashsalt": "gradsurgery", "font.size": 12, "mathtext.fontset": "cm"})
-
-import matplotlib.pyplot as plt  # noqa: E402 - once the backend is chosen
-from matplotlib.axes import Axes  # noqa: E402 - likewise
-from matplotlib.patches import Rectangle  # noqa: E402 - likewise
-
-INK, FIRST, SECOND, SUM = "#76808c", "#d9534f", "#3b82d6", "#2e9d5b"
-
-
-def box(ax: Axes, x: float, y: float, w: float, h: float, color: str, fill: float = 0.25) -> None:
-    ax.add_patch(Rectangle((x, y), w, h, facecolor=color, alpha=fill, edgecolor="none"))
-    ax.add_patch(Rectangle((x, y), w, h, facecolor="none", edgecolor=color, lw=1.2))
-
-
-def arrow(ax: Axes, tail: tuple[float, float], tip: tuple[float, float], color: str = INK) -> None:
-    style = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
-    ax.annotate("", xy=tip, xytext=tail, arrowprops={**style, "mutation_scale": 12})
-
-
-def label(ax: Axes, x: float, y: float, text: str, color: str = INK, size: float = 11) -> None:
-    ax.text(x, y, text, color=color, fontsize=size, ha="center", va="center")
+FIRST, SECOND, SUM = RED, BLUE, GREEN
 
 
 def main() -> None:
@@ -68,7 +44,7 @@ def main() -> None:
     ax.set_aspect("equal")
     ax.set(xlim=(-1.1, 8.7), ylim=(-1.1, 3.0))
     figure.subplots_adjust(0, 0, 1, 1)
-    figure.savefig(Path(__file__).with_suffix(".svg"), transparent=True, metadata={"Date": None})
+    save(figure, __file__)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,21 @@
 """Draws surgery.svg: what is taken out of a gradient, in two and in three dimensions.
 
 python docs/pictures/surgery.py
-
-Every color has a contrast of 3 or more on white and on #0d1117, and nothing fills the background.
 """
 
-from pathlib import Path
+import matplotlib.pyplot as plt
+import numpy as np
+import pen
+from matplotlib.axes import Axes
+from pen import BLUE, GREEN, INK, RED, save
 
-import matplotlib as mpl
-
-mpl.use("svg")
-mpl.rcParams.update({"svg.hashsalt": "gradsurgery", "font.size": 12, "mathtext.fontset": "cm"})
-
-import matplotlib.pyplot as plt  # noqa: E402 - once the backend is chosen
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-
-INK, FORGET, RETAIN, KEPT = "#76808c", "#d9534f", "#3b82d6", "#2e9d5b"
+FORGET, RETAIN, KEPT = RED, BLUE, GREEN
 # how x, y and z of the right panel lie on the page
 VIEW = np.array([[1.0, 0.0], [0.46, 0.46], [0.0, 1.0]])
 
 
-def arrow(ax: Axes, tip: np.ndarray, color: str, tail: tuple[float, float] = (0, 0)) -> None:
-    ax.annotate(
-        "",
-        xy=tuple(tip),
-        xytext=tail,
-        arrowprops={
-            "arrowstyle": "-|>",
-            "color": color,
-            "lw": 2.2,
-            "shrinkA": 0,
-            "shrinkB": 0,
-            "mutation_scale": 16,
-        },
-    )
+def arrow(ax: Axes, tip: np.ndarray, color: str) -> None:
+    pen.arrow(ax, (0, 0), tuple(tip), color, width=2.2, head=16)
 
 
 def dashed(ax: Axes, *points: np.ndarray, color: str = INK) -> None:
@@ -46,7 +27,7 @@ def right_angle(ax: Axes, at: np.ndarray, u: np.ndarray, v: np.ndarray) -> None:
 
 
 def label(ax: Axes, at: np.ndarray, text: str, color: str = INK, size: float = 15) -> None:
-    ax.text(*at, text, color=color, fontsize=size, ha="center", va="center")
+    pen.label(ax, *at, text, color, size)
 
 
 def two_gradients(ax: Axes) -> None:
@@ -111,8 +92,7 @@ def main() -> None:
         ax.set_aspect("equal")
         ax.set(xlim=box[:2], ylim=box[2:])
     figure.subplots_adjust(0, 0, 1, 1, 0.02, 0)
-    path = Path(__file__).with_suffix(".svg")
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    save(figure, __file__)
 
 
 if __name__ == "__main__":
