@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 import torch
@@ -50,19 +51,27 @@ class LiveHooks:
 def _found() -> list[Any]:
     # any OrderedDict with numbers for keys and functions for values may be one; those of modules,
     # optimizers and leaves are known by their owners
-    every = gc.get_objects()
-    hooks = [each for each in every if type(each) is OrderedDict and _are_hooks(each)]
+    every = gc.get_objects()  # millions, of some thousand types
+    some = list(compress(every, map(_Wanted().__getitem__, map(type, every))))
+    hooks = [each for each in some if type(each) is OrderedDict and _are_hooks(each)]
     if not hooks:
         return []
     known = set(map(id, GLOBAL))
-    for each in every:
-        kind = type(each)
-        if issubclass(kind, OWNERS):
+    for each in some:
+        if issubclass(type(each), OWNERS):
             known.update(map(id, vars(each).values()))
-        elif issubclass(kind, Tensor) and _is_leaf(each):
+        elif issubclass(type(each), Tensor) and _is_leaf(each):
             known.add(id(each._backward_hooks))
             known.add(id(getattr(each, "_post_accumulate_grad_hooks", None)))
     return [each for each in hooks if id(each) not in known]
+
+
+class _Wanted(dict[type, bool]):
+    """Whether objects of a type are looked at."""
+
+    def __missing__(self, kind: type) -> bool:
+        self[kind] = wanted = issubclass(kind, (OrderedDict, *OWNERS, Tensor))
+        return wanted
 
 
 def _is_leaf(tensor: Tensor) -> bool:
