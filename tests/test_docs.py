@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -129,12 +130,38 @@ def test_the_readme_repeats_the_results():
         assert number in results, number
 
 
+# at the end of a script whose model is sharded: no parameter is whole
+SHARDED = "\nassert all(hasattr(p, 'to_local') for p in model.parameters())\n"
+
+
+def sharded(page, code):
+    """A script with `fully_shard` as its page has it, in the place of `DistributedDataParallel`."""
+    if page == "quickstart.md":  # in a comment beside it
+        wrapping = r"= DistributedDataParallel\((.*)\)  # or (fully_shard\(model\))\n"
+        code, count = re.subn(wrapping, r"= \1\n\2\n", code)
+        code = f"from torch.distributed.fsdp import fully_shard\n{code}"
+    else:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        ((lines, _),) = blocks(text.split("in place of `DistributedDataParallel`")[1], "text")
+        wrapping = r"^    model = DistributedDataParallel\(model\).*\n"
+        code, count = re.subn(wrapping, textwrap.indent(lines, "    "), code, flags=re.M)
+    assert count == 1
+    return code + SHARDED
+
+
 @pytest.mark.parametrize("page", SCRIPTS)
 def test_scripts_of_many_ranks_run_on_two(page, tmp_path):
+    """Those of two pages sharded, too: one after the other, since processes start slowly."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     ((code, _),) = blocks(text, "py")
+    scripts = [code] if page == "distributed.md" else [code, sharded(page, code)]
+    for number, each in enumerate(scripts):
+        (tmp_path / f"{number}.py").write_text(each)
     # in torch 2.13 a thread of gloo's may abort a process that ends at once
-    (tmp_path / "example.py").write_text(f"{code}\nimport time\n\ntime.sleep(1)\n")
+    (tmp_path / "example.py").write_text(
+        f"import runpy\nimport time\n\nfor number in range({len(scripts)}):\n"
+        f"    runpy.run_path(f'{tmp_path}/{{number}}.py', run_name='__main__')\n    time.sleep(1)\n"
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*launcher, "--nproc_per_node", "2", str(tmp_path / "example.py")],
@@ -144,7 +171,10 @@ def test_scripts_of_many_ranks_run_on_two(page, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert SCRIPTS[page] in done.stdout
+    assert done.stdout.count(SCRIPTS[page]) == len(scripts)
+    shown = [block for block, _ in blocks(text, "text") if SCRIPTS[page] in block]
+    if shown:
+        assert_alike(done.stdout, shown[0] * len(scripts))
 
 
 def test_the_table_of_counted_costs_is_the_script():
