@@ -48,8 +48,8 @@ def run(code, page, line, namespace):
     exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
-# peft 0.21 asks transformers by a name that it will drop
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+# peft 0.21 and TRL 1.16 ask transformers by names that it will drop
+@pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated")
 @pages
 def test_python_blocks_run_in_order(page, capsys):
     """And print the block of text that stands below, if one does."""
