@@ -8,6 +8,7 @@ from collections import Counter
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests run
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # TRL would report that a trainer is made
 
 import numpy
 import pytest

@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,8 @@ def run(code, page, line, namespace):
     exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
-# peft 0.21 asks transformers by a name that it will drop
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+# peft 0.21 and TRL 1.16 ask transformers by names that it will drop
+@pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated")
 @pages
 def test_python_blocks_run_in_order(page, capsys):
     """And print the block of text that stands below, if one does."""
@@ -129,10 +130,37 @@ def test_the_readme_repeats_the_results():
         assert number in results, number
 
 
-@pytest.mark.parametrize("page", SCRIPTS)
-def test_scripts_of_many_ranks_run_on_two(page, tmp_path):
+# at the end of a script whose model is sharded: no parameter is whole
+SHARDED = "\nassert all(hasattr(p, 'to_local') for p in model.parameters())\n"
+
+
+def sharded(page, code):
+    """A script with `fully_shard` as its page has it, in the place of `DistributedDataParallel`."""
+    if page == "quickstart.md":  # in a comment beside it
+        wrapping = r"= DistributedDataParallel\((.*)\)  # or (fully_shard\(model\))\n"
+        code, count = re.subn(wrapping, r"= \1\n\2\n", code)
+        code = f"from torch.distributed.fsdp import fully_shard\n{code}"
+    else:
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        ((lines, _),) = blocks(text.split("in place of `DistributedDataParallel`")[1], "text")
+        wrapping = r"^    model = DistributedDataParallel\(model\).*\n"
+        code, count = re.subn(wrapping, textwrap.indent(lines, "    "), code, flags=re.M)
+    assert count == 1
+    return code + SHARDED
+
+
+@pytest.mark.parametrize(
+    ("page", "change"),
+    [
+        *((page, None) for page in SCRIPTS),
+        *((page, sharded) for page in ("quickstart.md", "tutorials/ranks.md")),
+    ],
+)
+def test_scripts_of_many_ranks_run_on_two(page, change, tmp_path):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     ((code, _),) = blocks(text, "py")
+    if change is not None:
+        code = change(page, code)
     # in torch 2.13 a thread of gloo's may abort a process that ends at once
     (tmp_path / "example.py").write_text(f"{code}\nimport time\n\ntime.sleep(1)\n")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -145,6 +173,9 @@ def test_scripts_of_many_ranks_run_on_two(page, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert SCRIPTS[page] in done.stdout
+    for shown, _ in blocks(text, "text"):
+        if SCRIPTS[page] in shown:
+            assert_alike(done.stdout, shown)
 
 
 def test_the_table_of_counted_costs_is_the_script():

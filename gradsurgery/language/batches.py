@@ -195,7 +195,14 @@ class PairCollator:
         if len({"alternate" in sample for sample in plain}) > 1:
             raise InputError("samples of a batch must all have an alternate, or none")
         if "alternate" in plain[0]:
-            alternate = self.collate([sample.pop("alternate") for sample in plain])
+            others = [sample.pop("alternate") for sample in plain]
+            for other in others:
+                if not isinstance(other, Mapping):
+                    raise InputError(
+                        "alternate of a sample must be a mapping of input_ids and labels, which "
+                        f"are tokens, got {type(other).__name__}"
+                    )
+            alternate = self.collate(others)
             made = {**self.collate(plain), "alternate": dict(alternate)}
         else:
             made = dict(self.collate(plain))

@@ -1,5 +1,9 @@
 """A trainer in open-unlearning's registry, which a stand-in of its sources has here."""
 
+import os
+import re
+import shlex
+import subprocess
 import sys
 from collections import UserDict
 from pathlib import Path
@@ -11,6 +15,8 @@ import gradsurgery as gs
 from tests.language.tiny import WORDS
 
 pytest.importorskip("transformers")
+
+from safetensors import torch as safetensors_torch
 
 from gradsurgery.integrations import open_unlearning
 from tests.integrations.trainers import (
@@ -25,6 +31,7 @@ from tests.integrations.trainers import (
 )
 
 pytestmark = pytest.mark.usefixtures("fresh")
+ROOT = Path(__file__).parents[2]
 
 BASE = """
 from transformers import Trainer
@@ -59,6 +66,112 @@ if __name__ == "__main__":
     FOUND = TRAINER_REGISTRY, sys.argv
     sys.modules["trainer"].found = FOUND
 """
+# what its own have beside these: models and data by name, other trainers, evaluation, logs
+CONFIGURED = {
+    "src/trainer/__init__.py": f"""{REGISTRY}
+def load_trainer(config, **given):
+    from transformers import TrainingArguments
+
+    args = dict(config.args)
+    args.pop("warmup_epochs")
+    handler = TRAINER_REGISTRY[config.handler]
+    return handler(args=TrainingArguments(**args), **given, **config.method_args)
+""",
+    "src/data.py": """
+import torch
+from torch.utils.data import Dataset
+
+from tests.integrations.trainers import FORGET, RETAIN
+
+class ForgetRetainDataset(Dataset):
+    def __init__(self, forget, retain, anchor):
+        self.forget, self.retain, self.anchor = forget, retain, anchor
+
+    def __len__(self):
+        return len(self.forget)
+
+def get_data(config):
+    sets = [
+        [{key: torch.tensor(ids) for key, ids in sample.items()} for sample in samples]
+        for samples in (FORGET, RETAIN)
+    ]
+    return ForgetRetainDataset(*sets, config.anchor)
+""",
+    "src/train.py": """
+import hydra
+from data import get_data
+from tests.integrations.trainers import llama
+from trainer import load_trainer
+
+@hydra.main(version_base=None, config_path="../configs", config_name="train.yaml")
+def main(config):
+    trainer = load_trainer(
+        config.trainer,
+        model=llama().double(),
+        train_dataset=get_data(config.data),
+        eval_dataset=None,
+        tokenizer=None,
+        data_collator=None,
+        evaluators=None,
+        template_args=None,
+    )
+    trainer.train()
+    trainer.save_model(trainer.args.output_dir)
+
+if __name__ == "__main__":
+    main()
+""",
+    "configs/unlearn.yaml": """
+defaults:
+  - trainer: GradAscent
+  - data: unlearn
+  - experiment: null
+  - _self_
+
+trainer:
+  args:
+    remove_unused_columns: False
+
+mode: unlearn
+task_name: ???
+""",
+    "configs/data/unlearn.yaml": "anchor: forget",
+    "configs/trainer/finetune.yaml": """
+handler: FinetuneTrainer
+args:
+  output_dir: saves/${mode}/${task_name}
+  per_device_train_batch_size: 1
+  gradient_accumulation_steps: 3
+  learning_rate: 1e-5
+  weight_decay: 0.0
+  num_train_epochs: 10
+  save_strategy: 'no'
+  report_to: none
+  use_cpu: True
+  seed: 0
+""",
+    "configs/trainer/GradAscent.yaml": """
+defaults:
+  - finetune
+
+handler: GradAscent
+method_args:
+  gamma: 1.0
+""",
+    "configs/experiment/unlearn/tofu/default.yaml": """
+# @package _global_
+
+defaults:
+  - override /trainer: GradAscent
+  - override /data: unlearn
+
+trainer:
+  args:
+    warmup_epochs: 1.0
+    learning_rate: 1e-2
+    num_train_epochs: 2
+""",
+}
 
 
 @pytest.fixture
@@ -202,3 +315,50 @@ def test_what_is_not_open_unlearning_is_named(arguments_given, match, monkeypatc
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(gs.InputError, match=match):
         open_unlearning.launch(arguments_given)
+
+
+def command_of(page):
+    """The words of the command that a page has for open-unlearning; of a diff, those of after."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = (text[1] for text in re.finditer(r"^```(?:sh|diff)\n(.*?)^```", text, re.M | re.S))
+    (code,) = (code for code in found if "integrations.open_unlearning" in code)
+    lines = [re.sub(r"^[+ ]", "", line) for line in code.splitlines() if line[0] != "-"]
+    return shlex.split("\n".join(lines).replace("\\\n", " "))
+
+
+@pytest.mark.parametrize(
+    ("page", "rule", "task"),
+    [("trainers.md", "munba", "munba"), ("moving.md", "orthograd", "mine")],
+)
+def test_the_command_of_a_page_trains(page, rule, task, checkout, tmp_path):
+    """As printed, in the folder of a stand-in: to the weights of a trainer with those options."""
+    pytest.importorskip("hydra")
+    for name, text in CONFIGURED.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    python, *words = command_of(page)
+    assert python == "python"
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "saves" / "unlearn" / task
+    found = safetensors_torch.load_file(folder / "model.safetensors")
+    model = llama().double()
+    trainer_of(
+        model,
+        tmp_path,
+        rule=rule,
+        forget_loss={"name": "npo", "beta": 0.1},
+        mean="token",
+        args={"gradient_accumulation_steps": 3, "seed": 0},
+    ).train()
+    assert not torch.equal(model.lm_head.weight, llama().double().lm_head.weight)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)

@@ -164,6 +164,17 @@ def test_a_collator_that_packs_samples_is_refused():
         PairCollator(packed)([pair])
 
 
+def test_other_answers_are_tokens_and_of_all_samples():
+    other = {"alternate": "I do not know."}
+    for samples, match in (
+        ([{**DATA[0], **other}], "alternate of a sample must be a mapping .* tokens, got str"),
+        ([{**DATA[0], **other}, DATA[1]], "must all have an alternate, or none"),
+    ):
+        numbered = [{**sample, "id": k} for k, sample in enumerate(samples)]
+        with pytest.raises(gs.InputError, match=match):
+            PairCollator().batch(numbered)
+
+
 def test_log_probs_are_found_again_where_they_were_saved(tmp_path):
     original = made()
     collator = PairCollator()

@@ -10,6 +10,22 @@ import transformers
 from gradsurgery.ops._inputs import check
 
 
+def check_base(kind: type) -> None:
+    """Raise `InputError` for a Trainer of TRL that does not train on texts with labels."""
+    names = (
+        base.__name__
+        for base in kind.__mro__
+        if base.__module__.partition(".")[0] == "trl" and not base.__name__.startswith("_")
+    )
+    name = next(names, "SFTTrainer")
+    check(
+        name == "SFTTrainer",
+        f"{name} of TRL is not served: its batches are no texts with labels, but answers compared, "
+        "scored or drawn; take SFTTrainer, and where another answer is to be preferred, "
+        "forget_loss='dpo' or its like",
+    )
+
+
 def check_served(trainer: Any) -> None:
     """Raise `InputError` for what would not be exact, warn of what is not what it seems."""
     found = transformers.__version__
@@ -18,6 +34,7 @@ def check_served(trainer: Any) -> None:
     args = trainer.args
     optim = str(getattr(args.optim, "value", args.optim))
     sampling = getattr(args, "train_sampling_strategy", "random")
+    loss_type = getattr(args, "loss_type", None)
     wanted = {
         f"{args.n_gpu} GPUs in one process": (
             args.n_gpu > 1,
@@ -28,6 +45,10 @@ def check_served(trainer: Any) -> None:
         f"optim={optim!r}": (
             "lomo" in optim or "layerwise" in optim,
             "it steps inside of a backward pass, before there is an update",
+        ),
+        f"loss_type={loss_type!r}": (
+            loss_type not in (None, "nll", "chunked_nll"),  # one loss, computed in two ways
+            "pass forget_loss and retain_loss",
         ),
         "compute_loss_func": (
             getattr(trainer, "compute_loss_func", None) is not None,
@@ -48,6 +69,22 @@ def check_served(trainer: Any) -> None:
         ),
         "packing": (getattr(args, "packing", False), "a row would have several samples"),
         "padding_free": (getattr(args, "padding_free", False), "a row would have several samples"),
+        "eval_packing": (
+            getattr(args, "eval_packing", None),
+            "retain samples are prepared as those of evaluation, and a row would have several",
+        ),
+        "shuffle_dataset": (
+            getattr(args, "shuffle_dataset", False),
+            "pairs of samples are drawn in an order of their own",
+        ),
+        "router_aux_loss_coef": (
+            getattr(trainer, "aux_loss_enabled", False),
+            "no loss of routers is added to those of samples: pass 0.0",
+        ),
+        "images": (
+            getattr(trainer, "_is_vision_dataset", False),
+            "only samples of tokens have been tried with a tape",
+        ),
         "group_by_length": (
             getattr(args, "group_by_length", False),
             "pairs of samples are drawn in an order of their own",

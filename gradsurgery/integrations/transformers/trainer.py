@@ -22,7 +22,7 @@ from gradsurgery.integrations.transformers.losses import (
     Reference,
     parts_of,
 )
-from gradsurgery.integrations.transformers.refused import check_served
+from gradsurgery.integrations.transformers.refused import check_base, check_served
 from gradsurgery.integrations.transformers.steps import Steps
 from gradsurgery.language.batches import (
     Pair,
@@ -97,7 +97,8 @@ class SurgeryMixin:
         InputError: what does not go together, or is not served: several GPUs in one process,
             DeepSpeed, FSDP1, tensor and context parallelism, reentrant checkpoints, LOMO and other
             optimizers that step within a backward pass, `compute_loss_func`, label smoothing,
-            `model_init`, samplers of the Trainer's, packed samples. The message names it.
+            `model_init`, samplers of the Trainer's, packed samples, losses of routers, trainers of
+            TRL but SFTTrainer, forget samples that preparing leaves out. The message names it.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class SurgeryMixin:
         hold: Hold = "auto",
         **kwargs: Any,
     ) -> None:
+        check_base(type(self))
         check_ratio(retain_per_forget)
         one_of("hold", hold, ("auto", "pairs", "rows"))
         check(
@@ -133,6 +135,12 @@ class SurgeryMixin:
         self.train_dataset = Pairs(trainer.train_dataset, prepared.pop(RETAIN))
         self.eval_dataset = prepared if isinstance(given, dict) else prepared.get("eval")
         check_served(trainer)
+        count, left = len(forget_dataset), len(trainer.train_dataset)
+        check(
+            left >= count,
+            f"of {count} forget samples {count - left} were left out as they were prepared, and "
+            "would not be forgotten: no token of theirs counts, or none within max_length",
+        )
         parts = parts_of(
             trainer.model, rule, forget_loss, retain_loss,
             mean=mean, reference=reference, ceiling=ceiling,
