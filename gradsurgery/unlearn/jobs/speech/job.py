@@ -74,7 +74,7 @@ NUMBERS = (
     "of whole transcripts, exp of minus the mean loss of a token. Attacks tell what the forgotten "
     "speaker said in training from unseen sentences of the same speaker: 0.5 is guessing. "
     "The informed attack knows Retrain's loss of each clip, and so how hard it is to a model that "
-    "never heard it."
+    "never heard it. In pictures, accuracy is the share of tokens that are right."
 )
 
 
