@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,10 @@ from gradsurgery.extras import package
 from gradsurgery.text import show
 from gradsurgery.unlearn.training.seeds import seeded
 
+if TYPE_CHECKING:
+    from gradsurgery.unlearn.jobs.directory import RunDirectory
+
+FOLDER = "model"  # of the run directory, with what it ends with
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt")  # of a directory, what makes a model
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -157,7 +162,7 @@ def dealt_out(model: nn.Module, device: str) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bar for each of the many times that a run reads the model, and no warnings of what
+    """No bar for each of the many times that a run reads or writes a model, and no warnings of what
     transformers and peft are to change between them."""
     logging = package("transformers", "hf", "this job").utils.logging
     shown = logging.is_progress_bar_enabled()
@@ -170,6 +175,28 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def publish(
+    model: nn.Module, directory: RunDirectory, adapter: bool, tokens: Any | None = None
+) -> None:
+    """Put a model into the run directory as `save_pretrained` writes it, with its tokenizer.
+
+    Args:
+        adapter: whether that is what the model was given, and all that is written.
+    """
+    made: Any = model
+    # embeddings are never trained, and to ask whether they are would ask the network
+    options = {"save_embedding_layers": False} if adapter else {}
+    with TemporaryDirectory(dir=directory.path, prefix=".saved-") as saved:
+        with _quiet():
+            made.save_pretrained(saved, **options)
+        if tokens is not None:
+            tokens.save_pretrained(saved)
+        directory.make_folder(FOLDER)
+        for file in sorted(Path(saved).iterdir()):
+            if file.name != "README.md":  # a form to fill in; there is model_card.md
+                directory.write(f"{FOLDER}/{file.name}", file.read_bytes())
 
 
 def _unread(path: Path, error: Exception) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
@@ -24,8 +22,8 @@ from gradsurgery.unlearn.jobs.base import (
 )
 from gradsurgery.unlearn.jobs.classifiers import counted
 from gradsurgery.unlearn.jobs.language import MEMBERSHIP, LanguageJob, Looking
+from gradsurgery.unlearn.jobs.pretrained import FOLDER, folder, load, publish
 from gradsurgery.unlearn.jobs.pretrained import digest as model_digest
-from gradsurgery.unlearn.jobs.pretrained import folder, load
 from gradsurgery.unlearn.jobs.remembered import Remembered
 from gradsurgery.unlearn.jobs.speech import audio, data, whisper
 from gradsurgery.unlearn.jobs.speech.config import OURS, SpeechConfig, Task
@@ -51,7 +49,6 @@ MADE = (
     "other sentences for each."
 )
 GIVEN = "The clips were given. A fifth of their sentences is held out, with all who speak them."
-FOLDER = "model"  # of the run directory, with what it ends with
 WHOLE = """from transformers import WhisperForConditionalGeneration
 
 model = WhisperForConditionalGeneration.from_pretrained({!r})"""
@@ -261,16 +258,9 @@ class SpeechJob(LanguageJob):
         if config.model and config.cut and not config.lora:
             whole = load(folder(config.model, "model"), "model", "float32", "cpu", "speech")
             made = whisper.uncut(made, whole)
-        with TemporaryDirectory(dir=directory.path, prefix=".saved-") as saved:
-            # embeddings are never trained, and to ask whether they are would ask the network
-            made.save_pretrained(saved, **({"save_embedding_layers": False} if config.lora else {}))
-            tokens = self._data(config)[1].tokenizer
-            if config.model and not config.lora:
-                tokens.save_pretrained(saved)
-            directory.make_folder(FOLDER)
-            for file in sorted(Path(saved).iterdir()):
-                if file.name != "README.md":  # a form to fill in; there is model_card.md
-                    directory.write(f"{FOLDER}/{file.name}", file.read_bytes())
+        tokens = self._data(config)[1].tokenizer
+        theirs = config.model and not config.lora
+        publish(made, directory, bool(config.lora), tokens if theirs else None)
         if not config.model:
             directory.write_json(f"{FOLDER}/words.json", {"words": tokens.words})
 

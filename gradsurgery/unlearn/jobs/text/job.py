@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -25,11 +24,13 @@ from gradsurgery.unlearn.jobs.language import (
     TextSplit,
 )
 from gradsurgery.unlearn.jobs.pretrained import (
+    FOLDER,
     Adapter,
     dealt_out,
     digest,
     folder,
     load,
+    publish,
     tokenizer,
 )
 from gradsurgery.unlearn.jobs.text import data
@@ -46,7 +47,6 @@ RANK = 8
 RATES = {True: 1e-4, False: 1e-5}  # with an adapter, of all weights; as public code has them
 USUAL = {"optimizer": "adamw", "forget_batch": 8, "retain_batch": 8, "steps": 0}
 SETS = {"forget": "to forget", "retain": "to keep", "holdout": "held out"}
-FOLDER = "model"  # of the run directory, with what it ends with
 WHOLE = """from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({!r})"""
@@ -338,16 +338,7 @@ class TextJob(LanguageJob):
     def publish(self, config: TextConfig, directory: RunDirectory, stage: Stage) -> None:
         made: Any = self._whole(config)
         directory.load_model(made, stage)
-        # its embeddings are never trained, and to ask whether they are would ask the network
-        options = {"save_embedding_layers": False} if config.lora else {}
-        with TemporaryDirectory(dir=directory.path, prefix=".saved-") as saved:
-            made.save_pretrained(saved, **options)
-            if not config.lora:
-                self._data(config)[1].save_pretrained(saved)
-            directory.make_folder(FOLDER)
-            for file in sorted(Path(saved).iterdir()):
-                if file.name != "README.md":  # a form to fill in; there is model_card.md
-                    directory.write(f"{FOLDER}/{file.name}", file.read_bytes())
+        publish(made, directory, bool(config.lora), None if config.lora else self._data(config)[1])
 
     # -- what people are told
 
