@@ -8,6 +8,8 @@ checks it. Every torch but the pinned one is a large download: CI has a job of i
 """
 
 import argparse
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -55,7 +57,10 @@ def test_wheel(wheel: Path, version: str, work: Path) -> None:
     lines = (work / "source/constraints.txt").read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("torch==", "setuptools=="))]
     pins.write_text("\n".join([*kept, f"torch=={version}"]))
-    run(*pip, "-c", pins, "torch", "numpy", "pytest", "hypothesis", "pytest-benchmark")
+    # the same as a release asks for; no tomllib, which Python 3.10 has not
+    project = (work / "source/pyproject.toml").read_text()
+    needed = ast.literal_eval(re.search(r"^test-requires = (.*)$", project, re.MULTILINE)[1])
+    run(*pip, "-c", pins, "torch", *needed)
     run(*pip, "--no-deps", "--force-reinstall", wheel)
     tree = work / f"tests-{version}"
     shutil.rmtree(tree, ignore_errors=True)

@@ -97,6 +97,30 @@ def test_every_import_has_its_extra(project):
     assert found - named - set(with_others) == set()
 
 
+def test_tests_of_a_wheel_have_what_they_import(project):
+    """Those that a release runs need no package but torch, what it brings, and what is named."""
+    wheels = project["tool"]["cibuildwheel"]
+    found, seen = set(), set()
+    waiting = [ROOT / "tests/conftest.py"]
+    for part in re.findall(r"tests/\S+", wheels["test-command"]):
+        waiting += (ROOT / part).rglob("*.py") if (ROOT / part).is_dir() else [ROOT / part]
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for wanted in imports(path.read_text(encoding="utf-8")):
+            top = wanted.partition(".")[0]
+            if top == "tests":
+                named = wanted, wanted.rpartition(".")[0]
+                files = [ROOT / f"{each.replace('.', '/')}.py" for each in named]
+                waiting += [each for each in files if each.exists()]
+            elif top not in {*sys.stdlib_module_names, "gradsurgery"}:
+                found.add(gradsurgery.extras.project_of(wanted))
+    with_torch = {"torch", "mpmath"}
+    assert found - with_torch == set(wheels["test-requires"]) - {"pytest-benchmark"}
+
+
 def test_the_sdist_builds_and_tests_itself(sdist):
     for folder in ("csrc", "gradsurgery", "tests"):
         mine = {

@@ -60,7 +60,7 @@ def packing(batch: Mapping[str, Any]) -> Packing | None:
     if found is not None and not _parts_documents():
         raise InputError(
             "batch is packed, and attention in this transformers does not keep documents apart: "
-            "update to 4.55 or newer, or take gradsurgery.language.unpacked(batch)"
+            "update to 4.53.1 or newer, or take gradsurgery.language.unpacked(batch)"
         )
     return found
 

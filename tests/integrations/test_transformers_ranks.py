@@ -87,10 +87,17 @@ def resumed(rank, folder):
     args = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine"}
     model = lambda: llama(attention_dropout=0.2)  # noqa: E731
     whole = ours(rank, model(), folder / "whole", "average", **args)
-    torch.manual_seed(99)
-    checkpoint = str(folder / "whole/checkpoint-3")
-    again = ours(rank, model(), folder / "again", "average", checkpoint=checkpoint, **args)
-    return found_of(whole), found_of(again)
+
+    def gone_on(step):
+        torch.manual_seed(99)
+        checkpoint = str(folder / f"whole/checkpoint-{step}")
+        return ours(rank, model(), folder / "again", "average", checkpoint=checkpoint, **args)
+
+    if transformers.__version__ < "5":  # from the middle of an epoch it is refused on each rank
+        with pytest.raises(gs.InputError, match="leaves out the last, shorter step"):
+            gone_on(3)
+        return found_of(whole), found_of(gone_on(2))
+    return found_of(whole), found_of(gone_on(3))
 
 
 def in_a_loop(rank):

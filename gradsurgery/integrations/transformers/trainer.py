@@ -302,14 +302,35 @@ class SurgeryMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         trainer: Any = self
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        args = trainer.args
+        if args.device.type == "cpu":
+            trainer.args = _WithoutIndex(args)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        finally:
+            trainer.args = args
         if checkpoint is None:
             self._steps.begin_anew()
             return
         path, state = os.path.join(checkpoint, FILE), None
         if os.path.isfile(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        self._steps.load_state_dict(state, trainer.args.device)
+        self._steps.load_state_dict(state, args.device)
+
+
+class _WithoutIndex:
+    """Arguments of a rank on a CPU, where torch.load knows no "cpu:0".
+
+    transformers 4, and early 5, load an optimizer's state to that device.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self._args = args
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._args, name)
 
 
 class SurgeryTrainer(SurgeryMixin, Trainer):

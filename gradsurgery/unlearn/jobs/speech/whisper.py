@@ -3,6 +3,7 @@ what a model writes."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -124,17 +125,20 @@ def transcribed(model: Any, features: Tensor, written: Writing, most: int) -> li
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     tokens = torch.tensor([written.prompt] * len(features), device=features.device)
     rows: list[Tensor] = []
-    cache, done = None, torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    # transformers 5.24 renames it
+    known = "cache" in inspect.signature(base.forward).parameters
+    name, cache = "cache" if known else "past_key_values", None
+    done = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     with still(model), gathering(model):
         heard = base.get_encoder()(features)
         for _ in range(most):
             found = model(
                 encoder_outputs=heard,
                 decoder_input_ids=tokens,
-                past_key_values=cache,
                 use_cache=True,
+                **{name: cache},
             )
-            cache, tokens = found.past_key_values, found.logits[:, -1:].argmax(-1)
+            cache, tokens = found[name], found.logits[:, -1:].argmax(-1)
             tokens = tokens.masked_fill(done[:, None], written.end)
             rows.append(tokens)
             done |= tokens[:, 0] == written.end
