@@ -24,7 +24,7 @@ from tests.integrations.trainers import (
     RETAIN,
     arguments,
     assert_same,
-    fresh,  # noqa: F401
+    fresh,  # noqa: F401 - a fixture, asked for by its name
     llama,
     samples,
     trainer_of,

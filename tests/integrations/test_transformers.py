@@ -22,7 +22,7 @@ from tests.integrations.trainers import (  # noqa: E402
     TASKS,
     all_forget,
     assert_same,
-    fresh,  # noqa: F401
+    fresh,  # noqa: F401 - a fixture, asked for by its name
     llama,
     losses_of,
     plain,

@@ -20,7 +20,7 @@ from tests.integrations.trainers import (  # noqa: E402
     FORGET,
     RETAIN,
     assert_same,
-    fresh,  # noqa: F401
+    fresh,  # noqa: F401 - a fixture, asked for by its name
     llama,
     samples,
     steps_of,

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from tests.integrations.trainers import (  # noqa: E402
     all_forget,
     assert_same,
-    fresh,  # noqa: F401
+    fresh,  # noqa: F401 - a fixture, asked for by its name
     llama,
     samples,
     trainer_of,

@@ -12,6 +12,7 @@ import gradsurgery as gs
 transformers = pytest.importorskip("transformers")
 trl = pytest.importorskip("trl")
 
+# what follows needs both, and comes after the look for them
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import BPE  # noqa: E402
@@ -20,7 +21,7 @@ from gradsurgery.integrations.transformers import SurgeryMixin  # noqa: E402
 from gradsurgery.integrations.transformers.refused import check_served  # noqa: E402
 from tests.integrations.trainers import (  # noqa: E402
     assert_same,
-    fresh,  # noqa: F401
+    fresh,  # noqa: F401 - a fixture, asked for by its name
     llama,
     steps_of,
     trainer_of,

@@ -306,6 +306,7 @@ class SurgeryMixin:
         if args.device.type == "cpu":
             trainer.args = _WithoutIndex(args)
         try:
+            # of the Trainer that this is mixed with, which a checker of types does not know
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         finally:
             trainer.args = args
