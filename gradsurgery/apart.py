@@ -5,7 +5,6 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from gradsurgery.batch import AnyLoss, WeightedLosses, batch_size, take, tensors
 from gradsurgery.buffers import Buffers
 from gradsurgery.capture.graph import ordered, roots
 from gradsurgery.capture.passing import Looking
+from gradsurgery.capture.uncompiled import uncompiled
 from gradsurgery.spread import beside, local
 
 # What rounding may do to a loss: this often a unit in the last place of the largest one, and this
@@ -101,11 +101,9 @@ def tried(
     """
     if not parts and next(model.buffers(), None) is None:
         return Trial()
-    compiles = "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if compiles else nullcontext()
     before = _Before(model, loss, together)
     try:
-        with eager, torch.enable_grad(), warnings.catch_warnings():
+        with uncompiled(), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compared = functools.partial(_compared, model, loss, together, parts, before)
             return attempt(compared) or Trial()  # where the loss is wanted, it will raise again

@@ -1,8 +1,7 @@
 """`tape(model)` around a forward pass, `jacobian(losses)` for its rows."""
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from gradsurgery.capture.row_losses import SummedLosses
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.split import refuse_derived, shards_of, stand_in
 from gradsurgery.capture.trace import misused
+from gradsurgery.capture.uncompiled import uncompiled
 from gradsurgery.capture.uses import Use
 from gradsurgery.capture.weighted import Graph
 from gradsurgery.errors import InputError
@@ -215,7 +215,5 @@ def recorded(
             raise InputError(f"parameter {name} must be floating point, got {parameter.dtype}")
     refuse_unseen_accumulation({**named, **(outside or {})})
     recorder = Tape(model, named, coupled, outside)
-    # whoever compiled a model has imported the compiler; nobody else should wait for that
-    compiles = "torch._dynamo" in sys.modules
-    with torch.compiler.set_stance("force_eager") if compiles else nullcontext():
+    with uncompiled():
         yield recorder

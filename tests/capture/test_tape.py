@@ -251,6 +251,18 @@ class Interrupted(Exception):
     pass
 
 
+def test_tapes_that_overlap_leave_the_compiler_as_it_was():
+    """As those of two threads do: the first to begin is the first to end."""
+    stance = torch._dynamo.eval_frame._stance
+    first, second = gs.tape(mlp()), gs.tape(mlp())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance == stance
+
+
 @pytest.mark.parametrize("fails", ["", "forward", "jacobian"])
 def test_nothing_left_behind(fails):
     model = mlp(middle=[nn.LayerNorm(7), nn.BatchNorm1d(7)]).eval()
