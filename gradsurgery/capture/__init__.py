@@ -36,8 +36,8 @@ The pass
 - finish: what a formula returns: a function from the gradient of the output to a use.
 - fallback: parameters whose rows are got one at a time, and why (`Fallback`).
 - snapshot: copies of what Functions keep, to be put back before they are called again.
+- hooked: of a node, that it has a hook, of its own or of a tensor that it made.
 - watch: what every node took and gave in a pass, to find the hooks that changed it.
-- clock: how many hooks and nodes there were at a moment, to know whether there can be new ones.
 
 What is kept
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from gradsurgery.capture.descent import Arrived, CoupledByHook, Descent, not_lin
 from gradsurgery.capture.fallback import Fallback
 from gradsurgery.capture.formulas import Finish, prepare
 from gradsurgery.capture.graph import Place, ordered, roots, under
+from gradsurgery.capture.hooked import Hooked
 from gradsurgery.capture.hooks import Sampled
 from gradsurgery.capture.layout import Layout, compress
 from gradsurgery.capture.leaves import Derived, oriented
@@ -78,6 +80,8 @@ class Collector:
             weighted: backward passes of weighted losses will follow: what they need to find as it
                 was is returned.
         """
+        outputs = partial(_outputs, self.losses, rows)
+        self.hooked = Hooked(self.losses, outputs, self.owner.parameters)
         if not weighted:
             self._run(rows, retain_graph)
             return None
@@ -98,11 +102,11 @@ class Collector:
         if self.unsure:
             self._bend()
         if self.rowwise.reasons:
-            for k, use in self.rowwise.rows(self.losses, rows, self.start):
+            for k, use in self.rowwise.rows(self.losses, rows, self.start, self.hooked):
                 self.uses[k] = [] if use is None else [use]
             if self.weighted is not None:
                 sums = list(self.rowwise.sums(self.uses))
-                expect_linear(self.losses, self._outputs(rows), sums, self.weighted)
+                expect_linear(self.losses, _outputs(self.losses, rows), sums, self.weighted)
         self._reach_all()
         fallbacks = self.fallbacks
         if fallbacks:
@@ -121,7 +125,7 @@ class Collector:
         # several passes read what nodes saved several times
         if last > 0:
             read_again(ordered(roots(self.losses)[0]))
-        hooked = any(self.owner.clock.may_be_hooked(traced.sampled) for _, traced in passes)
+        hooked = any(self.hooked.among(traced.sampled) for _, traced in passes)
         # a row that occurs in two passes is a sum of both, which hooks have to be linear for
         counts = [part.occurring.tensor for part, _ in passes]
         self.summed = sum(map(len, counts)) > len(torch.cat(counts).unique())
@@ -176,10 +180,6 @@ class Collector:
         owner, place = self.owner, roots(self.losses)
         return retrace(owner.model, place, layout, owner.parameters, count)
 
-    def _outputs(self, rows: RowNumbers) -> Tensor:
-        taken = (rows.tensor >= 0).to(self.losses.dtype).view(self.losses.shape)
-        return taken.to(self.losses.device)
-
     def _whole(self, rows: RowNumbers, row: int, retain_graph: bool) -> None:
         """All losses make one row: an ordinary backward pass."""
         # one row is right whatever hooks do; a sum with rows of other passes need not be
@@ -189,7 +189,7 @@ class Collector:
         found = torch.autograd.grad(
             self.losses,
             held,
-            self._outputs(rows),
+            _outputs(self.losses, rows),
             retain_graph=retain_graph or asks,
             allow_unused=True,
         )
@@ -213,7 +213,7 @@ class Collector:
         """Whether there is a hook or a Function, which may not be linear."""
         nodes = [n for n in ordered(roots(self.losses)[0]) if not hasattr(n, "variable")]
         hooked = any(p._backward_hooks for p in self.owner.parameters)
-        return hooked or self.owner.clock.may_be_hooked(nodes) or any(map(is_function, nodes))
+        return hooked or self.hooked.among(nodes) or any(map(is_function, nodes))
 
     def _expect_linear(
         self, grads: Sequence[Tensor | None], rows: RowNumbers, snapshot: Snapshot
@@ -221,7 +221,7 @@ class Collector:
         named = zip(self.owner.names, self.owner.parameters, grads, strict=True)
         parts = [(name, p, g, g.abs()) for name, p, g in named if g is not None]
         weighted = self.weighted is not None
-        expect_linear(self.losses, self._outputs(rows), parts, snapshot, weighted)
+        expect_linear(self.losses, _outputs(self.losses, rows), parts, snapshot, weighted)
 
     def _pass(self, rows: RowNumbers, traced: Trace, retain_graph: bool) -> None:
         occurring = rows.occurring
@@ -276,7 +276,7 @@ class Collector:
             handing=dict.fromkeys(j.node for j in own_unknown if j.whole is not None),
             fresh=fresh,
             watched=watched,
-            hooked=self.owner.clock.may_be_hooked(traced.sampled),
+            hooked=self.hooked.among(traced.sampled),
             weighted=self.weighted,
             start=self.start,
             summed=self.summed and watched is not None,
@@ -298,7 +298,7 @@ class Collector:
 
     def _watched(self, traced: Trace) -> Sampled | None:
         """The operations that gradients pass, where a hook or a Function may do more to them."""
-        if self.owner.clock.may_be_hooked(traced.sampled):
+        if self.hooked.among(traced.sampled):
             return traced.sampled
         asks = self.summed or self.weighted is not None
         if asks and any(is_function(node) for node in traced.sampled):
@@ -380,7 +380,7 @@ class Collector:
     def _assign(self, leaf: Leaf, made: list[Use]) -> None:
         """To the parameter the leaf is a view of, or to those it is computed from."""
         itself = hasattr(leaf.place[0], "variable")
-        hooked = not itself and self.owner.clock.may_be_hooked(leaf.below[0])
+        hooked = not itself and self.hooked.among(leaf.below[0])
         simple = None if hooked else leaf.simple
         if simple is not None:
             # a view: its uses are the parameter's, turned; no way back has to be taken
@@ -406,3 +406,9 @@ class Collector:
         every.hooked = any(derived.hooked for derived in self.derived)
         self.derived = [every]
         self.bent.append(Fallback("", tuple(names), "not linear"))
+
+
+def _outputs(losses: Tensor, rows: RowNumbers) -> Tensor:
+    """What a backward pass of all rows starts from."""
+    taken = (rows.tensor >= 0).to(losses.dtype).view(losses.shape)
+    return taken.to(losses.device)

@@ -1,11 +1,7 @@
 """Hooks between the losses and the parameters, asked like operations where they change a gradient.
 
-Nothing tells from outside which tensors have hooks. But whoever registers one makes a handle, and
-handles and nodes are counted: where none was made since the tape began, there is no hook but on
-what is older. Nodes that this thread made before have smaller numbers; those of other threads have
-numbers of their own, and are told by the hooks that live anywhere. Where there may be one, the pass
-is watched, and repeated for some rows alone: what is made of a row's gradient must be the same
-without the others.
+Where one of the nodes that gradients pass has a hook (hooked.py), the pass is watched, and repeated
+for some rows alone: what is made of a row's gradient must be the same without the others.
 """
 
 import math
@@ -16,14 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _get_sequence_nr
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.hooks import BackwardHook, RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradsurgery.capture.graph import Place, ordered, roots
 from gradsurgery.capture.layout import Layout
-from gradsurgery.capture.older import LiveHooks
 from gradsurgery.capture.snapshot import Snapshot
 from gradsurgery.errors import InputError
 from gradsurgery.spread import is_split
@@ -38,39 +32,19 @@ _counting = Lock()
 
 
 def register(method: Callable, hook: Callable) -> RemovableHandle:
-    """A hook of the library's own on a node or an optimizer, which no `Clock` counts."""
+    """A hook of the library's own on a node or an optimizer, which `others` does not count."""
     global _own
     with _counting:
         _own += 1
         return method(hook)
 
 
-def _others() -> int:
+def others() -> int:
+    """How many handles of hooks were made in this process, but for those made here."""
     with _counting:
         return RemovableHandle.next_id - _own
 
 
-class Clock(NamedTuple):
-    """How many handles of others there were, and how many nodes this thread had made."""
-
-    handles: int
-    nodes: int
-
-    @classmethod
-    def now(cls) -> "Clock":
-        return cls(_others(), _get_sequence_nr())
-
-    def may_be_hooked(self, nodes: Iterable[Any]) -> bool:
-        """Whether a hook can be on any of these, in a graph made since then."""
-        if _others() != self.handles:
-            return True
-        # made before the clock was read, when a hook may have been put on it
-        if any(node._sequence_nr() < self.nodes for node in nodes):
-            return True
-        return older_hooks.live()
-
-
-older_hooks = LiveHooks(_others)
 _looked_at = WeakTensorKeyDictionary()  # by parameter: how many handles there were
 
 
@@ -80,7 +54,7 @@ def refuse_unseen_accumulation(named: Mapping[str, nn.Parameter]) -> None:
     Nodes that accumulate are looked at where a handle was made since they last were.
     """
     # rows are taken before gradients are accumulated, so what happens there is not seen
-    made = _others()
+    made = others()
     for name, parameter in named.items():
         if hasattr(parameter, "main_grad"):
             raise InputError(

@@ -10,6 +10,7 @@ from gradsurgery.capture.carriers import OPAQUE
 from gradsurgery.capture.descent import CoupledByHook
 from gradsurgery.capture.fallback import Fallback, Reason, compiled
 from gradsurgery.capture.graph import ordered, roots, under
+from gradsurgery.capture.hooked import Hooked
 from gradsurgery.capture.hooks import linear, near, scale_of
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.probe import steady, unsteady
@@ -110,7 +111,7 @@ class Rowwise:
                     more = True
 
     def rows(
-        self, losses: Tensor, rows: RowNumbers, start: Snapshot | None
+        self, losses: Tensor, rows: RowNumbers, start: Snapshot | None, hooked: Hooked
     ) -> Iterator[tuple[int, RowsUse | None]]:
         """Exact rows of each parameter; None where no loss depends on it.
 
@@ -127,8 +128,7 @@ class Rowwise:
             parameters = [self.owner.parameters[k] for k in ks]
             # hooks are no code for vmap: what they do to its tensors may end the process
             every = [n for n in ordered(roots(losses)[0]) if not hasattr(n, "variable")]
-            hooked = any(p._backward_hooks for p in parameters)
-            vmapped = not (hooked or self.owner.clock.may_be_hooked(every))
+            vmapped = not (any(p._backward_hooks for p in parameters) or hooked.among(every))
             # all rows in one call: a batch of vectors, each 1 for the losses of its row
             grads = vjps([losses], parameters, [vectors], True, nodes, vmapped)
             # what is somebody's own may answer differently each time; then no row is right

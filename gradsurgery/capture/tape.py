@@ -11,7 +11,7 @@ from gradsurgery.batch import trainable
 from gradsurgery.capture.collector import Collector
 from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.graph import roots, under
-from gradsurgery.capture.hooks import Clock, refuse_unseen_accumulation
+from gradsurgery.capture.hooks import refuse_unseen_accumulation
 from gradsurgery.capture.leaves import without_autocast
 from gradsurgery.capture.passing import refuse_passing
 from gradsurgery.capture.recomputed import refusal
@@ -50,7 +50,6 @@ class Tape:
         self.model, self.coupled, self.own = model, coupled, len(named)
         columns = {**named, **(outside or {})}
         self.names, self.parameters = list(columns), list(columns.values())
-        self.clock = Clock.now()  # hooks made from here on may be on the graph to come
         self.summed = False  # whether rows will be added to those of other tapes
 
     def jacobian(

@@ -367,9 +367,12 @@ class Noisy(torch.autograd.Function):
         return g * (1 + torch.rand_like(g))
 
 
-def test_random_numbers_are_drawn_as_by_one_backward_pass():
-    """What it draws while it is asked, it draws again."""
-    model = mlp()
+@pytest.mark.parametrize("hook", [False, True])
+def test_random_numbers_are_drawn_as_by_one_backward_pass(hook):
+    """What it draws while it is asked, it draws again; also where a hook lives elsewhere."""
+    model, elsewhere = mlp(), mlp()[0](X)
+    if hook:
+        elsewhere.register_hook(lambda grad: grad)
 
     def forward():
         return energy(model[2](Noisy.apply(model[0](X).tanh())))

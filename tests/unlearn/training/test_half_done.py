@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
-from gradsurgery.capture import older
+from gradsurgery.capture import hooked
 from gradsurgery.errors import InputError
 from gradsurgery.unlearn import (
     METHODS,
@@ -571,8 +571,8 @@ def test_a_first_measurement_that_is_not_finite_ends_the_run():
 
 def test_a_step_makes_no_later_one_look_for_hooks_in_the_whole_process(monkeypatch):
     """That takes longer than a step of a small model."""
-    looks, found = [], older._found
-    monkeypatch.setattr(older, "_found", lambda: looks.append(None) or found())
+    looks, found = [], hooked._found
+    monkeypatch.setattr(hooked, "_found", lambda: looks.append(None) or found())
     steps = made("orthograd", net(), sets()).fit()
     next(steps)
     looks.clear()

@@ -1,0 +1,219 @@
+"""Which nodes have hooks, whatever thread made them, and nobody else's hooks."""
+
+import contextlib
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import gradsurgery as gs
+from tests.capture.oracle import agrees, batch, check, energy, loop, mlp
+from tests.capture.test_hooks import MIXING, OWN, by_std, doubled
+
+X = batch()
+
+# graphs of other threads
+
+
+def elsewhere(function, before):
+    """What a function gives in another thread that made some nodes before; it ends."""
+
+    def run():
+        x = torch.ones((), requires_grad=True)
+        for _ in range(before):
+            x.clone()
+        return function()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def numbered():
+    return torch._C._autograd._get_sequence_nr()
+
+
+def older_graph(model, hook, where):
+    """A part of a graph made in another thread, with numbers that this thread will use."""
+
+    def part():
+        hidden = model[0](X)
+        if where == "node":
+            middle = hidden * 1
+
+            def of_node(grads):
+                changed = hook(grads[0])
+                return None if changed is None else (changed,)
+
+            middle.grad_fn.register_prehook(of_node)
+            return middle * 1
+        hidden.register_hook(hook)
+        return hidden * 1
+
+    return elsewhere(part, numbered() + 8)
+
+
+@pytest.mark.parametrize("where", ["tensor", "node"])
+@pytest.mark.parametrize("hook", MIXING)
+def test_a_mixing_hook_on_an_older_graph_of_another_thread(hook, where):
+    model = mlp()
+    hidden = older_graph(model, hook, where)
+    with gs.tape(model) as tape:
+        losses = energy(model[2](hidden.tanh()))
+    with pytest.raises(gs.InputError, match=r"a hook on .* computes across samples"):
+        tape.jacobian(losses)
+
+
+@pytest.mark.parametrize("hook", OWN)
+def test_a_hook_of_samples_on_an_older_graph_of_another_thread(hook):
+    model = mlp()
+    hidden = older_graph(model, hook, "tensor")
+    with gs.tape(model) as tape:
+        losses = energy(model[2](hidden.tanh()))
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
+    rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    torch.testing.assert_close(tape.jacobian(losses).gramian(), rows @ rows.mT)
+
+
+@pytest.mark.parametrize("hook", [None, doubled, by_std])
+def test_a_part_made_in_another_thread_under_the_tape(hook):
+    """Its nodes are walked like others, and its handles counted."""
+    model = mlp()
+
+    def part():
+        hidden = model[0](X)
+        if hook is not None:
+            hidden.register_hook(hook)
+        return hidden
+
+    def forward():
+        return energy(model[2](elsewhere(part, numbered() + 3).tanh()))
+
+    if hook is not by_std:
+        agrees(model, forward)
+        return
+    with gs.tape(model) as tape:
+        losses = forward()
+    with pytest.raises(gs.InputError, match=r"a hook on the output of AddmmBackward0"):
+        tape.jacobian(losses)
+
+
+def passes(model, forward):
+    """How many backward passes the rows of a model take."""
+    counted, grad = [], torch.autograd.grad
+
+    def count(*args, **kwargs):
+        counted.append(None)
+        return grad(*args, **kwargs)
+
+    with gs.tape(model) as tape:
+        losses = forward()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", count)
+        tape.jacobian(losses)
+    return len(counted)
+
+
+def test_ordinary_models_take_one_pass():
+    """Whatever hooks modules, optimizers and leaves have, and after tensors with hooks are gone."""
+    model, other = mlp(), mlp()
+    forward = lambda: energy(model(X))  # noqa: E731
+    gc.collect()
+    assert passes(model, forward) == 1
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    handles = [
+        other.register_forward_hook(lambda *_: None),
+        other[0].register_full_backward_hook(lambda *_: None),
+        other[0].weight.register_hook(doubled),
+        other[0].bias.register_post_accumulate_grad_hook(lambda _: None),
+        optimizer.register_step_post_hook(lambda *_: None),
+        register_optimizer_step_post_hook(lambda *_: None),
+        nn.modules.module.register_module_forward_hook(lambda *_: None),
+    ]
+    hidden = other[0](X)
+    hidden.register_hook(doubled)
+    del hidden
+    gc.collect()
+    try:
+        assert passes(model, forward) == 1
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_looks_through_objects_once_for_new_handles(monkeypatch):
+    model, looked = mlp(), []
+    gc.collect()
+    objects = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: (looked.append(None), objects())[1])
+    model.register_forward_hook(lambda *_: None)
+    for _ in range(3):
+        assert passes(model, lambda: energy(model(X))) == 1
+    assert len(looked) == 1
+    hidden = mlp()[0](X)
+    hidden.register_hook(doubled)
+    for _ in range(3):
+        assert passes(model, lambda: energy(model(X))) == 2  # one to see that it is elsewhere
+    assert len(looked) == 2
+    del hidden
+    gc.collect()
+    assert passes(model, lambda: energy(model(X))) == 1
+
+
+def test_a_hook_elsewhere_changes_no_path():
+    model, elsewhere = mlp(), mlp()[0](X)
+    for hooked in (False, True):
+        if hooked:
+            elsewhere.register_hook(by_std)
+        with gs.tape(model) as tape:
+            losses = energy(model(X))
+        jacobian = tape.jacobian(losses)
+        assert not jacobian._derived
+        check(jacobian, model, loop(energy(model(X)), model))
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_hooks_are_put_back(raises):
+    model = mlp()
+
+    def hook(grad):
+        if raises:
+            raise KeyError
+        return 2 * grad
+
+    with gs.tape(model) as tape:
+        hidden = model[0](X)
+        hidden.register_hook(hook)
+        losses = energy(model[2](hidden.tanh()))
+    with pytest.raises(KeyError) if raises else contextlib.nullcontext():
+        tape.jacobian(losses)
+    assert list(hidden._backward_hooks.values()) == [hook]
+
+
+def test_a_hook_of_a_tensor_that_was_cut_off():
+    """It stays on the node that made the tensor, which others were computed from."""
+    model = mlp()
+    with gs.tape(model) as tape:
+        hidden = model[0](X)
+        hidden.register_hook(by_std)
+        losses = energy(model[2](hidden.tanh()))
+        hidden.detach_()
+    with pytest.raises(gs.InputError, match=r"a hook on the output of AddmmBackward0"):
+        tape.jacobian(losses)
+
+
+def test_what_the_collector_does_not_list_may_have_hooks():
+    model = mlp()
+    hidden = older_graph(model, by_std, "tensor")
+    gc.collect()
+    gc.freeze()
+    try:
+        with gs.tape(model) as tape:
+            losses = energy(model[2](hidden.tanh()))
+        with pytest.raises(gs.InputError, match=r"a hook on .* computes across samples"):
+            tape.jacobian(losses)
+    finally:
+        gc.unfreeze()
