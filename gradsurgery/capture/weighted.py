@@ -1,15 +1,18 @@
 """Weighted sums of rows by backward passes of weighted losses, whose graph is kept."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gradsurgery.capture.descent import not_linear
-from gradsurgery.capture.graph import roots
-from gradsurgery.capture.hooks import dtypes_under, near, scale_of
+from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.hooks import dtypes_under, near, register, scale_of
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.ranges import scaled_parts
 from gradsurgery.capture.recomputed import refusal
@@ -17,6 +20,7 @@ from gradsurgery.capture.snapshot import Snapshot, as_before, functions
 from gradsurgery.capture.trace import misused
 from gradsurgery.errors import InputError
 from gradsurgery.grads import part
+from gradsurgery.spread import local
 
 
 class Graph(NamedTuple):
@@ -115,19 +119,67 @@ def expect_linear(
         passes = [([half, outputs - half], 1.0)]
         # a sum over samples is rounded to what it is computed in, as under autocast to 16 bits
         dtype = max({*dtypes, *(p.dtype for p in parameters)}, key=lambda d: torch.finfo(d).eps)
-    with as_before(functions([roots(losses)[0]])):
+    with as_before(functions([roots(losses)[0]])), _Terms(losses, parameters) as terms:
         for starts, factor in passes:
             found: list[Tensor | None] = [None] * len(parts)
+            terms.sizes.clear()
             for start in starts:
                 snapshot.put_back()
                 grads = snapshot.owned(vjps([losses], parameters, [start], False))
                 snapshot.note_changes()
                 found = [_add(a, b) for a, b in zip(found, grads, strict=True)]
-            for (name, _, total, size), grad in zip(parts, found, strict=True):
-                if grad is not None and not near(grad, total * factor, size * abs(factor), dtype):
+            for (name, p, total, size), grad in zip(parts, found, strict=True):
+                size = (size.double() * abs(factor)).clamp(min=terms.sizes.get(id(p), 0.0))
+                if grad is not None and not near(grad, total * factor, size, dtype):
                     raise InputError(not_linear(f"what {name} passes through", weighted))
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     b = None if b is None else b.to_dense()
     return b if a is None else a if b is None else a + b
+
+
+class _Terms:
+    """What the gradients of biases and the like are sums of, without signs, in passes inside.
+
+    Such a sum may be zero whatever comes, as that of a key's bias is: all there is of it is what
+    its terms, one for each token, were rounded to.
+    """
+
+    def __init__(self, losses: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+        self.sizes: dict[int, float] = {}  # the largest of each parameter's elements
+        self._handles: list[RemovableHandle] = []
+        self._above: list[tuple[Any, int, int]] = []  # nodes that sum, the id and size of whose
+        known = {id(p) for p in parameters if p.dim() <= 1}
+        carried: dict[Any, dict[int, int]] = {}  # by nodes that turn a parameter, as a cast does
+        for node, following in reversed(ordered(roots(losses)[0]).items()):
+            taken = [math.prod(meta.shape) for meta in getattr(node, "_input_metadata", ())]
+            for child, _ in following:
+                variable = getattr(child, "variable", None)
+                own = {id(variable): variable.numel()} if id(variable) in known else {}
+                for key, size in (own or carried.get(child, {})).items():
+                    if size in taken:
+                        carried.setdefault(node, {})[key] = size
+                    elif max(taken, default=0) > size:
+                        self._above.append((node, key, size))
+
+    def __enter__(self) -> "_Terms":
+        for node, key, size in self._above:
+            noted = partial(self._note, key, size)
+            self._handles.append(register(node.register_prehook, noted))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, key: int, size: int, grads: Sequence[Tensor | None]) -> None:
+        for grad in grads:
+            if grad is None or grad.numel() <= size:
+                continue
+            terms = local(grad).abs().double()
+            mine = [d for d in range(terms.dim()) if terms.shape[d] == size][-1:]
+            others = [d for d in range(terms.dim()) if d not in mine]
+            largest = float(terms.sum(others).max()) / (1 if mine else size)
+            if math.isfinite(largest):  # what overflowed says nothing
+                self.sizes[key] = self.sizes.get(key, 0.0) + largest
