@@ -142,26 +142,26 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 class _Terms:
     """What the gradients of biases and the like are sums of, without signs, in passes inside.
 
-    Such a sum may be zero whatever comes, as that of a key's bias is: all there is of it is what
-    its terms, one for each token, were rounded to.
+    Such a sum may be zero whatever comes, as that of a key's bias is: all there is of it then is
+    what its terms, one for each token, were rounded to.
     """
 
     def __init__(self, losses: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         self.sizes: dict[int, float] = {}  # the largest of each parameter's elements
         self._handles: list[RemovableHandle] = []
-        self._above: list[tuple[Any, int, int]] = []  # nodes that sum, the id and size of whose
-        known = {id(p) for p in parameters if p.dim() <= 1}
-        carried: dict[Any, dict[int, int]] = {}  # by nodes that turn a parameter, as a cast does
+        self._above: list[tuple[Any, int, int]] = []  # nodes that sum; id and size of a parameter
+        known = {id(p): p.numel() for p in parameters if p.dim() <= 1}
+        turned: dict[Any, int] = {}  # by nodes that cast or reshape a parameter, its id
         for node, following in reversed(ordered(roots(losses)[0]).items()):
-            taken = [math.prod(meta.shape) for meta in getattr(node, "_input_metadata", ())]
             for child, _ in following:
-                variable = getattr(child, "variable", None)
-                own = {id(variable): variable.numel()} if id(variable) in known else {}
-                for key, size in (own or carried.get(child, {})).items():
-                    if size in taken:
-                        carried.setdefault(node, {})[key] = size
-                    elif max(taken, default=0) > size:
-                        self._above.append((node, key, size))
+                key = turned.get(child, id(getattr(child, "variable", None)))
+                if key not in known:
+                    continue
+                taken = max((math.prod(meta.shape) for meta in node._input_metadata), default=0)
+                if taken > known[key]:
+                    self._above.append((node, key, known[key]))
+                elif len(following) == 1:
+                    turned[node] = key
 
     def __enter__(self) -> "_Terms":
         for node, key, size in self._above:
