@@ -194,10 +194,13 @@ def coupling(full: Watch, masked: Watch, inside: Callable[[Tensor], Tensor]) -> 
             whole, part = _at(full, node, nr), _at(masked, node, nr)
             if whole is None or part is None:
                 continue
+            rows = layout.beside(tuple(whole.shape)).to(whole.device)
+            mine = inside(rows) & (rows >= 0)
+            if torch.equal(part, torch.where(mine, whole, 0)):  # mostly; NaN is equal to nothing
+                continue
             # equal up to rounding, of the size of the largest value of the element's own row: rows
             # may differ by many orders, and each must be right for itself
-            rows = layout.elements(tuple(whole.shape)).to(whole.device)
-            mine = inside(rows) & (rows >= 0)
+            rows = rows.expand(whole.shape)
             size = whole.abs()
             sizes = size.new_zeros(int(rows.max()) + 2 if rows.numel() else 1)
             sizes.scatter_reduce_(0, (rows + 1).flatten(), size.flatten(), "amax")

@@ -84,6 +84,15 @@ class Layout:
         each = torch.arange(math.prod(shape), device="cpu")
         return self.rows[each // self.stride % self.count].view(tuple(shape))
 
+    def beside(self, shape: Sequence[int]) -> Tensor:
+        """The same with dimensions of 1 where the row is the same all along."""
+        if self.constant:
+            return self.rows.view([1] * len(shape))
+        axis = self.axis(shape)
+        if axis is None:
+            return self.elements(shape)
+        return self.along(shape).view([-1 if d == axis.dim else 1 for d in range(len(shape))])
+
     def same(self, other: "Layout") -> bool:
         if self is other:
             return True
