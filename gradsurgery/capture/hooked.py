@@ -1,40 +1,43 @@
 """Which nodes of a graph have hooks.
 
-Nothing tells from outside what the hook of a tensor is on. But a hook that is called knows the node
-that is being run. So where any hook of a tensor or a node lives in this process, whatever thread
-made it, one backward pass calls them all.
+Nothing tells from outside what the hook of a tensor is on. But what is called as a hook knows the
+node that is being run. So where any hook of a tensor or a node lives in this process, whatever
+thread made it, one backward pass asks them all where they are, and calls none.
 """
 
 import gc
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from itertools import compress
+from functools import partial
+from itertools import chain, compress, starmap
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules import module
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gradsurgery.capture.graph import ordered, roots
-from gradsurgery.capture.hooks import others
+from gradsurgery.capture.hooks import others, register
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.recomputed import read_again
 from gradsurgery.capture.snapshot import functions
 
-OWNERS = (nn.Module, Optimizer)
 GLOBAL = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks, *vars(module).values())
-
+OF_MODULES = [name for name, value in vars(nn.Module()).items() if type(value) is OrderedDict]
+ENGINE = torch.autograd.graph.__name__  # the module that runs the engine
 
 Hooks = OrderedDict[int, Callable]  # of one tensor or node, by handle
 
 
 class Hooked:
-    """The nodes under some losses that hooks were registered on; hooks of leaves are not asked for.
+    """The nodes under some losses that hooks were registered on.
 
     Args:
         losses: with their graph, which is kept.
@@ -45,53 +48,128 @@ class Hooked:
     def __init__(
         self, losses: Tensor, outputs: Callable[[], Tensor], parameters: Sequence[nn.Parameter]
     ) -> None:
-        self._losses, self._outputs = losses, outputs
-        self._parameters = [p for p in parameters if p.requires_grad]  # the loss may freeze some
+        self._losses, self._outputs, self._parameters = losses, outputs, parameters
+        self._asked = False
+        self._nodes: set[Any] | None = None
 
     def among(self, nodes: Iterable[Any]) -> bool:
         """Whether one of these nodes has a hook, or may have one where that cannot be known."""
-        return self._nodes is None or not self._nodes.isdisjoint(nodes)
+        known = self._known()
+        return known is None or not known.isdisjoint(nodes)
 
-    @cached_property
-    def _nodes(self) -> set[Any] | None:
-        """All of them, by a backward pass where any hook lives; None where they are not known."""
+    @property
+    def found(self) -> bool:
+        """Whether any operation has a hook, or may have, if that was asked of some."""
+        return self._asked and self._nodes != set()
+
+    def _known(self) -> set[Any] | None:
+        if not self._asked:
+            self._asked, self._nodes = True, self._all()
+        return self._nodes
+
+    def _all(self) -> set[Any] | None:
+        """By a backward pass, where any hook lives; None where they are not known."""
         hooks = live_hooks.found()
         if not hooks:
             return None if hooks is None else set()
-        root = roots(self._losses)[0]
-        read_again(ordered(root))
+        with torch.enable_grad():
+            total = (self._losses * self._outputs()).sum()
+        root = roots(total)[0]
+        nodes = ordered(root)
+        # what was frozen after the forward pass is still in the graph
+        own = set(map(id, self._parameters))
+        ends = [GradientEdge(n, 0) for n in nodes if id(getattr(n, "variable", None)) in own]
+        if not ends:
+            return set()
+        read_again(nodes)
         # what draws random numbers draws the same ones again
-        devices = [self._losses.device] if self._losses.is_cuda else []
-        with torch.random.fork_rng(devices), _telling(hooks) as found:
-            vjps([self._losses], self._parameters, [self._outputs()], False, functions([root]))
-        return found
+        devices = [total.device] if total.is_cuda else []
+        asking = Asking()
+        start = register(root.register_prehook, asking.begins)
+        try:
+            with torch.random.fork_rng(devices), _asked(hooks, asking):
+                vjps([total], ends, [torch.ones_like(total)], False, functions([root]))
+        except Exception:  # a pass may need what its hooks do; else it will raise again
+            return None
+        finally:
+            start.remove()
+        return {node for node in asking.found if not hasattr(node, "variable")}
+
+
+class Asking:
+    """A pass that asks hooks where they are: its number, and the nodes found."""
+
+    def __init__(self) -> None:
+        self.task: int | None = None
+        self.found: set[Any] = set()
+
+    def begins(self, _: object) -> None:
+        self.task = torch._C._current_graph_task_id()
+
+
+class _Asked:
+    """Stands for a hook in its place; for all but the passes that ask, it is that hook."""
+
+    def __init__(self, hook: Any) -> None:
+        self.__dict__.update(_hook=hook, _by=[])  # who asks, of all threads
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        task = torch._C._current_graph_task_id()
+        mine = [asking for asking in self._by if asking.task == task]
+        if not mine or not _called_by_the_engine():
+            return self._hook(*args, **kwargs)
+        for asking in mine:
+            asking.found.add(torch._C._current_autograd_node())
+        return None  # as a hook that changes nothing
+
+    # what was taken for the hooks of a tensor may be a table of somebody's modules
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # no other
+        return type(self._hook)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hook, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._hook, name, value)
+
+
+def _called_by_the_engine() -> bool:
+    """Whether a hook that asks this was called by autograd, and not by a Function's backward."""
+    try:
+        frame = sys._getframe(2)
+    except ValueError:  # a GPU's thread has no frames
+        return True
+    return frame.f_globals.get("__name__") == ENGINE
+
+
+_putting = Lock()
 
 
 @contextmanager
-def _telling(hooks: Iterable[Hooks]) -> Iterator[set[Any]]:
-    """Nodes that run while one of the hooks is called, as long as this lasts.
+def _asked(hooks: Iterable[Hooks], asking: Asking) -> Iterator[None]:
+    """Has one more who asks, as long as this lasts.
 
-    Each hook does what it does. No key is added or taken: others may be reading what is no hook.
+    No key is added or taken: others may be reading what is no hook.
     """
-    found: set[Any] = set()
-
-    def telling(hook: Callable) -> Callable:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            found.add(torch._C._current_autograd_node())
-            return hook(*args, **kwargs)
-
-        return call
-
-    put = [(each, key, hook, telling(hook)) for each in hooks for key, hook in list(each.items())]
+    put = []
     try:
-        for each, key, hook, mine in put:
-            if each.get(key) is hook:
-                each[key] = mine
-        yield found
+        with _putting:
+            for each in hooks:
+                for key, hook in list(each.items()):
+                    asked: Any = hook if type(hook) is _Asked else _Asked(hook)
+                    put.append((each, key, asked))
+                    asked._by.append(asking)
+                    if each.get(key) is hook:  # not removed since
+                        each[key] = asked
+        yield
     finally:
-        for each, key, hook, mine in put:
-            if each.get(key) is mine:
-                each[key] = hook
+        with _putting:
+            for each, key, asked in put:
+                if asking in asked._by:
+                    asked._by.remove(asking)
+                if not asked._by and each.get(key) is asked:
+                    each[key] = asked._hook
 
 
 class LiveHooks:
@@ -99,64 +177,68 @@ class LiveHooks:
 
     torch keeps the hooks of a tensor, or of a node, in an OrderedDict by the numbers of their
     handles, which lives as long as its graph. The collector of garbage knows it, but not whose it
-    is: those of modules, of optimizers and of leaves are set aside.
+    is: those of modules and of optimizers are set aside.
 
     Args:
         made: how many handles others have made.
     """
 
     def __init__(self, made: Callable[[], int]) -> None:
-        self._made, self._looked_at = made, 0
-        self._known: list[weakref.ref] = []
+        self._made = made
+        self._looked: tuple[int, list[weakref.ref]] = 0, []  # at how many handles, and what lived
 
-    def found(self) -> "list[Hooks] | None":
+    def found(self) -> list[Hooks] | None:
         """All that live, by handle; None where that cannot be told.
 
         Where handles were made since the last look, all objects are looked through.
         """
-        made = self._made()
-        if made != self._looked_at:
+        made, (at, known) = self._made(), self._looked
+        if made != at:
             if gc.get_freeze_count() > 0:  # what is frozen is not listed
                 return None
             with torch._C.DisableTorchFunctionSubclass():  # tensors of all kinds are asked
-                self._known = [weakref.ref(hooks) for hooks in _found()]
-            self._looked_at = made
-        alive = (known() for known in self._known)
+                known = [weakref.ref(hooks) for hooks in _found()]
+            self._looked = made, known
+        alive = (hooks() for hooks in known)
         return [hooks for hooks in alive if hooks]  # and not removed
 
 
-def _found() -> list[Any]:
+def _found() -> list[Hooks]:
     # any OrderedDict with numbers for keys and functions for values may be one; those of modules,
-    # optimizers and leaves are known by their owners
-    every = gc.get_objects()  # millions, of some thousand types
-    some = list(compress(every, map(_Wanted().__getitem__, map(type, every))))
+    # of optimizers, and for what has been accumulated, are known by their owners
+    some = _some()
     hooks = [each for each in some if type(each) is OrderedDict and _are_hooks(each)]
     if not hooks:
         return []
     known = set(map(id, GLOBAL))
     for each in some:
-        if issubclass(type(each), OWNERS):
-            known.update(map(id, vars(each).values()))
-        elif issubclass(type(each), Tensor) and _is_leaf(each):
-            known.add(id(each._backward_hooks))
+        kind = type(each)
+        if issubclass(kind, nn.Module):
+            known.update(id(vars(each).get(name)) for name in OF_MODULES)
+        elif issubclass(kind, Optimizer):
+            known.update(id(v) for name, v in vars(each).items() if name.startswith("_optimizer_"))
+        elif issubclass(kind, Tensor):
             known.add(id(getattr(each, "_post_accumulate_grad_hooks", None)))
     return [each for each in hooks if id(each) not in known]
 
 
-class _Wanted(dict[type, bool]):
-    """Whether objects of a type are looked at."""
+def _some() -> list[Any]:
+    """Of all objects those that are hooks, or may own some."""
+    # millions, of some thousand types
+    kinds = set(map(type, _every()))
+    wanted = {k for k in kinds if issubclass(k, (OrderedDict, nn.Module, Optimizer, Tensor))}
+    objects, some = [], []
+    picked = compress(objects, map(wanted.__contains__, map(type, objects)))
+    steps = [partial(objects.extend, _every()), partial(some.extend, picked), objects.clear]
+    # another thread may be filling a tuple, and fails where anybody else holds it: so no thread
+    # runs while all objects are held, which is so inside of one call that makes none
+    any(chain.from_iterable([starmap(step, [()]) for step in steps]))
+    return some
 
-    def __missing__(self, kind: type) -> bool:
-        self[kind] = wanted = issubclass(kind, (OrderedDict, *OWNERS, Tensor))
-        return wanted
 
-
-def _is_leaf(tensor: Tensor) -> bool:
-    try:
-        # one that was cut off by detach_() keeps the hooks of the node that made it
-        return tensor.is_leaf and (tensor.requires_grad or isinstance(tensor, nn.Parameter))
-    except RuntimeError:  # a view whose base was written to, as those of DDP's buckets are
-        return False
+def _every() -> Iterator[Any]:
+    """All objects, listed when the first is asked for."""
+    return chain.from_iterable(starmap(gc.get_objects, [()]))
 
 
 def _are_hooks(content: OrderedDict) -> bool:

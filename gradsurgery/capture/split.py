@@ -51,20 +51,22 @@ def settled(grad: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def refuse_derived(
-    names: Sequence[str], parameters: Sequence[nn.Parameter], derived: Sequence[Derived]
+    names: Sequence[str],
+    parameters: Sequence[nn.Parameter],
+    derived: Sequence[Derived],
+    hooked: bool,
 ) -> None:
-    """Raise where other tensors are computed from a parameter that is split."""
-    made = {id(p): each for each in derived for p in each.parameters}
+    """Raise where other tensors are computed from a parameter that is split, or there are hooks."""
+    made = {id(p) for each in derived for p in each.parameters}
     for name, parameter in zip(names, parameters, strict=True):
-        if not is_split(parameter) or id(parameter) not in made:
-            continue
-        why = "another tensor is computed from it"
-        if made[id(parameter)].hooked:
-            why = "the forward pass registered hooks, which may be on what is computed from it"
-        raise InputError(
-            f"parameter {name} is split by tensor parallelism, and {why}: rows of shards are of "
-            "parameters that activations meet as they are"
-        )
+        if is_split(parameter) and (hooked or id(parameter) in made):
+            why = "another tensor is computed from it"
+            if hooked:
+                why = "the forward pass registered hooks"
+            raise InputError(
+                f"parameter {name} is split by tensor parallelism, and {why}: rows of shards are "
+                "of parameters that activations meet as they are"
+            )
 
 
 def shards_of(name: str, parameter: nn.Parameter, uses: Sequence[Use]) -> list[Use]:

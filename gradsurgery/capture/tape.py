@@ -112,7 +112,8 @@ class Tape:
         graph = Graph(losses, rows.tensor, snapshot) if combine == "backward" else None
         parameters = list(self.parameters)
         if any(map(is_split, parameters)):
-            refuse_derived(self.names, parameters, collector.derived)
+            hooked = m > 0 and collector.hooked.found
+            refuse_derived(self.names, parameters, collector.derived, hooked)
             named = zip(self.names, parameters, uses, strict=True)
             uses = [shards_of(name, parameter, mine) for name, parameter, mine in named]
             parameters = list(map(stand_in, parameters))

@@ -129,7 +129,8 @@ def expect_linear(
                 snapshot.note_changes()
                 found = [_add(a, b) for a, b in zip(found, grads, strict=True)]
             for (name, p, total, size), grad in zip(parts, found, strict=True):
-                size = (size.double() * abs(factor)).clamp(min=terms.sizes.get(id(p), 0.0))
+                least = terms.sizes.get(id(p), 0.0) * _finer(dtype or total.dtype)
+                size = (size.double() * abs(factor)).clamp(min=least)
                 if grad is not None and not near(grad, total * factor, size, dtype):
                     raise InputError(not_linear(f"what {name} passes through", weighted))
 
@@ -137,6 +138,11 @@ def expect_linear(
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     b = None if b is None else b.to_dense()
     return b if a is None else a if b is None else a + b
+
+
+def _finer(dtype: torch.dtype) -> float:
+    """How much finer than its rounding a sum over tokens is: those of 16 bits are float32's."""
+    return min(1.0, torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
 
 
 class _Terms:
@@ -150,7 +156,7 @@ class _Terms:
         self.sizes: dict[int, float] = {}  # the largest of each parameter's elements
         self._handles: list[RemovableHandle] = []
         self._above: list[tuple[Any, int, int]] = []  # nodes that sum; id and size of a parameter
-        known = {id(p): p.numel() for p in parameters if p.dim() <= 1}
+        known = {id(p): p.numel() for p in parameters if p.dim() <= 1 and p.numel() > 0}
         turned: dict[Any, int] = {}  # by nodes that cast or reshape a parameter, its id
         for node, following in reversed(ordered(roots(losses)[0]).items()):
             for child, _ in following:

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import threading
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gradsurgery as gs
+from gradsurgery.capture import hooked
 from tests.capture.oracle import agrees, batch, check, energy, loop, mlp
 from tests.capture.test_hooks import MIXING, OWN, by_std, doubled
 
@@ -118,7 +121,7 @@ def passes(model, forward):
 
 
 def test_ordinary_models_take_one_pass():
-    """Whatever hooks modules, optimizers and leaves have, and after tensors with hooks are gone."""
+    """Whatever hooks modules and optimizers have, and after tensors with hooks are gone."""
     model, other = mlp(), mlp()
     forward = lambda: energy(model(X))  # noqa: E731
     gc.collect()
@@ -127,7 +130,6 @@ def test_ordinary_models_take_one_pass():
     handles = [
         other.register_forward_hook(lambda *_: None),
         other[0].register_full_backward_hook(lambda *_: None),
-        other[0].weight.register_hook(doubled),
         other[0].bias.register_post_accumulate_grad_hook(lambda _: None),
         optimizer.register_step_post_hook(lambda *_: None),
         register_optimizer_step_post_hook(lambda *_: None),
@@ -147,8 +149,8 @@ def test_ordinary_models_take_one_pass():
 def test_looks_through_objects_once_for_new_handles(monkeypatch):
     model, looked = mlp(), []
     gc.collect()
-    objects = gc.get_objects
-    monkeypatch.setattr(gc, "get_objects", lambda: (looked.append(None), objects())[1])
+    found = hooked._found
+    monkeypatch.setattr(hooked, "_found", lambda: looked.append(None) or found())
     model.register_forward_hook(lambda *_: None)
     for _ in range(3):
         assert passes(model, lambda: energy(model(X))) == 1
@@ -201,10 +203,23 @@ def test_hooks_that_change_nothing(add):
     torch.testing.assert_close(*steps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_clip_of_a_long_sum_is_seen(dtype):
+    """Though what its terms are rounded to is much, in few bits."""
+    layer = nn.Linear(5, 4).to(dtype)
+    x, signs = torch.randn(8, 64, 5).to(dtype), torch.randn(8, 64, 4).to(dtype)
+    with gs.tape(layer) as tape:
+        bias = layer.bias * 1
+        bias.register_hook(lambda grad: grad.clamp(-0.01, 0.01))
+        loss = ((x @ layer.weight.t() + bias) * signs).sum()
+    with pytest.raises(gs.InputError, match=r"what bias passes through is not linear"):
+        tape.jacobian(loss, combine="backward")
+
+
 def test_a_hook_elsewhere_changes_no_path():
     model, elsewhere = mlp(), mlp()[0](X)
-    for hooked in (False, True):
-        if hooked:
+    for hook in (False, True):
+        if hook:
             elsewhere.register_hook(by_std)
         with gs.tape(model) as tape:
             losses = energy(model(X))
@@ -231,16 +246,99 @@ def test_hooks_are_put_back(raises):
     assert list(hidden._backward_hooks.values()) == [hook]
 
 
-def test_a_hook_of_a_tensor_that_was_cut_off():
-    """It stays on the node that made the tensor, which others were computed from."""
+@pytest.mark.parametrize("after", ["cut off", "a leaf", "frozen"])
+def test_a_hook_stays_on_the_graph(after):
+    """On the node that made the tensor, whatever is done afterwards to that or to parameters."""
     model = mlp()
     with gs.tape(model) as tape:
         hidden = model[0](X)
         hidden.register_hook(by_std)
         losses = energy(model[2](hidden.tanh()))
-        hidden.detach_()
+    if after == "frozen":
+        model[0].requires_grad_(False)
+    else:
+        hidden.detach_().requires_grad_(after == "a leaf")
     with pytest.raises(gs.InputError, match=r"a hook on the output of AddmmBackward0"):
         tape.jacobian(losses)
+
+
+def test_hooks_are_not_called_by_who_asks_where_they_are():
+    """One that works once would have worked already."""
+    model, called = mlp(), []
+
+    def once(grad):
+        called.append(None)
+        return 2 * grad if len(called) == 1 else None
+
+    with gs.tape(model) as tape:
+        hidden = model[0](X)
+        hidden.register_hook(once)
+        losses = energy(model[2](hidden.tanh()))
+    with pytest.raises(gs.InputError, match=r"a hook on the output of AddmmBackward0"):
+        tape.jacobian(losses)
+
+
+def test_a_table_of_modules_is_what_it_is():
+    """Numbers and what can be called: so are hooks kept."""
+    model, elsewhere = mlp(), mlp()[0](X)
+    elsewhere.register_hook(doubled)
+    table = OrderedDict({0: nn.Linear(7, 7).double()})
+
+    class Looked(torch.autograd.Function):
+        """Looks a module up, and calls it, in its backward."""
+
+        @staticmethod
+        def forward(ctx, x):
+            return table[0](x)
+
+        @staticmethod
+        def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+            assert isinstance(table[0], nn.Linear)
+            with torch.enable_grad():
+                x = torch.zeros_like(grad).requires_grad_()
+                return torch.autograd.grad(table[0](x), x, grad * table[0].in_features)[0] / 7
+
+    agrees(model, lambda: energy(model[2](Looked.apply(model[0](X)))))
+    assert type(table[0]) is nn.Linear
+
+
+def test_threads_ask_beside_each_other():
+    """None takes another's hooks away, or holds what another is making."""
+    wrong, stop = [], []
+
+    def unrelated():
+        while not stop:
+            hidden = mlp()[0](X)
+            hidden.register_hook(doubled)
+            hidden.sum().backward()
+
+    def work():
+        model = mlp()
+
+        def forward():
+            hidden = model[0](X)
+            hidden.register_hook(doubled)
+            return energy(model[2](hidden.tanh())), hidden
+
+        rows = torch.cat([g.flatten(1) for g in loop(forward()[0], model)], 1)
+        for _ in range(20):
+            with gs.tape(model) as tape:
+                losses, hidden = forward()
+            found = tape.jacobian(losses).materialize()
+            wrong.extend([] if torch.allclose(found, rows) else ["rows"])
+            kept.append(hidden)
+
+    kept = []
+    threads = [threading.Thread(target=target) for target in (unrelated, work, work, work)]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join()
+    stop.append(None)
+    threads[0].join()
+    assert len(kept) == 60
+    assert not wrong
+    assert all(list(hidden._backward_hooks.values()) == [doubled] for hidden in kept)
 
 
 def test_what_the_collector_does_not_list_may_have_hooks():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import gradsurgery as gs
-from gradsurgery.capture.hooks import _others as others_made
+from gradsurgery.capture.hooks import others as others_made
 from gradsurgery.ranks.blocks import Blocks
 from tests.ranks.cases import data, share, whole
 from tests.ranks.processes import run
