@@ -15,7 +15,7 @@ from gradsurgery.capture.broadcast import OnTheWay, Sum, added_up
 from gradsurgery.capture.descent import Arrived, CoupledByHook, Descent, not_linear
 from gradsurgery.capture.fallback import Fallback
 from gradsurgery.capture.formulas import Finish, prepare
-from gradsurgery.capture.graph import Place, ordered, roots, under
+from gradsurgery.capture.graph import Place, ordered, roots, under, variable_of
 from gradsurgery.capture.hooked import Hooked
 from gradsurgery.capture.hooks import Sampled
 from gradsurgery.capture.layout import Layout, compress
@@ -211,7 +211,7 @@ class Collector:
 
     def _may_bend(self) -> bool:
         """Whether there is a hook or a Function, which may not be linear."""
-        nodes = [n for n in ordered(roots(self.losses)[0]) if not hasattr(n, "variable")]
+        nodes = [n for n in ordered(roots(self.losses)[0]) if variable_of(n) is None]
         hooked = any(p._backward_hooks for p in self.owner.parameters)
         return hooked or self.hooked.among(nodes) or any(map(is_function, nodes))
 
@@ -379,7 +379,7 @@ class Collector:
 
     def _assign(self, leaf: Leaf, made: list[Use]) -> None:
         """To the parameter the leaf is a view of, or to those it is computed from."""
-        itself = hasattr(leaf.place[0], "variable")
+        itself = variable_of(leaf.place[0]) is not None
         hooked = not itself and self.hooked.among(leaf.below[0])
         simple = None if hooked else leaf.simple
         if simple is not None:

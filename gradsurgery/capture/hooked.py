@@ -22,8 +22,9 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules import module
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils.hooks import RemovableHandle
 
-from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.graph import ordered, roots, variable_of
 from gradsurgery.capture.hooks import others, register
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.recomputed import read_again
@@ -31,6 +32,7 @@ from gradsurgery.capture.snapshot import functions
 
 GLOBAL = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks, *vars(module).values())
 OF_MODULES = [name for name, value in vars(nn.Module()).items() if type(value) is OrderedDict]
+KINDS = (OrderedDict, RemovableHandle, nn.Module, Optimizer, Tensor)
 ENGINE = torch.autograd.graph.__name__  # the module that runs the engine
 
 Hooks = OrderedDict[int, Callable]  # of one tensor or node, by handle
@@ -78,7 +80,7 @@ class Hooked:
         nodes = ordered(root)
         # what was frozen after the forward pass is still in the graph
         own = set(map(id, self._parameters))
-        ends = [GradientEdge(n, 0) for n in nodes if id(getattr(n, "variable", None)) in own]
+        ends = [GradientEdge(n, 0) for n in nodes if id(variable_of(n)) in own]
         if not ends:
             return set()
         read_again(nodes)
@@ -93,7 +95,7 @@ class Hooked:
             return None
         finally:
             start.remove()
-        return {node for node in asking.found if not hasattr(node, "variable")}
+        return {node for node in asking.found if variable_of(node) is None}
 
 
 class Asking:
@@ -110,28 +112,18 @@ class Asking:
 class _Asked:
     """Stands for a hook in its place; for all but the passes that ask, it is that hook."""
 
-    def __init__(self, hook: Any) -> None:
-        self.__dict__.update(_hook=hook, _by=[])  # who asks, of all threads
+    def __init__(self, hook: Callable) -> None:
+        self.stands_for = hook
+        self.by: list[Asking] = []  # of all threads
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         task = torch._C._current_graph_task_id()
-        mine = [asking for asking in self._by if asking.task == task]
+        mine = [asking for asking in tuple(self.by) if asking.task == task]
         if not mine or not _called_by_the_engine():
-            return self._hook(*args, **kwargs)
+            return self.stands_for(*args, **kwargs)
         for asking in mine:
             asking.found.add(torch._C._current_autograd_node())
         return None  # as a hook that changes nothing
-
-    # what was taken for the hooks of a tensor may be a table of somebody's modules
-    @property
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]  # no other
-        return type(self._hook)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._hook, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._hook, name, value)
 
 
 def _called_by_the_engine() -> bool:
@@ -159,17 +151,17 @@ def _asked(hooks: Iterable[Hooks], asking: Asking) -> Iterator[None]:
                 for key, hook in list(each.items()):
                     asked: Any = hook if type(hook) is _Asked else _Asked(hook)
                     put.append((each, key, asked))
-                    asked._by.append(asking)
+                    asked.by.append(asking)
                     if each.get(key) is hook:  # not removed since
                         each[key] = asked
         yield
     finally:
         with _putting:
             for each, key, asked in put:
-                if asking in asked._by:
-                    asked._by.remove(asking)
-                if not asked._by and each.get(key) is asked:
-                    each[key] = asked._hook
+                if asking in asked.by:
+                    asked.by.remove(asking)
+                if not asked.by and each.get(key) is asked:
+                    each[key] = asked.stands_for
 
 
 class LiveHooks:
@@ -185,48 +177,62 @@ class LiveHooks:
 
     def __init__(self, made: Callable[[], int]) -> None:
         self._made = made
-        self._looked: tuple[int, list[weakref.ref]] = 0, []  # at how many handles, and what lived
+        # at how many handles, what lived, and what may be somebody's table
+        self._looked: tuple[int, list[weakref.ref], list[weakref.ref]] = 0, [], []
 
     def found(self) -> list[Hooks] | None:
         """All that live, by handle; None where that cannot be told.
 
         Where handles were made since the last look, all objects are looked through.
         """
-        made, (at, known) = self._made(), self._looked
+        made, (at, known, unclear) = self._made(), self._looked
         if made != at:
             if gc.get_freeze_count() > 0:  # what is frozen is not listed
                 return None
             with torch._C.DisableTorchFunctionSubclass():  # tensors of all kinds are asked
-                known = [weakref.ref(hooks) for hooks in _found()]
-            self._looked = made, known
+                known, unclear = (list(map(weakref.ref, each)) for each in _found())
+            self._looked = made, known, unclear
+        if any(hooks() for hooks in unclear):
+            return None
         alive = (hooks() for hooks in known)
         return [hooks for hooks in alive if hooks]  # and not removed
 
 
-def _found() -> list[Hooks]:
-    # any OrderedDict with numbers for keys and functions for values may be one; those of modules,
-    # of optimizers, and for what has been accumulated, are known by their owners
+def _found() -> tuple[list[Hooks], list[Hooks]]:
+    """Those of tensors and nodes, and what may be such or a table of functions by number."""
     some = _some()
     hooks = [each for each in some if type(each) is OrderedDict and _are_hooks(each)]
     if not hooks:
-        return []
-    known = set(map(id, GLOBAL))
+        return [], []
+    # those of modules, of optimizers, and for what was accumulated, are known by their owners; and
+    # so are those of tensors and handles that are still there
+    other, known = set(map(id, GLOBAL)), set()
     for each in some:
         kind = type(each)
         if issubclass(kind, nn.Module):
-            known.update(id(vars(each).get(name)) for name in OF_MODULES)
+            other.update(id(vars(each).get(name)) for name in OF_MODULES)
         elif issubclass(kind, Optimizer):
-            known.update(id(v) for name, v in vars(each).items() if name.startswith("_optimizer_"))
+            other.update(id(v) for name, v in vars(each).items() if name.startswith("_optimizer_"))
         elif issubclass(kind, Tensor):
-            known.add(id(getattr(each, "_post_accumulate_grad_hooks", None)))
-    return [each for each in hooks if id(each) not in known]
+            other.add(id(getattr(each, "_post_accumulate_grad_hooks", None)))
+            known.add(id(each._backward_hooks))
+        elif issubclass(kind, RemovableHandle):
+            known.add(id(each.hooks_dict_ref()))
+    hooks = [each for each in hooks if id(each) not in other]
+    rest = [each for each in hooks if id(each) not in known]
+    # else nobody holds them but autograd, which says nothing of it
+    mine = {id(some), id(hooks), id(rest)}
+    holders = [each for each in gc.get_referrers(*rest) if id(each) not in mine]
+    held = {id(each) for holder in holders for each in gc.get_referents(holder)}
+    clear = [each for each in hooks if id(each) in known or id(each) not in held]
+    return clear, [each for each in rest if id(each) in held]
 
 
 def _some() -> list[Any]:
     """Of all objects those that are hooks, or may own some."""
     # millions, of some thousand types
     kinds = set(map(type, _every()))
-    wanted = {k for k in kinds if issubclass(k, (OrderedDict, nn.Module, Optimizer, Tensor))}
+    wanted = {k for k in kinds if issubclass(k, KINDS)}
     objects, some = [], []
     picked = compress(objects, map(wanted.__contains__, map(type, objects)))
     steps = [partial(objects.extend, _every()), partial(some.extend, picked), objects.clear]
@@ -243,7 +249,7 @@ def _every() -> Iterator[Any]:
 
 def _are_hooks(content: OrderedDict) -> bool:
     return len(content) > 0 and all(
-        isinstance(key, int) and callable(hook) for key, hook in content.items()
+        isinstance(key, int) and callable(hook) for key, hook in list(content.items())
     )
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils.hooks import BackwardHook, RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from gradsurgery.capture.graph import Place, ordered, roots
+from gradsurgery.capture.graph import Place, ordered, roots, variable_of
 from gradsurgery.capture.layout import Layout
 from gradsurgery.capture.snapshot import Snapshot
 from gradsurgery.errors import InputError
@@ -115,7 +115,9 @@ class Watch:
                 handle = register(method, mine)
                 self._handles.append(handle)
                 hooks = handle.hooks_dict_ref() or {}
-                others[node] = [hook for hook in hooks.values() if hook is not mine]
+                # another thread may ask where mine is, too
+                found = [getattr(hook, "stands_for", hook) for hook in hooks.values()]
+                others[node] = [hook for hook in found if hook is not mine]
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -265,7 +267,7 @@ def scale_of(dtypes: Iterable[torch.dtype]) -> float:
 
 def dtypes_under(losses: Tensor) -> set[torch.dtype]:
     """Those of all gradients that a backward pass has."""
-    nodes = [n for n in ordered(roots(losses)[0]) if not hasattr(n, "variable")]
+    nodes = [n for n in ordered(roots(losses)[0]) if variable_of(n) is None]
     return {losses.dtype, *(meta.dtype for node in nodes for meta in node._input_metadata)}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from gradsurgery.capture.graph import variable_of
 from gradsurgery.capture.hooks import linear, near, scale_of
 from gradsurgery.capture.probe import steady, unsteady
 from gradsurgery.capture.ranges import in_range, unit
@@ -197,7 +198,7 @@ def metas_of(leaves: Sequence[Leaf]) -> list[Any]:
     found = []
     for leaf in leaves:
         node, nr = leaf.place
-        variable = getattr(node, "variable", None)
+        variable = variable_of(node)
         found.append(node._input_metadata[nr] if variable is None else variable)
     return found
 

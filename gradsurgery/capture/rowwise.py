@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gradsurgery.capture.carriers import OPAQUE
 from gradsurgery.capture.descent import CoupledByHook
 from gradsurgery.capture.fallback import Fallback, Reason, compiled
-from gradsurgery.capture.graph import ordered, roots, under
+from gradsurgery.capture.graph import ordered, roots, under, variable_of
 from gradsurgery.capture.hooked import Hooked
 from gradsurgery.capture.hooks import linear, near, scale_of
 from gradsurgery.capture.leaves import vjps
@@ -127,7 +127,7 @@ class Rowwise:
                 start.put_back()
             parameters = [self.owner.parameters[k] for k in ks]
             # hooks are no code for vmap: what they do to its tensors may end the process
-            every = [n for n in ordered(roots(losses)[0]) if not hasattr(n, "variable")]
+            every = [n for n in ordered(roots(losses)[0]) if variable_of(n) is None]
             vmapped = not (any(p._backward_hooks for p in parameters) or hooked.among(every))
             # all rows in one call: a batch of vectors, each 1 for the losses of its row
             grads = vjps([losses], parameters, [vectors], True, nodes, vmapped)

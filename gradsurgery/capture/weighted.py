@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradsurgery.capture.descent import not_linear
-from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.graph import ordered, roots, variable_of
 from gradsurgery.capture.hooks import dtypes_under, near, register, scale_of
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.ranges import scaled_parts
@@ -160,7 +160,7 @@ class _Terms:
         turned: dict[Any, int] = {}  # by nodes that cast or reshape a parameter, its id
         for node, following in reversed(ordered(roots(losses)[0]).items()):
             for child, _ in following:
-                key = turned.get(child, id(getattr(child, "variable", None)))
+                key = turned.get(child, id(variable_of(child)))
                 if key not in known:
                     continue
                 taken = max((math.prod(meta.shape) for meta in node._input_metadata), default=0)

@@ -278,11 +278,35 @@ def test_hooks_are_not_called_by_who_asks_where_they_are():
         tape.jacobian(losses)
 
 
+class Named(torch.autograd.Function):
+    """Has what nodes that accumulate have."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.variable = 1
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad
+
+
+def test_a_hook_on_a_function_that_has_a_variable():
+    model = mlp()
+    with gs.tape(model) as tape:
+        hidden = Named.apply(model[0](X))
+        hidden.register_hook(by_std)
+        losses = energy(model[2](hidden.tanh()))
+    with pytest.raises(gs.InputError, match=r"a hook on the output of NamedBackward"):
+        tape.jacobian(losses)
+
+
 def test_a_table_of_modules_is_what_it_is():
     """Numbers and what can be called: so are hooks kept."""
     model, elsewhere = mlp(), mlp()[0](X)
     elsewhere.register_hook(doubled)
-    table = OrderedDict({0: nn.Linear(7, 7).double()})
+    linear = nn.Linear(7, 7).double()
+    table = OrderedDict({0: linear})
 
     class Looked(torch.autograd.Function):
         """Looks a module up, and calls it, in its backward."""
@@ -293,13 +317,13 @@ def test_a_table_of_modules_is_what_it_is():
 
         @staticmethod
         def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-            assert isinstance(table[0], nn.Linear)
+            assert table[0] is linear
             with torch.enable_grad():
                 x = torch.zeros_like(grad).requires_grad_()
                 return torch.autograd.grad(table[0](x), x, grad * table[0].in_features)[0] / 7
 
     agrees(model, lambda: energy(model[2](Looked.apply(model[0](X)))))
-    assert type(table[0]) is nn.Linear
+    assert table[0] is linear
 
 
 def test_threads_ask_beside_each_other():
