@@ -324,7 +324,7 @@ def test_a_row_given_away_is_right_or_refused_where_another_jacobian_has_it(name
         assert_own(all_grads(model), found)
 
 
-def test_a_row_of_its_own_pass_is_scaled_in_its_place_where_nobody_else_has_it():
+def test_a_row_of_its_own_pass_is_scaled_in_its_place_where_nobody_else_has_it(alone):
     model, forget, _ = made("linear layers", ONE)
     retain, _ = jacobian_of(model, seed=7)
     both = gs.concat([forget, retain])

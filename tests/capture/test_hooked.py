@@ -120,11 +120,10 @@ def passes(model, forward):
     return len(counted)
 
 
-def test_ordinary_models_take_one_pass():
+def test_ordinary_models_take_one_pass(alone):
     """Whatever hooks modules and optimizers have, and after tensors with hooks are gone."""
     model, other = mlp(), mlp()
     forward = lambda: energy(model(X))  # noqa: E731
-    gc.collect()
     assert passes(model, forward) == 1
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     handles = [
@@ -146,9 +145,8 @@ def test_ordinary_models_take_one_pass():
             handle.remove()
 
 
-def test_looks_through_objects_once_for_new_handles(monkeypatch):
+def test_looks_through_objects_once_for_new_handles(alone, monkeypatch):
     model, looked = mlp(), []
-    gc.collect()
     found = hooked._found
     monkeypatch.setattr(hooked, "_found", lambda: looked.append(None) or found())
     model.register_forward_hook(lambda *_: None)
@@ -184,7 +182,7 @@ def hooked_output(model):
 
 
 @pytest.mark.parametrize("add", [hooked_module, hooked_output])
-def test_hooks_that_change_nothing(add):
+def test_hooks_that_change_nothing(add, alone):
     """Weights keep pairs; a key's bias, whose gradient is all rounding, is no reason to refuse."""
     x, steps = torch.randn(6, 3, 5), []
     for micro_batch in (None, 2):
@@ -216,7 +214,7 @@ def test_a_clip_of_a_long_sum_is_seen(dtype):
         tape.jacobian(loss, combine="backward")
 
 
-def test_a_hook_elsewhere_changes_no_path():
+def test_a_hook_elsewhere_changes_no_path(alone):
     model, elsewhere = mlp(), mlp()[0](X)
     for hook in (False, True):
         if hook:

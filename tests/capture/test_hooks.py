@@ -1,6 +1,5 @@
 """Hooks between the losses and the parameters: exact where they work sample by sample."""
 
-import gc
 import warnings
 
 import pytest
@@ -250,10 +249,9 @@ def test_a_hook_made_before_the_tape():
     torch.testing.assert_close(gram, torch.stack(rows) @ torch.stack(rows).T)
 
 
-def test_a_parameter_hook_sees_tensors():
+def test_a_parameter_hook_sees_tensors(alone):
     """One of each row, which it may keep."""
     model, norms = mlp(), []
-    gc.collect()  # graphs of other tests, whose hooks would be looked for
     model[0].weight.register_hook(lambda grad: norms.append(float(grad.norm())))
     with gs.tape(model) as tape:
         losses = energy(model(X))
