@@ -142,7 +142,7 @@ _putting = Lock()
 def _asked(hooks: Iterable[Hooks], asking: Asking) -> Iterator[None]:
     """Has one more who asks, as long as this lasts.
 
-    No key is added or taken: others may be reading what is no hook.
+    No key is added or taken: another thread may be reading.
     """
     put = []
     try:

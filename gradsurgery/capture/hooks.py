@@ -108,7 +108,7 @@ class Watch:
         for node in self.sampled:
             take, give = partial(self._take, node), partial(self._give, node)
             # registered last, so they run last: prehooks see what other hooks made, and so do hooks
-            for method, mine, others in (
+            for method, mine, theirs in (
                 (node.register_prehook, take, self._before),
                 (node.register_hook, give, self._after),
             ):
@@ -117,7 +117,7 @@ class Watch:
                 hooks = handle.hooks_dict_ref() or {}
                 # another thread may ask where mine is, too
                 found = [getattr(hook, "stands_for", hook) for hook in hooks.values()]
-                others[node] = [hook for hook in found if hook is not mine]
+                theirs[node] = [hook for hook in found if hook is not mine]
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -123,7 +123,10 @@ def passes(model, forward):
 def test_ordinary_models_take_one_pass(alone):
     """Whatever hooks modules and optimizers have, and after tensors with hooks are gone."""
     model, other = mlp(), mlp()
-    forward = lambda: energy(model(X))  # noqa: E731
+
+    def forward():
+        return energy(model(X))
+
     assert passes(model, forward) == 1
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     handles = [
@@ -173,6 +176,10 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(*made)
 
 
+def mean_of_squares(model, x):
+    return model(x).square().mean((1, 2))
+
+
 def hooked_module(model):
     model[1].register_full_backward_hook(lambda *_: None)
 
@@ -190,14 +197,13 @@ def test_hooks_that_change_nothing(add, alone):
         model = nn.Sequential(Attention(), Attention())
         add(model)
         with gs.tape(model) as tape:
-            losses = model(x).square().mean((1, 2))
+            losses = mean_of_squares(model, x)
         jacobian = tape.jacobian(losses)
         assert not jacobian._derived
         assert not jacobian.fallbacks
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         surgeon = gs.Surgeon(model, optimizer, gs.OrthoGrad(), micro_batch=micro_batch)
-        loss = lambda net, x: net(x).square().mean((1, 2))  # noqa: E731
-        steps.append(surgeon.step(forget=x[:4], retain=x[4:], loss=loss).gramian)
+        steps.append(surgeon.step(forget=x[:4], retain=x[4:], loss=mean_of_squares).gramian)
     torch.testing.assert_close(*steps)
 
 
