@@ -22,8 +22,11 @@ from typing import Any
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-def _library() -> Path:
-    """The device, built where it has not been from this source and this torch."""
+def _load() -> None:
+    """The device, built where it has not been from this source and a torch of this version.
+
+    It names no folder of torch, which the next process may have elsewhere: torch is loaded before.
+    """
     (torch,) = importlib.util.find_spec("torch").submodule_search_locations
     key = SOURCE.read_bytes() + (Path(torch) / "version.py").read_bytes()
     folder = Path(tempfile.gettempdir()) / f"gradsurgery-claimed-gpu-{os.getuid()}"
@@ -32,19 +35,20 @@ def _library() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         new = built.with_suffix(f".{os.getpid()}")
         include = [f"-isystem{torch}/include", f"-isystem{torch}/include/torch/csrc/api/include"]
-        link = [f"-L{torch}/lib", f"-Wl,-rpath,{torch}/lib", "-lc10", "-ltorch_cpu"]
+        link = [f"-L{torch}/lib", "-lc10", "-ltorch_cpu"]
         compiler = os.environ.get("CXX", "g++")
         subprocess.run(
             [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", *include, SOURCE, *link, "-o", new],
             check=True,
         )
         new.rename(built)
-    return built
+    ctypes.CDLL(f"{torch}/lib/libtorch_cpu.so", mode=os.RTLD_GLOBAL)
+    ctypes.CDLL(str(built), mode=os.RTLD_GLOBAL)
 
 
 if "torch" in sys.modules:
     raise ImportError("claimed_gpu must be imported before torch, which looks for a GPU once")
-ctypes.CDLL(str(_library()), mode=os.RTLD_GLOBAL)
+_load()
 
 import torch
 from torch import Tensor

@@ -4,12 +4,14 @@ A process of its own claims to have a GPU, whose work the CPU does: benchmarks/c
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -272,6 +274,26 @@ for device in "cpu", "cuda":
     found.append(tape.jacobian(losses).gramian(per="tensor").cpu())
 assert torch.allclose(*found, rtol=1e-9), [each.diagonal(0, 1, 2) for each in found]
 """
+
+
+def test_the_device_built_for_one_environment_serves_another_with_the_same_torch(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "torch").symlink_to(Path(torch.__file__).parent)
+    code = "import claimed_gpu, torch; torch.ones(3, device='cuda'); print(torch.__file__)"
+    path = [str(BENCHMARKS), str(ROOT)]
+
+    def run(*path):
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(path), "TMPDIR": str(tmp_path)}
+        command = [sys.executable, "-c", code]
+        found = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert found.returncode == 0, found.stderr
+        return found.stdout
+
+    assert str(elsewhere) in run(str(elsewhere), *path)
+    shutil.rmtree(elsewhere)
+    assert str(elsewhere) not in run(*path)
+    assert len(list(tmp_path.glob("gradsurgery-claimed-gpu-*/*.so"))) == 1
 
 
 def test_memory_that_a_function_uses_again_holds_no_gradients_of_norms():
