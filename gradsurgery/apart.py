@@ -4,7 +4,8 @@ import functools
 import random
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -111,18 +112,25 @@ def tried(
         before.put_back()
 
 
+@contextmanager
+def restored(model: nn.Module, loss: AnyLoss, batch: Any) -> Iterator[None]:
+    """Calls of the loss inside change no buffers, modes or random numbers for what follows."""
+    before = _Before(model, loss, batch)
+    try:
+        yield
+    finally:
+        before.put_back()
+
+
 def written_over(model: nn.Module, loss: AnyLoss, batch: Any) -> Trial:
     """The collective, if there is one, that writes over a tensor that gradients flow through.
 
     The loss is called once more; what it changes is put back.
     """
-    before, looking = _Before(model, loss, batch), Looking()
-    try:
-        with torch.enable_grad(), looking, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            loss(model, batch)
-    finally:
-        before.put_back()
+    looking = Looking()
+    with restored(model, loss, batch), torch.enable_grad(), looking, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss(model, batch)
     return Trial(looking.name)
 
 

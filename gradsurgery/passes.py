@@ -1,14 +1,24 @@
 """Rows of batches, of samples, tasks or means: one forward and backward pass after another."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from gradsurgery.apart import Attempt, Trial, few, identity, in_parts, tried, written_over
+from gradsurgery.apart import (
+    Attempt,
+    Trial,
+    few,
+    identity,
+    in_parts,
+    restored,
+    tried,
+    written_over,
+)
 from gradsurgery.batch import (
     DETACHED,
     AnyLoss,
@@ -66,6 +76,7 @@ class Pass(NamedTuple):
     parts: dict[str, Part]
     scale: float = 1.0  # of the losses, and so of the rows
     cut: bool = False  # whether it is of a piece of a batch
+    bends: bool = False  # whether hooks or Functions may keep a mean from being a sum of parts
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,11 @@ class Passes:
     chunk_size: int
     micro_batch: int | None
     adds: bool  # whether the rows may be added to those of other batches
+    ranks: bool  # or to those of other ranks
     scale: float
     trials: dict[Hashable, Trial]  # those done, by loss and batches
     attempt: Attempt  # of a trial
+    linear: set[Hashable]  # kinds of Functions found to be
     # the same rows, where the parameters of passes are there for these alone
     kept: Callable[[FactoredJacobian | DenseJacobian], FactoredJacobian | DenseJacobian] | None
 
@@ -106,16 +119,24 @@ class Passes:
         if largest > most:
             for part, batch in parts.items():
                 _check_cut(f"micro_batch={most}", part, batch, sizes[part])
+                of, bends = sizes[part] if most < sizes[part] else None, False
                 for at in range(0, sizes[part], most):
                     piece = take(batch, slice(at, at + most))
-                    yield self._pass({part: piece}, piece, most < sizes[part])
+                    made = self._pass({part: piece}, piece, of)
+                    bends |= made.bends
+                    yield made
+                    del made  # whoever asks for the next one may have dropped it
+                if bends and most == 1:  # of one sample alone nothing is seen of sums
+                    two = take(batch, slice(0, 2))
+                    with restored(self.model, self.loss, two):
+                        self._pass({part: two}, two, of)
         else:
             together = self._joined(parts)
             if together is not None:
-                yield self._pass(parts, together, False)
+                yield self._pass(parts, together)
             else:
                 for part, batch in parts.items():
-                    yield self._pass({part: batch}, batch, False)
+                    yield self._pass({part: batch}, batch)
         for part, batch in parts.items():
             if sizes[part] > most:
                 self._check_apart("micro_batch", part, batch, most)
@@ -174,18 +195,17 @@ class Passes:
             self.trials[known] = new()
         return self.trials[known]
 
-    def _pass(self, parts: dict[str, Any], whole: Any, cut: bool) -> Pass:
+    def _pass(self, parts: dict[str, Any], whole: Any, of: int | None = None) -> Pass:
         """Rows from one pass over `whole`, the parts' samples in order.
 
-        `cut`: whether it is a piece of a batch.
+        `of`: the samples of the batch that it is a piece of, if it is one.
         """
         sizes = {part: sample_count(self.loss, batch) for part, batch in parts.items()}
+        cut = of is not None
         with (
             torch.enable_grad(),
             recorded(self.model, self.named, outside=self.outside) as recorder,
         ):
-            # of a sample alone nothing is seen of sums, but other pieces have several
-            recorder.summed = (self.adds or cut) and max(sizes.values()) > 1
             if self.adds:  # a buffer of batches may be filled anew before the rows are used
                 whole = map_batch(torch.clone, whole)
             losses, weights = self._losses(parts, whole, sizes, cut)
@@ -195,10 +215,16 @@ class Passes:
             known = zip(sizes, mine, theirs, strict=True)
             found = {part: self._part(part, losses, weights) for part, losses, weights in known}
             groups, shares = _layout(list(found.values()))
+            scale = self.scale
+            if self.adds or self.ranks or cut:
+                recorder.sums, recorder.linear = _sums(found.values()), self.linear
+                recorder.scaled = self.adds or self.ranks or weights is not None
+                if of is not None and recorder.sums and not recorder.scaled:
+                    scale *= len(losses) / of  # gradients are as of the whole batch's mean
             scaled = losses * to_device(shares.to(losses.dtype), losses.device)
-            scaled = scaled if self.scale == 1 else scaled * self.scale
+            scaled = scaled if scale == 1 else scaled * scale
             jacobian = recorder.jacobian(scaled, groups)
-        return Pass(jacobian, found, self.scale, cut)
+        return Pass(jacobian, found, scale, cut, recorder.bends)
 
     def _losses(
         self, parts: dict[str, Any], whole: Any, sizes: dict[str, int], cut: bool
@@ -298,6 +324,12 @@ def check_outside(rule: Rule, rows: str, names: list[str]) -> None:
         "loss depends on what the optimizer holds and the model does not, "
         f"{', '.join(names)}: {why}",
     )
+
+
+def _sums(parts: Iterable[Part]) -> set[int]:
+    """The rows that are means."""
+    summed = chain.from_iterable([part.summed] * part.rows for part in parts)
+    return {row for row, mean in enumerate(summed) if mean}
 
 
 def _layout(parts: list[Part]) -> tuple[Tensor, Tensor]:

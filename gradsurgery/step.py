@@ -166,6 +166,7 @@ class Surgeon:
         self._observed: Any = None  # what the projection then had seen
         self.project = project
         self._trials: dict[Hashable, Trial] = {}
+        self._linear: set[Hashable] = set()
         self._known: dict[str, nn.Parameter] = {}  # all that were looked up, as they were last
         self._looked_up()
         given.check_precondition(rule, self.optimizer)
@@ -264,7 +265,7 @@ class Surgeon:
             not self._added,
             "Surgeon: rows were added, which are not copied: call backward() or discard() first",
         )
-        return {**vars(self), "_trials": {}}  # whose keys are code
+        return {**vars(self), "_trials": {}, "_linear": set()}  # which are code
 
     def discard(self) -> None:
         """Drop the rows added so far."""
@@ -459,9 +460,11 @@ class Surgeon:
             chunk_size=self.chunk_size,
             micro_batch=self.micro_batch,
             adds=adds or len(batches) > 1,
+            ranks=bool(self._ranks),
             scale=self._scale(next(iter(named.values()))),
             trials=self._trials,
             attempt=(self._split or Group()).attempt,
+            linear=self._linear,
             kept=None if self._shards is None else self._shards.kept,
         )
         overflows = self.scaler is not None

@@ -1,7 +1,7 @@
 """Collects the uses of every parameter, by one backward pass or a few."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from gradsurgery.capture.recomputed import read_again, recomputed_once
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import Rowwise
 from gradsurgery.capture.separate import separate
-from gradsurgery.capture.snapshot import Snapshot, as_before, functions, is_function
+from gradsurgery.capture.snapshot import Snapshot, as_before, functions, is_function, kind_of
 from gradsurgery.capture.split import settled
 from gradsurgery.capture.trace import Junction, Leaf, Trace
 from gradsurgery.capture.unknown import by_row, of_broadcast, one_by_one
@@ -97,7 +97,13 @@ class Collector:
         if len(occurring) == 1:
             self._whole(rows, int(occurring.tensor), retain_graph)
             return
+        apart: list[list[Use]] = []
         with recomputed_once():
+            if self.owner.sums and any(self._bending(True)):
+                rows = self._without_sums(rows)
+                if not len(rows.occurring):
+                    return
+                apart, self.uses[:] = list(self.uses), [[] for _ in self.uses]
             self._descend(rows, retain_graph)
         if self.unsure:
             self._bend()
@@ -108,6 +114,8 @@ class Collector:
                 sums = list(self.rowwise.sums(self.uses))
                 expect_linear(self.losses, _outputs(self.losses, rows), sums, self.weighted)
         self._reach_all()
+        for k, mine in enumerate(apart):
+            self._add(k, *mine)
         fallbacks = self.fallbacks
         if fallbacks:
             # from here: run, Tape.jacobian, and the line that called that
@@ -180,10 +188,27 @@ class Collector:
         owner, place = self.owner, roots(self.losses)
         return retrace(owner.model, place, layout, owner.parameters, count)
 
+    def _without_sums(self, rows: RowNumbers) -> RowNumbers:
+        """Those left, after a backward pass for each row that others will be added to."""
+        place = roots(self.losses)[0]
+        read_again(ordered(place))
+        start, numbers = Snapshot(functions([place])), rows.tensor
+        sums = sorted(self.owner.sums & set(rows.occurring.tensor.tolist()))
+        for row in sums:
+            self._whole(RowNumbers(numbers.where(numbers == row, -1)), row, True)
+            start.put_back()
+        left = torch.isin(numbers, torch.tensor(sums, device="cpu"), invert=True)
+        return RowNumbers(numbers.where(left, -1))
+
     def _whole(self, rows: RowNumbers, row: int, retain_graph: bool) -> None:
         """All losses make one row: an ordinary backward pass."""
         # one row is right whatever hooks do; a sum with rows of other passes need not be
-        asks = (self.weighted is not None or self.owner.summed) and self._may_bend()
+        owner, weighted, summed = self.owner, self.weighted is not None, row in self.owner.sums
+        several, scaled = int((rows.tensor >= 0).sum()) > 1, weighted or owner.scaled
+        hooked, kinds = self._bending(several) if weighted or summed else (False, set())
+        bends = hooked or bool(kinds)
+        owner.bends |= bends
+        asks = bends and (scaled or several)
         snapshot = self.weighted or Snapshot(functions([roots(self.losses)[0]]) if asks else ())
         held = [p for p in self.owner.parameters if p.requires_grad]  # the loss may freeze some
         found = torch.autograd.grad(
@@ -198,7 +223,12 @@ class Collector:
         del found, by_parameter
         if asks:
             grads = [None if g is None else g.to_dense() for g in snapshot.owned(grads)]
-            self._expect_linear(grads, rows, snapshot)
+            named = zip(owner.names, owner.parameters, grads, strict=True)
+            parts = [(name, p, g, g.abs()) for name, p, g in named if g is not None]
+            outputs = _outputs(self.losses, rows)
+            expect_linear(self.losses, outputs, parts, snapshot, scaled, summed)
+            if scaled and summed:
+                owner.linear |= kinds
             self.all_watched = True
         only = RowNumbers(torch.tensor([row], device="cpu"))
         for k, parameter in enumerate(self.owner.parameters):
@@ -209,19 +239,15 @@ class Collector:
             if grad is not None:
                 self._add(k, RowsUse(grad.unsqueeze(0), only))
 
-    def _may_bend(self) -> bool:
-        """Whether there is a hook or a Function, which may not be linear."""
+    def _bending(self, several: bool) -> tuple[bool, set[Hashable]]:
+        """What may not be linear: whether there is a hook, and Functions that were not asked yet.
+
+        several: whether these are asked of several losses; of one, no sums are seen.
+        """
         nodes = [n for n in ordered(roots(self.losses)[0]) if variable_of(n) is None]
         hooked = any(p._backward_hooks for p in self.owner.parameters)
-        return hooked or self.hooked.among(nodes) or any(map(is_function, nodes))
-
-    def _expect_linear(
-        self, grads: Sequence[Tensor | None], rows: RowNumbers, snapshot: Snapshot
-    ) -> None:
-        named = zip(self.owner.names, self.owner.parameters, grads, strict=True)
-        parts = [(name, p, g, g.abs()) for name, p, g in named if g is not None]
-        weighted = self.weighted is not None
-        expect_linear(self.losses, _outputs(self.losses, rows), parts, snapshot, weighted)
+        kinds: set[Hashable] = {(kind_of(n), several) for n in nodes if is_function(n)}
+        return hooked or self.hooked.among(nodes), kinds - self.owner.linear
 
     def _pass(self, rows: RowNumbers, traced: Trace, retain_graph: bool) -> None:
         occurring = rows.occurring

@@ -1,6 +1,6 @@
 """`tape(model)` around a forward pass, `jacobian(losses)` for its rows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Literal
 
@@ -50,7 +50,10 @@ class Tape:
         self.model, self.coupled, self.own = model, coupled, len(named)
         columns = {**named, **(outside or {})}
         self.names, self.parameters = list(columns), list(columns.values())
-        self.summed = False  # whether rows will be added to those of other tapes
+        self.sums: Set[int] = frozenset()  # rows that those of other tapes will be added to
+        self.scaled = False  # and multiplied, by what the losses are not
+        self.bends = False  # whether, where they will be added, hooks or Functions were met
+        self.linear: set[Hashable] = set()  # kinds of Functions that need not be asked again
 
     def jacobian(
         self,

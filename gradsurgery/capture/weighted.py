@@ -94,7 +94,8 @@ def expect_linear(
     outputs: Tensor,
     parts: Sequence[tuple[str, nn.Parameter, Tensor, Tensor]],
     snapshot: Snapshot,
-    weighted: bool = True,
+    scaled: bool = True,
+    in_parts: bool = False,
 ) -> None:
     """Raise where backward passes of weighted losses, or of some, do not add up to the rows' sum.
 
@@ -103,24 +104,23 @@ def expect_linear(
         outputs: what to start from for the sum of all rows.
         parts: names and parameters, the sums of their rows, and the sums of these without signs.
         snapshot: what Functions must find as it was.
-        weighted: whether losses will be weighted, or taken sample by sample only.
+        scaled: whether losses will be multiplied, or what comes of them.
+        in_parts: whether others of these rows have passes of their own.
     """
-    # a hook that clips shows where losses are large, one that rounds where they are small. Where
-    # nothing is weighted, only sums matter: one half of the losses and the other must add up
     parameters = [p for _, p, _, _ in parts]
-    dtypes, dtype = dtypes_under(losses), None
-    scale = scale_of(dtypes)
-    half = torch.zeros_like(outputs).flatten()
-    half[::2] = 1
-    half = outputs * half.view_as(outputs)
-    if weighted or not bool((outputs - half).any()):
-        passes = [([outputs * factor], factor) for factor in (1.0, -scale, 1 / scale)]
-    else:
-        passes = [([half, outputs - half], 1.0)]
+    dtypes = dtypes_under(losses)
+    passes: list[tuple[list[Tensor], float, torch.dtype | None]] = [([outputs], 1.0, None)]
+    if in_parts:  # one half of the losses and the other must add up
+        taken = outputs != 0
+        half = outputs * (taken.flatten().cumsum(0).view_as(taken) % 2)
         # a sum over samples is rounded to what it is computed in, as under autocast to 16 bits
-        dtype = max({*dtypes, *(p.dtype for p in parameters)}, key=lambda d: torch.finfo(d).eps)
+        coarsest = max({*dtypes, *(p.dtype for p in parameters)}, key=lambda d: torch.finfo(d).eps)
+        passes = [([half, outputs - half], 1.0, coarsest)] if bool((outputs != half).any()) else []
+    if scaled:  # a hook that clips shows where losses are large, one that rounds where small
+        scale = scale_of(dtypes)
+        passes += [([outputs * factor], factor, None) for factor in (-scale, 1 / scale)]
     with as_before(functions([roots(losses)[0]])), _Terms(losses, parameters) as terms:
-        for starts, factor in passes:
+        for starts, factor, dtype in passes:
             found: list[Tensor | None] = [None] * len(parts)
             terms.sizes.clear()
             for start in starts:
@@ -132,7 +132,7 @@ def expect_linear(
                 least = terms.sizes.get(id(p), 0.0) * _finer(dtype or total.dtype)
                 size = (size.double() * abs(factor)).clamp(min=least)
                 if grad is not None and not near(grad, total * factor, size, dtype):
-                    raise InputError(not_linear(f"what {name} passes through", weighted))
+                    raise InputError(not_linear(f"what {name} passes through", not in_parts))
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import gradsurgery as gs
@@ -445,6 +446,44 @@ def test_rows_summed_over_parts(way, hook):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found.append((step().gramian, [p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+class Tied(nn.Module):
+    """Uses of all kinds: tied, normed, convolved, computed, and expanded over a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.norm, self.mix = nn.Embedding(7, 6), nn.LayerNorm(6), nn.Conv1d(6, 6, 3)
+        self.left, self.right = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 6))
+        self.places, self.scale = nn.Parameter(torch.randn(5, 6)), nn.Parameter(torch.randn(()))
+        self.double()
+
+    def forward(self, x):
+        h = self.norm(self.tokens(x) + self.places)
+        h.register_hook(doubled)
+        h = F.linear(h, self.left @ self.right).tanh()
+        h = self.mix(h.transpose(1, 2)).transpose(1, 2) * self.scale
+        return F.linear(h, self.tokens.weight).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("sums", [{0}, {2}, {0, 2}, {0, 1, 2, 3}])
+def test_rows_that_others_are_added_to_are_the_same_with_those_that_are_whole(sums, hooked):
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randint(0, 7, (6, 5))
+    if hooked:
+        model.left.register_hook(doubled)
+        model.tokens.weight.register_hook(doubled)
+    rows, found = torch.tensor([0, 0, 2, 2, 1, 3]), []
+    for each in (set(), sums):
+        with gs.tape(model, coupled="exact") as tape:
+            tape.sums = each
+            losses = model(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            jacobian = tape.jacobian(losses, rows)
+        found.append((jacobian.gramian(per="tensor"), jacobian.materialize()))
     torch.testing.assert_close(*found)
 
 

@@ -1,0 +1,172 @@
+"""Means whose losses are taken in several passes, where hooks or Functions change gradients.
+
+A step in parts is that of the whole batch, or is refused.
+"""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import gradsurgery as gs
+from gradsurgery.capture import collector
+
+torch.manual_seed(0)
+X = torch.randn(6, 3, dtype=torch.float64)
+
+
+def doubled(grad):
+    return 2 * grad
+
+
+def largest(grad):
+    """Of the whole batch, the three largest."""
+    least = grad.abs().flatten().topk(3).values[-1]
+    return grad * (grad.abs() >= least)
+
+
+def unit(grad):
+    return grad / (grad.norm(dim=-1, keepdim=True) + 1e-30)
+
+
+def clipped(grad):
+    return grad.clamp(-0.01, 0.01)
+
+
+def softened(grad):
+    return grad / (grad.abs() + 1e-3)
+
+
+HOOKS = {each.__name__: each for each in (doubled, unit, clipped, softened, largest)}
+
+
+class Changed(torch.autograd.Function):
+    """Passes its input on; what comes back goes through a function."""
+
+    @staticmethod
+    def forward(ctx, x, change, option=0):
+        ctx.change, ctx.option = change, option
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return clipped(grad) if ctx.option else ctx.change(grad), None, None
+
+
+class Net(nn.Module):
+    def __init__(self, where, change):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.c = nn.Linear(3, 2)
+        self.double()
+        self.where, self.change, self.option = where, change, 0
+        if where == "parameter":
+            self.a.weight.register_hook(change)
+
+    def forward(self, x):
+        hidden = self.a(x)
+        if self.where == "activation":
+            hidden.register_hook(self.change)
+        if self.where == "Function":
+            hidden = Changed.apply(hidden, self.change, self.option)
+        return self.b(hidden.tanh()) + self.c(x)
+
+
+class Heads(Net):
+    """Each task has parameters of its own."""
+
+    def forward(self, x):
+        return torch.stack([super().forward(x).sum(1), self.c(x).square().sum(1)], 1)
+
+
+def samples(net, x):
+    return net(x).square().sum(1)
+
+
+def weighted(net, x):
+    return gs.WeightedLosses(samples(net, x), 1 + x[:, 0].abs())
+
+
+def tasks(net, x):
+    return net(x).square()
+
+
+KINDS = {  # the rule, the loss, the model, and the surgeon's options
+    "one mean": (gs.OrthoGrad, samples, Net, {}),
+    "two means": (gs.GRU, samples, Net, {"together": False}),
+    "weighted means": (gs.GRU, weighted, Net, {"together": False}),
+    "tasks": (gs.UPGrad, tasks, Net, {}),
+    "tasks apart": (gs.UPGrad, tasks, Heads, {}),
+}
+WAYS = ("micro-batches of 2", "micro-batches of 1", "added", "a list")
+
+
+def stepped(kind, where, change, way=None):
+    rule, loss, network, options = KINDS[kind]
+    model = network(where, change)
+    most = {"micro-batches of 2": 2, "micro-batches of 1": 1}.get(way)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    surgeon = gs.Surgeon(model, optimizer, rule(), micro_batch=most, **options)
+    if rule is gs.UPGrad:
+        whole, parts = {"batch": X}, [{"batch": X[:4]}, {"batch": X[4:]}]
+    else:
+        whole = {"forget": X[:4], "retain": X[4:]}
+        parts = [{"forget": X[:3]}, {"forget": X[3:4]}, {"retain": X[4:]}]
+    if way == "added":
+        for part in parts:
+            surgeon.add(loss=loss, **part)
+        surgeon.backward()
+        optimizer.step()
+    elif way == "a list":
+        lists = {name: [(p[name],) for p in parts if name in p] for name in whole}
+        surgeon.step(loss=lambda net, batch: loss(net, batch[0]), **lists)
+    else:
+        surgeon.step(loss=loss, **whole)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.*the rows are got")
+@pytest.mark.parametrize("where", ["activation", "parameter", "Function"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_step_in_parts_is_that_of_the_whole_or_refused(hook, kind, where):
+    try:
+        whole = stepped(kind, where, HOOKS[hook])
+    except gs.CoupledSamplesError:
+        assert hook == "largest"
+        return
+    # what changes each sample's gradient by itself sees it as in the whole batch, if the number of
+    # samples says how large it is there
+    apart = where != "parameter" and hook != "largest"
+    for way in WAYS:
+        known = way.startswith("micro") and kind != "weighted means"
+        if hook == "doubled" or (apart and known):
+            torch.testing.assert_close(stepped(kind, where, HOOKS[hook], way), whole)
+            continue
+        with pytest.raises(gs.InputError, match=r"a\.weight.*not linear.*take whole batches"):
+            stepped(kind, where, HOOKS[hook], way)
+
+
+def test_functions_are_asked_once_whether_they_are_linear(monkeypatch):
+    asked = []
+    ask = collector.expect_linear
+    monkeypatch.setattr(collector, "expect_linear", lambda *args: asked.append(1) or ask(*args))
+    model = Net("Function", doubled)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    surgeon = gs.Surgeon(model, optimizer, gs.GRU(), together=False)
+
+    def step():
+        surgeon.add(loss=samples, forget=X[:3])
+        surgeon.add(loss=samples, forget=X[3:4])
+        surgeon.step(loss=samples, retain=X[4:])
+
+    step()
+    assert len(asked) == 2  # of several losses, and of one
+    step()
+    assert len(asked) == 2
+    pickle.loads(pickle.dumps(surgeon))
+    model.option = 3  # as the context of another call has it
+    with pytest.raises(gs.InputError, match="not linear"):
+        step()
