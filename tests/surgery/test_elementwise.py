@@ -1,4 +1,4 @@
-"""Elementwise rules on rows of any shape: scalar parameters, and parameters without values."""
+"""Elementwise rules: what they make of signs, and rows of any shape, scalar and without values."""
 
 import copy
 
@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 import gradsurgery as gs
+from tests.inputs import gaussian, signed
+from tests.surgery.properties import make, weighted
 
+NAMES = [name for name in gs.RULES if not weighted(name)]
 RULES = [
     gs.GradDrop(),
     gs.GradDrop(leak=0.3),
@@ -83,3 +86,72 @@ def test_a_step_with_a_scalar_parameter_is_that_with_one_of_a_value(rule, rows):
     for a, b in zip(*stepped, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     assert stepped[0][0] != 0.5, "the scalar moved"
+
+
+def test_graddrop_keeps_one_sign(impl):
+    rows = signed(gaussian(5, 2000))
+    update = gs.GradDrop()(rows)
+    positive, negative = rows.clamp_min(0).sum(0), rows.clamp_max(0).sum(0)
+    up = torch.isclose(update, positive)
+    assert (up | torch.isclose(update, negative)).all()
+    purity = positive / (positive - negative)
+    assert float(up.double().mean()) == pytest.approx(float(purity.mean()), abs=0.03)
+    torch.testing.assert_close(gs.GradDrop(leak=1.0)(rows), rows.sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_elementwise_rules_in_sixteen_bits(dtype, impl):
+    ones = torch.ones(2, 100_000, dtype=dtype)
+    assert torch.equal(gs.GradDrop()(ones), ones.sum(0))  # no draw is rounded up to 1
+    small = torch.tensor([[-1e-4, 1e-4], [-1e-4, -1e-4]], dtype=dtype)  # products underflow
+    update = gs.SAGO(gamma=2.0, alpha=3.0)(small)
+    assert update.tolist() == (torch.tensor([3.0, 2.0], dtype=dtype) * small[1]).tolist()
+    many = torch.ones(1024, 1, dtype=dtype)
+    many[0] = -1
+    assert not gs.SignAgreement()(many).any()
+    assert all(make(name)(torch.randn(4, 6).to(dtype)).dtype == dtype for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_elementwise_rules_name_a_row_that_is_not_finite(name):
+    rows = torch.randn(4, 3)
+    rows[1, 2] = float("nan")
+    with pytest.raises(gs.NonFiniteError, match="row 1 is not finite in 0"):
+        make(name)(rows)
+
+
+def test_salun_keeps_its_share_where_gradients_tie():
+    f = torch.tensor([1.0] + [0] * 9)
+    update = gs.SalUn(objective="lower")(torch.stack([f, torch.ones(10)]))
+    assert (update != 0).sum() == 5
+
+
+def test_signs_agree_or_nothing_moves(impl):
+    rows = torch.tensor([[1.0, -1, 2, 0], [3, -2, -2, 1], [2, -3, 2, 1]])
+    assert gs.SignAgreement()(rows).tolist() == [2, -2, 0, 0]
+    loose = gs.SignAgreement(threshold=1 / 3)(rows)
+    assert loose.tolist() == pytest.approx([2, -2, 2 / 3, 2 / 3])
+
+
+def test_trimmed_mean(impl):
+    rows = torch.tensor([[1.0, 9], [2, -9], [3, 4], [100, 5]])
+    assert gs.TrimmedMean(trim=1)(rows).tolist() == [2.5, 4.5]
+
+
+def test_salun_masks_by_the_forget_gradient(impl):
+    blocks = [torch.tensor([[5.0, 1.0], [1, 1]]), torch.tensor([[4.0, 3.0], [1, 1]])]
+    whole = gs.SalUn(objective="lower")(blocks)
+    assert [u.tolist() for u in whole] == [[6, 0], [5, 0]]
+    each = gs.SalUn(objective="lower", share=0.5, granularity="tensor")(blocks)
+    assert [u.tolist() for u in each] == [[6, 0], [5, 0]]
+    most = gs.SalUn(objective="lower", share=0.75)(blocks)
+    assert [u.tolist() for u in most] == [[6, 0], [5, 4]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_elementwise_rules_have_no_weights_and_no_metric(name):
+    rule = make(name)
+    assert rule.weighting is None
+    assert not any(hasattr(rule, member) for member in ("weights", "solve", "precondition"))
+    with pytest.raises(TypeError, match="precondition"):
+        make(name, precondition="optimizer")
