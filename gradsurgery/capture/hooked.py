@@ -216,8 +216,8 @@ def _found() -> tuple[list[Hooks], list[Hooks]]:
         elif issubclass(kind, Tensor):
             other.add(id(getattr(each, "_post_accumulate_grad_hooks", None)))
             known.add(id(each._backward_hooks))
-        elif issubclass(kind, RemovableHandle):
-            known.add(id(each.hooks_dict_ref()))
+        elif issubclass(kind, RemovableHandle) and "hooks_dict_ref" in vars(each):
+            known.add(id(each.hooks_dict_ref()))  # one of several handles has none
     hooks = [each for each in hooks if id(each) not in other]
     rest = [each for each in hooks if id(each) not in known]
     # else nobody holds them but autograd, which says nothing of it

@@ -295,6 +295,20 @@ class Named(torch.autograd.Function):
         return grad
 
 
+@pytest.mark.parametrize("mode", ["all", "any"])
+@pytest.mark.parametrize("where", ["on this graph", "elsewhere"])
+def test_hooks_on_several_tensors_at_once(mode, where):
+    model, seen = mlp(), []
+    other = model(X)
+    with gs.tape(model) as tape:
+        hidden = model[0](X)
+        tensors = [hidden, other.sum()] if where == "on this graph" else [other, other.sum()]
+        handle = torch.autograd.graph.register_multi_grad_hook(tensors, seen.append, mode=mode)
+        losses = energy(model[1:](hidden))
+    check(tape.jacobian(losses, retain_graph=True), model, loop(losses, model))
+    handle.remove()
+
+
 def test_a_hook_on_a_function_that_has_a_variable():
     model = mlp()
     with gs.tape(model) as tape:
