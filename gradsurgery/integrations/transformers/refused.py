@@ -119,8 +119,8 @@ def _processes(trainer: Any) -> dict[str, tuple[bool, str]]:
     found = {
         "fsdp version 1": (
             plugin is not None and not sharded,
-            "its parameters have no rows: take version 2, as of fsdp_config={'version': 2}, or "
-            "--fsdp_version 2 of accelerate launch",
+            "its parameters have no rows: take version 2, by fsdp_config={'version': 2}, or, as "
+            "transformers 4 needs it, by --fsdp_version 2 of accelerate launch or FSDP_VERSION=2",
         ),
         "fsdp_config xla": (
             getattr(trainer, "is_fsdp_xla_enabled", False),
