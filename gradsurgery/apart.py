@@ -1,11 +1,10 @@
-"""Whether the loss of a sample depends on the samples taken with it, tried out on a few."""
+"""Whether a sample's loss or gradient depends on samples taken with it, tried out on a few."""
 
 import functools
 import random
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,10 @@ from torch.func import functional_call
 from gradsurgery.batch import AnyLoss, WeightedLosses, batch_size, take, tensors
 from gradsurgery.buffers import Buffers
 from gradsurgery.capture.graph import ordered, roots
+from gradsurgery.capture.hooks import dtypes_under, near, scale_of
 from gradsurgery.capture.passing import Looking
 from gradsurgery.capture.uncompiled import uncompiled
+from gradsurgery.capture.weighted import Terms
 from gradsurgery.spread import beside, local
 
 # What rounding may do to a loss: this often a unit in the last place of the largest one, and this
@@ -29,7 +30,7 @@ TF32 = 2.0**-11  # the digits that a GPU may keep of float32
 class Trial(NamedTuple):
     """What a trial found."""
 
-    coupled: str | None = None  # a loss that differs, in words
+    coupled: str | None = None  # a loss that differs, in words, or a parameter by name
     moves: Sequence[str] = ()  # names of buffers of the model that a forward pass changes
 
 
@@ -112,12 +113,28 @@ def tried(
         before.put_back()
 
 
-@contextmanager
-def restored(model: nn.Module, loss: AnyLoss, batch: Any) -> Iterator[None]:
-    """Calls of the loss inside change no buffers, modes or random numbers for what follows."""
-    before = _Before(model, loss, batch)
+def added_up(
+    model: nn.Module,
+    loss: AnyLoss,
+    batch: Any,
+    named: Mapping[str, nn.Parameter],
+    attempt: Attempt = attempted,
+) -> Trial:
+    """Whether gradients of two samples taken together are the sum of those of each alone.
+
+    Also those of losses made larger: a hook may leave small gradients as they are. What is found is
+    the name of a parameter. The loss is called three times, and what it changes is put back; one
+    that draws random numbers is tried in eval mode.
+
+    Args:
+        named: the parameters, by name.
+    """
+    two = few(batch, 2)
+    before = _Before(model, loss, two)
     try:
-        yield
+        with uncompiled(), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return attempt(functools.partial(_added_up, model, loss, two, named, before)) or Trial()
     finally:
         before.put_back()
 
@@ -127,10 +144,13 @@ def written_over(model: nn.Module, loss: AnyLoss, batch: Any) -> Trial:
 
     The loss is called once more; what it changes is put back.
     """
-    looking = Looking()
-    with restored(model, loss, batch), torch.enable_grad(), looking, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loss(model, batch)
+    before, looking = _Before(model, loss, batch), Looking()
+    try:
+        with torch.enable_grad(), looking, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss(model, batch)
+    finally:
+        before.put_back()
     return Trial(looking.name)
 
 
@@ -199,6 +219,77 @@ def _compared(
             module.training = False
         return Trial(_compared(model, loss, together, parts, before).coupled, moves)
     return Trial(_said(whole, each), moves)
+
+
+def _added_up(
+    model: nn.Module,
+    loss: AnyLoss,
+    two: Any,
+    named: Mapping[str, nn.Parameter],
+    before: "_Before",
+) -> Trial:
+    held = {name: p for name, p in named.items() if p.requires_grad}
+    whole = _gradients(model, loss, two, list(held.values()))
+    if before.random_changed() and any(module.training for module in before.modules):
+        before.put_back()
+        for module in before.modules:
+            module.training = False
+        whole = _gradients(model, loss, two, list(held.values()))
+    each = []
+    for k in (0, 1):
+        before.put_back_buffers()
+        each.append(_gradients(model, loss, take(two, slice(k, k + 1)), list(held.values())))
+    for together, one, other in zip(whole, *each, strict=True):
+        of_each = zip(held, together.grads, one.grads, other.grads, together.least, strict=True)
+        for name, expected, a, b, least in of_each:
+            if not _add_up(expected, a, b, least, together.dtype):
+                return Trial(name)
+    return Trial()
+
+
+class _Gradients(NamedTuple):
+    """Of some losses, once as they are and once as larger ones."""
+
+    grads: list[Tensor | None]
+    least: list[float]  # the sizes of the sums they are no smaller than
+    dtype: torch.dtype  # the coarsest on the way
+
+
+def _gradients(
+    model: nn.Module, loss: AnyLoss, batch: Any, parameters: Sequence[nn.Parameter]
+) -> list[_Gradients]:
+    losses: Any = loss(model, batch)
+    if isinstance(losses, WeightedLosses):
+        losses = losses.losses * losses.weights.to(losses.losses)
+    total = losses.sum()
+    dtypes = {*dtypes_under(total), *(p.dtype for p in parameters)}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    found = []
+    for scale in (1.0, scale_of(dtypes)):
+        with Terms(total, parameters) as terms:
+            grads = torch.autograd.grad(
+                total,
+                parameters,
+                torch.full_like(total, scale),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        least = [terms.least(parameter, coarsest) for parameter in parameters]
+        mine = [None if g is None else local(g).clone() for g in grads]
+        found.append(_Gradients(mine, least, coarsest))
+    return found
+
+
+def _add_up(
+    total: Tensor | None, one: Tensor | None, other: Tensor | None, least: float, dtype: torch.dtype
+) -> bool:
+    parts = [each.to_dense() for each in (one, other) if each is not None]
+    if total is None or not parts:
+        return total is None and not parts
+    total, size = total.to_dense(), functools.reduce(torch.add, [each.abs() for each in parts])
+    if not bool((total.isfinite() & size.isfinite()).any()):  # overflowed
+        return True
+    return near(total, functools.reduce(torch.add, parts), size.double().clamp(least), dtype)
 
 
 def _losses(model: nn.Module, loss: AnyLoss, batch: Any) -> Tensor | None:

@@ -87,7 +87,7 @@ class Added:
         self._samples: list[Pass] = []  # of one part each
         self._sums: dict[str, Sums | DenseSums] = {}
         self._parts: dict[str, list[Part]] = {}  # of all passes
-        self._bent: dict[str, str] = {}  # by part: parameters whose rows may not be added up
+        self._bent: dict[str, str] = {}  # by part: parameters that passes may not part rows of
 
     def __bool__(self) -> bool:
         return bool(self._parts) or self.overflowed
@@ -170,7 +170,8 @@ class Added:
     def _add(self, made: Pass) -> None:
         bent = made.jacobian.bent if isinstance(made.jacobian, FactoredJacobian) else []
         for part, known in made.parts.items():
-            self._note(part, [known], ", ".join(bent) if known.summed else "")
+            names = [*(bent if known.summed else ()), made.bent.get(part, "")]
+            self._note(part, [known], ", ".join(filter(None, dict.fromkeys(names))))
         self._last.append(made)
 
     def _note(self, part: str, found: Sequence[Part], bent: str) -> None:
@@ -178,7 +179,7 @@ class Added:
         bent = self._bent.get(part) or bent
         for each in known:
             _check_shapes(part, known[0], each)
-        _check_straight(part, len(known), bent)
+        _check_straight(part, known, bent)
         self._parts[part], self._bent[part] = known, bent
 
     def _fold(self) -> None:
@@ -333,7 +334,7 @@ def _of_all(every: Sequence[Summary], ranks: Group) -> dict[str, list[Part]]:
             for each in one.parts.get(part, ()):
                 _check_shapes(part, found[0], each, f" on {ranks.name(rank)}")
         bent = next((one.bent[part] for one in every if one.bent.get(part)), "")
-        _check_straight(part, len(found), bent)
+        _check_straight(part, found, bent)
     return known
 
 
@@ -345,11 +346,12 @@ def _check_shapes(part: str, first: Part, other: Part, where: str = "") -> None:
     )
 
 
-def _check_straight(part: str, passes: int, bent: str) -> None:
+def _check_straight(part: str, passes: Sequence[Part], bent: str) -> None:
+    what = f"a row of {part} is a sum over" if passes[0].summed else f"{part} is taken in"
     check(
-        passes == 1 or not bent,
-        f"{bent}: a hook or a Function is not linear in its gradient, and a row of {part} is a "
-        "sum over several passes; take whole batches",
+        len(passes) == 1 or not bent,
+        f"{bent}: a hook or a Function is not linear in its gradient, or makes something else of "
+        f"samples taken together, and {what} several passes; take whole batches",
     )
 
 

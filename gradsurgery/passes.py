@@ -1,9 +1,10 @@
 """Rows of batches, of samples, tasks or means: one forward and backward pass after another."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from gradsurgery.apart import (
     Attempt,
     Trial,
+    added_up,
     few,
     identity,
     in_parts,
-    restored,
     tried,
     written_over,
 )
@@ -34,6 +35,7 @@ from gradsurgery.batch import (
     tokens,
 )
 from gradsurgery.capture import FactoredJacobian
+from gradsurgery.capture.partial_rows import PartialRows
 from gradsurgery.capture.passing import collectives, refused
 from gradsurgery.capture.tape import recorded
 from gradsurgery.errors import InputError
@@ -76,7 +78,8 @@ class Pass(NamedTuple):
     parts: dict[str, Part]
     scale: float = 1.0  # of the losses, and so of the rows
     cut: bool = False  # whether it is of a piece of a batch
-    bends: bool = False  # whether hooks or Functions may keep a mean from being a sum of parts
+    partial: PartialRows | None = None  # where other passes give rows of the same batches
+    bent: Mapping[str, str] = MappingProxyType({})  # by part: a parameter that keeps those apart
 
 
 @dataclass(frozen=True)
@@ -119,24 +122,22 @@ class Passes:
         if largest > most:
             for part, batch in parts.items():
                 _check_cut(f"micro_batch={most}", part, batch, sizes[part])
-                of, bends = sizes[part] if most < sizes[part] else None, False
+                of, met = sizes[part] if most < sizes[part] else None, False
                 for at in range(0, sizes[part], most):
                     piece = take(batch, slice(at, at + most))
-                    made = self._pass({part: piece}, piece, of)
-                    bends |= made.bends
+                    # of one loss alone nothing is seen of sums
+                    made = self._pass({part: piece}, piece, of, asks=most > 1 or not met)
+                    if made.partial is not None and not met:
+                        made, met = self._looked(made, {part: batch}), made.partial.met
                     yield made
                     del made  # whoever asks for the next one may have dropped it
-                if bends and most == 1:  # of one sample alone nothing is seen of sums
-                    two = take(batch, slice(0, 2))
-                    with restored(self.model, self.loss, two):
-                        self._pass({part: two}, two, of)
         else:
             together = self._joined(parts)
             if together is not None:
-                yield self._pass(parts, together)
+                yield self._looked(self._pass(parts, together), parts)
             else:
                 for part, batch in parts.items():
-                    yield self._pass({part: batch}, batch)
+                    yield self._looked(self._pass({part: batch}, batch), {part: batch})
         for part, batch in parts.items():
             if sizes[part] > most:
                 self._check_apart("micro_batch", part, batch, most)
@@ -187,6 +188,29 @@ class Passes:
             "mean over tokens",
         )
 
+    def _looked(self, made: Pass, batches: dict[str, Any]) -> Pass:
+        """The pass, with what hooks and Functions make of samples that are taken together."""
+        partial = made.partial
+        if partial is None or not partial.met:
+            return made
+        bent = {}
+        for part, batch in batches.items():
+            bent[part] = partial.bent if made.parts[part].summed else ""
+            bent[part] = bent[part] or self._not_added_up(part, batch, partial.hooked)
+        return made._replace(bent=bent)
+
+    def _not_added_up(self, part: str, batch: Any, hooked: bool) -> str:
+        """A parameter whose gradients of samples together are not the sum of each one's."""
+        if sample_count(self.loss, batch) != batch_size(batch) or batch_size(batch) < 2:
+            return ""
+
+        def new() -> Trial:
+            return added_up(self.model, self.loss, batch, self.named, self.attempt)
+
+        # a hook may come at any time
+        found = new() if hooked else self._trial(f"sums of {part}", new)
+        return found.coupled or ""
+
     def _trial(self, what: str, new: Callable[[], Trial]) -> Trial:
         """What a trial of the loss found: done once, in each mode of the model."""
         modes = hash(tuple(module.training for module in self.model.modules()))
@@ -195,10 +219,14 @@ class Passes:
             self.trials[known] = new()
         return self.trials[known]
 
-    def _pass(self, parts: dict[str, Any], whole: Any, of: int | None = None) -> Pass:
+    def _pass(
+        self, parts: dict[str, Any], whole: Any, of: int | None = None, asks: bool = True
+    ) -> Pass:
         """Rows from one pass over `whole`, the parts' samples in order.
 
-        `of`: the samples of the batch that it is a piece of, if it is one.
+        Args:
+            of: the samples of the batch that it is a piece of, if it is one.
+            asks: whether hooks and Functions are asked what they make of sums.
         """
         sizes = {part: sample_count(self.loss, batch) for part, batch in parts.items()}
         cut = of is not None
@@ -215,16 +243,18 @@ class Passes:
             known = zip(sizes, mine, theirs, strict=True)
             found = {part: self._part(part, losses, weights) for part, losses, weights in known}
             groups, shares = _layout(list(found.values()))
-            scale = self.scale
+            scale, partial = self.scale, None
             if self.adds or self.ranks or cut:
-                recorder.sums, recorder.linear = _sums(found.values()), self.linear
-                recorder.scaled = self.adds or self.ranks or weights is not None
-                if of is not None and recorder.sums and not recorder.scaled:
+                means = _means(found.values())
+                scaled = self.adds or self.ranks or weights is not None
+                if of is not None and means and not scaled:
                     scale *= len(losses) / of  # gradients are as of the whole batch's mean
+                partial = PartialRows(means, scaled, self.adds or cut, self.linear)
+                recorder.partial = partial if asks or losses.dim() > 1 else None
             scaled = losses * to_device(shares.to(losses.dtype), losses.device)
             scaled = scaled if scale == 1 else scaled * scale
             jacobian = recorder.jacobian(scaled, groups)
-        return Pass(jacobian, found, scale, cut, recorder.bends)
+        return Pass(jacobian, found, scale, cut, partial)
 
     def _losses(
         self, parts: dict[str, Any], whole: Any, sizes: dict[str, int], cut: bool
@@ -326,7 +356,7 @@ def check_outside(rule: Rule, rows: str, names: list[str]) -> None:
     )
 
 
-def _sums(parts: Iterable[Part]) -> set[int]:
+def _means(parts: Iterable[Part]) -> set[int]:
     """The rows that are means."""
     summed = chain.from_iterable([part.summed] * part.rows for part in parts)
     return {row for row, mean in enumerate(summed) if mean}

@@ -38,7 +38,24 @@ def softened(grad):
     return grad / (grad.abs() + 1e-3)
 
 
-HOOKS = {each.__name__: each for each in (doubled, unit, clipped, softened, largest)}
+def centered(grad):
+    return grad - grad.mean(0)
+
+
+def limited(grad):
+    """What no part of the batch reaches, but the whole does."""
+    return grad * min(1.0, 0.5 / float(grad.norm() + 1e-30))
+
+
+def resized(grad):
+    return grad * len(grad)
+
+
+OWN = {each.__name__: each for each in (doubled, unit, clipped, softened)}  # of each sample
+MIXING = {each.__name__: each for each in (largest, centered, limited, resized)}
+HOOKS = OWN | MIXING
+LINEAR = {"activation": {"doubled"}, "parameter": {"doubled", "centered", "resized"}}
+LINEAR["Function"] = LINEAR["activation"]
 
 
 class Changed(torch.autograd.Function):
@@ -50,7 +67,8 @@ class Changed(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
+        (grad,) = grads
         return clipped(grad) if ctx.option else ctx.change(grad), None, None
 
 
@@ -135,24 +153,26 @@ def test_a_step_in_parts_is_that_of_the_whole_or_refused(hook, kind, where):
     try:
         whole = stepped(kind, where, HOOKS[hook])
     except gs.CoupledSamplesError:
-        assert hook == "largest"
+        assert hook in MIXING
         return
     # what changes each sample's gradient by itself sees it as in the whole batch, if the number of
     # samples says how large it is there
-    apart = where != "parameter" and hook != "largest"
+    apart = where != "parameter" and hook in OWN
     for way in WAYS:
         known = way.startswith("micro") and kind != "weighted means"
-        if hook == "doubled" or (apart and known):
+        if hook in LINEAR[where] or (apart and known):
             torch.testing.assert_close(stepped(kind, where, HOOKS[hook], way), whole)
             continue
         with pytest.raises(gs.InputError, match=r"a\.weight.*not linear.*take whole batches"):
             stepped(kind, where, HOOKS[hook], way)
 
 
-def test_functions_are_asked_once_whether_they_are_linear(monkeypatch):
+def test_functions_are_asked_once_whether_gradients_grow_as_losses_do(monkeypatch):
     asked = []
-    ask = collector.expect_linear
-    monkeypatch.setattr(collector, "expect_linear", lambda *args: asked.append(1) or ask(*args))
+    ask = collector.out_of_proportion
+    monkeypatch.setattr(
+        collector, "out_of_proportion", lambda *args: asked.append(args) or ask(*args)
+    )
     model = Net("Function", doubled)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     surgeon = gs.Surgeon(model, optimizer, gs.GRU(), together=False)
@@ -163,9 +183,8 @@ def test_functions_are_asked_once_whether_they_are_linear(monkeypatch):
         surgeon.step(loss=samples, retain=X[4:])
 
     step()
-    assert len(asked) == 2  # of several losses, and of one
     step()
-    assert len(asked) == 2
+    assert len(asked) == 1
     pickle.loads(pickle.dumps(surgeon))
     model.option = 3  # as the context of another call has it
     with pytest.raises(gs.InputError, match="not linear"):

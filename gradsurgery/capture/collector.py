@@ -1,10 +1,10 @@
 """Collects the uses of every parameter, by one backward pass or a few."""
 
 import warnings
-from collections.abc import Hashable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -20,18 +20,19 @@ from gradsurgery.capture.hooked import Hooked
 from gradsurgery.capture.hooks import Sampled
 from gradsurgery.capture.layout import Layout, compress
 from gradsurgery.capture.leaves import Derived, oriented
+from gradsurgery.capture.partial_rows import PartialRows
 from gradsurgery.capture.probe import dense
 from gradsurgery.capture.recipe import retrace
 from gradsurgery.capture.recomputed import read_again, recomputed_once
 from gradsurgery.capture.row_numbers import RowNumbers
 from gradsurgery.capture.rowwise import Rowwise
 from gradsurgery.capture.separate import separate
-from gradsurgery.capture.snapshot import Snapshot, as_before, functions, is_function, kind_of
+from gradsurgery.capture.snapshot import Snapshot, as_before, functions, is_function
 from gradsurgery.capture.split import settled
 from gradsurgery.capture.trace import Junction, Leaf, Trace
 from gradsurgery.capture.unknown import by_row, of_broadcast, one_by_one
 from gradsurgery.capture.uses import RowsUse, Use, on_one_plane, plane_of
-from gradsurgery.capture.weighted import expect_linear
+from gradsurgery.capture.weighted import expect_linear, expect_sums, out_of_proportion
 from gradsurgery.errors import InputError
 from gradsurgery.grads import own
 from gradsurgery.spread import is_split
@@ -99,8 +100,9 @@ class Collector:
             return
         apart: list[list[Use]] = []
         with recomputed_once():
-            if self.owner.sums and any(self._bending(True)):
-                rows = self._without_sums(rows)
+            partial = self.owner.partial
+            if partial is not None and partial.rows and self._asks(partial):
+                rows = self._without_partial(rows, partial)
                 if not len(rows.occurring):
                     return
                 apart, self.uses[:] = list(self.uses), [[] for _ in self.uses]
@@ -134,6 +136,9 @@ class Collector:
         if last > 0:
             read_again(ordered(roots(self.losses)[0]))
         hooked = any(self.hooked.among(traced.sampled) for _, traced in passes)
+        if self.owner.partial is not None:
+            self.owner.partial.hooked |= hooked
+            self.owner.partial.met |= hooked
         # a row that occurs in two passes is a sum of both, which hooks have to be linear for
         counts = [part.occurring.tensor for part, _ in passes]
         self.summed = sum(map(len, counts)) > len(torch.cat(counts).unique())
@@ -188,36 +193,39 @@ class Collector:
         owner, place = self.owner, roots(self.losses)
         return retrace(owner.model, place, layout, owner.parameters, count)
 
-    def _without_sums(self, rows: RowNumbers) -> RowNumbers:
-        """Those left, after a backward pass for each row that others will be added to."""
+    def _asks(self, partial: PartialRows) -> bool:
+        """Whether rows that others are added to get a pass each, which shows if they may be."""
+        hooked, functions = self._bending()
+        return hooked or bool(partial.new(functions))
+
+    def _without_partial(self, rows: RowNumbers, partial: PartialRows) -> RowNumbers:
+        """Those left, after a backward pass for each row that others are added to."""
         place = roots(self.losses)[0]
         read_again(ordered(place))
         start, numbers = Snapshot(functions([place])), rows.tensor
-        sums = sorted(self.owner.sums & set(rows.occurring.tensor.tolist()))
-        for row in sums:
+        mine = sorted(partial.rows & set(rows.occurring.tensor.tolist()))
+        for row in mine:
             self._whole(RowNumbers(numbers.where(numbers == row, -1)), row, True)
             start.put_back()
-        left = torch.isin(numbers, torch.tensor(sums, device="cpu"), invert=True)
+        left = torch.isin(numbers, torch.tensor(mine, device="cpu"), invert=True)
         return RowNumbers(numbers.where(left, -1))
 
     def _whole(self, rows: RowNumbers, row: int, retain_graph: bool) -> None:
         """All losses make one row: an ordinary backward pass."""
         # one row is right whatever hooks do; a sum with rows of other passes need not be
-        owner, weighted, summed = self.owner, self.weighted is not None, row in self.owner.sums
-        several, scaled = int((rows.tensor >= 0).sum()) > 1, weighted or owner.scaled
-        hooked, kinds = self._bending(several) if weighted or summed else (False, set())
-        bends = hooked or bool(kinds)
-        owner.bends |= bends
-        asks = bends and (scaled or several)
+        owner, partial = self.owner, self.owner.partial
+        several = int((rows.tensor >= 0).sum()) > 1
+        asks, scaled, new = self._questions(row, several)
         snapshot = self.weighted or Snapshot(functions([roots(self.losses)[0]]) if asks else ())
         held = [p for p in self.owner.parameters if p.requires_grad]  # the loss may freeze some
-        found = torch.autograd.grad(
-            self.losses,
-            held,
-            _outputs(self.losses, rows),
-            retain_graph=retain_graph or asks,
-            allow_unused=True,
-        )
+        with nullcontext() if partial is None else partial.asking(new):
+            found = torch.autograd.grad(
+                self.losses,
+                held,
+                _outputs(self.losses, rows),
+                retain_graph=retain_graph or asks,
+                allow_unused=True,
+            )
         by_parameter = dict(zip(map(id, held), found, strict=True))
         grads: list[Tensor | None] = [by_parameter.get(id(p)) for p in self.owner.parameters]
         del found, by_parameter
@@ -225,10 +233,13 @@ class Collector:
             grads = [None if g is None else g.to_dense() for g in snapshot.owned(grads)]
             named = zip(owner.names, owner.parameters, grads, strict=True)
             parts = [(name, p, g, g.abs()) for name, p, g in named if g is not None]
-            outputs = _outputs(self.losses, rows)
-            expect_linear(self.losses, outputs, parts, snapshot, scaled, summed)
-            if scaled and summed:
-                owner.linear |= kinds
+            known = self.losses, _outputs(self.losses, rows), parts, snapshot
+            if partial is None:
+                expect_linear(*known)
+            elif several:
+                expect_sums(*known)
+            if partial is not None and scaled:
+                partial.bent = partial.bent or out_of_proportion(*known) or ""
             self.all_watched = True
         only = RowNumbers(torch.tensor([row], device="cpu"))
         for k, parameter in enumerate(self.owner.parameters):
@@ -239,15 +250,29 @@ class Collector:
             if grad is not None:
                 self._add(k, RowsUse(grad.unsqueeze(0), only))
 
-    def _bending(self, several: bool) -> tuple[bool, set[Hashable]]:
-        """What may not be linear: whether there is a hook, and Functions that were not asked yet.
-
-        several: whether these are asked of several losses; of one, no sums are seen.
+    def _questions(self, row: int, several: bool) -> tuple[bool, bool, list[Any]]:
+        """Of a row by a pass of its own: whether hooks and Functions are asked what they make of
+        sums, whether of multiples too, and Functions of a kind that is asked first.
         """
+        partial = self.owner.partial
+        if self.weighted is None and partial is None:
+            return False, False, []
+        hooked, functions = self._bending()
+        if partial is None:
+            return hooked or bool(functions), True, []
+        new = partial.new(functions)
+        met = hooked or bool(functions if partial.always else new)
+        partial.hooked |= hooked
+        partial.met |= met
+        scaled = partial.scaled and (hooked or bool(new))
+        asks = met and row in partial.rows and (scaled or several)
+        return asks, scaled, new if asks and scaled else []
+
+    def _bending(self) -> tuple[bool, list[Any]]:
+        """What may not be linear: whether there is a hook, and the Functions."""
         nodes = [n for n in ordered(roots(self.losses)[0]) if variable_of(n) is None]
         hooked = any(p._backward_hooks for p in self.owner.parameters)
-        kinds: set[Hashable] = {(kind_of(n), several) for n in nodes if is_function(n)}
-        return hooked or self.hooked.among(nodes), kinds - self.owner.linear
+        return hooked or self.hooked.among(nodes), list(filter(is_function, nodes))
 
     def _pass(self, rows: RowNumbers, traced: Trace, retain_graph: bool) -> None:
         occurring = rows.occurring

@@ -25,6 +25,7 @@ from gradsurgery.spread import is_split
 Sampled = dict[Any, dict[int, Layout]]  # operations, losses first: the layouts of their outputs
 # how much smaller and larger losses are made to see whether all below is linear in them
 SCALES = {torch.float16: 2.0**4, torch.float64: 2.0**200}
+ROUNDINGS = 64  # in units of the last place, that two ways to a sum may differ by
 
 
 _own = 0  # handles made here
@@ -231,12 +232,19 @@ def linear(whole: Tensor, scaled: Tensor, factor: float) -> bool:
     return near(scaled, expected, expected.abs())
 
 
-def near(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> bool:
+def near(
+    found: Tensor,
+    expected: Tensor,
+    size: Tensor,
+    dtype: torch.dtype | None = None,
+    roundings: int = ROUNDINGS,
+) -> bool:
     """Whether two sums of the same numbers agree, as far as both can be known.
 
     Args:
         size: the sums of these numbers without their signs.
         dtype: what they were rounded to, where that is coarser than theirs.
+        roundings: how often they may have been.
     """
     # what overflowed when it was scaled says nothing about hooks
     known = expected.isfinite() & found.isfinite()
@@ -244,7 +252,7 @@ def near(found: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype | Non
         return expected.numel() == 0
     away = torch.where(known, (found - expected).abs(), 0)
     largest = torch.where(known, size, 0).max()
-    eps = _roundings(expected) if dtype is None else 64 * torch.finfo(dtype).eps
+    eps = roundings * torch.finfo(expected.dtype if dtype is None else dtype).eps
     return bool((away <= eps * largest + torch.finfo(expected.dtype).tiny).all())
 
 
@@ -257,7 +265,7 @@ def _at(watch: Watch, node: Any, nr: int) -> Tensor | None:
 
 
 def _roundings(like: Tensor) -> float:
-    return 64 * torch.finfo(like.dtype).eps
+    return ROUNDINGS * torch.finfo(like.dtype).eps
 
 
 def scale_of(dtypes: Iterable[torch.dtype]) -> float:

@@ -6,7 +6,7 @@ everything as it was.
 """
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dis import get_instructions
 from itertools import chain
@@ -24,7 +24,6 @@ BINDS = "STORE_GLOBAL"  # the instruction of an assignment to a global variable
 DEPTH = 3  # of attributes of attributes that are looked into; a bound, or it might be everything
 CONTAINERS = (dict, list, set, deque)
 NONE = object()  # of a slot that is not set
-OPTIONS = (int, float, str, FunctionType)
 SIMPLE = (bool, int, float, complex, str, type(None), Tensor, *CONTAINERS)
 
 
@@ -32,12 +31,6 @@ def is_function(node: Any) -> bool:
     """Whether a node is a torch.autograd.Function of somebody's."""
     own = type(node) is BackwardHookFunction._backward_cls or is_of_mesh(node)
     return hasattr(node, "apply") and not own
-
-
-def kind_of(function: Any) -> Hashable:
-    """What tells a Function from others: its class, and its options as its context has them."""
-    own = getattr(function, "__dict__", {})
-    return type(function), *sorted((k, v) for k, v in own.items() if isinstance(v, OPTIONS))
 
 
 def functions(roots: Iterable[Any]) -> list[Any]:

@@ -1,6 +1,6 @@
 """`tape(model)` around a forward pass, `jacobian(losses)` for its rows."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -13,6 +13,7 @@ from gradsurgery.capture.factored import FactoredJacobian
 from gradsurgery.capture.graph import roots, under
 from gradsurgery.capture.hooks import refuse_unseen_accumulation
 from gradsurgery.capture.leaves import without_autocast
+from gradsurgery.capture.partial_rows import PartialRows
 from gradsurgery.capture.passing import refuse_passing
 from gradsurgery.capture.recomputed import refusal
 from gradsurgery.capture.row_losses import SummedLosses
@@ -50,10 +51,7 @@ class Tape:
         self.model, self.coupled, self.own = model, coupled, len(named)
         columns = {**named, **(outside or {})}
         self.names, self.parameters = list(columns), list(columns.values())
-        self.sums: Set[int] = frozenset()  # rows that those of other tapes will be added to
-        self.scaled = False  # and multiplied, by what the losses are not
-        self.bends = False  # whether, where they will be added, hooks or Functions were met
-        self.linear: set[Hashable] = set()  # kinds of Functions that need not be asked again
+        self.partial: PartialRows | None = None  # where passes of other rows go with these
 
     def jacobian(
         self,
@@ -101,6 +99,8 @@ class Tape:
             try:
                 with without_autocast(losses), self._accumulating_nothing():
                     snapshot = collector.run(rows, retain_graph, weighted=combine == "backward")
+                    if self.partial is not None:
+                        self.partial.settle()
             except InputError:
                 summed.settle()
                 raise

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradsurgery.capture.descent import not_linear
 from gradsurgery.capture.graph import ordered, roots, variable_of
-from gradsurgery.capture.hooks import dtypes_under, near, register, scale_of
+from gradsurgery.capture.hooks import ROUNDINGS, dtypes_under, near, register, scale_of
 from gradsurgery.capture.leaves import vjps
 from gradsurgery.capture.ranges import scaled_parts
 from gradsurgery.capture.recomputed import refusal
@@ -21,6 +21,8 @@ from gradsurgery.capture.trace import misused
 from gradsurgery.errors import InputError
 from gradsurgery.grads import part
 from gradsurgery.spread import local
+
+FEW_ROUNDINGS = 8  # what two sums of the same samples in 16 bits differ by
 
 
 class Graph(NamedTuple):
@@ -89,50 +91,109 @@ class Graph(NamedTuple):
             raise InputError(why) from error
 
 
-def expect_linear(
-    losses: Tensor,
-    outputs: Tensor,
-    parts: Sequence[tuple[str, nn.Parameter, Tensor, Tensor]],
-    snapshot: Snapshot,
-    scaled: bool = True,
-    in_parts: bool = False,
-) -> None:
-    """Raise where backward passes of weighted losses, or of some, do not add up to the rows' sum.
+# names and parameters, the sums of their rows, and the sums of these without signs
+Parts = Sequence[tuple[str, nn.Parameter, Tensor, Tensor]]
+
+
+class _Pass(NamedTuple):
+    """A backward pass, or two to be added, that sums of rows are compared with."""
+
+    starts: list[Tensor]
+    factor: float = 1.0
+    dtype: torch.dtype | None = None  # what is rounded to, where that is coarser than parameters
+
+
+def expect_linear(losses: Tensor, outputs: Tensor, parts: Parts, snapshot: Snapshot) -> None:
+    """Raise where backward passes of weighted losses do not give the weighted sum of the rows.
 
     Args:
         losses: with their graph.
         outputs: what to start from for the sum of all rows.
-        parts: names and parameters, the sums of their rows, and the sums of these without signs.
+        parts: the parameters, and what is known of each.
         snapshot: what Functions must find as it was.
-        scaled: whether losses will be multiplied, or what comes of them.
-        in_parts: whether others of these rows have passes of their own.
     """
-    parameters = [p for _, p, _, _ in parts]
+    passes = [_Pass([outputs]), *_multiples(losses, outputs)]
+    name = _differing(losses, parts, snapshot, passes)
+    if name is not None:
+        raise InputError(not_linear(f"what {name} passes through"))
+
+
+def expect_sums(losses: Tensor, outputs: Tensor, parts: Parts, snapshot: Snapshot) -> None:
+    """Raise where passes of one half of the losses and of the other do not add up.
+
+    Args: as of `expect_linear`.
+    """
+    taken = outputs != 0
+    half = outputs * (taken.flatten().cumsum(0).view_as(taken) % 2)
+    # a sum over samples is rounded to what it is computed in, as under autocast to 16 bits
+    dtypes = {*dtypes_under(losses), *(p.dtype for _, p, _, _ in parts)}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    halves = _Pass([half, outputs - half], 1.0, coarsest)
+    name = _differing(losses, parts, snapshot, [halves])
+    if name is not None:
+        raise InputError(not_linear(f"what {name} passes through", weighted=False))
+
+
+def out_of_proportion(
+    losses: Tensor, outputs: Tensor, parts: Parts, snapshot: Snapshot
+) -> str | None:
+    """A parameter whose gradients do not grow as the losses do, by name; None if all do.
+
+    Args: as of `expect_linear`.
+    """
+    return _differing(losses, parts, snapshot, _multiples(losses, outputs))
+
+
+def _multiples(losses: Tensor, outputs: Tensor) -> list[_Pass]:
+    # a hook that clips shows where losses are large, one that rounds where they are small
     dtypes = dtypes_under(losses)
-    passes: list[tuple[list[Tensor], float, torch.dtype | None]] = [([outputs], 1.0, None)]
-    if in_parts:  # one half of the losses and the other must add up
-        taken = outputs != 0
-        half = outputs * (taken.flatten().cumsum(0).view_as(taken) % 2)
-        # a sum over samples is rounded to what it is computed in, as under autocast to 16 bits
-        coarsest = max({*dtypes, *(p.dtype for p in parameters)}, key=lambda d: torch.finfo(d).eps)
-        passes = [([half, outputs - half], 1.0, coarsest)] if bool((outputs != half).any()) else []
-    if scaled:  # a hook that clips shows where losses are large, one that rounds where small
-        scale = scale_of(dtypes)
-        passes += [([outputs * factor], factor, None) for factor in (-scale, 1 / scale)]
-    with as_before(functions([roots(losses)[0]])), _Terms(losses, parameters) as terms:
+    scale = scale_of(dtypes)
+    # of numbers so small float16 keeps few digits, and scaled it has others
+    coarse = torch.float16 if torch.float16 in dtypes else None
+    return [_Pass([outputs * factor], factor, coarse) for factor in (-scale, 1 / scale)]
+
+
+def _differing(
+    losses: Tensor, parts: Parts, snapshot: Snapshot, passes: Iterable[_Pass]
+) -> str | None:
+    parameters = [p for _, p, _, _ in parts]
+    with as_before(functions([roots(losses)[0]])), Terms(losses, parameters) as terms:
         for starts, factor, dtype in passes:
             found: list[Tensor | None] = [None] * len(parts)
+            sizes: list[Tensor | None] = [None] * len(parts)
             terms.sizes.clear()
             for start in starts:
                 snapshot.put_back()
                 grads = snapshot.owned(vjps([losses], parameters, [start], False))
                 snapshot.note_changes()
                 found = [_add(a, b) for a, b in zip(found, grads, strict=True)]
-            for (name, p, total, size), grad in zip(parts, found, strict=True):
-                least = terms.sizes.get(id(p), 0.0) * _finer(dtype or total.dtype)
-                size = (size.double() * abs(factor)).clamp(min=least)
-                if grad is not None and not near(grad, total * factor, size, dtype):
-                    raise InputError(not_linear(f"what {name} passes through", not in_parts))
+                if len(starts) > 1:
+                    absolute = [None if g is None else g.to_dense().abs() for g in grads]
+                    sizes = [_add(a, b) for a, b in zip(sizes, absolute, strict=True)]
+            for (name, p, total, size), grad, mine in zip(parts, found, sizes, strict=True):
+                least = terms.least(p, dtype or total.dtype)
+                size = (size.double() * abs(factor) if mine is None else mine.double()).clamp(least)
+                expected = total * factor
+                if grad is None or _says_nothing(grad, expected, factor, dtype):
+                    continue
+                # 64 units of the last place of 16 bits would be half of a sum
+                wide = mine is None or torch.finfo(dtype or total.dtype).bits > 16
+                if not near(grad, expected, size, dtype, ROUNDINGS if wide else FEW_ROUNDINGS):
+                    return name
+    return None
+
+
+def _says_nothing(
+    found: Tensor, expected: Tensor, factor: float, dtype: torch.dtype | None
+) -> bool:
+    """Whether all overflowed, because it was scaled or had before, or float16 has no digits."""
+    known = found.isfinite() & expected.isfinite()
+    if not bool(known.any()):
+        return factor != 1 or not bool(expected.isfinite().any())
+    if factor == 1 or dtype is None:
+        return False
+    limit = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
+    return float(torch.where(known, expected, 0).abs().max()) * min(1.0, 1 / abs(factor)) < limit
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -140,12 +201,7 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _finer(dtype: torch.dtype) -> float:
-    """How much finer than its rounding a sum over tokens is: those of 16 bits are float32's."""
-    return min(1.0, torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
-
-
-class _Terms:
+class Terms:
     """What the gradients of biases and the like are sums of, without signs, in passes inside.
 
     Such a sum may be zero whatever comes, as that of a key's bias is: all there is of it then is
@@ -169,7 +225,7 @@ class _Terms:
                 elif len(following) == 1:
                     turned[node] = key
 
-    def __enter__(self) -> "_Terms":
+    def __enter__(self) -> "Terms":
         for node, key, size in self._above:
             noted = partial(self._note, key, size)
             self._handles.append(register(node.register_prehook, noted))
@@ -178,6 +234,12 @@ class _Terms:
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def least(self, parameter: nn.Parameter, dtype: torch.dtype) -> float:
+        """The size of the sums that the gradient of a parameter is no smaller than."""
+        # a sum over tokens is finer than its rounding: those of 16 bits are float32's
+        finer = min(1.0, torch.finfo(torch.float32).eps / torch.finfo(dtype).eps)
+        return self.sizes.get(id(parameter), 0.0) * finer
 
     def _note(self, key: int, size: int, grads: Sequence[Tensor | None]) -> None:
         for grad in grads:
