@@ -229,67 +229,50 @@ def _added_up(
     before: "_Before",
 ) -> Trial:
     held = {name: p for name, p in named.items() if p.requires_grad}
-    whole = _gradients(model, loss, two, list(held.values()))
+    parameters = list(held.values())
+    whole = _total(model, loss, two)
     if before.random_changed() and any(module.training for module in before.modules):
         before.put_back()
         for module in before.modules:
             module.training = False
-        whole = _gradients(model, loss, two, list(held.values()))
+        whole = _total(model, loss, two)
     each = []
     for k in (0, 1):
         before.put_back_buffers()
-        each.append(_gradients(model, loss, take(two, slice(k, k + 1)), list(held.values())))
-    for together, one, other in zip(whole, *each, strict=True):
-        of_each = zip(held, together.grads, one.grads, other.grads, together.least, strict=True)
-        for name, expected, a, b, least in of_each:
-            if not _add_up(expected, a, b, least, together.dtype):
+        each.append(_total(model, loss, take(two, slice(k, k + 1))))
+    dtypes = {*dtypes_under(whole), *(p.dtype for p in parameters)}
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    for scale in (1.0, scale_of(dtypes)):
+        with Terms(whole, parameters) as terms:
+            away = [grad.clone() for grad in _gradients(whole, parameters, scale)]
+        sizes = [torch.zeros_like(grad) for grad in away]
+        for total in each:
+            for left, size, grad in zip(
+                away, sizes, _gradients(total, parameters, scale), strict=True
+            ):
+                left -= grad
+                size += grad.abs()
+        for (name, p), left, size in zip(held.items(), away, sizes, strict=True):
+            if not bool((left.isfinite() & size.isfinite()).any()):  # it overflowed
+                continue
+            size = size.double().clamp(terms.least(p, coarsest))
+            if not near(left, torch.zeros_like(left), size, coarsest):
                 return Trial(name)
     return Trial()
 
 
-class _Gradients(NamedTuple):
-    """Of some losses, once as they are and once as larger ones."""
-
-    grads: list[Tensor | None]
-    least: list[float]  # the sizes of the sums they are no smaller than
-    dtype: torch.dtype  # the coarsest on the way
-
-
-def _gradients(
-    model: nn.Module, loss: AnyLoss, batch: Any, parameters: Sequence[nn.Parameter]
-) -> list[_Gradients]:
+def _total(model: nn.Module, loss: AnyLoss, batch: Any) -> Tensor:
     losses: Any = loss(model, batch)
     if isinstance(losses, WeightedLosses):
         losses = losses.losses * losses.weights.to(losses.losses)
-    total = losses.sum()
-    dtypes = {*dtypes_under(total), *(p.dtype for p in parameters)}
-    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    found = []
-    for scale in (1.0, scale_of(dtypes)):
-        with Terms(total, parameters) as terms:
-            grads = torch.autograd.grad(
-                total,
-                parameters,
-                torch.full_like(total, scale),
-                retain_graph=True,
-                allow_unused=True,
-            )
-        least = [terms.least(parameter, coarsest) for parameter in parameters]
-        mine = [None if g is None else local(g).clone() for g in grads]
-        found.append(_Gradients(mine, least, coarsest))
-    return found
+    return losses.sum()
 
 
-def _add_up(
-    total: Tensor | None, one: Tensor | None, other: Tensor | None, least: float, dtype: torch.dtype
-) -> bool:
-    parts = [each.to_dense() for each in (one, other) if each is not None]
-    if total is None or not parts:
-        return total is None and not parts
-    total, size = total.to_dense(), functools.reduce(torch.add, [each.abs() for each in parts])
-    if not bool((total.isfinite() & size.isfinite()).any()):  # overflowed
-        return True
-    return near(total, functools.reduce(torch.add, parts), size.double().clamp(least), dtype)
+def _gradients(total: Tensor, parameters: Sequence[nn.Parameter], scale: float) -> list[Tensor]:
+    start = torch.full_like(total, scale)
+    found = torch.autograd.grad(total, parameters, start, retain_graph=True, allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return [local(torch.zeros_like(p) if g is None else g).to_dense() for g, p in pairs]
 
 
 def _losses(model: nn.Module, loss: AnyLoss, batch: Any) -> Tensor | None:

@@ -174,18 +174,87 @@ def test_functions_are_asked_once_whether_gradients_grow_as_losses_do(monkeypatc
         collector, "out_of_proportion", lambda *args: asked.append(args) or ask(*args)
     )
     model = Net("Function", doubled)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    surgeon = gs.Surgeon(model, optimizer, gs.GRU(), together=False)
-
-    def step():
-        surgeon.add(loss=samples, forget=X[:3])
-        surgeon.add(loss=samples, forget=X[3:4])
-        surgeon.step(loss=samples, retain=X[4:])
-
-    step()
-    step()
+    surgeon = surgeon_of(model)
+    added_step(model, surgeon)
+    added_step(model, surgeon)
     assert len(asked) == 1
     pickle.loads(pickle.dumps(surgeon))
-    model.option = 3  # as the context of another call has it
+
+
+def added_step(model, surgeon, cut=3):
+    surgeon.add(loss=samples, forget=X[:cut].to(model.a.weight.dtype))
+    surgeon.add(loss=samples, forget=X[cut:4].to(model.a.weight.dtype))
+    return surgeon.step(loss=samples, retain=X[4:].to(model.a.weight.dtype))
+
+
+def surgeon_of(model, **options):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return gs.Surgeon(model, optimizer, gs.GRU(), together=False, **options)
+
+
+@pytest.mark.parametrize("option", [3, (1, 2), [None, "x"], {"a": 1}, torch.tensor(1.0)], ids=str)
+def test_a_function_with_another_option_is_asked_again(option):
+    model = Net("Function", doubled)
+    surgeon = surgeon_of(model)
+    added_step(model, surgeon)
+    model.option = option
     with pytest.raises(gs.InputError, match="not linear"):
-        step()
+        added_step(model, surgeon)
+
+
+def test_a_gradient_of_zero_says_nothing_of_a_function():
+    model = Net("Function", clipped)
+    nn.init.zeros_(model.b.weight)
+    surgeon = surgeon_of(model)
+    added_step(model, surgeon)
+    with pytest.raises(gs.InputError, match="not linear"):
+        added_step(model, surgeon)
+
+
+def test_one_pass_is_right_whatever_hooks_do():
+    """A mean of one batch that is added, and goes into a step with others."""
+    steps = []
+    for added in (False, True):
+        model = Net("activation", unit)
+        surgeon = surgeon_of(model)
+        if added:
+            surgeon.add(loss=samples, forget=X[:4])
+            surgeon.step(loss=samples, retain=X[4:])
+        else:
+            surgeon.step(loss=samples, forget=X[:4], retain=X[4:])
+        steps.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*steps)
+
+
+def test_a_hook_does_not_keep_float16_from_training():
+    """Gradients that overflow, or that float16 has no digits for, are no sign of a hook's."""
+    for scale in (None, 1.0, 2.0**15, 2.0**24):
+        model = Net("activation", doubled).float()
+        surgeon = surgeon_of(model)
+        if scale is not None:
+            surgeon.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+        def loss(net, x):
+            with torch.autocast("cpu", torch.float16):
+                return samples(net, x).float() * 1e-4
+
+        surgeon.add(loss=loss, forget=X[:3].float())
+        surgeon.add(loss=loss, forget=X[3:4].float())
+        surgeon.step(loss=loss, retain=X[4:].float())
+
+
+def root(grad):
+    return grad / (grad.norm() + 1e-12) ** 0.3
+
+
+@pytest.mark.parametrize("most", [2, 4])
+def test_sums_in_sixteen_bits_are_looked_at_closely(most):
+    model = Net("activation", root).float()
+
+    def loss(net, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return samples(net, x).float()
+
+    x = torch.randn(9, 3)
+    with pytest.raises(gs.InputError, match="not linear"):
+        surgeon_of(model, micro_batch=most).step(loss=loss, forget=x, retain=x[:2])

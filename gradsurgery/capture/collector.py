@@ -214,8 +214,8 @@ class Collector:
         """All losses make one row: an ordinary backward pass."""
         # one row is right whatever hooks do; a sum with rows of other passes need not be
         owner, partial = self.owner, self.owner.partial
-        several = int((rows.tensor >= 0).sum()) > 1
-        asks, scaled, new = self._questions(row, several)
+        sums, multiples, new = self._questions(rows, row)
+        asks = sums or multiples
         snapshot = self.weighted or Snapshot(functions([roots(self.losses)[0]]) if asks else ())
         held = [p for p in self.owner.parameters if p.requires_grad]  # the loss may freeze some
         with nullcontext() if partial is None else partial.asking(new):
@@ -236,9 +236,9 @@ class Collector:
             known = self.losses, _outputs(self.losses, rows), parts, snapshot
             if partial is None:
                 expect_linear(*known)
-            elif several:
+            elif sums:
                 expect_sums(*known)
-            if partial is not None and scaled:
+            if partial is not None and multiples:
                 partial.bent = partial.bent or out_of_proportion(*known) or ""
             self.all_watched = True
         only = RowNumbers(torch.tensor([row], device="cpu"))
@@ -250,23 +250,27 @@ class Collector:
             if grad is not None:
                 self._add(k, RowsUse(grad.unsqueeze(0), only))
 
-    def _questions(self, row: int, several: bool) -> tuple[bool, bool, list[Any]]:
-        """Of a row by a pass of its own: whether hooks and Functions are asked what they make of
-        sums, whether of multiples too, and Functions of a kind that is asked first.
+    def _questions(self, rows: RowNumbers, row: int) -> tuple[bool, bool, list[Any]]:
+        """What hooks and Functions are asked of a row that has a pass of its own.
+
+        Returns: whether what they make of sums; whether what of multiples; those that say whether
+            the answer holds for others of their kind.
         """
         partial = self.owner.partial
         if self.weighted is None and partial is None:
             return False, False, []
         hooked, functions = self._bending()
         if partial is None:
-            return hooked or bool(functions), True, []
+            return hooked or bool(functions), hooked or bool(functions), []
         new = partial.new(functions)
         met = hooked or bool(functions if partial.always else new)
         partial.hooked |= hooked
         partial.met |= met
-        scaled = partial.scaled and (hooked or bool(new))
-        asks = met and row in partial.rows and (scaled or several)
-        return asks, scaled, new if asks and scaled else []
+        if row not in partial.rows:
+            return False, False, []
+        multiples = partial.scaled and (hooked or bool(new))
+        sums = met and int((rows.tensor >= 0).sum()) > 1
+        return sums, multiples, new if multiples else []
 
     def _bending(self) -> tuple[bool, list[Any]]:
         """What may not be linear: whether there is a hook, and the Functions."""

@@ -190,10 +190,11 @@ def _says_nothing(
     known = found.isfinite() & expected.isfinite()
     if not bool(known.any()):
         return factor != 1 or not bool(expected.isfinite().any())
-    if factor == 1 or dtype is None:
+    if dtype is None:
         return False
     limit = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
-    return float(torch.where(known, expected, 0).abs().max()) * min(1.0, 1 / abs(factor)) < limit
+    largest = float(torch.where(known, torch.maximum(found.abs(), expected.abs()), 0).max())
+    return largest * min(1.0, 1 / abs(factor)) < limit
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
