@@ -37,6 +37,7 @@ The pass
 - fallback: parameters whose rows are got one at a time, and why (`Fallback`).
 - snapshot: copies of what Functions keep, to be put back before they are called again.
 - hooked: of a node, that it has a hook, of its own or of a tensor that it made.
+- partial: of rows, that rows of other passes or ranks are added to them (`PartialRows`).
 - watch: what every node took and gave in a pass, to find the hooks that changed it.
 
 What is kept
