@@ -124,7 +124,7 @@ def added_up(
 
     Also those of losses made larger: a hook may leave small gradients as they are. What is found is
     the name of a parameter. The loss is called three times, and what it changes is put back; one
-    that draws random numbers is tried in eval mode.
+    that draws random numbers is tried in eval mode, and not at all where it does so there too.
 
     Args:
         named: the parameters, by name.
@@ -231,11 +231,13 @@ def _added_up(
     held = {name: p for name, p in named.items() if p.requires_grad}
     parameters = list(held.values())
     whole = _total(model, loss, two)
-    if before.random_changed() and any(module.training for module in before.modules):
+    if before.random_changed():
         before.put_back()
         for module in before.modules:
             module.training = False
         whole = _total(model, loss, two)
+        if before.random_changed():
+            return Trial()
     each = []
     for k in (0, 1):
         before.put_back_buffers()

@@ -243,6 +243,26 @@ def test_a_hook_does_not_keep_float16_from_training():
         surgeon.step(loss=loss, retain=X[4:].float())
 
 
+@pytest.mark.parametrize("draws", ["in train mode", "always"])
+def test_random_numbers_are_no_sign_of_a_hook(draws):
+    model = Net("activation", doubled)
+
+    def loss(net, x):
+        drawn = nn.functional.dropout(net(x), 0.5, training=draws == "always" or net.training)
+        return drawn.square().sum(1)
+
+    surgeon, before = surgeon_of(model), torch.get_rng_state()
+    surgeon.add(loss=loss, forget=X[:3])
+    surgeon.add(loss=loss, forget=X[3:4])
+    drawn = torch.rand(3)
+    torch.set_rng_state(before)
+    for some in (X[:3], X[3:4]):
+        loss(model, some)
+    torch.testing.assert_close(torch.rand(3), drawn)  # as much as two ordinary passes draw
+    assert model.training
+    surgeon.step(loss=loss, retain=X[4:])
+
+
 def root(grad):
     return grad / (grad.norm() + 1e-12) ** 0.3
 
