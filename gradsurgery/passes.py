@@ -195,8 +195,11 @@ class Passes:
             return made
         bent = {}
         for part, batch in batches.items():
-            bent[part] = partial.bent if made.parts[part].summed else ""
-            bent[part] = bent[part] or self._not_added_up(part, batch, partial.hooked)
+            summed = made.parts[part].summed
+            bent[part] = partial.bent if summed else ""
+            # shards are not gathered for this: a process would hold gradients of all
+            if (summed or partial.always) and not bent[part] and self.kept is None:
+                bent[part] = self._not_added_up(part, batch, partial.hooked)
         return made._replace(bent=bent)
 
     def _not_added_up(self, part: str, batch: Any, hooked: bool) -> str:
@@ -249,7 +252,8 @@ class Passes:
                 scaled = self.adds or self.ranks or weights is not None
                 if of is not None and means and not scaled:
                     scale *= len(losses) / of  # gradients are as of the whole batch's mean
-                partial = PartialRows(means, scaled, self.adds or cut, self.linear)
+                if cut or means or len(losses) > 1:  # of one row alone nothing is asked
+                    partial = PartialRows(means, scaled, self.adds or cut, self.linear)
                 recorder.partial = partial if asks or losses.dim() > 1 else None
             scaled = losses * to_device(shares.to(losses.dtype), losses.device)
             scaled = scaled if scale == 1 else scaled * scale

@@ -1,5 +1,6 @@
 """What every test shares: tolerances, implementations, seeds, memory that shows it is unwritten."""
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -15,6 +16,8 @@ import pytest
 import torch
 from torch.utils._device import _device_constructors
 
+from gradsurgery.capture import hooked
+from gradsurgery.capture.hooks import others
 from gradsurgery.ops import _backend
 
 TOLERANCES = {  # (atol, rtol)
@@ -132,3 +135,17 @@ def unwritten_is_nan(monkeypatch):
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """As in a process where nobody else has hooks: those that other tests left are not found."""
+    gc.collect()
+    found, theirs = hooked._found, [each for part in hooked._found() for each in part]
+    known = set(map(id, theirs))
+
+    def of_this_test():
+        return tuple([each for each in part if id(each) not in known] for part in found())
+
+    monkeypatch.setattr(hooked, "_found", of_this_test)
+    monkeypatch.setattr(hooked, "live_hooks", hooked.LiveHooks(others))

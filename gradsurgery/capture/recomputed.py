@@ -88,7 +88,8 @@ def refusal(error: Exception, losses: Tensor) -> str | None:
     if "backward an extra time" in str(error):
         return (
             "torch.utils.checkpoint with context_fn (selective activation checkpoints) lets its "
-            "tensors be recomputed once only, and here they are needed again; leave context_fn out"
+            "tensors be recomputed once only, and here they are needed again, as where the hook of "
+            "a tensor lives anywhere in the process; leave context_fn out"
         )
     names = {
         node.name()

@@ -192,7 +192,7 @@ def _says_nothing(
         return factor != 1 or not bool(expected.isfinite().any())
     if dtype is None:
         return False
-    limit = torch.finfo(dtype).smallest_normal / torch.finfo(dtype).eps
+    limit = torch.finfo(dtype).smallest_normal
     largest = float(torch.where(known, torch.maximum(found.abs(), expected.abs()), 0).max())
     return largest * min(1.0, 1 / abs(factor)) < limit
 

@@ -192,7 +192,7 @@ def test_steps_are_those_of_our_trainer(name, tmp_path):
     assert moved.abs().max() > 1e-3
 
 
-def test_checkpoints_of_chosen_operators_make_the_same_steps(tmp_path):
+def test_checkpoints_of_chosen_operators_make_the_same_steps(tmp_path, alone):
     models = [model_of(), model_of()]
     for model, kept in zip(models, ({"selective": True}, {}), strict=True):
         args = {**SGD, "gradient_checkpointing_kwargs": kept}
