@@ -67,7 +67,7 @@ class Surgeon:
     differs. The model's buffers, its mode and random numbers are put back. A loss that draws random
     numbers is tried in eval mode; not tried are one that draws there too, one that differs at each
     call, and one that raises on so few samples. Differences of rounding pass: in 16 bits, a few
-    percent.
+    percent. Where hooks are on the way, each step tries two samples for what these make of sums.
 
     Args:
         model: in the mode (train or eval) its losses are wanted in. One in `fully_shard` is

@@ -101,6 +101,7 @@ class _Pass(NamedTuple):
     starts: list[Tensor]
     factor: float = 1.0
     dtype: torch.dtype | None = None  # what is rounded to, where that is coarser than parameters
+    overflows: bool = False  # whether nothing is said by one that does
 
 
 def expect_linear(losses: Tensor, outputs: Tensor, parts: Parts, snapshot: Snapshot) -> None:
@@ -128,7 +129,7 @@ def expect_sums(losses: Tensor, outputs: Tensor, parts: Parts, snapshot: Snapsho
     # a sum over samples is rounded to what it is computed in, as under autocast to 16 bits
     dtypes = {*dtypes_under(losses), *(p.dtype for _, p, _, _ in parts)}
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    halves = _Pass([half, outputs - half], 1.0, coarsest)
+    halves = _Pass([half, outputs - half], 1.0, coarsest, overflows=True)
     name = _differing(losses, parts, snapshot, [halves])
     if name is not None:
         raise InputError(not_linear(f"what {name} passes through", weighted=False))
@@ -141,16 +142,18 @@ def out_of_proportion(
 
     Args: as of `expect_linear`.
     """
-    return _differing(losses, parts, snapshot, _multiples(losses, outputs))
+    # of numbers so small float16 keeps few digits, and scaled it has others
+    coarse = torch.float16 if torch.float16 in dtypes_under(losses) else None
+    multiples = [
+        each._replace(dtype=coarse, overflows=True) for each in _multiples(losses, outputs)
+    ]
+    return _differing(losses, parts, snapshot, multiples)
 
 
 def _multiples(losses: Tensor, outputs: Tensor) -> list[_Pass]:
     # a hook that clips shows where losses are large, one that rounds where they are small
-    dtypes = dtypes_under(losses)
-    scale = scale_of(dtypes)
-    # of numbers so small float16 keeps few digits, and scaled it has others
-    coarse = torch.float16 if torch.float16 in dtypes else None
-    return [_Pass([outputs * factor], factor, coarse) for factor in (-scale, 1 / scale)]
+    scale = scale_of(dtypes_under(losses))
+    return [_Pass([outputs * factor], factor) for factor in (-scale, 1 / scale)]
 
 
 def _differing(
@@ -158,7 +161,7 @@ def _differing(
 ) -> str | None:
     parameters = [p for _, p, _, _ in parts]
     with as_before(functions([roots(losses)[0]])), Terms(losses, parameters) as terms:
-        for starts, factor, dtype in passes:
+        for starts, factor, dtype, overflows in passes:
             found: list[Tensor | None] = [None] * len(parts)
             sizes: list[Tensor | None] = [None] * len(parts)
             terms.sizes.clear()
@@ -174,27 +177,29 @@ def _differing(
                 least = terms.least(p, dtype or total.dtype)
                 size = (size.double() * abs(factor) if mine is None else mine.double()).clamp(least)
                 expected = total * factor
-                if grad is None or _says_nothing(grad, expected, factor, dtype):
+                if grad is None or (overflows and _overflowed(grad, expected, factor)):
+                    continue
+                digits = dtype is None or _has_digits(grad, expected, factor, dtype)
+                if mine is None and not digits:
                     continue
                 # 64 units of the last place of 16 bits would be half of a sum
-                wide = mine is None or torch.finfo(dtype or total.dtype).bits > 16
+                wide = mine is None or not digits or torch.finfo(dtype or total.dtype).bits > 16
                 if not near(grad, expected, size, dtype, ROUNDINGS if wide else FEW_ROUNDINGS):
                     return name
     return None
 
 
-def _says_nothing(
-    found: Tensor, expected: Tensor, factor: float, dtype: torch.dtype | None
-) -> bool:
-    """Whether all overflowed, because it was scaled or had before, or float16 has no digits."""
+def _overflowed(found: Tensor, expected: Tensor, factor: float) -> bool:
+    """Whether nothing is left, because it was scaled, or had overflowed before."""
     known = found.isfinite() & expected.isfinite()
-    if not bool(known.any()):
-        return factor != 1 or not bool(expected.isfinite().any())
-    if dtype is None:
-        return False
-    limit = torch.finfo(dtype).smallest_normal
+    return not bool(known.any()) and (factor != 1 or not bool(expected.isfinite().any()))
+
+
+def _has_digits(found: Tensor, expected: Tensor, factor: float, dtype: torch.dtype) -> bool:
+    """Whether the largest number is a normal one, as it is and as it was before it was scaled."""
+    known = found.isfinite() & expected.isfinite()
     largest = float(torch.where(known, torch.maximum(found.abs(), expected.abs()), 0).max())
-    return largest * min(1.0, 1 / abs(factor)) < limit
+    return largest * min(1.0, 1 / abs(factor)) >= torch.finfo(dtype).smallest_normal
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

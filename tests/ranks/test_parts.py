@@ -355,9 +355,10 @@ def _observes_other_parameters():
 
 
 def _is_flat_on_one():
-    batch = digits(2, 0)
-    lost = lambda model, b: of_outputs(model, b) * (dist.get_rank() == 0)  # noqa: E731
-    gs.OWM(Rows()).observe(batch, lost, process_group=dist.group.WORLD)
+    def lost(model, batch):
+        return of_outputs(model, batch) * (dist.get_rank() == 0)
+
+    gs.OWM(Rows()).observe(digits(2, 0), lost, process_group=dist.group.WORLD)
 
 
 REFUSED = {
